@@ -1,0 +1,115 @@
+"""Imported by llq_hf_startup.pth at every interpreter start, so only `sys` is imported here, and nothing may fail.
+
+It puts a finder on sys.meta_path that finds nothing itself: when one of the modules in `HOOKS` is imported by somebody, the
+real finders do their work and a short callback runs right after. That is how lm-eval learns of the model `llq` and of our
+tasks, and transformers of our quantization configs, with no flag and no import. LLQ_DISABLE=1 switches it off.
+"""
+
+import sys
+
+if False:
+    from types import ModuleType
+
+
+def _on_transformers(module: "ModuleType") -> None:
+    import llq_hf.hf  # noqa: F401 (registers itself as its last statement; a no-op while it is itself being imported)
+
+
+def _on_lm_eval_models(module: "ModuleType") -> None:
+    # After lm_eval.models ran: it is imported only while the registry is empty, so registering earlier hides the rest.
+    from lm_eval.api.registry import model_registry
+
+    if "llq" not in model_registry:
+        model_registry.register("llq", target="llq_hf.lm_eval:LLQLM")
+
+
+def _on_lm_eval_huggingface(module: "ModuleType") -> None:
+    # Our perplexity tasks ask for windows of tokens: a request type that every Hugging Face model gets, `hf` too.
+    def llq_windows_nll(self, requests):  # type: ignore[no-untyped-def]
+        from llq_hf.lm_tasks import windows_nll
+
+        return windows_nll(self, requests)
+
+    module.HFLM.llq_windows_nll = llq_windows_nll
+
+
+def _on_lm_eval_tasks(module: "ModuleType") -> None:
+    from pathlib import Path
+
+    original, builtin, ours = module.TaskIndex.build, Path(module.__file__ or "").parent, tasks_folder("lm_eval")
+
+    def build(paths, **options):  # type: ignore[no-untyped-def]
+        paths = list(paths)
+        if builtin in paths:  # absent when the caller asked for no defaults; ours go before --include_path, which wins
+            paths.insert(paths.index(builtin) + 1, ours)
+        return original(paths, **options)
+
+    module.TaskIndex.build = staticmethod(build)
+
+
+def tasks_folder(harness: str):  # type: ignore[no-untyped-def]
+    """Folder of our task YAMLs: inside the wheel, or beside the package in a checkout."""
+    from pathlib import Path
+
+    package = Path(__file__).parent
+    inside = package / "_tasks" / harness
+    return inside if inside.is_dir() else package.parent / "tasks" / harness
+
+
+HOOKS = {
+    "transformers.quantizers.auto": _on_transformers,
+    "lm_eval.models": _on_lm_eval_models,
+    "lm_eval.models.huggingface": _on_lm_eval_huggingface,
+    "lm_eval.tasks._index": _on_lm_eval_tasks,
+}
+
+
+def _run(hook, module):  # type: ignore[no-untyped-def]
+    try:
+        hook(module)
+    except Exception as error:  # a bug of ours must never break somebody else's `import transformers`
+        import warnings
+
+        text = f"llq-hf could not hook into {module.__name__} ({type(error).__name__}: {error}); LLQ_DISABLE=1 silences this"
+        warnings.warn(text, stacklevel=2)
+
+
+class _Finder:
+    @staticmethod
+    def find_spec(fullname, path=None, target=None):  # type: ignore[no-untyped-def]
+        hook = HOOKS.get(fullname)
+        if hook is None:
+            return None
+        for finder in sys.meta_path:
+            find = None if finder is _Finder else getattr(finder, "find_spec", None)
+            spec = find and find(fullname, path, target)
+            if spec is not None and spec.loader is not None:
+                break
+        else:
+            return None
+        execute = spec.loader.exec_module
+
+        def exec_module(module):  # type: ignore[no-untyped-def]
+            execute(module)
+            _run(hook, module)
+
+        try:
+            spec.loader.exec_module = exec_module  # on the instance: type, source and pickling of the loader are unchanged
+        except AttributeError:  # a loader that takes no attributes: the module works, only we are not in it
+            return None
+        return spec
+
+
+def install() -> None:
+    """Put the finder in place, once, and serve modules that are imported already."""
+    import os
+
+    if os.environ.get("LLQ_DISABLE", "") not in ("", "0") or _Finder in sys.meta_path:
+        return
+    sys.meta_path.insert(0, _Finder)  # type: ignore[arg-type]
+    for name, hook in HOOKS.items():
+        if name in sys.modules:
+            _run(hook, sys.modules[name])
+
+
+install()

@@ -1,0 +1,143 @@
+"""A dense checkpoint as a folder of safetensors that is never opened whole: one tensor, one block at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from .errors import LLQError
+from .grids import Spec
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """`files`: tensor name -> file that holds it; `specs`: tensor name -> shape and dtype, from the headers alone."""
+
+    path: Path
+    files: dict[str, Path]
+    specs: dict[str, Spec]
+    config: dict[str, Any]
+
+    @classmethod
+    def open(cls, model: str, revision: str | None = None) -> Checkpoint:
+        """A local folder or a Hub id (its snapshot is downloaded). Every header is read, so truncation shows here."""
+        path = fetch(model, revision)
+        config = read_json(path / "config.json")
+        files = _tensor_files(path)
+        specs: dict[str, Spec] = {}
+        for file in sorted(set(files.values())):
+            specs.update(header(file))
+        missing = [name for name in files if name not in specs]
+        if missing:
+            raise LLQError(f"{path / INDEX} lists {missing[0]!r}, but {files[missing[0]].name} does not hold it")
+        return cls(path, files, {name: specs[name] for name in files}, config)
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Copies of the named tensors. The files are closed again: a mapping left open would count as resident memory."""
+        by_file: dict[Path, list[str]] = {}
+        for name in names:
+            if name not in self.files:
+                raise LLQError(
+                    f"{self.path} has no tensor {name!r}; the checkpoint is incomplete or of another architecture"
+                )
+            by_file.setdefault(self.files[name], []).append(name)
+        tensors: dict[str, Tensor] = {}
+        for file, wanted in by_file.items():
+            with safe_open(file, framework="pt") as handle:
+                tensors.update({name: handle.get_tensor(name).clone() for name in wanted})
+        return tensors
+
+    def scan(self, on_tensor: Callable[[int, int], None] = lambda done, total: None) -> tuple[str, list[str]]:
+        """(sha256 over all tensors, names of those with NaN or infinity): one pass, one tensor in memory."""
+        digest, bad = hashlib.sha256(), []
+        for i, name in enumerate(sorted(self.files)):
+            tensor = self.read([name])[name].contiguous()
+            spec = self.specs[name]
+            digest.update(f"{name} {spec.shape} {spec.dtype}".encode())
+            digest.update(tensor.flatten().view(torch.uint8).numpy())
+            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                bad.append(name)
+            on_tensor(i + 1, len(self.files))
+        return digest.hexdigest(), bad
+
+    @property
+    def is_quantized(self) -> bool:
+        return "quantization_config" in self.config
+
+
+def fetch(model: str, revision: str | None = None) -> Path:
+    """The folder of a local path or of a Hub snapshot. Only safetensors, JSON and tokenizer files are downloaded."""
+    local = Path(model).expanduser()
+    if local.is_dir():
+        return local
+    if local.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
+        raise LLQError(
+            f"{model} is not a folder with a model; give a folder or a Hub id such as meta-llama/Meta-Llama-3-8B"
+        )
+    from huggingface_hub import snapshot_download
+
+    wanted = ["*.safetensors", "*.json", "*.model", "*.jinja", "*.txt", "LICENSE*", "USE_POLICY*"]
+    try:
+        return Path(snapshot_download(model, revision=revision, allow_patterns=wanted, ignore_patterns=["original/*"]))
+    except Exception as error:  # the Hub client has a dozen of them: offline, gated, not found, broken proxy
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise LLQError(
+            f"{model} is neither a local folder nor to be had from the Hub ({reason}); "
+            "check the name, the network, and `hf auth login` for gated models"
+        ) from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise LLQError(
+            f"{path} is missing: {path.parent} is not a Hugging Face checkpoint, or an unfinished one"
+        ) from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise LLQError(f"{path} is not valid JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise LLQError(f"{path} should hold a JSON object")
+    return content
+
+
+def header(file: Path) -> dict[str, Spec]:
+    """Tensor names with shapes and dtypes of one safetensors file; LLQError where it is truncated or missing."""
+    try:
+        with safe_open(file, framework="pt") as handle:
+            slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118 (not a dict)
+            return {name: Spec(tuple(s.get_shape()), _dtype(s.get_dtype(), file)) for name, s in slices.items()}
+    except FileNotFoundError:
+        raise LLQError(f"{file} is missing, though the checkpoint's index lists it") from None
+    except (SafetensorError, OSError) as error:
+        raise LLQError(f"{file} cannot be read ({error}): it is truncated or damaged; fetch it again") from error
+
+
+def _dtype(name: str, file: Path) -> torch.dtype:
+    if name not in _DTYPES:
+        raise LLQError(f"{file} holds a tensor of dtype {name}, which is not supported; convert it to bf16 first")
+    return _DTYPES[name]
+
+
+def _tensor_files(path: Path) -> dict[str, Path]:
+    if (path / INDEX).is_file():
+        weight_map = read_json(path / INDEX).get("weight_map", {})
+        return {name: path / file for name, file in weight_map.items()}
+    if (path / SINGLE).is_file():
+        return dict.fromkeys(header(path / SINGLE), path / SINGLE)
+    pickled = " (its .bin files are pickles, which are never loaded; convert them to safetensors)"
+    raise LLQError(f"{path} holds no {SINGLE} and no {INDEX}{pickled if list(path.glob('*.bin')) else ''}")

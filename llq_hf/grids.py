@@ -1,0 +1,171 @@
+"""Uniform affine grids: where the 2**b levels of a group of weights lie, and how codes on them are stored.
+
+Legend: O out_features, I in_features, g group size, G = ceil(I / g) groups, R any leading shape.
+
+value = scale * (code - zero), code in 0..2**b - 1. Scales are solved in fp32 and rounded to the stored dtype *before*
+any code is chosen, so codes are final with the scales as stored. Grid 1.1 of the spec (IST-DASLab/gptq `Quantizer`).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import bits as bitpack
+from .errors import LLQError
+
+_TINY_SCALE = 2.0**-24  # the smallest fp16 above zero: a smaller scale would be stored as 0 and divide by zero
+
+
+class Spec(NamedTuple):
+    """One stored tensor, before it exists."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class Grid(NamedTuple):
+    """Scale and zero point of groups of weights, both fp32 [..., 1] or [O, G] (zero holds an integer)."""
+
+    scale: Tensor
+    zero: Tensor
+
+    def codes(self, weight: Tensor, bits: int) -> Tensor:
+        """Nearest code of every weight, fp32 of integers; rounds half to even, before the zero point is added."""
+        return (torch.round(weight / self.scale) + self.zero).clamp_(0, 2**bits - 1)
+
+    def values(self, codes: Tensor) -> Tensor:
+        return self.scale * (codes - self.zero)
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """A family of uniform grids and its storage. group_size -1: one group per row; a last group may be shorter.
+
+    search: shrink each range to where sum |error|**2.4 is least. scale_bits: 16 or 32 stored bits per scale.
+    """
+
+    bits: int
+    group_size: int = -1
+    sym: bool = False
+    search: bool = False
+    scale_bits: int = 16
+
+    def __post_init__(self) -> None:
+        if self.group_size != -1 and self.group_size < 1:
+            raise LLQError(f"group_size={self.group_size} must be -1 (one group per row) or at least 1")
+        if self.scale_bits not in (16, 32):
+            raise LLQError(f"scale_bits={self.scale_bits} must be 16 (stored as fp16) or 32 (fp32)")
+
+    # --- finding grids ---------------------------------------------------------------------------------------
+
+    def grid(self, weight_Rg: Tensor) -> Grid:
+        """The grid of each row of weights, fp32 [R, 1]; zero lies inside the range always.
+
+        sym: scale = 2 max|w| / (2**b - 1), zero = 2**(b-1). The authors' code leaves the lower end at 0 where a row
+        has no negative entry, which halves the scale and clips the upper half; here the range is symmetric always.
+        """
+        low = weight_Rg.amin(-1, keepdim=True).clamp_max(0)
+        high = weight_Rg.amax(-1, keepdim=True).clamp_min(0)
+        return self._searched(weight_Rg, low, high) if self.search else self._spanning(low, high)
+
+    def grids(self, weight_OI: Tensor) -> Grid:
+        """One grid per row and group of consecutive columns: scale and zero [O, G]."""
+        size = weight_OI.shape[1] if self.group_size == -1 else self.group_size
+        found = [self.grid(part) for part in weight_OI.split(size, dim=1)]
+        return Grid(torch.cat([g.scale for g in found], dim=1), torch.cat([g.zero for g in found], dim=1))
+
+    def spread(self, grid_OG: Grid, in_features: int) -> Grid:
+        """[O, G] -> [O, I]: every column gets its group's scale and zero."""
+        if grid_OG.scale.shape[1] == 1:
+            return grid_OG
+        return Grid(*(part.repeat_interleave(self.group_size, dim=1)[:, :in_features] for part in grid_OG))
+
+    def _spanning(self, low: Tensor, high: Tensor) -> Grid:
+        if self.sym:
+            high = torch.maximum(high, -low)
+            low = -high
+        empty = low == high  # all-zero row: any range does, as long as the scale is not 0
+        low, high = torch.where(empty, -1.0, low), torch.where(empty, 1.0, high)
+        scale = self._stored((high - low) / (2**self.bits - 1))
+        if self.sym:
+            return Grid(scale, torch.full_like(scale, float(2 ** (self.bits - 1))))
+        return Grid(scale, torch.round(-low / scale).clamp_(0, 2**self.bits - 1))
+
+    def _searched(self, weight_Rg: Tensor, low: Tensor, high: Tensor) -> Grid:
+        """The best, per row, of 80 shrunken ranges (1.00 .. 0.21): option `mse` of IST-DASLab/gptq.
+
+        Asymmetric grids also try both neighbours of the rounded zero point (GPTQModel does that at 2 bits).
+        """
+        best = self._spanning(low, high)
+        best_error = self._error(best, weight_Rg)
+        for step in range(80):
+            shrink = 1 - step / 100
+            grid = self._spanning(shrink * low, shrink * high)
+            for offset in (0,) if self.sym else (0, -1, 1):
+                shifted = Grid(grid.scale, (grid.zero + offset).clamp(0, 2**self.bits - 1))
+                error = self._error(shifted, weight_Rg)
+                better = error < best_error
+                best_error = torch.where(better, error, best_error)
+                best = Grid(*(torch.where(better, new, old) for new, old in zip(shifted, best, strict=True)))
+        return best
+
+    def _error(self, grid: Grid, weight_Rg: Tensor) -> Tensor:
+        return (grid.values(grid.codes(weight_Rg, self.bits)) - weight_Rg).abs().pow(2.4).sum(-1, keepdim=True)
+
+    def _stored(self, scale: Tensor) -> Tensor:
+        """`scale` as the file will hold it, in fp32. LLQError where fp16 cannot."""
+        stored = scale.clamp_min(_TINY_SCALE).to(self._scale_dtype).float()
+        if not torch.isfinite(stored).all():
+            raise LLQError(f"a scale of {float(scale.max()):g} does not fit fp16: the weights are too large")
+        return stored
+
+    # --- storing codes -----------------------------------------------------------------------------------------
+
+    @property
+    def _scale_dtype(self) -> torch.dtype:
+        return torch.float16 if self.scale_bits == 16 else torch.float32
+
+    def layout(self, out_features: int, in_features: int) -> dict[str, Spec]:
+        """weight: codes; scale: one per group; zero: b bits per group, packed over the whole matrix (none if sym)."""
+        groups = 1 if self.group_size == -1 else -(-in_features // self.group_size)
+        layout = {
+            "weight": Spec((out_features, bitpack.packed_words(in_features, self.bits)), torch.int32),
+            "scale": Spec((out_features, groups), self._scale_dtype),
+        }
+        if not self.sym:
+            layout["zero"] = Spec((bitpack.packed_words(out_features * groups, self.bits),), torch.int32)
+        return layout
+
+    def pack(self, codes_OI: Tensor, grid_OG: Grid) -> dict[str, Tensor]:
+        """Integer codes and grids -> the tensors of `layout`. Nothing is rounded here."""
+        packed = {
+            "weight": bitpack.pack(codes_OI, self.bits),
+            "scale": grid_OG.scale.to(self._scale_dtype).contiguous(),
+        }
+        if not self.sym:
+            packed["zero"] = bitpack.pack(grid_OG.zero.flatten(), self.bits)
+        return packed
+
+    def unpack(self, packed: dict[str, Tensor], in_features: int) -> Tensor:
+        """The fp32 weight_OI that the stored tensors mean."""
+        scale_OG = packed["scale"].float()
+        if self.sym:
+            zero_OG = torch.full_like(scale_OG, float(2 ** (self.bits - 1)))
+        else:
+            zero_OG = bitpack.unpack(packed["zero"], self.bits, scale_OG.numel()).view_as(scale_OG).float()
+        weight_OI = bitpack.unpack(packed["weight"], self.bits, in_features).float()
+        groups = scale_OG.shape[1]
+        if groups > 1 and in_features == groups * self.group_size:  # views instead of two [O, I] temporaries
+            weight_OI.view(-1, groups, self.group_size).sub_(zero_OG[..., None]).mul_(scale_OG[..., None])
+            return weight_OI
+        grid = self.spread(Grid(scale_OG, zero_OG), in_features)
+        return weight_OI.sub_(grid.zero).mul_(grid.scale)

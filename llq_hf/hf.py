@@ -1,0 +1,233 @@
+"""The socket of transformers: a `quantization_config` type per method, one quantizer for all, and QuantizedLlama.
+
+The only file that knows transformers.quantizers. Loading a packed checkpoint builds QuantLinears on the meta device from config
+and layout, and the ordinary loader fills them by name: no repacking, no conversion. A config given for a dense model quantizes
+the loaded model in place. `_startup` imports this module when transformers imports its quantizers.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import nn
+from transformers import AutoTokenizer, LlamaForCausalLM
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from . import arch
+from .checkpoint import header
+from .data import Calibration, ids_sha256
+from .errors import LLQError
+from .linear import QuantLinear
+from .method import FORMAT_VERSION, Method
+from .methods import METHODS, method_type
+from .quantize import quantize_model
+from .run import digest
+
+RUN_KEYS = ("quant_method", "format_version", "quantized_linears", "digest", "calibration", "fingerprint")
+
+
+class LLQConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """Base of the `quantization_config` types. Use the one of a method: RTNConfig, GPTQConfig, QuIPConfig, ...
+
+    Fields of the method (bits, group_size, ...), `preset`, and for dense models the calibration: `calibration` (a data set
+    or a file), `calibration_samples`, `calibration_seqlen`, `calibration_seed`, `tokenizer` (default: the model's).
+    """
+
+    method_type: ClassVar[type[Method]]
+
+    def __init__(
+        self,
+        preset: str = "study",
+        calibration: str | dict[str, Any] | None = None,
+        calibration_samples: int = 128,
+        calibration_seqlen: int = 2048,
+        calibration_seed: int = 0,
+        tokenizer: Any = None,
+        **fields: Any,
+    ) -> None:
+        stored = {key: fields.pop(key) for key in RUN_KEYS if key in fields}
+        self.quant_method = f"llq_{self.method_type.name}"
+        self.method = self.method_type.build(preset, **fields)
+        self.tokenizer = tokenizer
+        self.format_version = stored.get("format_version", FORMAT_VERSION)
+        self.quantized_linears: int | None = stored.get("quantized_linears")
+        self.digest: str | None = stored.get("digest")
+        self.fingerprint: str | None = stored.get("fingerprint")
+        # In a checkpoint this is what the calibration was; for a dense model, what to calibrate on.
+        self.calibration_used = calibration if isinstance(calibration, dict) else None
+        source = calibration if isinstance(calibration, str) else "wikitext2"
+        self.calibration = Calibration(source, calibration_samples, calibration_seqlen, calibration_seed)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON of what a checkpoint's config.json holds."""
+        return {
+            "quant_method": self.quant_method,
+            **self.method.to_dict(),
+            "format_version": self.format_version,
+            "quantized_linears": self.quantized_linears,
+            "digest": self.digest,
+            "calibration": self.calibration_used,
+            "fingerprint": self.fingerprint,
+        }
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        return self.to_dict()
+
+    def check_stored(self) -> None:
+        """LLQError unless this config came with a finished checkpoint and was not edited since."""
+        if self.format_version != FORMAT_VERSION:
+            raise LLQError(
+                f"the checkpoint has format_version {self.format_version}, this llq-hf reads {FORMAT_VERSION}; update llq-hf"
+            )
+        if self.quantized_linears is None or self.digest != digest(self.method, self.quantized_linears):
+            raise LLQError(
+                "the quantization_config in config.json was edited: its options do not match its digest. The packed "
+                "weights mean what they meant when they were written; restore the file"
+            )
+
+
+def _config_type(method: type[Method]) -> type[LLQConfig]:
+    doc = f"`quantization_config` of {method.title}: the fields of `{method.__name__}`, and those of LLQConfig."
+    return type(f"{method.__name__}Config", (LLQConfig,), {"method_type": method, "__doc__": doc, "__module__": __name__})
+
+
+CONFIGS: dict[str, type[LLQConfig]] = {name: _config_type(method) for name, method in METHODS.items()}
+globals().update({config.__name__: config for config in CONFIGS.values()})  # RTNConfig, GPTQConfig, ...
+
+
+class LLQQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Serves every LLQConfig: packed checkpoints and dense models."""
+
+    requires_calibration = False
+    quantization_config: LLQConfig
+
+    def __init__(self, quantization_config: LLQConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        if self.pre_quantized:
+            quantization_config.check_stored()
+
+    def _process_model_before_weight_loading(
+        self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        if not self.pre_quantized:
+            return
+        config = self.quantization_config
+        linears = arch.quantizable(model)
+        if len(linears) != config.quantized_linears:
+            raise LLQError(f"the model has {len(linears)} linears in its blocks, the checkpoint {config.quantized_linears}")
+        for name, linear in linears.items():
+            new = QuantLinear(
+                config.method, linear.in_features, linear.out_features, linear.bias is not None, "meta", linear.weight.dtype
+            )
+            arch.replace_module(model, name, new)
+        _check_files(model, checkpoint_files or [])
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        config = self.quantization_config
+        if not self.pre_quantized:
+            ids = None
+            if config.method.observes is not None:
+                tokenizer = config.tokenizer or AutoTokenizer.from_pretrained(model.name_or_path)  # type: ignore[union-attr]
+                ids = config.calibration.ids(tokenizer, model.config.vocab_size)  # type: ignore[union-attr]
+                used = {"ids_sha256": ids_sha256(ids), "samples": ids.shape[0], "seqlen": ids.shape[1]}
+                config.calibration_used = used
+            records = quantize_model(model, config.method, ids)
+            config.quantized_linears = len(records)
+            config.digest = digest(config.method, len(records))
+        for module in model.modules():
+            if isinstance(module, QuantLinear):
+                module.weight.requires_grad_(False)
+        return model
+
+    def is_serializable(self, **kwargs: Any) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True  # with adapters: the packed weights themselves are frozen
+
+
+def _check_files(model: nn.Module, files: list[str]) -> None:
+    """Every tensor of every QuantLinear is in the files, with its shape and dtype; else LLQError, before any is loaded.
+
+    transformers fills a missing buffer with whatever memory holds and only warns.
+    """
+    found: dict[str, Any] = {}
+    for file in files:
+        found.update(header(Path(file)))
+    for name, module in model.named_modules():
+        if not isinstance(module, QuantLinear) or not found:
+            continue
+        for key, spec in module.layout.items():
+            stored = found.get(f"{name}.{key}")
+            if stored is None:
+                raise LLQError(f"the checkpoint lacks {name}.{key}; it is incomplete, or its quantization_config was edited")
+            if stored != spec:
+                raise LLQError(
+                    f"{name}.{key} is stored as {list(stored.shape)} {stored.dtype}, its quantization_config says "
+                    f"{list(spec.shape)} {spec.dtype}: one of them was edited"
+                )
+
+
+class QuantizedLlama(LlamaForCausalLM):  # type: ignore[misc]
+    """A Llama with packed low-bit weights.
+
+    QuantizedLlama.from_pretrained("meta-llama/Meta-Llama-3-8B", method="quip", bits=2) quantizes a dense model;
+    QuantizedLlama.from_pretrained(folder or Hub id of a packed checkpoint) loads one. What it saves and pushes
+    is an ordinary LlamaForCausalLM checkpoint that AutoModelForCausalLM loads.
+    """
+
+    @classmethod
+    def from_pretrained(cls, model: str, *args: Any, method: str | None = None, **kwargs: Any) -> Any:
+        """`method` and its options (those of the method's config type) quantize a dense model on loading."""
+        if method is not None:
+            if kwargs.get("quantization_config") is not None:
+                raise LLQError("give either method=... with its options or quantization_config=..., not both")
+            keys = {*method_type(method).field_names(), "preset", "tokenizer"}
+            keys |= {"calibration", "calibration_samples", "calibration_seqlen", "calibration_seed"}
+            options = {key: kwargs.pop(key) for key in list(kwargs) if key in keys}
+            kwargs["quantization_config"] = CONFIGS[method](**options)
+        return super().from_pretrained(model, *args, **kwargs)
+
+    def save_pretrained(self, save_directory: Any, *args: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """As LlamaForCausalLM: config.json names that class, so every loader finds its way."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        path = Path(save_directory) / "config.json"
+        config = json.loads(path.read_text())
+        config["architectures"] = [LlamaForCausalLM.__name__]
+        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        if push_to_hub:
+            self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name))
+
+
+def count_quantized(model: nn.Module) -> int:
+    return sum(isinstance(module, QuantLinear) for module in model.modules())
+
+
+def check_quantized(model: nn.Module) -> LLQConfig:
+    """The model's LLQConfig; LLQError unless exactly the linears it counts are packed: never score the wrong model."""
+    config = getattr(model.config, "quantization_config", None)
+    if not isinstance(config, LLQConfig):
+        raise LLQError("the model carries no llq quantization_config: it would be scored in full precision")
+    packed = count_quantized(model)
+    if packed != config.quantized_linears or packed == 0:
+        raise LLQError(f"{packed} linears are packed, the checkpoint says {config.quantized_linears}: not the quantized model")
+    return config
+
+
+def _register() -> None:
+    for name, config in CONFIGS.items():
+        if f"llq_{name}" not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+            register_quantization_config(f"llq_{name}")(config)
+            register_quantizer(f"llq_{name}")(LLQQuantizer)
+
+
+_register()

@@ -1,0 +1,177 @@
+"""The contract: a quantization method is one frozen dataclass.
+
+Legend: O out_features, I in_features, T tokens.
+
+Its fields are the config (JSON both ways), `layout` says what is stored before any tensor exists, `quantize` is the
+algorithm, `dequantize` is the meaning of what is stored. Everything else (calibration, module swap, checkpoints,
+loading, evaluation) is written once, elsewhere, and never names a method.
+"""
+
+from __future__ import annotations
+
+import difflib
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from typing import Any, ClassVar, get_type_hints
+
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from .errors import LLQError
+from .grids import Spec
+from .stats import Stat
+
+FORMAT_VERSION = 1
+Packed = dict[str, Tensor]
+
+
+@dataclass
+class Job:
+    """One linear to quantize: who it is, the seed of its randomness, and what the method noted on the way."""
+
+    name: str
+    seed: int
+    notes: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Step:
+    """What a walk hands over: the linears of one block (or of one input group of it), with their statistics."""
+
+    prefix: str  # module name of the decoder block, "model.layers.3"
+    block: nn.Module
+    linears: dict[str, nn.Linear]  # by name inside the block, in the order of execution
+    stats: dict[str, Stat]
+    on_linear: Callable[[str], None] = lambda name: None  # progress
+    jobs: dict[str, Job] = field(default_factory=dict)
+
+    def job(self, name: str, seed: int) -> Job:
+        """The job of linear `name`; its seed depends on the run's seed and the linear's full name only."""
+        full_name = f"{self.prefix}.{name}"
+        self.on_linear(full_name)
+        self.jobs[name] = Job(full_name, seed=zlib.crc32(f"{seed}:{full_name}".encode()) & 0x7FFFFFFF)
+        return self.jobs[name]
+
+    def release(self) -> None:
+        """Let go of statistics and dense weights: the next ones are gathered while the consumer still holds this step."""
+        self.stats.clear()
+        self.linears.clear()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method(ABC):
+    """Base of all methods. Subclasses add fields (with defaults equal to the study's settings) and validate them."""
+
+    name: ClassVar[str]
+    title: ClassVar[str]  # for people: "GPTQ (Frantar et al. 2023)"
+    bits_range: ClassVar[range] = range(1, 9)
+    observes: ClassVar[type[Stat] | None] = None  # None: needs no calibration data
+    best: ClassVar[Mapping[str, Any]] = {}  # fields of preset="best", as a mapping over the study's defaults
+
+    bits: int = 4
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        try:
+            if self.bits not in self.bits_range:
+                raise LLQError(f"bits={self.bits} is outside its range {self.bits_range[0]}..{self.bits_range[-1]}")
+            self.check()
+        except LLQError as error:
+            raise LLQError(f"{self.name}: {error}") from None
+
+    def check(self) -> None:
+        """Raise LLQError, with the offending value in the text, where an option makes no sense."""
+
+    # --- the four things a method says --------------------------------------------------------------------------
+
+    @abstractmethod
+    def layout(self, out_features: int, in_features: int) -> dict[str, Spec]:
+        """Stored tensors by name. "weight" must be int32 codes of a shape other than [O, I]. LLQError if impossible."""
+
+    @abstractmethod
+    def quantize(self, weight_OI: Tensor, stat: Stat | None, job: Job) -> Packed:
+        """fp32 weight -> the tensors of `layout`. Codes are decided here, once. Must not change `weight_OI`."""
+
+    @abstractmethod
+    def dequantize(self, packed: Packed, out_features: int, in_features: int) -> Tensor:
+        """fp32 weight_OI that the stored tensors mean."""
+
+    def linear(self, x: Tensor, packed: Packed, bias: Tensor | None, out_features: int) -> Tensor:
+        """y [..., O] of x [..., I]. Override where the input is transformed instead of the weight."""
+        weight_OI = self.dequantize(packed, out_features, x.shape[-1])
+        return nn.functional.linear(x, weight_OI.to(x.dtype), bias)
+
+    # --- with sensible defaults ----------------------------------------------------------------------------------
+
+    @property
+    def sequential(self) -> bool:
+        """Whether the linears of a block are observed and quantized input group by input group."""
+        return False
+
+    @property
+    def nominal_bits(self) -> float:
+        """The figure that papers print; what is really stored is counted from the layout or the file."""
+        return float(self.bits)
+
+    def quantize_block(self, step: Step) -> dict[str, Packed]:
+        """Packed tensors by linear name. Default: each linear alone."""
+        return {
+            name: self.quantize(linear.weight.detach().float(), step.stats.get(name), step.job(name, self.seed))
+            for name, linear in step.linears.items()
+        }
+
+    # --- config -----------------------------------------------------------------------------------------------------
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def field_names(cls) -> list[str]:
+        return [f.name for f in fields(cls)]
+
+    @classmethod
+    def build(cls, preset: str = "study", **options: Any) -> Self:
+        """The method with a preset's fields and `options` over them; unknown or ill-typed options raise LLQError."""
+        presets: dict[str, Mapping[str, Any]] = {"study": {}, "best": cls.best}
+        if preset not in presets:
+            raise LLQError(f"preset={preset!r} is unknown; there are {' and '.join(presets)}")
+        known = field_types(cls)
+        for option in options:
+            if option not in known:
+                raise LLQError(
+                    f"{cls.name} has no option {option!r}{nearest(option, known)}; it has: {', '.join(known)}"
+                )
+        merged = {**presets[preset], **options}
+        return cls(**{name: _typed(cls.name, name, value, known[name]) for name, value in merged.items()})
+
+
+def field_types(method: type[Method]) -> dict[str, type]:
+    """Option name -> type, for command lines and checks."""
+    hints = get_type_hints(method)
+    return {f.name: hints[f.name] for f in fields(method)}
+
+
+def field_defaults(method: type[Method]) -> dict[str, Any]:
+    return {f.name: f.default for f in fields(method) if f.default is not MISSING}
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """', did you mean "x"?' or nothing."""
+    match = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f" (did you mean {match[0]!r}?)" if match else ""
+
+
+def _typed(method: str, name: str, value: Any, wanted: type) -> Any:
+    """`value` if it is of the field's type; ints pass as floats. "4" or 4.5 for an int is an error, not a guess."""
+    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, wanted) or (wanted is int and isinstance(value, bool)):
+        raise LLQError(f"{method}: {name}={value!r} should be of type {wanted.__name__}")
+    return value
+
+
+def stored_bits(layout: Mapping[str, Spec], out_features: int, in_features: int) -> float:
+    """Bits per weight that a linear takes in the file: codes, scales, zeros, seeds, everything but its bias."""
+    return sum(spec.nbytes for spec in layout.values()) * 8 / (out_features * in_features)

@@ -1,0 +1,25 @@
+"""The methods, listed by hand: adding one is a file here and a line below."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..errors import LLQError
+from ..method import Method, nearest
+from .gptq import GPTQ
+from .quip import QuIP
+from .rtn import RTN
+
+METHODS: dict[str, type[Method]] = {method.name: method for method in (RTN, GPTQ, QuIP)}
+
+
+def method_type(name: str) -> type[Method]:
+    """The class of a method; LLQError with the nearest name where there is none."""
+    if name not in METHODS:
+        raise LLQError(f"unknown method {name!r}{nearest(name, METHODS)}; there are: {', '.join(METHODS)}")
+    return METHODS[name]
+
+
+def build(name: str, preset: str = "study", **options: Any) -> Method:
+    """A method from its name and options: build("gptq", bits=3, group_size=64)."""
+    return method_type(name).build(preset, **options)

@@ -1,0 +1,228 @@
+"""QuIP (Chee et al., NeurIPS 2023, arXiv 2307.13304), after Cornell-RelaxML/QuIP at ac92cfc.
+
+Rounding is easiest when neither weights nor Hessian point along single coordinates. So (1) columns are rescaled by
+s = (diag H / diag W^T W)^(1/4); (2) both sides are rotated by random orthogonal matrices, W~ = U (W s) V^T, H~ = V (H / s s^T) V^T,
+which leaves the output error unchanged and makes W~ look Gaussian; (3) one range for the whole matrix, +-2.4 sigma,
+carries 2**bits levels; (4) LDLQ rounds the columns from last to first, feeding back the errors of those already rounded through
+L, the unit lower Cholesky factor of H~: k_i = round(t_i + (t - k) L)_i; (5) `greedy_passes` revisit every code.
+At run time y = U^T (What (V (x / s))): codes stay packed, U and V come back from their seeds.
+
+Storage                                    with incoherence=False instead of scale, seeds
+    name      shape               dtype   bits per weight
+    weight    [O, I * bits / 32]  int32   bits
+    scale     [1]                 fp32    32 / (O I)      scale [O, 1] fp16, zero [O * bits / 32] int32: a grid per row
+    in_scale  [I]                 fp16    16 / O (absent if not rescale)
+    seeds     [2]                 int32   64 / (O I): V's and U's
+
+Departures: U and V are Kronecker products, as the paper and the authors' docstring say; their code runs a misspelt
+flag's default, an own orthogonal matrix for every slice (`blocked=True`: about sqrt(n) times the memory at run time). Seeds are drawn per
+(layer, linear, side) and stored; theirs are unseeded. Their fp16 roundings between the steps are gone. The greedy passes clamp
+each code as they go (theirs clamps at the end of a pass and leaves the error uncorrected). `search_range` (in
+preset="best") solves for several ranges and keeps the one of least tr(dW H dW^T): 2.4 sigma is right near 4 bits only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..bits import pack, packed_words, unpack
+from ..errors import LLQError
+from ..grids import Spec, Uniform
+from ..method import Job, Method, Packed
+from ..rotations import Rotation, rotation
+from ..stats import Hessian, Stat, factorize, revive_dead
+
+BLOCK = 128  # columns fed back together: speed only
+SEARCH_STEPS = 6
+# Where the best half-range lies, in sigmas: from the optimum of a unit Gaussian (1.49, 2.05, 2.51, 3.9 at 2, 3, 4, 8 bits)
+# upwards, because LDLQ's feedback widens what is rounded.
+SEARCH_SPAN = {
+    1: (0.8, 1.6),
+    2: (1.4, 2.4),
+    3: (2.0, 2.8),
+    4: (2.3, 3.1),
+    5: (2.6, 3.6),
+    6: (3.0, 4.0),
+    7: (3.3, 4.3),
+    8: (3.5, 5.0),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuIP(Method):
+    """bits 1..8; range_sigma is the half-range of the grid in standard deviations; damp a share of mean(diag H)."""
+
+    name: ClassVar[str] = "quip"
+    title: ClassVar[str] = "QuIP (Chee et al. 2023)"
+    observes: ClassVar[type[Stat] | None] = Hessian
+    best: ClassVar[dict[str, Any]] = {"search_range": True, "greedy_passes": 5}
+
+    range_sigma: float = 2.4
+    search_range: bool = False
+    incoherence: bool = True
+    rescale: bool = True
+    blocked: bool = False
+    greedy_passes: int = 0
+    damp: float = 0.01
+
+    def check(self) -> None:
+        if self.range_sigma <= 0:
+            raise LLQError(f"range_sigma={self.range_sigma} must be positive")
+        if self.greedy_passes < 0:
+            raise LLQError(f"greedy_passes={self.greedy_passes} must not be negative")
+        if not 0 <= self.damp <= 1:
+            raise LLQError(f"damp={self.damp} must lie in 0..1, a share of the Hessian's mean diagonal")
+
+    @property
+    def row_grid(self) -> Uniform:
+        """The grid of `incoherence=False`: the authors' qfn "a", per row."""
+        return Uniform(self.bits)
+
+    def layout(self, out_features: int, in_features: int) -> dict[str, Spec]:
+        if self.incoherence:
+            layout = {
+                "weight": Spec((out_features, packed_words(in_features, self.bits)), torch.int32),
+                "scale": Spec((1,), torch.float32),
+                "seeds": Spec((2,), torch.int32),
+            }
+        else:
+            layout = self.row_grid.layout(out_features, in_features)
+        if self.rescale:
+            layout["in_scale"] = Spec((in_features,), torch.float16)
+        return layout
+
+    def quantize(self, weight_OI: Tensor, stat: Stat | None, job: Job) -> Packed:
+        assert isinstance(stat, Hessian)
+        W_OI, H_II, extra = weight_OI, stat.H_II, {}
+        if self.rescale:
+            s_I = _balance(W_OI, H_II)
+            extra["in_scale"] = s_I.half()
+            W_OI, H_II = W_OI * s_I, H_II / H_II.abs().max().clamp_min(1e-30) / torch.outer(s_I, s_I)
+        if not self.incoherence:
+            H_II, L_II = self._prepare(H_II, job)
+            grid = self.row_grid.grid(W_OI)
+            codes_OI = self._round(W_OI / grid.scale + grid.zero, H_II, L_II)
+            return {**self.row_grid.pack(codes_OI, grid), **extra}
+
+        extra["seeds"] = torch.tensor([job.seed, job.seed ^ 0x2545F491], dtype=torch.int32, device=W_OI.device)
+        V, U = self._sides(extra["seeds"], *W_OI.shape)
+        W_OI = U.apply(V.apply(W_OI).T).T.contiguous()
+        H_II = V.apply(V.apply(H_II).T)
+        H_II = H_II * (len(H_II) / (torch.trace(H_II) + 1e-8))
+        torch.diagonal(H_II).add_(0.01)  # the authors' first damping; `damp` is the second
+        H_II, L_II = self._prepare(H_II, job)
+        codes_OI, half_range = self._best_range(W_OI, H_II, L_II, job)
+        return {"weight": pack(codes_OI, self.bits), "scale": half_range, **extra}
+
+    def _prepare(self, H_II: Tensor, job: Job) -> tuple[Tensor, Tensor]:
+        """Hessian with dead channels revived, and the strictly lower feedback matrix of its LDL decomposition."""
+        job.notes["dead_columns"] = int(revive_dead(H_II).sum())
+        L_II = factorize(H_II, self.damp, job.notes, inverse=False)
+        if L_II is None:  # no feedback, which is rounding to nearest
+            job.notes["fallback"] = "rtn"
+            return H_II, torch.zeros_like(H_II)
+        return H_II, (L_II / torch.diagonal(L_II)).tril_(-1)
+
+    def _best_range(self, W_OI: Tensor, H_II: Tensor, L_II: Tensor, job: Job) -> tuple[Tensor, Tensor]:
+        """Codes [O, I] and half-range [1] at `range_sigma`, or at the best of several ranges."""
+        factors = [self.range_sigma]
+        if self.search_range:
+            factors += torch.linspace(*SEARCH_SPAN[self.bits], SEARCH_STEPS).tolist()
+        sigma, top = W_OI.square().mean().sqrt(), 2**self.bits - 1
+        best: tuple[float, float, Tensor, Tensor] | None = None
+        for factor in factors:
+            half_range = (factor * sigma + 1e-16).reshape(1)
+            codes_OI = self._round(((W_OI / half_range + 1) / 2 * top).clamp_(0, top), H_II, L_II)
+            if len(factors) == 1:
+                return codes_OI, half_range
+            error_OI = W_OI - half_range * (2 * codes_OI / top - 1)
+            loss = float((error_OI @ H_II).mul_(error_OI).sum())
+            if best is None or loss < best[0]:
+                best = (loss, factor, codes_OI, half_range)
+        assert best is not None
+        job.notes["range_sigma"] = round(best[1], 4)
+        return best[2], best[3]
+
+    def _round(self, t_OI: Tensor, H_II: Tensor, L_II: Tensor) -> Tensor:
+        """Integer codes of the continuous codes `t_OI`: LDLQ, then the greedy passes."""
+        codes_OI = ldlq(t_OI, L_II, 2**self.bits - 1)
+        for _ in range(self.greedy_passes):
+            if not greedy_pass(codes_OI, t_OI, H_II, 2**self.bits - 1):
+                break
+        return codes_OI
+
+    def _sides(self, seeds: Tensor, out_features: int, in_features: int) -> tuple[Rotation, Rotation]:
+        seed_in, seed_out = seeds.tolist()
+        device = seeds.device
+        return rotation(seed_in, in_features, self.blocked, device), rotation(
+            seed_out, out_features, self.blocked, device
+        )
+
+    def dequantize(self, packed: Packed, out_features: int, in_features: int) -> Tensor:
+        if self.incoherence:
+            V, U = self._sides(packed["seeds"], out_features, in_features)
+            levels_OI = self._odd_levels(packed, in_features).float() * self._step(packed)
+            weight_OI = V.invert(U.invert(levels_OI.T).T)
+        else:
+            weight_OI = self.row_grid.unpack(packed, in_features)
+        return weight_OI / packed["in_scale"].float() if self.rescale else weight_OI
+
+    def linear(self, x: Tensor, packed: Packed, bias: Tensor | None, out_features: int) -> Tensor:
+        z = x / packed["in_scale"].float() if self.rescale else x
+        if not self.incoherence:
+            weight_OI = self.row_grid.unpack(packed, x.shape[-1])
+            return nn.functional.linear(z.to(x.dtype), weight_OI.to(x.dtype), bias)
+        V, U = self._sides(packed["seeds"], out_features, x.shape[-1])
+        z = V.apply(z) * self._step(packed)  # scaled before the product: fp16 must not overflow
+        y = nn.functional.linear(z.to(x.dtype), self._odd_levels(packed, x.shape[-1]).to(x.dtype))
+        y = U.invert(y).to(x.dtype)
+        return y if bias is None else y + bias
+
+    def _odd_levels(self, packed: Packed, in_features: int) -> Tensor:
+        """2 k - (2**bits - 1), int16: exact in bf16 at every width."""
+        return unpack(packed["weight"], self.bits, in_features).to(torch.int16) * 2 - (2**self.bits - 1)
+
+    def _step(self, packed: Packed) -> Tensor:
+        return packed["scale"] / (2**self.bits - 1)
+
+
+def _balance(W_OI: Tensor, H_II: Tensor) -> Tensor:
+    """s [I] = (diag H / diag W^T W)^(1/4), H scaled to max 1, as fp16 will hold it."""
+    h_I = (torch.diagonal(H_II) / H_II.abs().max().clamp_min(1e-30)).clamp_min(1e-8)
+    w_I = W_OI.square().sum(0).clamp_min(1e-8)
+    return (h_I / w_I).pow(0.25).clamp(1e-4, 6e4).half().float()
+
+
+def ldlq(t_OI: Tensor, L_II: Tensor, top: int) -> Tensor:
+    """Round t_OI to 0..top from the last column to the first with linear feedback L_II (strictly lower). Halves go up."""
+    codes_OI, error_OI = torch.empty_like(t_OI), torch.zeros_like(t_OI)
+    columns = t_OI.shape[1]
+    for stop in range(columns, 0, -BLOCK):
+        start = max(stop - BLOCK, 0)
+        target_OB = t_OI[:, start:stop] + error_OI[:, stop:] @ L_II[stop:, start:stop]
+        for i in range(stop - 1, start - 1, -1):
+            codes_OI[:, i] = (target_OB[:, i - start] + 0.5).floor_().clamp_(0, top)
+            error_OI[:, i] = t_OI[:, i] - codes_OI[:, i]
+            target_OB[:, : i - start].addmm_(error_OI[:, i, None], L_II[i, None, start:i])
+    return codes_OI
+
+
+def greedy_pass(codes_OI: Tensor, t_OI: Tensor, H_II: Tensor, top: int) -> bool:
+    """Set every code, last column first, to its best given all others; in place. False when nothing changed."""
+    error_OI, changed = codes_OI - t_OI, False
+    columns = t_OI.shape[1]
+    for stop in range(columns, 0, -BLOCK):
+        start = max(stop - BLOCK, 0)
+        slope_OB = error_OI @ H_II[:, start:stop]
+        for i in range(stop - 1, start - 1, -1):
+            new_O = (codes_OI[:, i] - slope_OB[:, i - start] / H_II[i, i]).round_().clamp_(0, top)
+            move_O = new_O - codes_OI[:, i]
+            codes_OI[:, i] = new_O
+            error_OI[:, i] += move_O
+            slope_OB.addmm_(move_O[:, None], H_II[i, None, start:stop])
+            changed = changed or bool(move_O.any())
+    return changed

@@ -1,0 +1,60 @@
+"""RTN: round to nearest, the baseline of every study.
+
+Each group of `group_size` consecutive weights of a row spans its own uniform grid (zero always inside), and every weight
+takes the nearest of the 2**bits levels. No data, no compensation: what remains is exactly what calibration can win.
+
+The study's rows are IST-DASLab/gptq's `--nearest` (per channel, asymmetric: `group_size=-1`) and the same grid on groups
+of 128. Its 8.5 at 4 bits, group 128, is worse than this grid gives on most models; which grid they used is unknown.
+
+Storage (uniform grid; G = ceil(I / group_size) groups)
+    name    shape                 dtype   bits per weight
+    weight  [O, I * bits / 32]    int32   bits
+    scale   [O, G]                fp16    16 / group_size (fp32, twice that, with scale_bits=32)
+    zero    [O * G * bits / 32]   int32   bits / group_size (absent if sym)
+
+Departure: scales are rounded to the stored fp16 before codes are chosen (the authors keep fp32 and cast later).
+`preset="best"` searches the range of each group for the least |error|**2.4: same bits, less error.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from ..grids import Spec, Uniform
+from ..method import Job, Method, Packed
+from ..stats import Stat
+
+
+@dataclass(frozen=True, kw_only=True)
+class RTN(Method):
+    """group_size -1: one group per row; sym: no zero points; search_range: shrink each range; scale_bits: 16 or 32."""
+
+    name: ClassVar[str] = "rtn"
+    title: ClassVar[str] = "RTN (round to nearest)"
+    best: ClassVar[dict[str, Any]] = {"search_range": True}
+
+    group_size: int = 128
+    sym: bool = False
+    search_range: bool = False
+    scale_bits: int = 16
+
+    def check(self) -> None:
+        _ = self.grid  # validates group_size and scale_bits
+
+    @property
+    def grid(self) -> Uniform:
+        return Uniform(self.bits, self.group_size, self.sym, self.search_range, self.scale_bits)
+
+    def layout(self, out_features: int, in_features: int) -> dict[str, Spec]:
+        return self.grid.layout(out_features, in_features)
+
+    def quantize(self, weight_OI: Tensor, stat: Stat | None, job: Job) -> Packed:
+        grid_OG = self.grid.grids(weight_OI)
+        codes_OI = self.grid.spread(grid_OG, weight_OI.shape[1]).codes(weight_OI, self.bits)
+        return self.grid.pack(codes_OI, grid_OG)
+
+    def dequantize(self, packed: Packed, out_features: int, in_features: int) -> Tensor:
+        return self.grid.unpack(packed, in_features)

@@ -1,0 +1,115 @@
+"""What can go wrong is found before the first block: shapes, tensors, disk, memory, and one real forward pass."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+
+import psutil
+import torch
+from torch import Tensor, nn
+
+from . import arch
+from .checkpoint import Checkpoint
+from .errors import LLQError
+from .linear import checked_layout
+from .method import Method
+from .quantize import Progress, RunOptions
+from .stats import Hessian
+from .walk import BATCH_TOKENS, StreamedBlocks, capture
+
+
+def problems_of(checkpoint: Checkpoint, skeleton: nn.Module, method: Method) -> list[str]:
+    """Sentences about everything in the checkpoint's headers that would stop the run."""
+    problems = []
+    for name, linear in arch.quantizable(skeleton).items():
+        try:
+            checked_layout(method, linear.out_features, linear.in_features)
+        except LLQError as error:
+            problems.append(f"{name}: {error}")
+    tied = set(getattr(skeleton, "_tied_weights_keys", None) or [])
+    for name, tensor in skeleton.state_dict().items():
+        spec = checkpoint.specs.get(name)
+        if spec is None:
+            if name not in tied:
+                problems.append(f"the tensor {name} is missing")
+        elif spec.shape != tuple(tensor.shape):
+            problems.append(f"{name} has shape {list(spec.shape)}, its config says {list(tensor.shape)}")
+    return problems
+
+
+def estimate(
+    checkpoint: Checkpoint,
+    skeleton: nn.Module,
+    method: Method,
+    ids_NS: Tensor | None,
+    dtype: torch.dtype,
+    run: RunOptions,
+    out: Path | None,
+    progress: Progress,
+) -> dict[str, float]:
+    """Estimated output bytes, peak bytes, and seconds of all forward passes; LLQError where disk or memory cannot do."""
+    linears = arch.quantizable(skeleton)
+    packed = sum(
+        spec.nbytes
+        for linear in linears.values()
+        for spec in method.layout(linear.out_features, linear.in_features).values()
+    )
+    untouched = sum(
+        spec.nbytes for name, spec in checkpoint.specs.items() if name.removesuffix(".weight") not in linears
+    )
+    output_bytes = packed + untouched
+    if out is not None:
+        _check_disk(out, output_bytes)
+    peak = _peak_bytes(skeleton, method, ids_NS, dtype, run)
+    total = psutil.virtual_memory().total
+    if run.device == "cpu" and peak > total:
+        raise LLQError(
+            f"about {peak / 2**30:.1f} GiB of memory are needed and the machine has {total / 2**30:.1f}; "
+            "use offload, fewer or shorter calibration samples"
+        )
+    seconds = 0.0
+    if ids_NS is not None:
+        progress.stage("trial forward pass of one block")
+        blocks = StreamedBlocks(checkpoint, skeleton, dtype, torch.device(run.device))
+        batch = max(1, min(len(ids_NS), BATCH_TOKENS // ids_NS.shape[1]))
+        passes = 2 * len(blocks.prefixes) * -(-len(ids_NS) // batch)
+        seconds = passes * _trial(blocks, ids_NS[:batch])
+    return {"output_bytes": float(output_bytes), "peak_bytes": float(peak), "forward_seconds": seconds}
+
+
+def _check_disk(out: Path, needed: int) -> None:
+    existing = next(p for p in (out, *out.absolute().parents) if p.exists())
+    present = sum(f.stat().st_size for f in out.glob("*.safetensors")) if out.is_dir() else 0  # of an interrupted run
+    free = shutil.disk_usage(existing).free
+    if needed - present > free:
+        raise LLQError(
+            f"{out} needs {needed / 2**20:.0f} MiB and its disk has {free / 2**20:.0f} MiB free; choose another folder"
+        )
+
+
+def _peak_bytes(skeleton: nn.Module, method: Method, ids_NS: Tensor | None, dtype: torch.dtype, run: RunOptions) -> int:
+    """A block, its Hessians, a solver's copies of the largest, activations: a rough upper bound."""
+    block = skeleton.get_submodule(arch.block_prefixes(skeleton)[0])
+    widths = [linear.in_features for linear in arch.block_linears(block).values()]
+    largest = max(linear.weight.numel() for linear in arch.block_linears(block).values())
+    block_bytes = sum(p.numel() for p in block.parameters()) * dtype.itemsize
+    hessians = 0
+    if method.observes is not None and issubclass(method.observes, Hessian):
+        hessians = 4 * (sum(w * w for w in set(widths)) + 4 * max(widths) ** 2)
+    activations = 0
+    if ids_NS is not None and run.offload is None:
+        activations = ids_NS.numel() * widths[0] * dtype.itemsize
+    embedding = skeleton.get_input_embeddings().weight.numel() * dtype.itemsize  # type: ignore[operator, union-attr]
+    return block_bytes + 5 * 4 * largest + hessians + activations + embedding + 2**30
+
+
+@torch.no_grad()
+def _trial(blocks: StreamedBlocks, ids_BS: Tensor) -> float:
+    """Seconds of one forward pass of the first block: the run's first real test of device, dtype and memory."""
+    hidden, kwargs = capture(blocks.decoder(), ids_BS.to(blocks.device))
+    block = blocks.load(0)
+    started = time.perf_counter()
+    block(hidden, **kwargs)
+    return time.perf_counter() - started

@@ -1,0 +1,118 @@
+"""The one loop that joins walk, method and swap. `run.py` adds files and a journal around it."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import arch
+from .errors import LLQError
+from .linear import QuantLinear
+from .method import Method, Step, stored_bits
+from .stats import Hessian, Stat
+from .walk import Blocks, LiveBlocks, walk
+
+
+class Progress:
+    """What a run tells while it goes on; this one is silent. `progress.RichProgress` draws it."""
+
+    def stage(self, text: str, total: int = 0) -> None: ...
+    def advance(self, count: int = 1) -> None: ...
+    def blocks(self, done: int, total: int) -> None: ...
+    def linear(self, name: str) -> None: ...
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How to run, as opposed to what to compute. dtype: of the calibration forward passes; None = the checkpoint's."""
+
+    device: str = "cpu"
+    dtype: str | None = None
+    offload: Path | None = None
+    revision: str | None = None
+
+
+@torch.no_grad()
+def quantize_step(step: Step, method: Method) -> list[dict[str, Any]]:
+    """Quantize the linears of a step, put QuantLinears in their place; a record per linear."""
+    started = time.perf_counter()
+    packed = method.quantize_block(step)
+    seconds = (time.perf_counter() - started) / max(len(packed), 1)
+    records = []
+    for name, tensors in packed.items():
+        dense = step.linears[name]
+        quantized = QuantLinear.from_packed(method, dense, tensors)
+        job = step.jobs[name]
+        errors = _errors(dense.weight.detach().float(), quantized.dequantized(), step.stats.get(name))
+        if not all(map(math.isfinite, errors.values())):
+            raise LLQError(f"{job.name} came out not finite: its weights or its calibration inputs are not usable")
+        shape = (dense.out_features, dense.in_features)
+        bits = stored_bits(quantized.layout, *shape)
+        records.append(
+            {"name": job.name, "shape": shape, "stored_bits": bits, **errors, **job.notes, "seconds": seconds}
+        )
+        arch.replace_module(step.block, name, quantized)
+    return records
+
+
+def _errors(weight_OI: Tensor, restored_OI: Tensor, stat: Stat | None) -> dict[str, float]:
+    """Relative squared errors: of the weight, and of the output on the calibration data, tr(dW H dW^T) / tr(W H W^T)."""
+    error_OI = weight_OI - restored_OI
+    errors = {"weight_error": float(error_OI.square().sum() / weight_OI.square().sum().clamp_min(1e-30))}
+    if isinstance(stat, Hessian):
+        loss = (error_OI @ stat.sum_II).mul_(error_OI).sum()
+        total = (weight_OI @ stat.sum_II).mul_(weight_OI).sum()
+        errors["output_error"] = float(loss / total.clamp_min(1e-30))
+    return errors
+
+
+def quantize_model(
+    model: nn.Module,
+    method: Method,
+    ids_NS: Tensor | None,
+    *,
+    offload: Path | None = None,
+    progress: Progress | None = None,
+) -> list[dict[str, Any]]:
+    """Quantize the decoder's linears of a model in memory, in place. Records per linear, as in the report."""
+    progress = progress or Progress()
+    expected = len(arch.quantizable(model))
+    records: list[dict[str, Any]] = []
+    blocks = LiveBlocks(model)
+    for step in steps(blocks, method, ids_NS, progress, offload=offload):
+        records += quantize_step(step, method)
+    if len(records) != expected:
+        raise LLQError(f"{len(records)} linears were quantized, {expected} should have been")
+    progress.close()
+    return records
+
+
+def steps(blocks: Blocks, method: Method, ids_NS: Tensor | None, progress: Progress, **options: Any) -> Iterator[Step]:
+    total, done_before = len(blocks.prefixes), options.pop("done", 0)
+    count = 0 if ids_NS is None else len(ids_NS)
+    inner: Callable[[int, nn.Module], None] = options.pop("on_block", lambda index, block: None)
+
+    def on_block(index: int, block: nn.Module) -> None:
+        inner(index, block)
+        progress.blocks(index + 1, total)
+
+    progress.blocks(done_before, total)
+    progress.stage("calibrating", count * total)
+    return walk(
+        blocks,
+        ids_NS,
+        observes=method.observes,
+        sequential=method.sequential,
+        on_block=on_block,
+        on_batch=progress.advance,
+        on_linear=progress.linear,
+        **options,
+    )

@@ -1,0 +1,269 @@
+"""The only code that runs a model to calibrate it.
+
+Legend: N calibration sequences, S tokens each, D hidden size, B sequences per forward pass.
+
+`walk` yields one decoder block at a time with the statistics of its linears' inputs. While the generator is suspended the
+caller puts quantized linears in their place, so the next block sees what quantized blocks produce. Blocks come
+from a live model or, one at a time, from safetensors on disk; activations lie in memory or in a mapped file.
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import arch
+from .checkpoint import Checkpoint
+from .errors import LLQError
+from .method import Step
+from .stats import Stat
+
+BATCH_TOKENS = 4096  # tokens per forward pass: enough to keep the cores busy, little enough to bound memory
+
+
+class Blocks(ABC):
+    """Decoder blocks, one at a time, and the decoder around them that turns token ids into the first block's input."""
+
+    prefixes: list[str]
+    device: torch.device
+
+    @abstractmethod
+    def load(self, index: int) -> nn.Module:
+        """The block with real tensors, ready to run. The caller drops it before it asks for the next."""
+
+    @abstractmethod
+    def decoder(self) -> nn.Module:
+        """The decoder with real embeddings and rotary tables; its blocks are not run."""
+
+
+class LiveBlocks(Blocks):
+    """The blocks of a model that is in memory already; they are changed in place."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.prefixes = model, arch.block_prefixes(model)
+        self.device = next(model.parameters()).device
+
+    def load(self, index: int) -> nn.Module:
+        return self.model.get_submodule(self.prefixes[index])
+
+    def decoder(self) -> nn.Module:
+        return arch.decoder_of(self.model)[1]
+
+
+class StreamedBlocks(Blocks):
+    """Blocks read from a checkpoint as they are asked for. `skeleton` is the whole model on the meta device."""
+
+    def __init__(self, checkpoint: Checkpoint, skeleton: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+        self.checkpoint, self.skeleton, self.dtype, self.device = checkpoint, skeleton, dtype, device
+        self.prefixes = arch.block_prefixes(skeleton)
+
+    def load(self, index: int) -> nn.Module:
+        prefix = self.prefixes[index]
+        block = copy.deepcopy(self.skeleton.get_submodule(prefix))
+        return self._filled(block, prefix)
+
+    def decoder(self) -> nn.Module:
+        name, skeleton = arch.decoder_of(self.skeleton)
+        blocks, skeleton.layers = skeleton.layers, nn.ModuleList()
+        try:
+            decoder = copy.deepcopy(skeleton)
+        finally:
+            skeleton.layers = blocks
+        decoder.layers = nn.ModuleList([nn.Identity() for _ in self.prefixes])
+        for child, module in list(decoder.named_children()):
+            if any(buffer.is_meta for buffer in module.buffers()):  # rotary tables are computed, not stored
+                setattr(decoder, child, type(module)(config=decoder.config).to(self.device))  # type: ignore[call-arg]
+        return self._filled(decoder, name)
+
+    def _filled(self, module: nn.Module, prefix: str) -> nn.Module:
+        """`module` with its meta parameters replaced by the checkpoint's tensors, cast to the run's dtype."""
+        names = {f"{prefix}.{n}" if prefix else n: n for n, t in module.state_dict(keep_vars=True).items() if t.is_meta}
+        tensors = self.checkpoint.read(names)
+        own = {names[key]: tensor.to(self.device, self.dtype) for key, tensor in tensors.items()}
+        module.load_state_dict(own, strict=False, assign=True)
+        return module.requires_grad_(False).eval()
+
+
+class Activations:
+    """What flows from block to block: [N, S, D], in memory or in a file of `offload`; batches are replaced in place."""
+
+    def __init__(self, shape: tuple[int, int, int], dtype: torch.dtype, offload: Path | None) -> None:
+        self._file = None
+        if offload is None:
+            self.tensor_NSD = torch.empty(shape, dtype=dtype)
+            return
+        offload.mkdir(parents=True, exist_ok=True)
+        self._file = tempfile.NamedTemporaryFile(dir=offload, prefix="activations-", suffix=".bin")  # noqa: SIM115 (lives as long as the tensor)
+        count = shape[0] * shape[1] * shape[2]
+        self.tensor_NSD = torch.from_file(self._file.name, shared=True, size=count, dtype=dtype).view(shape)
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        return self.tensor_NSD[rows]
+
+    def __setitem__(self, rows: slice, value: Tensor) -> None:
+        self.tensor_NSD[rows] = value.to(self.tensor_NSD)
+
+
+class Stream:
+    """The calibration set on its way through the blocks: its activations and the keyword arguments every block gets."""
+
+    def __init__(self, blocks: Blocks, ids_NS: Tensor, offload: Path | None, on_batch: Callable[[int], None]) -> None:
+        self.count, self.length = ids_NS.shape
+        self.size = max(1, BATCH_TOKENS // self.length)
+        self.on_batch = on_batch
+        self._kwargs: dict[int, dict[str, Any]] = {}  # by batch size: masks have a batch axis
+        decoder = blocks.decoder()
+        activations: Activations | None = None
+        for rows in self.batches():
+            hidden_BSD, kwargs = capture(decoder, ids_NS[rows].to(blocks.device))
+            if activations is None:
+                activations = Activations((self.count, *hidden_BSD.shape[1:]), hidden_BSD.dtype, offload)
+            activations[rows] = hidden_BSD
+            self._kwargs.setdefault(len(hidden_BSD), kwargs)
+        assert activations is not None
+        self.activations, self.device = activations, blocks.device
+
+    def batches(self) -> list[slice]:
+        return [slice(start, min(start + self.size, self.count)) for start in range(0, self.count, self.size)]
+
+    def inputs(self, rows: slice) -> tuple[Tensor, dict[str, Any]]:
+        hidden_BSD = self.activations[rows].to(self.device)
+        return hidden_BSD, self._kwargs[len(hidden_BSD)]
+
+    @torch.no_grad()
+    def observe(self, block: nn.Module, groups: list[list[str]], observes: type[Stat]) -> dict[str, Stat]:
+        """Statistics of the input of every linear in `groups`; linears of a group share one object."""
+        linears = arch.block_linears(block)
+        stats: dict[str, Stat] = {}
+        handles, sequences = [], 0
+        for group in groups:
+            stat = observes(linears[group[0]].in_features, self.device)
+            stats.update(dict.fromkeys(group, stat))
+
+            def hook(module: nn.Module, args: tuple[Tensor, ...], stat: Stat = stat) -> None:
+                stat.update(args[0].flatten(0, -2), sequences)
+
+            handles.append(linears[group[0]].register_forward_pre_hook(hook))
+        try:
+            for rows in self.batches():
+                hidden_BSD, kwargs = self.inputs(rows)
+                sequences = len(hidden_BSD)
+                block(hidden_BSD, **kwargs)
+                self.on_batch(sequences)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return stats
+
+    @torch.no_grad()
+    def advance(self, block: nn.Module, name: str) -> None:
+        """Replace the activations by the block's outputs. LLQError where they overflow."""
+        for rows in self.batches():
+            hidden_BSD, kwargs = self.inputs(rows)
+            out_BSD = first(block(hidden_BSD, **kwargs))
+            if not torch.isfinite(out_BSD).all():
+                raise LLQError(
+                    f"the output of {name} is not finite in {out_BSD.dtype}; run with dtype float32 or bfloat16"
+                )
+            self.activations[rows] = out_BSD
+            self.on_batch(len(hidden_BSD))
+
+
+class _CaughtError(Exception):
+    """Raised on purpose, to stop a forward pass at the first block."""
+
+
+class _Catcher(nn.Module):
+    def __init__(self, original: nn.Module) -> None:
+        super().__init__()
+        self.__dict__["original"] = original  # not a child: only lends its attributes to the decoder's loop
+        self.hidden: Tensor | None = None
+        self.kwargs: dict[str, Any] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["original"], name)
+
+    def forward(self, hidden: Tensor, **kwargs: Any) -> Tensor:
+        self.hidden, self.kwargs = hidden, kwargs
+        raise _CaughtError
+
+
+@torch.no_grad()
+def capture(decoder: nn.Module, ids_BS: Tensor) -> tuple[Tensor, dict[str, Any]]:
+    """Input [B, S, D] of the first block and the keyword arguments the decoder passes to it (mask, rotary tables)."""
+    blocks = decoder.layers
+    assert isinstance(blocks, nn.ModuleList)
+    catcher = _Catcher(blocks[0])
+    decoder.layers = nn.ModuleList([catcher, *blocks[1:]])
+    try:
+        decoder(input_ids=ids_BS, use_cache=False)
+    except _CaughtError:
+        pass
+    finally:
+        decoder.layers = blocks
+    assert catcher.hidden is not None
+    return catcher.hidden, catcher.kwargs
+
+
+def first(output: Any) -> Tensor:
+    """Blocks return a tensor in transformers 5, a tuple in some architectures."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def walk(
+    blocks: Blocks,
+    ids_NS: Tensor | None,
+    *,
+    observes: type[Stat] | None,
+    sequential: bool,
+    restore: Callable[[int, nn.Module], None] = lambda index, block: None,
+    finished: Callable[[int], bool] = lambda index: False,
+    offload: Path | None = None,
+    on_block: Callable[[int, nn.Module], None] = lambda index, block: None,
+    on_batch: Callable[[int], None] = lambda sequences: None,
+    on_linear: Callable[[str], None] = lambda name: None,
+) -> Iterator[Step]:
+    """Yield the steps of every block not `finished`; `on_block` is called when a block's last step was consumed.
+
+    A finished block (of a resumed run) is only passed through: `restore` puts its packed linears in place. Without
+    `observes` no data is needed and nothing is run.
+    """
+    if observes is not None and ids_NS is None:
+        raise LLQError("this method needs calibration data")
+    stream = Stream(blocks, ids_NS, offload, on_batch) if observes is not None and ids_NS is not None else None
+    last = len(blocks.prefixes) - 1
+    for index, prefix in enumerate(blocks.prefixes):
+        if finished(index):
+            if stream is not None and index < last:
+                block = blocks.load(index)
+                restore(index, block)
+                stream.advance(block, prefix)
+            continue
+        block = blocks.load(index)
+        if stream is None:
+            yield Step(prefix, block, arch.block_linears(block), {}, on_linear)
+        else:
+            assert observes is not None
+            groups = arch.input_groups(block, *stream.inputs(stream.batches()[0]))
+            for part in [[group] for group in groups] if sequential else [groups]:
+                stats = stream.observe(block, part, observes)
+                for name, stat in stats.items():
+                    stat.check(f"{prefix}.{name}")
+                dense = arch.block_linears(block)
+                step = Step(prefix, block, {name: dense[name] for group in part for name in group}, stats, on_linear)
+                yield step
+                step.release()
+        on_block(index, block)
+        if stream is not None and index < last:
+            stream.advance(block, prefix)
+        del block
