@@ -7,7 +7,7 @@ configuration type per method (RTNConfig, GPTQConfig, QuIPConfig, ...) for `from
 _WHERE = {
     "Calibration": "data",
     "LLQError": "errors",
-    "QuantizedLlama": "hf",
+    "QuantizedLlama": "modeling",
     "build": "methods",
     "quantize_checkpoint": "run",
     "quantize_model": "quantize",

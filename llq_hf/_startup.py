@@ -94,7 +94,9 @@ class _Finder:
             _run(hook, module)
 
         try:
-            spec.loader.exec_module = exec_module  # on the instance: type, source and pickling of the loader are unchanged
+            spec.loader.exec_module = (
+                exec_module  # on the instance: type, source and pickling of the loader are unchanged
+            )
         except AttributeError:  # a loader that takes no attributes: the module works, only we are not in it
             return None
         return spec

@@ -1,18 +1,17 @@
-"""The socket of transformers: a `quantization_config` type per method, one quantizer for all, and QuantizedLlama.
+"""The socket of transformers: a `quantization_config` type per method, and one quantizer for all.
 
 The only file that knows transformers.quantizers. Loading a packed checkpoint builds QuantLinears on the meta device from config
 and layout, and the ordinary loader fills them by name: no repacking, no conversion. A config given for a dense model quantizes
-the loaded model in place. `_startup` imports this module when transformers imports its quantizers.
+the loaded model in place. `_startup` imports this module when transformers imports its quantizers, which happens in the
+middle of importing its models: no model class may be imported here.
 """
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import nn
-from transformers import AutoTokenizer, LlamaForCausalLM
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     register_quantization_config,
@@ -27,9 +26,9 @@ from .data import Calibration, ids_sha256
 from .errors import LLQError
 from .linear import QuantLinear
 from .method import FORMAT_VERSION, Method
-from .methods import METHODS, method_type
+from .methods import METHODS
 from .quantize import quantize_model
-from .run import digest
+from .run import digest, load_tokenizer
 
 RUN_KEYS = ("quant_method", "format_version", "quantized_linears", "digest", "calibration", "fingerprint")
 
@@ -96,7 +95,9 @@ class LLQConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
 def _config_type(method: type[Method]) -> type[LLQConfig]:
     doc = f"`quantization_config` of {method.title}: the fields of `{method.__name__}`, and those of LLQConfig."
-    return type(f"{method.__name__}Config", (LLQConfig,), {"method_type": method, "__doc__": doc, "__module__": __name__})
+    return type(
+        f"{method.__name__}Config", (LLQConfig,), {"method_type": method, "__doc__": doc, "__module__": __name__}
+    )
 
 
 CONFIGS: dict[str, type[LLQConfig]] = {name: _config_type(method) for name, method in METHODS.items()}
@@ -122,10 +123,17 @@ class LLQQuantizer(HfQuantizer):  # type: ignore[misc]
         config = self.quantization_config
         linears = arch.quantizable(model)
         if len(linears) != config.quantized_linears:
-            raise LLQError(f"the model has {len(linears)} linears in its blocks, the checkpoint {config.quantized_linears}")
+            raise LLQError(
+                f"the model has {len(linears)} linears in its blocks, the checkpoint {config.quantized_linears}"
+            )
         for name, linear in linears.items():
             new = QuantLinear(
-                config.method, linear.in_features, linear.out_features, linear.bias is not None, "meta", linear.weight.dtype
+                config.method,
+                linear.in_features,
+                linear.out_features,
+                linear.bias is not None,
+                "meta",
+                linear.weight.dtype,
             )
             arch.replace_module(model, name, new)
         _check_files(model, checkpoint_files or [])
@@ -135,7 +143,7 @@ class LLQQuantizer(HfQuantizer):  # type: ignore[misc]
         if not self.pre_quantized:
             ids = None
             if config.method.observes is not None:
-                tokenizer = config.tokenizer or AutoTokenizer.from_pretrained(model.name_or_path)  # type: ignore[union-attr]
+                tokenizer = config.tokenizer or load_tokenizer(Path(str(model.name_or_path)))
                 ids = config.calibration.ids(tokenizer, model.config.vocab_size)  # type: ignore[union-attr]
                 used = {"ids_sha256": ids_sha256(ids), "samples": ids.shape[0], "seqlen": ids.shape[1]}
                 config.calibration_used = used
@@ -169,43 +177,14 @@ def _check_files(model: nn.Module, files: list[str]) -> None:
         for key, spec in module.layout.items():
             stored = found.get(f"{name}.{key}")
             if stored is None:
-                raise LLQError(f"the checkpoint lacks {name}.{key}; it is incomplete, or its quantization_config was edited")
+                raise LLQError(
+                    f"the checkpoint lacks {name}.{key}; it is incomplete, or its quantization_config was edited"
+                )
             if stored != spec:
                 raise LLQError(
                     f"{name}.{key} is stored as {list(stored.shape)} {stored.dtype}, its quantization_config says "
                     f"{list(spec.shape)} {spec.dtype}: one of them was edited"
                 )
-
-
-class QuantizedLlama(LlamaForCausalLM):  # type: ignore[misc]
-    """A Llama with packed low-bit weights.
-
-    QuantizedLlama.from_pretrained("meta-llama/Meta-Llama-3-8B", method="quip", bits=2) quantizes a dense model;
-    QuantizedLlama.from_pretrained(folder or Hub id of a packed checkpoint) loads one. What it saves and pushes
-    is an ordinary LlamaForCausalLM checkpoint that AutoModelForCausalLM loads.
-    """
-
-    @classmethod
-    def from_pretrained(cls, model: str, *args: Any, method: str | None = None, **kwargs: Any) -> Any:
-        """`method` and its options (those of the method's config type) quantize a dense model on loading."""
-        if method is not None:
-            if kwargs.get("quantization_config") is not None:
-                raise LLQError("give either method=... with its options or quantization_config=..., not both")
-            keys = {*method_type(method).field_names(), "preset", "tokenizer"}
-            keys |= {"calibration", "calibration_samples", "calibration_seqlen", "calibration_seed"}
-            options = {key: kwargs.pop(key) for key in list(kwargs) if key in keys}
-            kwargs["quantization_config"] = CONFIGS[method](**options)
-        return super().from_pretrained(model, *args, **kwargs)
-
-    def save_pretrained(self, save_directory: Any, *args: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
-        """As LlamaForCausalLM: config.json names that class, so every loader finds its way."""
-        super().save_pretrained(save_directory, *args, **kwargs)
-        path = Path(save_directory) / "config.json"
-        config = json.loads(path.read_text())
-        config["architectures"] = [LlamaForCausalLM.__name__]
-        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-        if push_to_hub:
-            self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name))
 
 
 def count_quantized(model: nn.Module) -> int:
@@ -219,7 +198,9 @@ def check_quantized(model: nn.Module) -> LLQConfig:
         raise LLQError("the model carries no llq quantization_config: it would be scored in full precision")
     packed = count_quantized(model)
     if packed != config.quantized_linears or packed == 0:
-        raise LLQError(f"{packed} linears are packed, the checkpoint says {config.quantized_linears}: not the quantized model")
+        raise LLQError(
+            f"{packed} linears are packed, the checkpoint says {config.quantized_linears}: not the quantized model"
+        )
     return config
 
 

@@ -1,0 +1,44 @@
+"""QuantizedLlama: a Hugging Face model class for those who want one; plain AutoModelForCausalLM loads the same files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import LlamaForCausalLM
+
+from .errors import LLQError
+from .hf import CONFIGS
+from .methods import method_type
+
+
+class QuantizedLlama(LlamaForCausalLM):  # type: ignore[misc]
+    """A Llama with packed low-bit weights.
+
+    QuantizedLlama.from_pretrained("meta-llama/Meta-Llama-3-8B", method="quip", bits=2) quantizes a dense model;
+    QuantizedLlama.from_pretrained(folder or Hub id of a packed checkpoint) loads one. What it saves and pushes
+    is an ordinary LlamaForCausalLM checkpoint that AutoModelForCausalLM loads.
+    """
+
+    @classmethod
+    def from_pretrained(cls, model: str, *args: Any, method: str | None = None, **kwargs: Any) -> Any:
+        """`method` and its options (those of the method's config type) quantize a dense model on loading."""
+        if method is not None:
+            if kwargs.get("quantization_config") is not None:
+                raise LLQError("give either method=... with its options or quantization_config=..., not both")
+            keys = {*method_type(method).field_names(), "preset", "tokenizer"}
+            keys |= {"calibration", "calibration_samples", "calibration_seqlen", "calibration_seed"}
+            options = {key: kwargs.pop(key) for key in list(kwargs) if key in keys}
+            kwargs["quantization_config"] = CONFIGS[method](**options)
+        return super().from_pretrained(model, *args, **kwargs)
+
+    def save_pretrained(self, save_directory: Any, *args: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """As LlamaForCausalLM: config.json names that class, so every loader finds its way."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        path = Path(save_directory) / "config.json"
+        config = json.loads(path.read_text())
+        config["architectures"] = [LlamaForCausalLM.__name__]
+        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        if push_to_hub:
+            self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name))
