@@ -115,7 +115,9 @@ def token_perplexity(shards: Sequence[tuple[float, int]]) -> float:
     if tokens == 0:
         raise LLQError("No window was scored; drop --samples, or name shards that have windows.")
     nats = -math.fsum(logprob for logprob, _ in shards) / tokens
-    return math.exp(nats) if nats < 700 else math.inf
+    if math.isnan(nats):
+        _log.warning("The model gives logits that are no numbers (NaN); its token perplexity is reported as NaN.")
+    return math.inf if nats > 700 else math.exp(nats)
 
 
 def windows_nll(lm: Any, requests: Sequence[Instance]) -> list[tuple[float, int, int]]:
@@ -182,6 +184,8 @@ def _window_logprobs(lm: Any, windows_NS: Tensor, name: str) -> list[float]:
                 bar.update(len(batch_BS))
         return sums
 
+    if len(windows_NS) == 0:  # all shards of this rank are empty
+        return []
     if lm.batch_size != "auto":
         return score(int(lm.batch_size))
     return list(find_executable_batch_size(score, starting_batch_size=AUTO_BATCH_WINDOWS)())
