@@ -1,13 +1,16 @@
 """Imported by llq_hf_startup.pth at every interpreter start, so only `sys` is imported here, and nothing may fail.
 
-It puts a finder on sys.meta_path that finds nothing itself: when one of the modules in `HOOKS` is imported by somebody, the
-real finders do their work and a short callback runs right after. That is how lm-eval learns of the model `llq` and of our
-tasks, and transformers of our quantization configs, with no flag and no import. LLQ_DISABLE=1 switches it off.
+It puts a finder on sys.meta_path that finds nothing itself: when one of the modules in `HOOKS` is imported by
+somebody, the real finders do their work and a short callback runs right after. That is how lm-eval learns of the
+model `llq` and of our tasks, and transformers of our quantization configs, with no flag and no import. LLQ_DISABLE=1
+switches it off.
 """
 
 import sys
 
-if False:
+TYPE_CHECKING = False  # typing's own costs a millisecond; checkers know the name
+if TYPE_CHECKING:
+    from collections.abc import Callable
     from types import ModuleType
 
 
@@ -64,13 +67,13 @@ HOOKS = {
 }
 
 
-def _run(hook, module):  # type: ignore[no-untyped-def]
+def _run(hook: "Callable[[ModuleType], None]", module: "ModuleType") -> None:
     try:
         hook(module)
     except Exception as error:  # a bug of ours must never break somebody else's `import transformers`
         import warnings
 
-        text = f"llq-hf could not hook into {module.__name__} ({type(error).__name__}: {error}); LLQ_DISABLE=1 silences this"
+        text = f"llq-hf could not hook into {module.__name__} ({type(error).__name__}: {error}); LLQ_DISABLE=1 skips it"
         warnings.warn(text, stacklevel=2)
 
 
@@ -108,7 +111,7 @@ def install() -> None:
 
     if os.environ.get("LLQ_DISABLE", "") not in ("", "0") or _Finder in sys.meta_path:
         return
-    sys.meta_path.insert(0, _Finder)  # type: ignore[arg-type]
+    sys.meta_path.insert(0, _Finder)
     for name, hook in HOOKS.items():
         if name in sys.modules:
             _run(hook, sys.modules[name])

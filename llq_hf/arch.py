@@ -15,7 +15,8 @@ def decoder_of(model: nn.Module) -> tuple[str, nn.Module]:
 
     LLQError where the model has no `get_decoder()` with a `layers` list.
     """
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    find: Any = getattr(model, "get_decoder", None)
+    decoder = find() if find is not None else None
     if not isinstance(decoder, nn.Module) or not isinstance(getattr(decoder, "layers", None), nn.ModuleList):
         raise LLQError(
             f"{type(model).__name__} is not a Llama-like model: its decoder has no list of blocks named 'layers'"

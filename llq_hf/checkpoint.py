@@ -47,7 +47,7 @@ class Checkpoint:
         return cls(path, files, {name: specs[name] for name in files}, config)
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Copies of the named tensors. The files are closed again: a mapping left open would count as resident memory."""
+        """Copies of the named tensors. Files are closed again: a mapping left open counts as resident memory."""
         by_file: dict[Path, list[str]] = {}
         for name in names:
             if name not in self.files:
@@ -68,7 +68,7 @@ class Checkpoint:
             tensor = self.read([name])[name].contiguous()
             spec = self.specs[name]
             digest.update(f"{name} {spec.shape} {spec.dtype}".encode())
-            digest.update(tensor.flatten().view(torch.uint8).numpy())
+            digest.update(tensor.flatten().view(torch.uint8).numpy().data)
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
                 bad.append(name)
             on_tensor(i + 1, len(self.files))

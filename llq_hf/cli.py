@@ -98,7 +98,8 @@ def quantize(
 ) -> None:
     """Quantize a model block by block into a packed checkpoint that from_pretrained loads.
 
-    Peak memory is one block, whatever the depth. A killed run goes on where it stopped when the same command is given again.
+    Peak memory is one block, whatever the depth. A killed run goes on where it stopped when the same command is given
+    again.
 
     Example: **llq quantize demo /tmp/demo-quip --method quip --bits 2**
     """

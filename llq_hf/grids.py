@@ -80,7 +80,7 @@ class Uniform:
     def grids(self, weight_OI: Tensor) -> Grid:
         """One grid per row and group of consecutive columns: scale and zero [O, G]."""
         size = weight_OI.shape[1] if self.group_size == -1 else self.group_size
-        found = [self.grid(part) for part in weight_OI.split(size, dim=1)]
+        found = [self.grid(part) for part in torch.split(weight_OI, size, dim=1)]
         return Grid(torch.cat([g.scale for g in found], dim=1), torch.cat([g.zero for g in found], dim=1))
 
     def spread(self, grid_OG: Grid, in_features: int) -> Grid:

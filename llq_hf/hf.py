@@ -1,15 +1,15 @@
 """The socket of transformers: a `quantization_config` type per method, and one quantizer for all.
 
-The only file that knows transformers.quantizers. Loading a packed checkpoint builds QuantLinears on the meta device from config
-and layout, and the ordinary loader fills them by name: no repacking, no conversion. A config given for a dense model quantizes
-the loaded model in place. `_startup` imports this module when transformers imports its quantizers, which happens in the
-middle of importing its models: no model class may be imported here.
+The only file that knows transformers.quantizers. Loading a packed checkpoint builds QuantLinears on the meta device
+from config and layout, and the ordinary loader fills them by name: no repacking, no conversion. A config given for a
+dense model quantizes the loaded model in place. `_startup` imports this module when transformers imports its
+quantizers, which happens in the middle of importing its models: no model class may be imported here.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
 from transformers.quantizers.auto import (
@@ -30,14 +30,18 @@ from .methods import METHODS
 from .quantize import quantize_model
 from .run import digest, load_tokenizer
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 RUN_KEYS = ("quant_method", "format_version", "quantized_linears", "digest", "calibration", "fingerprint")
 
 
 class LLQConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """Base of the `quantization_config` types. Use the one of a method: RTNConfig, GPTQConfig, QuIPConfig, ...
 
-    Fields of the method (bits, group_size, ...), `preset`, and for dense models the calibration: `calibration` (a data set
-    or a file), `calibration_samples`, `calibration_seqlen`, `calibration_seed`, `tokenizer` (default: the model's).
+    Fields of the method (bits, group_size, ...), `preset`, and for dense models the calibration: `calibration` (a
+    data set or a file), `calibration_samples`, `calibration_seqlen`, `calibration_seed`, `tokenizer` (default: the
+    model's).
     """
 
     method_type: ClassVar[type[Method]]
@@ -84,7 +88,8 @@ class LLQConfig(QuantizationConfigMixin):  # type: ignore[misc]
         """LLQError unless this config came with a finished checkpoint and was not edited since."""
         if self.format_version != FORMAT_VERSION:
             raise LLQError(
-                f"the checkpoint has format_version {self.format_version}, this llq-hf reads {FORMAT_VERSION}; update llq-hf"
+                f"the checkpoint has format_version {self.format_version}, this llq-hf reads {FORMAT_VERSION}: "
+                "update llq-hf"
             )
         if self.quantized_linears is None or self.digest != digest(self.method, self.quantized_linears):
             raise LLQError(
@@ -138,13 +143,13 @@ class LLQQuantizer(HfQuantizer):  # type: ignore[misc]
             arch.replace_module(model, name, new)
         _check_files(model, checkpoint_files or [])
 
-    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         config = self.quantization_config
         if not self.pre_quantized:
             ids = None
             if config.method.observes is not None:
                 tokenizer = config.tokenizer or load_tokenizer(Path(str(model.name_or_path)))
-                ids = config.calibration.ids(tokenizer, model.config.vocab_size)  # type: ignore[union-attr]
+                ids = config.calibration.ids(tokenizer, model.config.vocab_size)
                 used = {"ids_sha256": ids_sha256(ids), "samples": ids.shape[0], "seqlen": ids.shape[1]}
                 config.calibration_used = used
             records = quantize_model(model, config.method, ids)

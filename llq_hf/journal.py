@@ -1,7 +1,7 @@
 """The run journal beside an output folder: what was asked for, which blocks are done, how each linear went.
 
-`OUT.journal.jsonl` lies beside OUT, not in it: it records seconds and bytes of memory, and every file *in* OUT is the same
-whether a run was unbroken or killed and resumed. First line: the run's fingerprint and what went into it. Then
+`OUT.journal.jsonl` lies beside OUT, not in it: it records seconds and bytes of memory, and every file *in* OUT is the
+same whether a run was unbroken or killed and resumed. First line: the run's fingerprint and what went into it. Then
 one line per finished block, written only after the block's file is safely on disk; a torn last line is ignored.
 """
 

@@ -1,4 +1,4 @@
-"""QuantLinear: what takes a Linear's place. It holds the tensors of a method's layout and asks the method what they mean."""
+"""QuantLinear takes a Linear's place: it holds the tensors of a method's layout and asks the method what they mean."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from .method import Method, Packed
 class QuantLinear(nn.Linear):
     """A Linear over packed weights [O, I]; a subclass, so that peft and "all-linear" find it with no registration.
 
-    The packed codes are a frozen int32 Parameter named `weight`, of packed shape: a loader without this plugin then fails
-    on the shape instead of warning and running random weights. All else the method stores are buffers beside it.
+    The packed codes are a frozen int32 Parameter named `weight`, of packed shape: a loader without this plugin then
+    fails on the shape instead of warning and running random weights. All else the method stores are buffers beside
+    it.
     """
 
     def __init__(
@@ -68,9 +69,9 @@ class QuantLinear(nn.Linear):
         return self.method.linear(x, self.packed(), self.bias, self.out_features)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
-        """`.to(dtype)`, `.half()`, `.bfloat16()` move stored tensors but never cast them: a scale in bf16 is another scale."""
+        """`.to(dtype)`, `.half()`, ... move stored tensors but never cast them: a scale in bf16 is another scale."""
         before = self.packed()
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, old in before.items():
             new = getattr(self, name)
             if new.dtype != old.dtype:
@@ -88,7 +89,7 @@ def checked_layout(method: Method, out_features: int, in_features: int) -> dict[
     layout = method.layout(out_features, in_features)
     if layout["weight"].shape == (out_features, in_features):
         raise LLQError(
-            f"{method.name}: {method.bits}-bit codes of a {out_features} x {in_features} linear take the dense weight's "
-            "shape, which a loader without llq-hf would mistake for weights; the linear is too small to quantize"
+            f"{method.name}: {method.bits}-bit codes of a {out_features} x {in_features} linear take the dense "
+            "weight's shape, which a loader without llq-hf would mistake for weights: the linear is too small to quantize"
         )
     return layout

@@ -87,6 +87,10 @@ class LLQLM(HFLM):  # type: ignore[misc]
         if self._quantized:
             check_quantized(self.model)
 
+    def _create_model(self, pretrained: str, *args: Any, quantization_config: Any = None, **kwargs: Any) -> None:
+        # lm-eval hands the checkpoint's own quantization_config back to from_pretrained, which would warn about it.
+        super()._create_model(pretrained, *args, quantization_config=None, **kwargs)
+
     def get_model_info(self) -> dict[str, Any]:
         """What lm-eval writes into the results file, with what was really scored."""
         info: dict[str, Any] = super().get_model_info()

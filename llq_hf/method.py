@@ -55,7 +55,7 @@ class Step:
         return self.jobs[name]
 
     def release(self) -> None:
-        """Let go of statistics and dense weights: the next ones are gathered while the consumer still holds this step."""
+        """Let go of statistics and weights: the next ones are gathered while the consumer still holds this step."""
         self.stats.clear()
         self.linears.clear()
 
@@ -81,7 +81,7 @@ class Method(ABC):
         except LLQError as error:
             raise LLQError(f"{self.name}: {error}") from None
 
-    def check(self) -> None:
+    def check(self) -> None:  # noqa: B027 (most methods have nothing to check)
         """Raise LLQError, with the offending value in the text, where an option makes no sense."""
 
     # --- the four things a method says --------------------------------------------------------------------------

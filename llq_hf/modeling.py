@@ -1,4 +1,4 @@
-"""QuantizedLlama: a Hugging Face model class for those who want one; plain AutoModelForCausalLM loads the same files."""
+"""QuantizedLlama: a model class for those who want one; plain AutoModelForCausalLM loads the same files."""
 
 from __future__ import annotations
 

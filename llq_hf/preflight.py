@@ -5,10 +5,11 @@ from __future__ import annotations
 import shutil
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import arch
 from .checkpoint import Checkpoint
@@ -19,8 +20,11 @@ from .quantize import Progress, RunOptions
 from .stats import Hessian
 from .walk import BATCH_TOKENS, StreamedBlocks, capture
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
-def problems_of(checkpoint: Checkpoint, skeleton: nn.Module, method: Method) -> list[str]:
+
+def problems_of(checkpoint: Checkpoint, skeleton: PreTrainedModel, method: Method) -> list[str]:
     """Sentences about everything in the checkpoint's headers that would stop the run."""
     problems = []
     for name, linear in arch.quantizable(skeleton).items():
@@ -41,7 +45,7 @@ def problems_of(checkpoint: Checkpoint, skeleton: nn.Module, method: Method) -> 
 
 def estimate(
     checkpoint: Checkpoint,
-    skeleton: nn.Module,
+    skeleton: PreTrainedModel,
     method: Method,
     ids_NS: Tensor | None,
     dtype: torch.dtype,
@@ -49,7 +53,7 @@ def estimate(
     out: Path | None,
     progress: Progress,
 ) -> dict[str, float]:
-    """Estimated output bytes, peak bytes, and seconds of all forward passes; LLQError where disk or memory cannot do."""
+    """Estimated output bytes, peak bytes, seconds of all forward passes; LLQError where disk or memory fall short."""
     linears = arch.quantizable(skeleton)
     packed = sum(
         spec.nbytes
@@ -89,7 +93,9 @@ def _check_disk(out: Path, needed: int) -> None:
         )
 
 
-def _peak_bytes(skeleton: nn.Module, method: Method, ids_NS: Tensor | None, dtype: torch.dtype, run: RunOptions) -> int:
+def _peak_bytes(
+    skeleton: PreTrainedModel, method: Method, ids_NS: Tensor | None, dtype: torch.dtype, run: RunOptions
+) -> int:
     """A block, its Hessians, a solver's copies of the largest, activations: a rough upper bound."""
     block = skeleton.get_submodule(arch.block_prefixes(skeleton)[0])
     widths = [linear.in_features for linear in arch.block_linears(block).values()]
@@ -101,8 +107,9 @@ def _peak_bytes(skeleton: nn.Module, method: Method, ids_NS: Tensor | None, dtyp
     activations = 0
     if ids_NS is not None and run.offload is None:
         activations = ids_NS.numel() * widths[0] * dtype.itemsize
-    embedding = skeleton.get_input_embeddings().weight.numel() * dtype.itemsize  # type: ignore[operator, union-attr]
-    return block_bytes + 5 * 4 * largest + hessians + activations + embedding + 2**30
+    embedding: int = skeleton.get_input_embeddings().weight.numel() * dtype.itemsize
+    total: int = block_bytes + 5 * 4 * largest + hessians + activations + embedding + 2**30
+    return total
 
 
 @torch.no_grad()

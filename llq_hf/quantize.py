@@ -64,7 +64,7 @@ def quantize_step(step: Step, method: Method) -> list[dict[str, Any]]:
 
 
 def _errors(weight_OI: Tensor, restored_OI: Tensor, stat: Stat | None) -> dict[str, float]:
-    """Relative squared errors: of the weight, and of the output on the calibration data, tr(dW H dW^T) / tr(W H W^T)."""
+    """Relative squared errors: of the weight, and of the calibration output, tr(dW H dW^T) / tr(W H W^T)."""
     error_OI = weight_OI - restored_OI
     errors = {"weight_error": float(error_OI.square().sum() / weight_OI.square().sum().clamp_min(1e-30))}
     if isinstance(stat, Hessian):

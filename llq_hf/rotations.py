@@ -2,10 +2,10 @@
 
 Legend: n size, A x B = n with A and B near sqrt(n), ... any leading shape.
 
-Q = permute_out . (Q0 x Q1) . permute_in: a vector is permuted, seen as an [A, B] matrix, multiplied along its first axis by
-an A x A and along its second by a B x B random orthogonal matrix, and permuted again (QuIP, Chee et al. 2023, section 4).
-Randomness comes from numpy's RandomState, whose streams numpy has promised never to change (NEP 19): a checkpoint
-must mean the same weights in ten years. Factors are kept in fp32, about 8 (A + B) sqrt(n) bytes.
+Q = permute_out . (Q0 x Q1) . permute_in: a vector is permuted, seen as an [A, B] matrix, multiplied along its first
+axis by an A x A and along its second by a B x B random orthogonal matrix, and permuted again (QuIP, Chee et al. 2023,
+section 4). Randomness comes from numpy's RandomState, whose streams numpy has promised never to change (NEP 19): a
+checkpoint must mean the same weights in ten years. Factors are kept in fp32, about 8 (A + B) sqrt(n) bytes.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from filelock import FileLock
@@ -35,6 +35,9 @@ from .preflight import estimate, problems_of
 from .quantize import Progress, RunOptions, quantize_step, steps
 from .walk import StreamedBlocks
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 REPORT = "llq_report.json"
 CARRIED = (
     "*.json",
@@ -51,7 +54,7 @@ class Plan:
     """A checkpoint run that passed its checks."""
 
     checkpoint: Checkpoint
-    skeleton: nn.Module
+    skeleton: PreTrainedModel
     method: Method
     ids_NS: Tensor | None
     identity: dict[str, Any]
@@ -109,7 +112,7 @@ def prepare(
     ids_NS, described = None, None
     if method.observes is not None:
         progress.stage("tokenizing the calibration data")
-        ids_NS = calibration.ids(load_tokenizer(checkpoint.path), skeleton.config.vocab_size)  # type: ignore[union-attr]
+        ids_NS = calibration.ids(load_tokenizer(checkpoint.path), skeleton.config.vocab_size)
         described = {"ids_sha256": ids_sha256(ids_NS), "samples": ids_NS.shape[0], "seqlen": ids_NS.shape[1]}
     identity = {
         "format_version": FORMAT_VERSION,
@@ -201,9 +204,9 @@ def _finish(plan: Plan, out: Path, journal: Journal, names: dict[str, list[str]]
         )
     weight_map: dict[str, str] = {}
     total_bytes = 0
-    for file in names:
-        for name, spec in header(out / file).items():
-            weight_map[name] = file
+    for file_name in names:
+        for name, spec in header(out / file_name).items():
+            weight_map[name] = file_name
             total_bytes += spec.nbytes
     report = {
         "fingerprint": plan.fingerprint,
@@ -256,7 +259,7 @@ def summarize_bits(
     }
 
 
-# --- files -----------------------------------------------------------------------------------------------------------------
+# --- files ----------------------------------------------------------------------------------------------------
 
 
 def _file_name(index: int, blocks: int) -> str:
@@ -327,22 +330,21 @@ def finished_fingerprint(out: Path) -> str | None:
 
 def peak_bytes() -> int:
     """Peak resident memory of this process, or peak allocated GPU memory where a GPU is used."""
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         return int(torch.cuda.max_memory_allocated())
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-# --- models ------------------------------------------------------------------------------------------------------------------
+# --- models ---------------------------------------------------------------------------------------------------
 
 
-def build_skeleton(checkpoint: Checkpoint) -> nn.Module:
+def build_skeleton(checkpoint: Checkpoint) -> PreTrainedModel:
     """The model of the checkpoint's config on the meta device: shapes, no memory."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
     with torch.device("meta"):
-        model: nn.Module = AutoModelForCausalLM.from_config(config)
-    return model
+        return AutoModelForCausalLM.from_config(config)
 
 
 def load_tokenizer(path: Path) -> Any:
@@ -351,11 +353,11 @@ def load_tokenizer(path: Path) -> Any:
     return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
 
 
-def _dtype(name: str | None, skeleton: nn.Module) -> torch.dtype:
+def _dtype(name: str | None, skeleton: PreTrainedModel) -> torch.dtype:
     if name in (None, "auto"):
-        found = getattr(skeleton.config, "dtype", None)  # type: ignore[union-attr]
+        found = getattr(skeleton.config, "dtype", None)
         return found if isinstance(found, torch.dtype) else torch.float32
-    dtype = getattr(torch, str(name), None)
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise LLQError(f"dtype={name!r} is not one of auto, float32, bfloat16, float16")
-    return dtype
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        if str(dtype) == f"torch.{name}":
+            return dtype
+    raise LLQError(f"dtype={name!r} is not one of auto, float32, bfloat16, float16")

@@ -2,8 +2,8 @@
 
 Legend: N calibration sequences, S tokens each, D hidden size, B sequences per forward pass.
 
-`walk` yields one decoder block at a time with the statistics of its linears' inputs. While the generator is suspended the
-caller puts quantized linears in their place, so the next block sees what quantized blocks produce. Blocks come
+`walk` yields one decoder block at a time with the statistics of its linears' inputs. While the generator is suspended
+the caller puts quantized linears in their place, so the next block sees what quantized blocks produce. Blocks come
 from a live model or, one at a time, from safetensors on disk; activations lie in memory or in a mapped file.
 """
 
@@ -79,7 +79,7 @@ class StreamedBlocks(Blocks):
         decoder.layers = nn.ModuleList([nn.Identity() for _ in self.prefixes])
         for child, module in list(decoder.named_children()):
             if any(buffer.is_meta for buffer in module.buffers()):  # rotary tables are computed, not stored
-                setattr(decoder, child, type(module)(config=decoder.config).to(self.device))  # type: ignore[call-arg]
+                setattr(decoder, child, type(module)(config=decoder.config).to(self.device))
         return self._filled(decoder, name)
 
     def _filled(self, module: nn.Module, prefix: str) -> nn.Module:
@@ -217,7 +217,8 @@ def capture(decoder: nn.Module, ids_BS: Tensor) -> tuple[Tensor, dict[str, Any]]
 
 def first(output: Any) -> Tensor:
     """Blocks return a tensor in transformers 5, a tuple in some architectures."""
-    return output[0] if isinstance(output, tuple) else output
+    tensor: Tensor = output[0] if isinstance(output, tuple) else output
+    return tensor
 
 
 def walk(

@@ -16,7 +16,8 @@ Storage (G = ceil(I / group_size) groups)
     weight  [O, I * bits / 32]    int32   bits
     scale   [O, G]                fp16    16 / group_size (fp32, twice that, with scale_bits=32)
     zero    [O * G * bits / 32]   int32   bits / group_size (absent if sym)
-    order   [I]                   int16   16 / O (int32, 32 / O, from 32768 columns; only act_order without static_groups)
+    order   [I]                   int16   16 / O (int32, 32 / O, from 32768 columns; only act_order without
+    static_groups)
 
 Departures: scales are rounded to the stored fp16 before use; the symmetric range is symmetric also where a row has no
 negative weight (theirs halves the scale there); sorting is stable; a Hessian that will not factorize is damped
@@ -41,7 +42,7 @@ BLOCK = 128  # columns repaired together: a matter of speed, but with groups bel
 
 @dataclass(frozen=True, kw_only=True)
 class GPTQ(Method):
-    """bits 1..8; group_size -1 = one group per row; damp is a share of mean(diag H); search_range shrinks each range."""
+    """group_size -1: one group per row; damp: a share of mean(diag H); search_range: shrink each group's range."""
 
     name: ClassVar[str] = "gptq"
     title: ClassVar[str] = "GPTQ (Frantar et al. 2023)"

@@ -1,11 +1,11 @@
 """QuIP (Chee et al., NeurIPS 2023, arXiv 2307.13304), after Cornell-RelaxML/QuIP at ac92cfc.
 
-Rounding is easiest when neither weights nor Hessian point along single coordinates. So (1) columns are rescaled by
-s = (diag H / diag W^T W)^(1/4); (2) both sides are rotated by random orthogonal matrices, W~ = U (W s) V^T, H~ = V (H / s s^T) V^T,
-which leaves the output error unchanged and makes W~ look Gaussian; (3) one range for the whole matrix, +-2.4 sigma,
-carries 2**bits levels; (4) LDLQ rounds the columns from last to first, feeding back the errors of those already rounded through
-L, the unit lower Cholesky factor of H~: k_i = round(t_i + (t - k) L)_i; (5) `greedy_passes` revisit every code.
-At run time y = U^T (What (V (x / s))): codes stay packed, U and V come back from their seeds.
+Rounding is easiest when neither weights nor Hessian point along single coordinates. So (1) columns are rescaled by s
+= (diag H / diag W^T W)^(1/4); (2) both sides are rotated by random orthogonal matrices, W~ = U (W s) V^T, H~ = V (H /
+s s^T) V^T, which leaves the output error unchanged and makes W~ look Gaussian; (3) one range for the whole matrix,
++-2.4 sigma, carries 2**bits levels; (4) LDLQ rounds the columns from last to first, feeding back the errors of those
+already rounded through L, the unit lower Cholesky factor of H~: k_i = round(t_i + (t - k) L)_i; (5) `greedy_passes`
+revisit every code. At run time y = U^T (What (V (x / s))): codes stay packed, U and V come back from their seeds.
 
 Storage                                    with incoherence=False instead of scale, seeds
     name      shape               dtype   bits per weight
@@ -15,10 +15,11 @@ Storage                                    with incoherence=False instead of sca
     seeds     [2]                 int32   64 / (O I): V's and U's
 
 Departures: U and V are Kronecker products, as the paper and the authors' docstring say; their code runs a misspelt
-flag's default, an own orthogonal matrix for every slice (`blocked=True`: about sqrt(n) times the memory at run time). Seeds are drawn per
-(layer, linear, side) and stored; theirs are unseeded. Their fp16 roundings between the steps are gone. The greedy passes clamp
-each code as they go (theirs clamps at the end of a pass and leaves the error uncorrected). `search_range` (in
-preset="best") solves for several ranges and keeps the one of least tr(dW H dW^T): 2.4 sigma is right near 4 bits only.
+flag's default, an own orthogonal matrix for every slice (`blocked=True`: about sqrt(n) times the memory at run time).
+Seeds are drawn per (layer, linear, side) and stored; theirs are unseeded. Their fp16 roundings between the steps are
+gone. The greedy passes clamp each code as they go (theirs clamps at the end of a pass and leaves the error
+uncorrected). `search_range` (in preset="best") solves for several ranges and keeps the one of least tr(dW H dW^T):
+2.4 sigma is right near 4 bits only.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ from ..stats import Hessian, Stat, factorize, revive_dead
 
 BLOCK = 128  # columns fed back together: speed only
 SEARCH_STEPS = 6
-# Where the best half-range lies, in sigmas: from the optimum of a unit Gaussian (1.49, 2.05, 2.51, 3.9 at 2, 3, 4, 8 bits)
-# upwards, because LDLQ's feedback widens what is rounded.
+# Where the best half-range lies, in sigmas: from the optimum of a unit Gaussian (1.49, 2.05, 2.51, 3.9 at 2, 3, 4, 8
+# bits) upwards, because LDLQ's feedback widens what is rounded.
 SEARCH_SPAN = {
     1: (0.8, 1.6),
     2: (1.4, 2.4),
@@ -184,10 +185,11 @@ class QuIP(Method):
 
     def _odd_levels(self, packed: Packed, in_features: int) -> Tensor:
         """2 k - (2**bits - 1), int16: exact in bf16 at every width."""
-        return unpack(packed["weight"], self.bits, in_features).to(torch.int16) * 2 - (2**self.bits - 1)
+        codes_OI = unpack(packed["weight"], self.bits, in_features).to(torch.int16)
+        return codes_OI.mul_(2).sub_(2**self.bits - 1)
 
     def _step(self, packed: Packed) -> Tensor:
-        return packed["scale"] / (2**self.bits - 1)
+        return packed["scale"].div(2**self.bits - 1)
 
 
 def _balance(W_OI: Tensor, H_II: Tensor) -> Tensor:
@@ -198,7 +200,7 @@ def _balance(W_OI: Tensor, H_II: Tensor) -> Tensor:
 
 
 def ldlq(t_OI: Tensor, L_II: Tensor, top: int) -> Tensor:
-    """Round t_OI to 0..top from the last column to the first with linear feedback L_II (strictly lower). Halves go up."""
+    """Round t_OI to 0..top, last column first, with linear feedback L_II (strictly lower). Halves go up."""
     codes_OI, error_OI = torch.empty_like(t_OI), torch.zeros_like(t_OI)
     columns = t_OI.shape[1]
     for stop in range(columns, 0, -BLOCK):
