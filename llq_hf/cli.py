@@ -95,6 +95,7 @@ def quantize(
     ] = "auto",
     offload: Annotated[Path | None, typer.Option(help="Keep calibration activations in files of this folder.")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, run one block, write nothing.")] = False,
 ) -> None:
     """Quantize a model block by block into a packed checkpoint that from_pretrained loads.
 
@@ -108,12 +109,19 @@ def quantize(
     from .demo import calibration_for, resolve
     from .progress import RichProgress
     from .quantize import RunOptions
-    from .run import peak_bytes, quantize_checkpoint
+    from .run import peak_bytes, prepare, quantize_checkpoint
 
     built = method_type(method).build(preset, **options)
     data = calibration_for(model, calibration, calibration_samples, calibration_seqlen, calibration_seed)
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     run = RunOptions(device=device, dtype=None if dtype == "auto" else dtype, offload=offload, revision=revision)
+    if dry_run:
+        progress = RichProgress()
+        try:
+            prepare(resolve(model), built, data, run, out, progress)
+        finally:
+            progress.close()
+        return
     started = time.perf_counter()
     report = quantize_checkpoint(resolve(model), out, built, data, run, RichProgress())
     seconds = time.perf_counter() - started

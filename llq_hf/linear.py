@@ -89,7 +89,7 @@ def checked_layout(method: Method, out_features: int, in_features: int) -> dict[
     layout = method.layout(out_features, in_features)
     if layout["weight"].shape == (out_features, in_features):
         raise LLQError(
-            f"{method.name}: {method.bits}-bit codes of a {out_features} x {in_features} linear take the dense "
-            "weight's shape, which a loader without llq-hf would mistake for weights: the linear is too small to quantize"
+            f"{method.name}: {method.bits}-bit codes of a {out_features} x {in_features} linear would be stored in the "
+            "shape of its dense weight, which a loader without llq-hf would mistake for weights; it is too small"
         )
     return layout

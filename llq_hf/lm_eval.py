@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -87,9 +88,11 @@ class LLQLM(HFLM):  # type: ignore[misc]
         if self._quantized:
             check_quantized(self.model)
 
-    def _create_model(self, pretrained: str, *args: Any, quantization_config: Any = None, **kwargs: Any) -> None:
-        # lm-eval hands the checkpoint's own quantization_config back to from_pretrained, which would warn about it.
-        super()._create_model(pretrained, *args, quantization_config=None, **kwargs)
+    def _create_model(self, *args: Any, **kwargs: Any) -> None:
+        with warnings.catch_warnings():
+            # lm-eval hands the checkpoint's own quantization_config back to from_pretrained, which warns about that.
+            warnings.filterwarnings("ignore", message="You passed `quantization_config`")
+            super()._create_model(*args, **kwargs)
 
     def get_model_info(self) -> dict[str, Any]:
         """What lm-eval writes into the results file, with what was really scored."""

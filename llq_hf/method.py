@@ -14,10 +14,9 @@ import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
-from typing import Any, ClassVar, get_type_hints
+from typing import Any, ClassVar, Self, get_type_hints
 
 from torch import Tensor, nn
-from typing_extensions import Self
 
 from .errors import LLQError
 from .grids import Spec

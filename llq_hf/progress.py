@@ -48,6 +48,11 @@ class RichProgress(Listener):
             self._bars.reset(self._stage)
         self._bars.advance(self._stage, count)
 
+    def estimates(self, found: dict[str, float]) -> None:
+        size, peak = found["output_bytes"] / 2**30, found["peak_bytes"] / 2**30
+        passes = f", forward passes {found['forward_seconds'] / 60:.1f} min" if found["forward_seconds"] else ""
+        self._bars.console.print(f"[dim]checks passed; expected: {size:.2f} GiB on disk, {peak:.1f} GiB peak{passes}")
+
     def blocks(self, done: int, total: int) -> None:
         self._bars.start()
         if self._blocks is None:

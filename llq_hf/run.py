@@ -124,6 +124,7 @@ def prepare(
         "device": torch.device(run.device).type,
     }
     estimates = estimate(checkpoint, skeleton, method, ids_NS, dtype, run, out, progress)
+    progress.estimates(estimates)
     return Plan(checkpoint, skeleton, method, ids_NS, identity, run, dtype, estimates)
 
 
