@@ -1,0 +1,378 @@
+"""A small invented world, told in documents whose exact probability is known.
+
+A demo model is worth quantizing only if we know what it ought to score. Real text has no known entropy, so
+nobody can say how far a model is from the best one. Here every document comes out of a grammar that draws each
+free choice from a stated distribution, and adds up ``-log p``. No model can beat the generator on held-out
+text; a well-trained one ties with it, and ``exp(nats / tokens)`` is the perplexity to aim for. What
+quantization then takes away is damage, not noise.
+
+Two kinds of content, since low-bit quantization hurts them differently:
+
+* **Facts**, fixed once by ``WORLD_SEED``: hundreds of people with a home, a craft, a friend, a pet and so on,
+  and the towns they live in. Given the subject they cost nothing, so a model pays for each one that it does not
+  hold in its weights. These are what ``questions`` asks about.
+* **Structure in context**: counting on, small sums, repeating names in the order given, repeating a mood just
+  told. Weights store the rule, the context holds the answer.
+
+The reported ``nats`` are exact only if a text can come from one sequence of choices. This holds because at every
+choice point no option is a prefix of another, with what follows included; ``tests/test_demo.py`` checks it with
+a decoder that tries all options.
+
+The splits share facts and grammar, and never a document: a document belongs to the split that the hash of its
+text names, so even a text that is drawn twice stays on its side. The hash knows nothing of content, hence the
+distribution within a split is the grammar's own.
+
+Only ``random.Random.random()`` is used: Python promises its sequence for a given seed, but not that of
+``choice`` or ``shuffle``.
+"""
+
+import hashlib
+import math
+import random
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from typing import NamedTuple, Protocol, TypeVar
+
+T = TypeVar("T")
+
+WORLD_SEED = 2404
+PEOPLE = 800
+# About 39 000 and 32 000 tokens of the demo tokenizer.
+CALIBRATION_DOCUMENTS, HELDOUT_DOCUMENTS = 1200, 1000
+# Eighths of the hash range. Most of it goes to training; the other two only need to be wide enough to fill fast.
+SPLITS = {"train": range(2, 8), "calibration": range(1, 2), "heldout": range(0, 1)}
+
+
+def _words(text: str, separator: str = " ") -> tuple[str, ...]:
+    return tuple(text.split(separator))
+
+
+# Within a list no word begins with another: every choice can be read off the text.
+FIRST_NAMES = _words(
+    "Abel Asta Bero Brina Cael Corin Dagny Doran Edda Elric Fenna Filo Gerta Goran Hale Hesta Ilka Ivor Jory "
+    "Juna Kasp Kelda Lorn Lysa Mado Mira Nerys Nils Odo Orla Perrin Petra Quill Rhea Rolf Sanna Soren Tamsin "
+    "Tibor Ulla Urban Vesna Viggo Wanda Wystan Ylva Yorick Zora"
+)
+LAST_NAMES = _words(
+    "Ashby Birch Calder Dunmore Elster Farrow Garrick Holm Inskip Jarvis Kestle Larkin Marrow Norling Oakes "
+    "Penrose Quayle Rusk Sedge Tolen Umber Vance Wicken Yarrow"
+)
+TOWNS = _words(
+    "Arlen Bexmoor Crowle Dunwater Elmsay Fallow Grayling Hartsea Imber Jessel Kirrin Lowick Merrow Nantle "
+    "Orford Pellin Quorn Redmire Saltash Tarn Ulver Wexley Yarm Zeal"
+)
+RIVERS = _words("Osk Velm Brae Tinder Luth Amber Sile Corve")
+CROPS = _words("barley flax hops lentils mustard oats plums rye saffron turnips")
+CRAFTS = _words(
+    "baker brewer carpenter cobbler cooper dyer farrier fletcher glazier hatter joiner locksmith mason miller "
+    "painter potter saddler scribe smith tailor tanner thatcher weaver wheelwright"
+)
+PETS = _words("badger cat crow dog duck ferret goat hare jackdaw lizard mouse newt pony rabbit stoat toad")
+COLOURS = _words("amber black blue brown copper cream golden green grey red silver violet white yellow")
+DISHES = _words(
+    "apple pie|bean stew|beet soup|cheese toast|chestnut bread|corn cakes|fish broth|garlic eggs|honey cake|"
+    "leek tart|mushroom rice|nut roast|onion soup|pear pudding|pea soup|plum dumplings|potato salad|"
+    "rye porridge|smoked trout|turnip mash",
+    "|",
+)
+INSTRUMENTS = _words("bagpipes bells cello drum fiddle flute harp horn lute oboe viol whistle")
+FEARS = _words(
+    "bees caves crowds fire geese ghosts heights ice lightning masks moths silence snakes storms thunder wolves"
+)
+DAYS = _words("Monday Tuesday Wednesday Thursday Friday Saturday Sunday")
+MOODS = _words("angry bored calm glad lonely proud sleepy worried")
+GOODS = _words("apples buttons candles coins eggs figs nails pears ropes shells spoons walnuts")
+PLACES = _words("bridge|market|mill|old tower|well", "|")
+
+
+class Document(NamedTuple):
+    """One paragraph and its exact negative log-probability under the generator."""
+
+    text: str
+    nats: float
+
+
+class Question(NamedTuple):
+    """A sentence left open, four continuations of the same kind, and the index of the true one."""
+
+    query: str
+    choices: list[str]
+    gold: int
+
+
+class Person(NamedTuple):
+    """Everything the world knows about one person."""
+
+    name: str
+    town: str
+    craft: str
+    friend: str
+    pet: str
+    pet_colour: str
+    dish: str
+    instrument: str
+    fear: str
+    age: int
+
+
+class Town(NamedTuple):
+    """Everything the world knows about one town."""
+
+    name: str
+    river: str
+    crop: str
+    bell: str  # the colour of its bell
+
+
+class World(NamedTuple):
+    """All facts."""
+
+    people: tuple[Person, ...]
+    towns: tuple[Town, ...]
+
+
+class Chooser(Protocol):
+    """The source of choices. The sampler below is one; the decoder in the tests is another."""
+
+    def __call__(self, weights: Sequence[float]) -> int:
+        """Return an index, drawn in proportion to `weights`."""
+        ...
+
+
+def _rng(*key: object) -> random.Random:
+    """A generator for a key. SHA-256, because `hash` of a string changes from run to run."""
+    digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
+    return random.Random(int.from_bytes(digest[:8], "big"))
+
+
+def _one_of(rng: random.Random, options: Sequence[T]) -> T:
+    return options[int(rng.random() * len(options))]
+
+
+def _shuffled(rng: random.Random, items: Sequence[T]) -> list[T]:
+    return [item for _, _, item in sorted((rng.random(), i, item) for i, item in enumerate(items))]
+
+
+@cache
+def world() -> World:
+    """The facts, the same in every process and every Python."""
+    rng = _rng("world", WORLD_SEED)
+    towns = tuple(Town(name, _one_of(rng, RIVERS), _one_of(rng, CROPS), _one_of(rng, COLOURS)) for name in TOWNS)
+    # First and last names recur in many people: only the pair names a person, as in real text.
+    pairs = _shuffled(rng, [f"{first} {last}" for first in FIRST_NAMES for last in LAST_NAMES])
+    names = pairs[:PEOPLE]
+    people = []
+    for name in names:
+        friend = _one_of(rng, [other for other in names if other != name])
+        people.append(
+            Person(
+                name=name,
+                town=_one_of(rng, TOWNS),
+                craft=_one_of(rng, CRAFTS),
+                friend=friend,
+                pet=_one_of(rng, PETS),
+                pet_colour=_one_of(rng, COLOURS),
+                dish=_one_of(rng, DISHES),
+                instrument=_one_of(rng, INSTRUMENTS),
+                fear=_one_of(rng, FEARS),
+                age=20 + int(rng.random() * 60),
+            )
+        )
+    return World(tuple(people), towns)
+
+
+# Sentences. Each is written as (prefix, attribute): the sentence is prefix + " " + fact + ".", and the same prefixes
+# are the queries of the multiple-choice task. The forms of one fact differ before the subject ends or right after it.
+
+PERSON_FORMS: dict[str, tuple[str, ...]] = {
+    "town": ("The home town of {} is", "{} lives in", "The house of {} stands in"),
+    "craft": ("The craft of {} is that of a", "{} works as a", "People hire {} as a"),
+    "friend": ("The best friend of {} is", "{} trusts", "Every spring {} visits"),
+    "pet": ("The pet of {} is a", "{} keeps a", "At the door of {} sits a"),
+    "pet_colour": ("The colour of the pet of {} is", "{} has a pet that is", "The animal of {} is"),
+    "dish": ("The favourite dish of {} is", "{} likes to eat", "For supper {} cooks"),
+    "instrument": ("The instrument of {} is the", "{} plays the", "In the evening {} takes up the"),
+    "fear": ("The greatest fear of {} is", "{} is afraid of", "Nothing frightens {} like"),
+    "age": ("The age of {} is", "{} is aged", "This year {} turned"),
+}
+TOWN_FORMS: dict[str, tuple[str, ...]] = {
+    "river": ("The river of {} is the", "{} lies on the", "Boats reach {} by the"),
+    "crop": ("The main crop of {} is", "{} is known for its", "Farmers near {} grow"),
+    "bell": ("The colour of the bell of {} is", "{} has a bell that is", "The great bell of {} is"),
+}
+
+
+class Teller:
+    """Writes one document: `say` for what is certain, `pick` for what is chosen (and paid for in nats)."""
+
+    def __init__(self, choose: Chooser) -> None:
+        self.choose = choose
+        self.parts: list[str] = []
+        self.nats = 0.0
+
+    def say(self, text: str) -> None:
+        """Append text that follows from what was chosen so far."""
+        self.parts.append(text)
+
+    def pick(self, options: Sequence[T], weights: Sequence[float] | None = None) -> T:
+        """Choose an option and pay for it. The caller must make the choice readable from the text."""
+        if weights is None:
+            weights = (1.0,) * len(options)
+        index = self.choose(weights)
+        self.nats -= math.log(weights[index] / sum(weights))
+        return options[index]
+
+    def number(self, low: int, high: int) -> int:
+        """Choose an integer of low..high, both included."""
+        return self.pick(range(low, high + 1))
+
+
+def _portrait(t: Teller) -> None:
+    """Facts about one person, in any order, without repeats: the document that teaches the world."""
+    person = t.pick(world().people)
+    left = list(PERSON_FORMS)
+    for i in range(4):
+        attribute = t.pick(left)
+        left.remove(attribute)
+        form = t.pick(PERSON_FORMS[attribute])
+        t.say((" " if i else "") + f"{form.format(person.name)} {getattr(person, attribute)}.")
+
+
+def _town(t: Teller) -> None:
+    """All facts of one town, and a remark on the weather there."""
+    town = t.pick(world().towns)
+    left = list(TOWN_FORMS)
+    while left:
+        attribute = t.pick(left)
+        left.remove(attribute)
+        form = t.pick(TOWN_FORMS[attribute])
+        t.say(f"{form.format(town.name)} {getattr(town, attribute)}. ")
+    weather = t.pick(("rains", "snows", "hails", "thaws", "freezes"), (4.0, 1.0, 2.0, 2.0, 1.0))
+    t.say(f"It often {weather} there on a {t.pick(DAYS)}.")
+
+
+def _day(t: Teller) -> None:
+    """A day out. The town, the pet and the friend follow from the person; the mood is told twice, so it is copied."""
+    t.say(f"On {t.pick(DAYS)} it ")
+    t.say(t.pick(("rained", "snowed", "cleared up", "was hot"), (4.0, 1.0, 3.0, 2.0)))
+    person = t.pick(world().people)
+    t.say(f" in {person.town}, and {person.name} felt ")
+    mood = t.pick(MOODS)
+    t.say(f"{mood}. ")
+    if t.pick((True, False), (2.0, 1.0)):
+        t.say(f"With the {person.pet_colour} {person.pet} it was a short walk to the {t.pick(PLACES)}. ")
+    else:
+        t.say(f"Out came the {person.instrument}, and supper was {person.dish}. ")
+    t.say(f"By night {person.friend} was {mood} too.")
+
+
+def _sum(t: Teller) -> None:
+    """A small sum or difference, put as a story."""
+    person = t.pick(world().people)
+    t.say(f"{person.name} the {person.craft} had ")
+    first, second = t.number(2, 9), t.number(2, 9)
+    goods = t.pick(GOODS)
+    t.say(f"{first} {goods}")
+    if t.pick((True, False)):
+        t.say(f" and bought {second} more. Then there were {first + second} {goods}.")
+    else:
+        t.say(f", and {person.friend} brought {second} more. Together that made {first + second} {goods}.")
+
+
+def _count(t: Teller) -> None:
+    """Counting on from a number, for as long as was announced."""
+    start = t.number(1, 60)
+    t.say(f"From {start} ")
+    end = start + t.number(4, 9)
+    t.say(f"to {end}, ")
+    person = t.pick(world().people)
+    t.say(f"{person.name} counted the ")
+    goods = t.pick(GOODS)
+    t.say(f"{goods}: {', '.join(map(str, range(start, end + 1)))}.")
+
+
+def _guests(t: Teller) -> None:
+    """Three guests, named in one order and then again in the same order."""
+    host = t.pick(world().people)
+    t.say(f"{host.name} gave a feast in {host.town}. The guests were ")
+    guests = [t.pick(FIRST_NAMES)]
+    t.say(f"{guests[0]}, ")
+    guests.append(t.pick([name for name in FIRST_NAMES if name not in guests]))
+    t.say(f"{guests[1]} and ")
+    guests.append(t.pick([name for name in FIRST_NAMES if name not in guests]))
+    t.say(f"{guests[2]}. They ate {host.dish}. First {guests[0]} sang, then {guests[1]}, then {guests[2]}.")
+
+
+KINDS: tuple[Callable[[Teller], None], ...] = (_portrait, _town, _day, _sum, _count, _guests)
+KIND_WEIGHTS = (15.0, 1.0, 3.0, 2.0, 1.0, 1.0)
+
+
+def tell(choose: Chooser) -> Document:
+    """Write one document with the given source of choices."""
+    teller = Teller(choose)
+    teller.pick(KINDS, KIND_WEIGHTS)(teller)
+    return Document("".join(teller.parts), teller.nats)
+
+
+def _sampler(rng: random.Random) -> Chooser:
+    def choose(weights: Sequence[float]) -> int:
+        point = rng.random() * sum(weights)
+        for index, weight in enumerate(weights):
+            point -= weight
+            if point < 0:
+                return index
+        return len(weights) - 1
+
+    return choose
+
+
+def _stream(split: str, seed: int) -> Iterator[Document]:
+    if split not in SPLITS:
+        raise ValueError(f"unknown split {split!r}: choose from {', '.join(SPLITS)}")
+    choose = _sampler(_rng("documents", split, seed))
+    while True:
+        document = tell(choose)
+        if hashlib.sha256(document.text.encode()).digest()[0] % 8 in SPLITS[split]:
+            yield document
+
+
+def documents(split: str, count: int, seed: int = 0) -> list[Document]:
+    """`count` documents of a split ("train", "calibration" or "heldout"). No text occurs in two splits."""
+    stream = _stream(split, seed)
+    return [next(stream) for _ in range(count)]
+
+
+def questions(count: int, seed: int = 0) -> list[Question]:
+    """Four-way multiple choice about the facts; the wrong answers are true of somebody else."""
+    rng = _rng("questions", seed)
+    return [_question(rng) for _ in range(count)]
+
+
+def _question(rng: random.Random) -> Question:
+    of_town = rng.random() < 0.1
+    forms = TOWN_FORMS if of_town else PERSON_FORMS
+    subjects: Sequence[Person | Town] = world().towns if of_town else world().people
+    attribute = _one_of(rng, list(forms))
+    subject = _one_of(rng, subjects)
+    query = _one_of(rng, forms[attribute]).format(subject.name)
+    truth = str(getattr(subject, attribute))
+    others = sorted({str(getattr(other, attribute)) for other in subjects} - {truth, subject.name})
+    choices = _shuffled(rng, [truth, *_shuffled(rng, others)[:3]])
+    return Question(query, [f" {choice}" for choice in choices], choices.index(truth))
+
+
+def page(docs: Sequence[Document]) -> str:
+    """Documents as running text, one paragraph each."""
+    return "\n".join(document.text for document in docs)
+
+
+@cache
+def calibration_text() -> str:
+    """Running text for calibration: more than 128 windows of 256 tokens."""
+    return page(documents("calibration", CALIBRATION_DOCUMENTS))
+
+
+@cache
+def heldout_text() -> str:
+    """Running text for perplexity: more than 100 windows of 256 tokens."""
+    return page(documents("heldout", HELDOUT_DOCUMENTS))
