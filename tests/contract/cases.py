@@ -1,0 +1,191 @@
+"""The table of the contract: option sets of every method with the errors they may have. A new method adds rows here.
+
+Ceilings are for the problem of `checks`: a Gaussian weight [48, 172], inputs of decaying spectrum with one massive
+channel. By bits 1..8: relative Frobenius error |dW| / |W|, and largest error max|dW| / rms W. They stand about 10 %
+over what is measured; calibrated methods pay weight error for output error, so theirs are higher than RTN's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from llq_hf.method import Method
+from llq_hf.methods import METHODS, build
+
+
+@dataclass(frozen=True, eq=False)  # hashed by identity: results are kept by case
+class Case:
+    """words: the test id; frobenius and largest: ceilings by bits, from 1 on.
+
+    rows_apart: an outlier hurts its own row only (column scales and rotations spread it). clips: a range fixed in
+    sigmas cuts the tails, so errors level off at high widths; clip_share: what part of the output that may cost.
+    """
+
+    method: str
+    words: str
+    frobenius: tuple[float, ...]
+    largest: tuple[float, ...]
+    options: dict[str, Any] = field(default_factory=dict)
+    preset: str = "study"
+    rows_apart: bool = True
+    clips: bool = False
+    clip_share: float = 0.0
+
+    def build(self, bits: int) -> Method:
+        return build(self.method, self.preset, bits=bits, **self.options)
+
+    @property
+    def all_bits(self) -> range:
+        return METHODS[self.method].bits_range
+
+    def __str__(self) -> str:
+        return f"{self.method}-{self.words}".replace(" ", "-")
+
+
+CASES: tuple[Case, ...] = (
+    #    method  words                 |dW| / |W| at 1, 2, ... bits, then max|dW| / rms W
+    Case(
+        "rtn",
+        "groups of 128",
+        (1.09, 0.54, 0.23, 0.107, 0.052, 0.026, 0.013, 0.0063),
+        (3.5, 1.2, 0.51, 0.24, 0.12, 0.057, 0.028, 0.014),
+    ),
+    Case(
+        "rtn",
+        "one group a row",
+        (1.1, 0.58, 0.25, 0.12, 0.056, 0.028, 0.014, 0.0068),
+        (3.6, 1.3, 0.54, 0.25, 0.12, 0.06, 0.03, 0.015),
+        options={"group_size": -1},
+    ),
+    Case(
+        "rtn",
+        "symmetric groups of 32",
+        (1.1, 0.51, 0.22, 0.103, 0.05, 0.025, 0.013, 0.006),
+        (4.8, 1.6, 0.68, 0.32, 0.16, 0.077, 0.038, 0.02),
+        options={"group_size": 32, "sym": True},
+    ),
+    Case(
+        "rtn",
+        "groups of 40 with fp32 scales",
+        (1.06, 0.46, 0.2, 0.09, 0.044, 0.022, 0.0108, 0.0054),
+        (3.0, 1.1, 0.46, 0.22, 0.106, 0.053, 0.027, 0.014),
+        options={"group_size": 40, "scale_bits": 32},
+    ),
+    Case(
+        "rtn",
+        "best",
+        (0.82, 0.4, 0.21, 0.102, 0.051, 0.025, 0.013, 0.0063),
+        (4.0, 1.9, 1.2, 0.6, 0.22, 0.089, 0.05, 0.014),
+        preset="best",
+    ),
+    Case(
+        "gptq",
+        "groups of 128",
+        (2.2, 1.2, 0.51, 0.23, 0.104, 0.052, 0.027, 0.013),
+        (32.0, 6.0, 2.7, 1.4, 0.61, 0.33, 0.19, 0.075),
+    ),
+    Case(
+        "gptq",
+        "one group a row",
+        (2.1, 1.1, 0.51, 0.22, 0.12, 0.055, 0.028, 0.014),
+        (9.0, 6.6, 2.7, 1.4, 0.65, 0.33, 0.19, 0.073),
+        options={"group_size": -1},
+    ),
+    Case(
+        "gptq",
+        "symmetric groups of 32",
+        (2.3, 1.08, 0.49, 0.22, 0.102, 0.05, 0.026, 0.013),
+        (34.0, 6.2, 2.9, 1.3, 0.73, 0.33, 0.18, 0.082),
+        options={"group_size": 32, "sym": True},
+    ),
+    Case(
+        "gptq",
+        "act order in groups of 40",
+        (2.3, 0.98, 0.39, 0.19, 0.094, 0.048, 0.023, 0.013),
+        (28.0, 5.3, 1.7, 0.94, 0.56, 0.25, 0.12, 0.065),
+        options={"group_size": 40, "act_order": True},
+    ),
+    Case(
+        "gptq",
+        "static groups of 64",
+        (1.9, 0.95, 0.44, 0.2, 0.099, 0.049, 0.023, 0.012),
+        (8.9, 5.2, 2.5, 1.07, 0.58, 0.33, 0.17, 0.064),
+        options={"group_size": 64, "static_groups": True},
+    ),
+    Case(
+        "gptq",
+        "best",
+        (1.2, 0.82, 0.46, 0.25, 0.105, 0.052, 0.028, 0.014),
+        (4.3, 4.3, 2.9, 1.9, 0.5, 0.27, 0.18, 0.061),
+        preset="best",
+    ),
+    Case(
+        "quip",
+        "incoherent",
+        (2.4, 0.7, 0.32, 0.17, 0.12, 0.095, 0.09, 0.089),
+        (9.6, 2.9, 1.5, 0.93, 0.66, 0.64, 0.67, 0.65),
+        rows_apart=False,
+        clips=True,
+        clip_share=0.01,
+    ),
+    Case(
+        "quip",
+        "blocked rotations",
+        (2.4, 0.71, 0.32, 0.16, 0.101, 0.082, 0.076, 0.075),
+        (12.0, 2.9, 1.3, 0.72, 0.6, 0.54, 0.57, 0.56),
+        options={"blocked": True},
+        rows_apart=False,
+        clips=True,
+        clip_share=0.01,
+    ),
+    Case(
+        "quip",
+        "no rescaling",
+        (2.2, 0.63, 0.28, 0.15, 0.095, 0.079, 0.075, 0.074),
+        (8.1, 3.0, 1.2, 0.65, 0.51, 0.49, 0.46, 0.45),
+        options={"rescale": False},
+        rows_apart=False,
+        clips=True,
+        clip_share=0.01,
+    ),
+    Case(
+        "quip",
+        "a grid per row",
+        (1.8, 1.02, 0.5, 0.22, 0.12, 0.055, 0.027, 0.013),
+        (9.0, 6.3, 3.9, 1.7, 0.69, 0.38, 0.19, 0.087),
+        options={"incoherence": False, "rescale": False},
+    ),
+    Case(
+        "quip",
+        "a grid per row rescaled",
+        (1.5, 1.04, 0.5, 0.23, 0.12, 0.054, 0.028, 0.014),
+        (18.0, 7.0, 3.3, 2.0, 1.1, 0.32, 0.24, 0.105),
+        options={"incoherence": False},
+        rows_apart=False,
+    ),
+    Case(
+        "quip",
+        "best",
+        (1.5, 0.72, 0.37, 0.2, 0.107, 0.058, 0.031, 0.017),
+        (5.6, 3.0, 1.7, 0.79, 0.44, 0.27, 0.13, 0.076),
+        preset="best",
+        rows_apart=False,
+    ),
+)
+
+# What the costly checks (save, load, stream) run: one option set per method, and these widths.
+CHECKPOINTS: tuple[tuple[str, int, dict[str, Any]], ...] = (
+    ("rtn", 3, {"group_size": 64}),
+    ("rtn", 8, {"group_size": 64}),
+    ("gptq", 2, {"group_size": 64, "act_order": True}),
+    ("gptq", 4, {"group_size": 64, "act_order": True}),
+    ("quip", 2, {}),
+    ("quip", 5, {}),
+)
+
+
+def with_bits() -> Iterator[tuple[Case, int]]:
+    """Every case at every width of its method."""
+    return ((case, bits) for case in CASES for bits in case.all_bits)

@@ -1,0 +1,157 @@
+"""What every method promises about one linear, as functions that raise AssertionError; the fault tests call them too.
+
+Legend: O out_features, I in_features, T tokens.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from contract.cases import Case
+from torch import Tensor
+from torch.nn import functional as F
+
+from llq_hf.linear import checked_layout
+from llq_hf.method import Job, Method, Packed
+from llq_hf.stats import Stat
+
+OUT, IN, TOKENS, SEQUENCES = 48, 172, 512, 4
+SEED = 1234
+
+
+@cache
+def inputs(in_features: int = IN, seed: int = 7) -> Tensor:
+    """Activations [T, I] as models have them: correlated, of decaying spectrum, with one massive channel."""
+    random = torch.Generator().manual_seed(seed)
+    basis, _ = torch.linalg.qr(torch.randn(in_features, in_features, generator=random))
+    spectrum = 1 / (1 + torch.arange(in_features) / 8)
+    x_TI = (torch.randn(TOKENS, in_features, generator=random) * spectrum) @ basis.T
+    x_TI[:, in_features // 3] *= 30
+    return x_TI
+
+
+@cache
+def weight(out_features: int = OUT, in_features: int = IN, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Gaussian weights as a model of `dtype` holds them, in fp32."""
+    random = torch.Generator().manual_seed(out_features * 1000 + in_features)
+    return (torch.randn(out_features, in_features, generator=random) * in_features**-0.5).to(dtype).float()
+
+
+def statistic(method: Method, x_TI: Tensor) -> Stat | None:
+    if method.observes is None:
+        return None
+    stat = method.observes(x_TI.shape[1], x_TI.device)
+    for part in x_TI.chunk(SEQUENCES):
+        stat.update(part, 1)
+    stat.check("the test problem")
+    return stat
+
+
+def job() -> Job:
+    return Job("model.layers.0.test", seed=SEED)
+
+
+def quantize(method: Method, weight_OI: Tensor, x_TI: Tensor | None = None) -> Packed:
+    x_TI = inputs(weight_OI.shape[1]) if x_TI is None else x_TI
+    return method.quantize(weight_OI, statistic(method, x_TI), job())
+
+
+@cache
+def solved(case: Case, bits: int, dtype: torch.dtype = torch.float32) -> Packed:
+    """The packed tensors of a case on the test problem, solved once for all tests: not to be changed."""
+    return quantize(case.build(bits), weight(dtype=dtype))
+
+
+def restore(method: Method, packed: Packed, weight_OI: Tensor) -> Tensor:
+    return method.dequantize(packed, *weight_OI.shape)
+
+
+def proxy_loss(error_OI: Tensor, x_TI: Tensor) -> float:
+    """tr(dW H dW^T) in fp64, up to the constant of H."""
+    return float((x_TI.double() @ error_OI.double().T).square().sum())
+
+
+def loss_of(method: Method, weight_OI: Tensor, x_TI: Tensor) -> float:
+    return proxy_loss(weight_OI - restore(method, quantize(method, weight_OI, x_TI), weight_OI), x_TI)
+
+
+# --- checks ----------------------------------------------------------------------------------------------------------
+
+
+def check_layout(method: Method, packed: Packed, weight_OI: Tensor) -> None:
+    """Names, shapes and dtypes as declared; codes are int32 and never in the dense shape."""
+    layout = checked_layout(method, *weight_OI.shape)
+    assert set(packed) == set(layout)
+    for name, spec in layout.items():
+        assert tuple(packed[name].shape) == spec.shape, name
+        assert packed[name].dtype == spec.dtype, name
+        assert packed[name].is_contiguous(), name
+    assert packed["weight"].dtype == torch.int32
+    assert packed["weight"].shape != weight_OI.shape
+
+
+def check_same_bits(first: Packed, second: Packed) -> None:
+    assert set(first) == set(second)
+    for name in first:
+        assert first[name].dtype == second[name].dtype, name
+        assert torch.equal(first[name], second[name]), name
+
+
+def relative_errors(weight_OI: Tensor, restored_OI: Tensor) -> tuple[float, float]:
+    """(|dW| / |W|, max|dW| / rms W): both see what a cosine hides."""
+    error_OI = (weight_OI - restored_OI).double()
+    rms = weight_OI.double().square().mean().sqrt()
+    return float(error_OI.square().mean().sqrt() / rms), float(error_OI.abs().max() / rms)
+
+
+def check_errors(case: Case, bits: int, weight_OI: Tensor, restored_OI: Tensor, slack: float = 1.0) -> None:
+    assert restored_OI.dtype == torch.float32
+    assert restored_OI.shape == weight_OI.shape
+    assert torch.isfinite(restored_OI).all()
+    frobenius, largest = relative_errors(weight_OI, restored_OI)
+    assert frobenius <= case.frobenius[bits - 1] * slack, f"|dW|/|W| = {frobenius:.4g}"
+    assert largest <= case.largest[bits - 1] * slack, f"max|dW|/rms W = {largest:.4g}"
+
+
+def check_linear(method: Method, packed: Packed, weight_OI: Tensor, dtype: torch.dtype) -> None:
+    """`linear` is F.linear with the dequantized weight: to rounding in fp32, to a few roundings of bf16 else."""
+    restored_OI = restore(method, packed, weight_OI)
+    tolerance = 1e-5 if dtype == torch.float32 else 2.0**-6
+    random = torch.Generator().manual_seed(3)
+    bias = torch.randn(len(weight_OI), generator=random).to(dtype)
+    for shape in ((5, weight_OI.shape[1]), (2, 3, weight_OI.shape[1])):
+        x = torch.randn(shape, generator=random).to(dtype)
+        for b in (None, bias):
+            y = method.linear(x, packed, b, len(weight_OI))
+            expected = F.linear(x.double(), restored_OI.double(), None if b is None else b.double())
+            assert y.dtype == dtype
+            assert y.shape == expected.shape
+            assert (y.double() - expected).norm() <= tolerance * expected.norm()
+
+
+def check_gradient(method: Method, packed: Packed, weight_OI: Tensor) -> None:
+    """What adapters in front of a linear are trained by: the gradient is that of the dequantized weight."""
+    x = torch.randn(5, weight_OI.shape[1], generator=torch.Generator().manual_seed(4)).requires_grad_()
+    y = method.linear(x, packed, None, len(weight_OI))
+    y.square().sum().backward()
+    restored_OI = restore(method, packed, weight_OI).double()
+    expected = 2 * (x.detach().double() @ restored_OI.T) @ restored_OI
+    assert x.grad is not None
+    assert (x.grad.double() - expected).norm() <= 1e-5 * expected.norm()
+
+
+def check_pure(method: Method, weight_OI: Tensor, x_TI: Tensor) -> None:
+    """`quantize` changes neither the weight nor the statistic: q, k and v share one."""
+    given_OI, stat = weight_OI.clone(), statistic(method, x_TI)
+    before = {name: t.clone() for name, t in vars(stat).items() if isinstance(t, Tensor)} if stat else {}
+    method.quantize(given_OI, stat, job())
+    assert torch.equal(given_OI, weight_OI)
+    for name, tensor in before.items():
+        assert torch.equal(getattr(stat, name), tensor), name
+
+
+def check_deterministic(method: Method, first: Packed, weight_OI: Tensor) -> None:
+    """The same bits as in `first` again, whatever the global generator is doing."""
+    torch.manual_seed(1)
+    check_same_bits(first, quantize(type(method).build(**method.to_dict()), weight_OI))

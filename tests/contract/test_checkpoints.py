@@ -1,0 +1,337 @@
+"""The contract of a checkpoint: what a streamed run writes is what loads, in every way that people load models."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from contract.cases import CHECKPOINTS
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from llq_hf.data import Calibration
+from llq_hf.errors import LLQError
+from llq_hf.hf import CONFIGS, check_quantized, count_quantized
+from llq_hf.linear import QuantLinear
+from llq_hf.methods import METHODS, build
+from llq_hf.run import quantize_checkpoint
+
+LINEARS = 2 * 7
+Run = Callable[..., Path]
+
+each_checkpoint = pytest.mark.parametrize(
+    ("name", "bits", "options"), CHECKPOINTS, ids=[f"{name}-{bits}-bits" for name, bits, _ in CHECKPOINTS]
+)
+once_per_method = pytest.mark.parametrize(
+    ("name", "bits", "options"),
+    [next(row for row in CHECKPOINTS if row[0] == name) for name in METHODS],
+    ids=list(METHODS),
+)
+
+
+@pytest.fixture(scope="module")
+def quantized(
+    tmp_path_factory: pytest.TempPathFactory, calibration_npy: Path
+) -> Callable[[Path, str, int, dict[str, Any]], Path]:
+    """Folder of the packed checkpoint that a streamed run writes; each is made once."""
+    made: dict[str, Path] = {}
+
+    def make(base: Path, name: str, bits: int, options: dict[str, Any]) -> Path:
+        key = json.dumps([str(base), name, bits, options])
+        if key not in made:
+            out = tmp_path_factory.mktemp("packed") / "out"
+            quantize_checkpoint(
+                str(base), out, build(name, bits=bits, **options), Calibration(str(calibration_npy), samples=8)
+            )
+            made[key] = out
+        return made[key]
+
+    return make
+
+
+def load(folder: Path, **options: Any) -> nn.Module:
+    return AutoModelForCausalLM.from_pretrained(folder, **options).eval()
+
+
+def packed_of(model: nn.Module) -> dict[str, Tensor]:
+    """Every stored tensor of every quantized linear, by its name in the file."""
+    return {
+        f"{name}.{key}": tensor
+        for name, module in model.named_modules()
+        if isinstance(module, QuantLinear)
+        for key, tensor in module.packed().items()
+    }
+
+
+def assert_same_tensors(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
+    assert set(first) == set(second)
+    for name, tensor in first.items():
+        assert tensor.dtype == second[name].dtype, name
+        assert torch.equal(tensor, second[name]), name
+
+
+def file_tensors(folder: Path) -> dict[str, Tensor]:
+    return {name: t for file in sorted(folder.glob("*.safetensors")) for name, t in load_file(file).items()}
+
+
+@torch.no_grad()
+def logits(model: nn.Module, ids: Tensor) -> Tensor:
+    return model(ids).logits
+
+
+@each_checkpoint
+def test_loading_twice_sharded_and_dispatched_gives_the_same_logits(
+    quantized: Run, tiny_llama: Path, calibration_ids: Tensor, tmp_path: Path, name: str, bits: int, options: dict
+):
+    folder = quantized(tiny_llama, name, bits, options)
+    first = load(folder)
+    assert count_quantized(first) == LINEARS
+    assert check_quantized(first).method == build(name, bits=bits, **options)
+    expected = logits(first, calibration_ids)
+    assert torch.isfinite(expected).all()
+    stored = packed_of(first)
+    assert_same_tensors(stored, {key: t for key, t in file_tensors(folder).items() if key in stored})
+
+    def same(model: nn.Module) -> None:
+        assert_same_tensors(stored, packed_of(model))
+        assert torch.equal(logits(model, calibration_ids), expected)
+
+    first.save_pretrained(tmp_path / "again")
+    second = load(tmp_path / "again")
+    same(second)
+    second.save_pretrained(tmp_path / "sharded", max_shard_size="40KB")
+    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 3
+    same(load(tmp_path / "sharded"))
+    same(load(folder, device_map="auto"))
+    same(load(folder, device_map={"": "cpu"}))
+    section = json.loads((tmp_path / "sharded" / "config.json").read_text())["quantization_config"]
+    assert section == json.loads((folder / "config.json").read_text())["quantization_config"]
+
+
+@each_checkpoint
+def test_a_streamed_run_equals_quantizing_on_loading(
+    quantized: Run,
+    tiny_llama: Path,
+    calibration_ids: Tensor,
+    calibration_npy: Path,
+    tmp_path: Path,
+    name: str,
+    bits: int,
+    options: dict,
+):
+    streamed = load(quantized(tiny_llama, name, bits, options))
+    config = CONFIGS[name](bits=bits, **options, calibration=str(calibration_npy), calibration_samples=8)
+    direct = load(tiny_llama, quantization_config=config)
+    assert_same_tensors(packed_of(streamed), packed_of(direct))
+    assert torch.equal(logits(streamed, calibration_ids), logits(direct, calibration_ids))
+    direct.save_pretrained(tmp_path)
+    again = load(tmp_path)
+    assert_same_tensors(packed_of(streamed), packed_of(again))
+    assert torch.equal(logits(streamed, calibration_ids), logits(again, calibration_ids))
+
+
+@once_per_method
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_loading_in_another_dtype_keeps_what_is_stored(
+    quantized: Run, tiny_llama: Path, calibration_ids: Tensor, dtype: torch.dtype, name: str, bits: int, options: dict
+):
+    folder = quantized(tiny_llama, name, bits, options)
+    reference = load(folder)
+    model = load(folder, dtype=dtype)
+    assert model.model.norm.weight.dtype == dtype
+    assert_same_tensors(packed_of(reference), packed_of(model))
+    y, expected = logits(model, calibration_ids).float(), logits(reference, calibration_ids)
+    assert (y - expected).norm() <= (1e-6 if dtype == torch.float32 else 0.05) * expected.norm()
+
+
+@once_per_method
+def test_casting_a_model_keeps_what_is_stored(
+    quantized: Run, tiny_llama: Path, calibration_ids: Tensor, name: str, bits: int, options: dict
+):
+    model = load(quantized(tiny_llama, name, bits, options))
+    stored = {key: t.clone() for key, t in packed_of(model).items()}
+    expected = logits(model, calibration_ids)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):  # transformers forbids .half() and .float() by name
+        model.to(dtype)
+        assert_same_tensors(stored, packed_of(model))
+    y = logits(model, calibration_ids)  # norms and embeddings went through fp16 and bf16: close, not equal
+    assert (y - expected).norm() <= 0.05 * expected.norm()
+
+
+@each_checkpoint
+def test_stored_bits_in_the_file_are_those_declared(
+    quantized: Run, tiny_llama: Path, name: str, bits: int, options: dict
+):
+    folder, method = quantized(tiny_llama, name, bits, options), build(name, bits=bits, **options)
+    dense, tensors = file_tensors(tiny_llama), file_tensors(folder)
+    report = json.loads((folder / "llq_report.json").read_text())
+    assert len(report["linears"]) == LINEARS
+    total = weights = 0
+    for record in report["linears"]:
+        out_features, in_features = dense[record["name"] + ".weight"].shape
+        mine = {key: t for key, t in tensors.items() if key.startswith(record["name"] + ".")}
+        layout = method.layout(out_features, in_features)
+        assert set(mine) == {f"{record['name']}.{key}" for key in layout}
+        nbytes = sum(t.numel() * t.element_size() for t in mine.values())
+        assert nbytes == sum(spec.nbytes for spec in layout.values())
+        assert record["stored_bits"] == pytest.approx(nbytes * 8 / (out_features * in_features))
+        total, weights = total + nbytes * 8, weights + out_features * in_features
+    assert report["bits"]["stored"] == pytest.approx(total / weights)
+    assert report["bits"]["nominal"] == bits
+    everything = sum(t.numel() * t.element_size() for t in tensors.values())
+    assert report["bits"]["bytes"] == everything
+    parameters = sum(t.numel() for t in dense.values())
+    assert report["bits"]["whole_model"] == pytest.approx(everything * 8 / parameters)
+
+
+@once_per_method
+@pytest.mark.parametrize("base", ["tiny_llama", "tiny_llama_bf16", "tiny_llama_tied", "tiny_llama_biased"])
+def test_everything_else_is_bitwise_the_base(
+    quantized: Run,
+    request: pytest.FixtureRequest,
+    calibration_ids: Tensor,
+    tmp_path: Path,
+    base: str,
+    name: str,
+    bits: int,
+    options: dict,
+):
+    """Embeddings, head, norms and biases: same names, dtypes and bytes, also when loaded; the model still runs."""
+    dense_folder = request.getfixturevalue(base)
+    folder = quantized(dense_folder, name, bits, options)
+    dense, tensors = file_tensors(dense_folder), file_tensors(folder)
+    replaced = {key for key in dense if ".layers." in key and key.endswith("_proj.weight")}
+    assert len(replaced) == LINEARS
+    model = load(folder)
+    loaded = model.state_dict()
+    for key in set(dense) - replaced:
+        assert tensors[key].dtype == dense[key].dtype, key
+        assert torch.equal(tensors[key], dense[key]), key
+        assert torch.equal(loaded[key], dense[key]), key
+    for key in replaced:
+        assert tensors[key].dtype == torch.int32
+        assert tensors[key].shape != dense[key].shape
+    if base == "tiny_llama_tied":
+        assert model.lm_head.weight is model.model.embed_tokens.weight
+    expected = logits(model, calibration_ids)
+    assert torch.isfinite(expected).all()
+    model.save_pretrained(tmp_path)
+    again = load(tmp_path)
+    assert_same_tensors(dict(loaded), dict(again.state_dict()))
+    assert torch.equal(logits(again, calibration_ids), expected)
+    saved = json.loads((folder / "config.json").read_text())
+    saved.pop("quantization_config")
+    assert saved == json.loads((dense_folder / "config.json").read_text())
+
+
+@once_per_method
+def test_a_loaded_model_generates(quantized: Run, tiny_llama: Path, name: str, bits: int, options: dict):
+    model = load(quantized(tiny_llama, name, bits, options))
+    out = model.generate(
+        torch.tensor([[5, 6, 7]]), max_new_tokens=4, do_sample=False, pad_token_id=1, eos_token_id=None
+    )
+    assert out.shape == (1, 7)
+
+
+def test_without_the_plugin_loading_fails_loudly(quantized: Run, tiny_llama: Path):
+    """No warning and random weights: the packed shape does not fit."""
+    folders = [quantized(tiny_llama, name, bits, options) for name, bits, options in CHECKPOINTS]
+    script = """
+import json, sys
+from transformers import AutoModelForCausalLM
+said = []
+for folder in sys.argv[1:]:
+    try:
+        AutoModelForCausalLM.from_pretrained(folder)
+        said.append("loaded")
+    except Exception as error:
+        said.append(f"{type(error).__name__}: {error}")
+assert not any(name.startswith("llq_hf.") and name != "llq_hf._startup" for name in sys.modules)
+print("SAID" + json.dumps(said))
+"""
+    environment = {**os.environ, "LLQ_DISABLE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", script, *map(str, folders)], capture_output=True, text=True, env=environment, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    for text in json.loads(done.stdout.split("SAID")[1]):
+        assert text.startswith("RuntimeError"), text
+        assert "size" in text, text
+
+
+@once_per_method
+def test_token_ids_need_no_tokenizer(
+    tiny_llama: Path, calibration_npy: Path, tmp_path: Path, name: str, bits: int, options: dict
+):
+    """A folder of weights and config alone can be calibrated on a .npy file of ids."""
+    base = tmp_path / "base"
+    base.mkdir()
+    for file in ("config.json", "model.safetensors"):
+        (base / file).symlink_to(tiny_llama / file)
+    method = build(name, bits=bits, **options)
+    quantize_checkpoint(str(base), tmp_path / "out", method, Calibration(str(calibration_npy), samples=8))
+    config = CONFIGS[name](bits=bits, **options, calibration=str(calibration_npy), calibration_samples=8)
+    assert_same_tensors(packed_of(load(tmp_path / "out")), packed_of(load(base, quantization_config=config)))
+
+
+# --- quantization configs --------------------------------------------------------------------------------------------
+
+
+@once_per_method
+def test_config_json_round_trip(quantized: Run, tiny_llama: Path, name: str, bits: int, options: dict):
+    folder = quantized(tiny_llama, name, bits, options)
+    raw = json.loads((folder / "config.json").read_text())["quantization_config"]
+    section = AutoConfig.from_pretrained(folder).quantization_config
+    again = CONFIGS[name].from_dict(section if isinstance(section, dict) else section.to_dict())
+    assert again.to_dict() == raw
+    assert json.loads(json.dumps(again.to_dict())) == raw
+    assert again.method == build(name, bits=bits, **options)
+    assert raw["quant_method"] == f"llq_{name}"
+    again.check_stored()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_config_types_refuse_what_methods_refuse(name: str):
+    with pytest.raises(LLQError, match="did you mean 'bits'"):
+        CONFIGS[name](bit=3)
+    with pytest.raises(LLQError, match="should be of type int"):
+        CONFIGS[name](bits="3")
+    with pytest.raises(LLQError, match="bits=11"):
+        CONFIGS[name](bits=11)
+
+
+@once_per_method
+def test_a_missing_tensor_or_an_edited_option_is_refused(
+    quantized: Run, tiny_llama: Path, tmp_path: Path, name: str, bits: int, options: dict
+):
+    import shutil
+
+    from safetensors.torch import save_file
+
+    folder = tmp_path / "edited"
+    shutil.copytree(quantized(tiny_llama, name, bits, options), folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["bits"] = bits + 1
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(LLQError, match="edited"):
+        load(folder)
+
+    folder = tmp_path / "incomplete"
+    shutil.copytree(quantized(tiny_llama, name, bits, options), folder)
+    file = sorted(folder.glob("*.safetensors"))[-1]
+    tensors = load_file(file)
+    removed = next(key for key in tensors if key.endswith("_proj.scale"))
+    save_file({key: t for key, t in tensors.items() if key != removed}, file, metadata={"format": "pt"})
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    del index["weight_map"][removed]
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(LLQError, match="lacks"):
+        load(folder)

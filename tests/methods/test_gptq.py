@@ -1,0 +1,140 @@
+"""GPTQ: equal to the literal solver, its order of columns and of linears, its ladder of damping."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from contract import checks
+from reference.gptq import gptq
+
+from llq_hf.bits import unpack
+from llq_hf.method import Job, stored_bits
+from llq_hf.methods import build
+from llq_hf.quantize import quantize_model
+from llq_hf.stats import Hessian, factorize
+
+VARIANTS = {
+    "one group a row": {"group_size": -1},
+    "symmetric": {"group_size": -1, "sym": True},
+    "groups of 16 that see stale weights": {"group_size": 16},
+    "groups of 48 that do not divide": {"group_size": 48},
+    "symmetric groups of 128": {"group_size": 128, "sym": True},
+    "act order": {"group_size": -1, "act_order": True},
+    "act order in groups of 16": {"group_size": 16, "act_order": True},
+    "static groups of 16": {"group_size": 16, "static_groups": True},
+    "act order in static groups of 16": {"group_size": 16, "static_groups": True, "act_order": True},
+    "static but one group a row": {"group_size": -1, "static_groups": True, "act_order": True},
+    "half the damping": {"group_size": 32, "damp": 0.005},
+}
+
+
+def well_conditioned(in_features: int, dead: tuple[int, ...] = ()) -> torch.Tensor:
+    """Inputs [T, I] with correlations but no tiny eigenvalue, so that fp32 and fp64 round alike."""
+    random = torch.Generator().manual_seed(in_features)
+    mix_II = torch.eye(in_features) + 0.3 * torch.randn(in_features, in_features, generator=random) / in_features**0.5
+    x_TI = torch.randn(4 * in_features, in_features, generator=random) @ mix_II
+    x_TI *= 0.5 + torch.rand(in_features, generator=random)  # all diagonals of H differ: one act order
+    x_TI[:, list(dead)] = 0
+    return x_TI
+
+
+def hessian_of(x_TI: torch.Tensor) -> Hessian:
+    stat = Hessian(x_TI.shape[1], x_TI.device)
+    stat.update(x_TI, 4)
+    return stat
+
+
+@pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
+@pytest.mark.parametrize("shape", [(16, 32), (12, 160)], ids=lambda shape: "{}x{}".format(*shape))
+@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("dead", [(), (3, 20)], ids=["all channels alive", "dead channels"])
+def test_equals_the_literal_solver(options: dict, shape: tuple[int, int], bits: int, dead: tuple[int, ...]):
+    weight_OI, x_TI = checks.weight(*shape), well_conditioned(shape[1], dead)
+    method, job = build("gptq", bits=bits, scale_bits=32, **options), checks.job()
+    packed = method.quantize(weight_OI, hessian_of(x_TI), job)
+    assert job.notes["dead_columns"] == len(dead)
+    assert job.notes["damp"] == method.damp
+    restored, codes, order = gptq(weight_OI.numpy(), hessian_of(x_TI).H_II.numpy(), bits, **options, scale_bits=32)
+    mine = unpack(packed["weight"], bits, shape[1]).numpy()
+    if "order" in packed:
+        alive = [i for i in order if i not in dead]
+        assert [i for i in packed["order"].tolist() if i not in dead] == alive
+    else:
+        back = np.empty_like(codes)
+        back[:, order] = codes
+        codes = back
+    assert (mine != codes).mean() <= 0.002, "a tie or two may round differently in fp32"
+    restored_OI = checks.restore(method, packed, weight_OI)
+    off = (restored_OI.double() - torch.from_numpy(restored)).abs() > 1e-5
+    assert off.double().mean() <= 0.002
+
+
+def test_without_a_factor_it_is_rtn():
+    """The fallback is the very codes of RTN, and is noted."""
+    weight_OI = checks.weight(8, 40)
+    stat = Hessian(40, torch.device("cpu"))
+    stat.sum_II, stat.sequences = -torch.eye(40) * 1e6 + torch.ones(40, 40), 1
+    for options in ({"group_size": 16}, {"group_size": -1, "sym": True}):
+        job = checks.job()
+        packed = build("gptq", bits=3, **options).quantize(weight_OI, stat, job)
+        assert job.notes["fallback"] == "rtn"
+        checks.check_same_bits(packed, checks.quantize(build("rtn", bits=3, **options), weight_OI))
+
+
+def test_the_damping_ladder_is_climbed_and_noted():
+    """A Hessian of rank 1 with no damping asked for cannot be factorized as it is."""
+    x_TI = torch.ones(4, 64) * torch.linspace(1, 2, 64)
+    for name in ("gptq", "quip"):
+        job = Job("x", seed=1)
+        method = build(name, bits=4, damp=0.01)
+        packed = method.quantize(checks.weight(8, 64), hessian_of(x_TI), job)
+        assert "fallback" not in job.notes
+        assert job.notes["damp"] >= 0.01
+        assert torch.isfinite(checks.restore(method, packed, checks.weight(8, 64))).all()
+    notes: dict = {}
+    H_II = -0.3 * torch.eye(6) + torch.ones(6, 6)  # five eigenvalues of -0.3, mean diagonal 0.7
+    assert factorize(H_II, 0.01, notes, inverse=True) is not None
+    assert notes["damp"] == pytest.approx(0.64)  # the first rung with 0.7 * damp > 0.3
+    assert factorize(H_II * float("nan"), 0.01, {}, inverse=True) is None
+
+
+def test_act_order_stores_the_order_in_16_bits_and_static_groups_store_none():
+    assert "order" not in build("gptq", act_order=True, static_groups=True).layout(8, 256)
+    assert build("gptq", act_order=True).layout(8, 256)["order"].dtype == torch.int16
+    assert build("gptq", act_order=True).layout(8, 1 << 15)["order"].dtype == torch.int32
+    stored = stored_bits(build("gptq", bits=4, act_order=True).layout(4096, 4096), 4096, 4096)
+    assert stored == pytest.approx(4 + 20 / 128 + 16 / 4096)
+
+
+def test_true_sequential_sees_what_the_previous_group_left(tiny_llama, calibration_ids, monkeypatch):
+    """q, k, v, then o, gate and up, down: o's Hessian comes from quantized q, k, v; without the option it does not."""
+    from transformers import AutoModelForCausalLM
+
+    from llq_hf.methods.gptq import GPTQ
+
+    seen: dict[str, list[str]] = {}
+    hessians: dict[tuple[bool, str], torch.Tensor] = {}
+    original = GPTQ.quantize
+
+    def spy(self, weight_OI, stat, job):
+        seen.setdefault(str(self.true_sequential), []).append(job.name)
+        hessians[self.true_sequential, job.name] = stat.sum_II.clone()
+        return original(self, weight_OI, stat, job)
+
+    monkeypatch.setattr(GPTQ, "quantize", spy)
+    for sequential in (False, True):
+        model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+        quantize_model(model, build("gptq", bits=2, true_sequential=sequential), calibration_ids)
+    block = "model.layers.0."
+    names = [name.removeprefix(block) for name in seen["True"] if name.startswith(block)]
+    assert {*names[:3]} == {f"self_attn.{p}_proj" for p in "qkv"}
+    assert names[3] == "self_attn.o_proj"
+    assert {*names[4:6]} == {"mlp.gate_proj", "mlp.up_proj"}
+    assert names[6] == "mlp.down_proj"
+    for name, same in (("self_attn.q_proj", True), ("self_attn.o_proj", False), ("mlp.down_proj", False)):
+        assert torch.equal(hessians[False, block + name], hessians[True, block + name]) is same, name
+    # the next block sees quantized predecessors either way
+    assert not torch.equal(
+        hessians[False, "model.layers.1.self_attn.q_proj"], hessians[True, "model.layers.1.self_attn.q_proj"]
+    )
