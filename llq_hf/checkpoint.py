@@ -135,7 +135,9 @@ def _dtype(name: str, file: Path) -> torch.dtype:
 
 def _tensor_files(path: Path) -> dict[str, Path]:
     if (path / INDEX).is_file():
-        weight_map = read_json(path / INDEX).get("weight_map", {})
+        weight_map = read_json(path / INDEX).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+            raise LLQError(f"{path / INDEX} has no weight_map of tensor names to file names")
         return {name: path / file for name, file in weight_map.items()}
     if (path / SINGLE).is_file():
         return dict.fromkeys(header(path / SINGLE), path / SINGLE)

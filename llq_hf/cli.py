@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from .errors import LLQError
@@ -130,7 +131,7 @@ def quantize(
     table.add_row("peak memory", f"{peak_bytes() / 2**30:.2f} GiB")
     _warn_of_fallbacks(report)
     console.print(table)
-    console.print(f"Load it: AutoModelForCausalLM.from_pretrained({str(out)!r})")
+    print(f"Load it: AutoModelForCausalLM.from_pretrained({str(out)!r})")  # not rich: it would break the line
 
 
 def _bits_table(title: str, report: dict[str, Any]) -> Table:
@@ -251,8 +252,9 @@ def main() -> None:
     try:
         app(standalone_mode=True)
     except LLQError as error:
-        Console(stderr=True).print(f"[red]Error:[/red] {error}", highlight=False, soft_wrap=True)
+        Console(stderr=True).print(f"[red]Error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(1)
-    except KeyboardInterrupt:
-        Console(stderr=True).print("Interrupted; the same command goes on where this one stopped.")
-        sys.exit(130)
+    except SystemExit as stop:
+        if stop.code == 130:  # Ctrl-C, which typer turns into this
+            Console(stderr=True).print("Interrupted; the same command goes on where this one stopped.")
+        raise

@@ -234,6 +234,10 @@ class Calibration:
         if not isinstance(self.source, str) or not self.source:
             raise LLQError(f"source={self.source!r} names no calibration data; give {_sources()}.")
 
+    @property
+    def needs_tokenizer(self) -> bool:
+        return Path(self.source).suffix.lower() != ".npy"
+
     def ids(self, tokenizer: Any, vocab_size: int | None = None) -> Tensor:
         """int64 `[N, S]`; see `calibration_ids`."""
         return calibration_ids(
@@ -351,7 +355,7 @@ def _load_ids(path: Path) -> np.ndarray[Any, np.dtype[Any]]:
     path = _existing_file(path, (".npy",))
     try:
         ids = np.load(path, allow_pickle=False)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError) as error:
         raise LLQError(f"{path} is not a readable .npy file of numbers ({error}); write it with numpy.save.") from error
     if not np.issubdtype(ids.dtype, np.integer):
         raise LLQError(f"{path} holds {ids.dtype}, not integers; save the token ids as int32 or int64.")

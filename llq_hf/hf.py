@@ -148,7 +148,9 @@ class LLQQuantizer(HfQuantizer):  # type: ignore[misc]
         if not self.pre_quantized:
             ids = None
             if config.method.observes is not None:
-                tokenizer = config.tokenizer or load_tokenizer(Path(str(model.name_or_path)))
+                tokenizer = config.tokenizer
+                if tokenizer is None and config.calibration.needs_tokenizer:
+                    tokenizer = load_tokenizer(Path(str(model.name_or_path)))
                 ids = config.calibration.ids(tokenizer, model.config.vocab_size)
                 used = {"ids_sha256": ids_sha256(ids), "samples": ids.shape[0], "seqlen": ids.shape[1]}
                 config.calibration_used = used

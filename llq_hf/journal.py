@@ -79,7 +79,7 @@ class Journal:
     def read(path: Path) -> list[dict[str, Any]]:
         """The whole lines of a journal file; [] where there is none."""
         lines: list[dict[str, Any]] = []
-        for text in path.read_text().splitlines() if path.is_file() else []:
+        for text in path.read_text(errors="replace").splitlines() if path.is_file() else []:
             try:
                 lines.append(json.loads(text))
             except json.JSONDecodeError:

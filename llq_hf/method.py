@@ -57,6 +57,7 @@ class Step:
         """Let go of statistics and weights: the next ones are gathered while the consumer still holds this step."""
         self.stats.clear()
         self.linears.clear()
+        self.block = nn.Identity()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -55,8 +55,8 @@ def quantize_step(step: Step, method: Method) -> list[dict[str, Any]]:
         errors = _errors(dense.weight.detach().float(), quantized.dequantized(), step.stats.get(name))
         if not all(map(math.isfinite, errors.values())):
             raise LLQError(f"{job.name} came out not finite: its weights or its calibration inputs are not usable")
-        shape = (dense.out_features, dense.in_features)
-        bits = stored_bits(quantized.layout, *shape)
+        shape = [dense.out_features, dense.in_features]  # a list, as it comes back from JSON
+        bits = stored_bits(quantized.layout, dense.out_features, dense.in_features)
         records.append(
             {"name": job.name, "shape": shape, "stored_bits": bits, **errors, **job.notes, "seconds": seconds}
         )

@@ -102,6 +102,7 @@ def prepare(
         raise LLQError(f"{model} is quantized already ({kind}); give the full-precision model")
     skeleton = build_skeleton(checkpoint)
     dtype = _dtype(run.dtype, skeleton)
+    _check_device(run.device)
     problems = problems_of(checkpoint, skeleton, method)
     progress.stage("hashing the base model", len(checkpoint.files))
     base, not_finite = checkpoint.scan(lambda done, total: progress.advance())
@@ -112,7 +113,8 @@ def prepare(
     ids_NS, described = None, None
     if method.observes is not None:
         progress.stage("tokenizing the calibration data")
-        ids_NS = calibration.ids(load_tokenizer(checkpoint.path), skeleton.config.vocab_size)
+        tokenizer = load_tokenizer(checkpoint.path) if calibration.needs_tokenizer else None
+        ids_NS = calibration.ids(tokenizer, skeleton.config.vocab_size)
         described = {"ids_sha256": ids_sha256(ids_NS), "samples": ids_NS.shape[0], "seqlen": ids_NS.shape[1]}
     identity = {
         "format_version": FORMAT_VERSION,
@@ -130,20 +132,23 @@ def prepare(
 
 def execute(plan: Plan, out: Path, progress: Progress) -> dict[str, Any]:
     """Run a plan into `out`; returns the report."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(out.with_name(out.name + ".lock")):  # a second process waits, then finds the work done
-        if (out / "config.json").is_file() and finished_fingerprint(out) == plan.fingerprint:
-            return read_report(out)
-        journal = Journal.open(out, plan.identity)
-        try:
+    journal = None
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(out.with_name(out.name + ".lock")):  # a second process waits, then finds the work done
+            if (out / "config.json").is_file() and finished_fingerprint(out) == plan.fingerprint:
+                return read_report(out)
+            journal = Journal.open(out, plan.identity)
             return _write(plan, out, journal, progress)
-        except (OSError, SafetensorError) as error:
-            for draft in out.glob("*.tmp"):
-                draft.unlink(missing_ok=True)
-            raise LLQError(
-                f"writing to {out} failed ({error}); free some space and run the same command again: "
-                f"{len(journal.blocks)} of {len(arch.block_prefixes(plan.skeleton))} blocks are kept"
-            ) from error
+    except (OSError, SafetensorError) as error:
+        if journal is None:
+            raise LLQError(f"{out} cannot be written ({error}); give another folder, or free some space") from error
+        for draft in out.glob("*.tmp"):
+            draft.unlink(missing_ok=True)
+        raise LLQError(
+            f"writing to {out} failed ({error}); free some space and run the same command again: "
+            f"{len(journal.blocks)} of {len(arch.block_prefixes(plan.skeleton))} blocks are kept"
+        ) from error
 
 
 def _write(plan: Plan, out: Path, journal: Journal, progress: Progress) -> dict[str, Any]:
@@ -151,8 +156,7 @@ def _write(plan: Plan, out: Path, journal: Journal, progress: Progress) -> dict[
     total = len(blocks.prefixes)
     names = _names_by_file(plan, total)
     rest = out / _file_name(0, total)
-    if not rest.is_file():
-        save(plan.checkpoint.read(names[rest.name]), rest)
+    save(plan.checkpoint.read(names[rest.name]), rest)  # also on a resume: the journal has no digest of this file
     started = time.perf_counter()
     pending: list[dict[str, Any]] = []
 
@@ -343,7 +347,10 @@ def build_skeleton(checkpoint: Checkpoint) -> PreTrainedModel:
     """The model of the checkpoint's config on the meta device: shapes, no memory."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
+    try:
+        config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
+    except Exception as error:  # transformers and the Hub client validate with a dozen types
+        raise LLQError(f"{checkpoint.path / 'config.json'} describes no model: {one_line(error)}") from error
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)
 
@@ -351,7 +358,26 @@ def build_skeleton(checkpoint: Checkpoint) -> PreTrainedModel:
 def load_tokenizer(path: Path) -> Any:
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:  # a missing file, a missing package, a broken JSON: each raises its own
+        raise LLQError(
+            f"{path} has no tokenizer that can be loaded ({one_line(error)}); put the model's there, or calibrate on a "
+            ".npy file of token ids"
+        ) from error
+
+
+def one_line(error: Exception) -> str:
+    """The first line of other people's many."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def _check_device(name: str) -> None:
+    """LLQError unless a tensor can be put there."""
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise LLQError(f"device={name!r} cannot be used here ({one_line(error)}); give cpu, or auto") from error
 
 
 def _dtype(name: str | None, skeleton: PreTrainedModel) -> torch.dtype:

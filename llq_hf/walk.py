@@ -10,6 +10,7 @@ from a live model or, one at a time, from safetensors on disk; activations lie i
 from __future__ import annotations
 
 import copy
+import os
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -102,6 +103,13 @@ class Activations:
         offload.mkdir(parents=True, exist_ok=True)
         self._file = tempfile.NamedTemporaryFile(dir=offload, prefix="activations-", suffix=".bin")  # noqa: SIM115 (lives as long as the tensor)
         count = shape[0] * shape[1] * shape[2]
+        try:  # a full disk is an error here; under a mapping it is a bus error at the first touch
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(self._file.fileno(), 0, count * dtype.itemsize)
+        except OSError as error:
+            self._file.close()
+            need = count * dtype.itemsize / 2**20
+            raise LLQError(f"{offload} has no room for {need:.0f} MiB of activations ({error.strerror})") from error
         self.tensor_NSD = torch.from_file(self._file.name, shared=True, size=count, dtype=dtype).view(shape)
 
     def __getitem__(self, rows: slice) -> Tensor:
@@ -249,22 +257,35 @@ def walk(
                 block = blocks.load(index)
                 restore(index, block)
                 stream.advance(block, prefix)
+                del block
             continue
         block = blocks.load(index)
         if stream is None:
-            yield Step(prefix, block, arch.block_linears(block), {}, on_linear)
+            parts = [[list(arch.block_linears(block))]]
         else:
-            assert observes is not None
             groups = arch.input_groups(block, *stream.inputs(stream.batches()[0]))
-            for part in [[group] for group in groups] if sequential else [groups]:
-                stats = stream.observe(block, part, observes)
-                for name, stat in stats.items():
-                    stat.check(f"{prefix}.{name}")
-                dense = arch.block_linears(block)
-                step = Step(prefix, block, {name: dense[name] for group in part for name in group}, stats, on_linear)
-                yield step
-                step.release()
+            parts = [[group] for group in groups] if sequential else [groups]
+        for part in parts:
+            step = _step(prefix, block, part, stream, observes, on_linear)
+            yield step
+            step.release()
         on_block(index, block)
         if stream is not None and index < last:
             stream.advance(block, prefix)
         del block
+
+
+def _step(
+    prefix: str,
+    block: nn.Module,
+    part: list[list[str]],
+    stream: Stream | None,
+    observes: type[Stat] | None,
+    on_linear: Callable[[str], None],
+) -> Step:
+    """The linears of `part`. In a function of its own, so that no name of the loop keeps a block or a Hessian alive."""
+    stats = stream.observe(block, part, observes) if stream is not None and observes is not None else {}
+    for name, stat in stats.items():
+        stat.check(f"{prefix}.{name}")
+    dense = arch.block_linears(block)
+    return Step(prefix, block, {name: dense[name] for group in part for name in group}, stats, on_linear)

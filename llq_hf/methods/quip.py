@@ -71,7 +71,7 @@ class QuIP(Method):
     damp: float = 0.01
 
     def check(self) -> None:
-        if self.range_sigma <= 0:
+        if not 0 < self.range_sigma < float("inf"):
             raise LLQError(f"range_sigma={self.range_sigma} must be positive")
         if self.greedy_passes < 0:
             raise LLQError(f"greedy_passes={self.greedy_passes} must not be negative")
