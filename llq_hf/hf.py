@@ -27,8 +27,9 @@ from .errors import LLQError
 from .linear import QuantLinear
 from .method import FORMAT_VERSION, Method
 from .methods import METHODS
+from .packed import config_section, digest
 from .quantize import quantize_model
-from .run import digest, load_tokenizer
+from .run import load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -71,15 +72,7 @@ class LLQConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     def to_dict(self) -> dict[str, Any]:
         """JSON of what a checkpoint's config.json holds."""
-        return {
-            "quant_method": self.quant_method,
-            **self.method.to_dict(),
-            "format_version": self.format_version,
-            "quantized_linears": self.quantized_linears,
-            "digest": self.digest,
-            "calibration": self.calibration_used,
-            "fingerprint": self.fingerprint,
-        }
+        return config_section(self.method, self.quantized_linears, self.calibration_used, self.fingerprint)
 
     def to_diff_dict(self) -> dict[str, Any]:
         return self.to_dict()

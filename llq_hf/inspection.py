@@ -9,7 +9,7 @@ from .checkpoint import Checkpoint
 from .errors import LLQError
 from .journal import Journal
 from .methods import method_type
-from .run import REPORT, digest, read_report
+from .packed import REPORT, digest, read_report
 
 
 def inspect_checkpoint(path: Path) -> dict[str, Any]:

@@ -90,6 +90,11 @@ class Journal:
         self.blocks[line["block"]] = line
         self._append(line)
 
+    def linears(self) -> list[dict[str, Any]]:
+        """Records of all finished linears in order, without what differs from run to run (seconds)."""
+        records = [record for index in sorted(self.blocks) for record in self.blocks[index]["linears"]]
+        return [{key: value for key, value in record.items() if key != "seconds"} for record in records]
+
     def _append(self, line: dict[str, Any], create: bool = False) -> None:
         with self.path.open("w" if create else "a") as handle:
             handle.write(json.dumps(line, sort_keys=True) + "\n")

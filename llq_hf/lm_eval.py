@@ -26,9 +26,10 @@ from .hf import LLQConfig, check_quantized
 from .linear import QuantLinear
 from .method import Method, nearest, stored_bits
 from .methods import METHODS, build, method_type
+from .packed import finished_fingerprint
 from .progress import RichProgress
 from .quantize import Progress, RunOptions
-from .run import execute, finished_fingerprint, prepare
+from .run import execute, prepare
 
 DEFAULT_MODEL = "meta-llama/Meta-Llama-3-8B"
 
@@ -159,7 +160,7 @@ def cached(model: str, method: Method, calibration: Calibration, run: RunOptions
     try:
         plan = prepare(model, method, calibration, run, None, progress)
         out = (root or cache_root()) / plan.fingerprint
-        if not (out / "config.json").is_file() or finished_fingerprint(out) != plan.fingerprint:
+        if finished_fingerprint(out) != plan.fingerprint:
             execute(plan, out, progress)
         return out
     finally:

@@ -28,11 +28,14 @@ Packed = dict[str, Tensor]
 
 @dataclass
 class Job:
-    """One linear to quantize: who it is, the seed of its randomness, and what the method noted on the way."""
+    """One linear to quantize: its full name, and what the method noted on the way."""
 
     name: str
-    seed: int
     notes: dict[str, Any] = field(default_factory=dict)
+
+    def seeds(self, seed: int, count: int) -> list[int]:
+        """`count` seeds below 2**31 of this linear's own, from the run's `seed` and the linear's name only."""
+        return [zlib.crc32(f"{seed}:{self.name}:{i}".encode()) & 0x7FFFFFFF for i in range(count)]
 
 
 @dataclass
@@ -46,11 +49,11 @@ class Step:
     on_linear: Callable[[str], None] = lambda name: None  # progress
     jobs: dict[str, Job] = field(default_factory=dict)
 
-    def job(self, name: str, seed: int) -> Job:
-        """The job of linear `name`; its seed depends on the run's seed and the linear's full name only."""
+    def job(self, name: str) -> Job:
+        """Begin the job of linear `name` (its name inside the block)."""
         full_name = f"{self.prefix}.{name}"
         self.on_linear(full_name)
-        self.jobs[name] = Job(full_name, seed=zlib.crc32(f"{seed}:{full_name}".encode()) & 0x7FFFFFFF)
+        self.jobs[name] = Job(full_name)
         return self.jobs[name]
 
     def release(self) -> None:
@@ -71,7 +74,6 @@ class Method(ABC):
     best: ClassVar[Mapping[str, Any]] = {}  # fields of preset="best", as a mapping over the study's defaults
 
     bits: int = 4
-    seed: int = 0
 
     def __post_init__(self) -> None:
         try:
@@ -118,7 +120,7 @@ class Method(ABC):
     def quantize_block(self, step: Step) -> dict[str, Packed]:
         """Packed tensors by linear name. Default: each linear alone."""
         return {
-            name: self.quantize(linear.weight.detach().float(), step.stats.get(name), step.job(name, self.seed))
+            name: self.quantize(linear.weight.detach().float(), step.stats.get(name), step.job(name))
             for name, linear in step.linears.items()
         }
 

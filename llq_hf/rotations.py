@@ -55,6 +55,7 @@ def factor_sizes(n: int) -> tuple[int, int]:
 
 
 @lru_cache(maxsize=8192)
+@torch.inference_mode(False)  # what is cached under inference mode could never be trained through again
 def rotation(seed: int, n: int, blocked: bool, device: torch.device) -> Rotation:
     """The transform of `seed`. blocked: an own matrix for every slice (B of size A, A of size B) instead of one."""
     random = np.random.RandomState(seed)

@@ -435,7 +435,7 @@ def other_model(model: Path, tmp_path: Path) -> Path:
     [
         ({"bits": 4}, "config.bits was 3, is 4"),
         ({"group_size": 64}, "config.group_size was 128, is 64"),
-        ({"seed": 1}, "config.seed was 0, is 1"),
+        ({"damp": 0.02}, "config.damp was 0.01, is 0.02"),
         ({"method": "rtn"}, "method was 'gptq', is 'rtn'"),
         ({"calibration": "other_calibration"}, "calibration.ids_sha256 was"),
         ({"model": "other_model"}, "base_sha256 was"),

@@ -14,7 +14,7 @@ LAYERS = [  # imports go one way: a module may import modules of its own row and
     {"method"},
     {"methods"},
     {"linear", "arch", "checkpoint", "data", "journal"},
-    {"walk"},
+    {"walk", "packed"},
     {"quantize"},
     {"preflight"},
     {"run"},

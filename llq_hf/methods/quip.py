@@ -18,8 +18,8 @@ Departures: U and V are Kronecker products, as the paper and the authors' docstr
 flag's default, an own orthogonal matrix for every slice (`blocked=True`: about sqrt(n) times the memory at run time).
 Seeds are drawn per (layer, linear, side) and stored; theirs are unseeded. Their fp16 roundings between the steps are
 gone. The greedy passes clamp each code as they go (theirs clamps at the end of a pass and leaves the error
-uncorrected). `search_range` (in preset="best") solves for several ranges and keeps the one of least tr(dW H dW^T):
-2.4 sigma is right near 4 bits only.
+uncorrected) and see H before `damp` (theirs after). `search_range` (in preset="best") solves for several ranges and
+keeps the one of least tr(dW H dW^T): 2.4 sigma is right near 4 bits only.
 """
 
 from __future__ import annotations
@@ -69,6 +69,7 @@ class QuIP(Method):
     blocked: bool = False
     greedy_passes: int = 0
     damp: float = 0.01
+    seed: int = 0
 
     def check(self) -> None:
         if not 0 < self.range_sigma < float("inf"):
@@ -106,10 +107,11 @@ class QuIP(Method):
         if not self.incoherence:
             H_II, L_II = self._prepare(H_II, job)
             grid = self.row_grid.grid(W_OI)
-            codes_OI = self._round(W_OI / grid.scale + grid.zero, H_II, L_II)
+            t_OI = (W_OI / grid.scale + grid.zero).clamp_(0, 2**self.bits - 1)
+            codes_OI = self._round(t_OI, H_II, L_II)
             return {**self.row_grid.pack(codes_OI, grid), **extra}
 
-        extra["seeds"] = torch.tensor([job.seed, job.seed ^ 0x2545F491], dtype=torch.int32, device=W_OI.device)
+        extra["seeds"] = torch.tensor(job.seeds(self.seed, 2), dtype=torch.int32, device=W_OI.device)
         V, U = self._sides(extra["seeds"], *W_OI.shape)
         W_OI = U.apply(V.apply(W_OI).T).T.contiguous()
         H_II = V.apply(V.apply(H_II).T)

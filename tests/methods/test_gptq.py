@@ -86,7 +86,7 @@ def test_the_damping_ladder_is_climbed_and_noted():
     """A Hessian of rank 1 with no damping asked for cannot be factorized as it is."""
     x_TI = torch.ones(4, 64) * torch.linspace(1, 2, 64)
     for name in ("gptq", "quip"):
-        job = Job("x", seed=1)
+        job = Job("x")
         method = build(name, bits=4, damp=0.01)
         packed = method.quantize(checks.weight(8, 64), hessian_of(x_TI), job)
         assert "fallback" not in job.notes

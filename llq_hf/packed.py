@@ -1,0 +1,163 @@
+"""The folder of packed weights that a run writes: which tensor goes where, written whole or not at all.
+
+model-00001-of-N.safetensors   everything outside the decoder blocks, bitwise as in the base
+model-0000k-of-N.safetensors   one decoder block each, written when it is done
+llq_report.json                per linear: bits, errors, what the method noted (the same bytes however often killed)
+index, tokenizer, config.json  last: without config.json nothing loads, so half a run never passes for a whole one
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from . import arch
+from .checkpoint import INDEX, Checkpoint, header, read_json
+from .journal import fingerprint
+from .linear import QuantLinear
+from .method import FORMAT_VERSION, Method
+
+CONFIG, REPORT = "config.json", "llq_report.json"
+# Small files of the base that go along unchanged.
+CARRIED = ("*.json", "*.model", "*.txt", "*.jinja", "LICENSE*", "USE_POLICY*")
+
+
+@dataclass(frozen=True)
+class PackedFolder:
+    """What `path` will hold once every block of `base` (module names `prefixes`) is quantized by `method`."""
+
+    path: Path
+    base: Checkpoint
+    prefixes: list[str]
+    method: Method
+
+    def file(self, block: int | None) -> Path:
+        """File of a block, or (None) of everything outside the blocks."""
+        number = 1 if block is None else block + 2
+        return self.path / f"model-{number:05d}-of-{len(self.prefixes) + 1:05d}.safetensors"
+
+    def base_names(self, block: int | None) -> list[str]:
+        """The base's tensors that belong to a block, or (None) to none."""
+        if block is not None:
+            return [name for name in sorted(self.base.files) if name.startswith(self.prefixes[block] + ".")]
+        inside = tuple(prefix + "." for prefix in self.prefixes)
+        return [name for name in sorted(self.base.files) if not name.startswith(inside)]
+
+    def save_rest(self) -> None:
+        save(self.base.read(self.base_names(None)), self.file(None))
+
+    def save_block(self, index: int, block: nn.Module) -> Path:
+        """Write packed tensors of the block's quantized linears, and the base's own bytes of everything else in it."""
+        prefix, tensors, replaced = self.prefixes[index], {}, set()
+        for name, module in block.named_modules():
+            if isinstance(module, QuantLinear):
+                replaced.add(f"{prefix}.{name}.weight")
+                tensors.update({f"{prefix}.{name}.{key}": t.cpu() for key, t in module.packed().items()})
+        tensors.update(self.base.read(name for name in self.base_names(index) if name not in replaced))
+        save(tensors, self.file(index))
+        return self.file(index)
+
+    def restore_block(self, index: int, block: nn.Module) -> None:
+        """Put the packed linears of a finished block's file into a freshly loaded block."""
+        tensors, prefix = load_file(self.file(index)), self.prefixes[index]
+        device = next(block.parameters()).device
+        for name, linear in arch.block_linears(block).items():
+            layout = self.method.layout(linear.out_features, linear.in_features)
+            packed = {key: tensors[f"{prefix}.{name}.{key}"].clone().to(device) for key in layout}
+            arch.replace_module(block, name, QuantLinear.from_packed(self.method, linear, packed))
+
+    def finish(self, linears: list[dict[str, Any]], identity: dict[str, Any]) -> dict[str, Any]:
+        """Report, index, small files, and config.json as the last. Returns the report."""
+        weight_map: dict[str, str] = {}
+        total_bytes = 0
+        for file in (self.file(None), *(self.file(i) for i in range(len(self.prefixes)))):
+            for name, spec in header(file).items():
+                weight_map[name] = file.name
+                total_bytes += spec.nbytes
+        report: dict[str, Any] = {
+            "fingerprint": fingerprint(identity),
+            "identity": identity,
+            "linears": linears,
+            "bits": self._bits(linears, total_bytes),
+        }
+        index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+        write_json(self.path / REPORT, report)
+        write_json(self.path / INDEX, index)
+        for pattern in CARRIED:
+            for file in self.base.path.glob(pattern):
+                if file.name not in (CONFIG, INDEX, REPORT) and file.is_file():
+                    shutil.copyfile(file, self.path / file.name)
+        section = config_section(self.method, len(linears), identity["calibration"], report["fingerprint"])
+        write_json(self.path / CONFIG, {**self.base.config, "quantization_config": section})
+        return report
+
+    def _bits(self, linears: list[dict[str, Any]], total_bytes: int) -> dict[str, float]:
+        """Nominal bits, stored bits per quantized weight, and bits per parameter of the whole model."""
+        weights = sum(record["shape"][0] * record["shape"][1] for record in linears)
+        stored = sum(record["stored_bits"] * record["shape"][0] * record["shape"][1] for record in linears)
+        parameters = sum(torch.Size(spec.shape).numel() for spec in self.base.specs.values())
+        return {
+            "nominal": self.method.nominal_bits,
+            "stored": stored / weights,
+            "whole_model": total_bytes * 8 / parameters,
+            "bytes": total_bytes,
+        }
+
+
+def config_section(
+    method: Method, linears: int | None, calibration: dict[str, Any] | None, run: str | None
+) -> dict[str, Any]:
+    """The `quantization_config` of a checkpoint. `digest` guards the options: edited ones are refused on loading."""
+    return {
+        "quant_method": f"llq_{method.name}",
+        **method.to_dict(),
+        "format_version": FORMAT_VERSION,
+        "quantized_linears": linears,
+        "digest": digest(method, linears),
+        "calibration": calibration,
+        "fingerprint": run,
+    }
+
+
+def digest(method: Method, linears: int | None) -> str:
+    return fingerprint({"method": method.name, **method.to_dict(), "linears": linears, "format": FORMAT_VERSION})
+
+
+def read_report(folder: Path) -> dict[str, Any]:
+    return read_json(folder / REPORT)
+
+
+def finished_fingerprint(folder: Path) -> str | None:
+    """Fingerprint of the run that finished `folder`; None where no run did."""
+    if not (folder / CONFIG).is_file():
+        return None
+    section: dict[str, Any] = read_json(folder / CONFIG).get("quantization_config", {})
+    return section.get("fingerprint")
+
+
+def save(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write a safetensors file whole or not at all: draft, fsync, rename."""
+    draft = path.with_name(path.name + ".tmp")
+    save_file({name: tensors[name].contiguous() for name in sorted(tensors)}, draft, metadata={"format": "pt"})
+    draft.chmod(0o644)
+    _settle(draft, path)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    draft = path.with_name(path.name + ".tmp")
+    draft.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+    _settle(draft, path)
+
+
+def _settle(draft: Path, path: Path) -> None:
+    with draft.open("rb") as handle:
+        os.fsync(handle.fileno())
+    os.replace(draft, path)
