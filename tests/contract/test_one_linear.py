@@ -70,7 +70,7 @@ def test_calibration_beats_rounding_to_nearest_on_the_same_grid(case: Case, bits
     loss = checks.proxy_loss(weight_OI - checks.restore(method, checks.solved(case, bits), weight_OI), x_TI)
     module = importlib.import_module(type(method).__module__)
     monkeypatch.setattr(module, "factorize", lambda *args, **options: None)
-    # A range that clips (2.4 sigma at many bits) costs both the same, and rounding nearly nothing: a tie, but for noise.
+    # A range that clips (2.4 sigma at many bits) costs both the same, and rounding nearly nothing: a tie but for noise.
     tie = 1.02 if case.clips and bits > 4 else 1.0
     assert loss <= checks.loss_of(method, weight_OI, x_TI) * tie
 
