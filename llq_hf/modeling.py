@@ -10,7 +10,7 @@ from transformers import LlamaForCausalLM
 
 from .errors import LLQError
 from .hf import CONFIGS
-from .methods import method_type
+from .methods import METHODS, method_type
 
 
 class QuantizedLlama(LlamaForCausalLM):  # type: ignore[misc]
@@ -24,6 +24,11 @@ class QuantizedLlama(LlamaForCausalLM):  # type: ignore[misc]
     @classmethod
     def from_pretrained(cls, model: str, *args: Any, method: str | None = None, **kwargs: Any) -> Any:
         """`method` and its options (those of the method's config type) quantize a dense model on loading."""
+        owned = {key for each in METHODS.values() for key in each.field_names()} & set(kwargs)
+        if method is None and owned:
+            raise LLQError(
+                f"{', '.join(sorted(owned))} is an option of a method: give method=... (llq methods lists them)"
+            )
         if method is not None:
             if kwargs.get("quantization_config") is not None:
                 raise LLQError("give either method=... with its options or quantization_config=..., not both")
@@ -35,10 +40,11 @@ class QuantizedLlama(LlamaForCausalLM):  # type: ignore[misc]
 
     def save_pretrained(self, save_directory: Any, *args: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
         """As LlamaForCausalLM: config.json names that class, so every loader finds its way."""
+        repo_id = kwargs.pop("repo_id", Path(save_directory).name)
         super().save_pretrained(save_directory, *args, **kwargs)
         path = Path(save_directory) / "config.json"
         config = json.loads(path.read_text())
         config["architectures"] = [LlamaForCausalLM.__name__]
         path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         if push_to_hub:
-            self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name))
+            self.push_to_hub(repo_id)

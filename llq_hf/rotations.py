@@ -26,6 +26,8 @@ class Rotation(NamedTuple):
     first: Tensor
     second: Tensor
     permute_out: Tensor
+    unpermute_in: Tensor  # inverse permutations: found once, used at every call
+    unpermute_out: Tensor
 
     def apply(self, x: Tensor) -> Tensor:
         """Q x for every vector x [..., n], in fp32."""
@@ -36,11 +38,11 @@ class Rotation(NamedTuple):
 
     def invert(self, x: Tensor) -> Tensor:
         """Q^T x for every vector x [..., n], in fp32."""
-        grid = x.float()[..., torch.argsort(self.permute_out)]
+        grid = x.float()[..., self.unpermute_out]
         grid = grid.reshape(-1, self.first.shape[-1], self.second.shape[-1])
         grid = torch.einsum("aji,taj->tai" if self.second.ndim == 3 else "ji,taj->tai", self.second, grid)
         grid = torch.einsum("bji,tjb->tib" if self.first.ndim == 3 else "ji,tjb->tib", self.first, grid)
-        return grid.reshape(x.shape)[..., torch.argsort(self.permute_in)]
+        return grid.reshape(x.shape)[..., self.unpermute_in]
 
 
 def factor_sizes(n: int) -> tuple[int, int]:
@@ -63,7 +65,9 @@ def rotation(seed: int, n: int, blocked: bool, device: torch.device) -> Rotation
     permute_in, permute_out = (torch.from_numpy(random.permutation(n)) for _ in range(2))
     first = _orthogonal(random, b if blocked else 1, a)
     second = _orthogonal(random, a if blocked else 1, b)
-    parts = (permute_in, first, second, permute_out) if blocked else (permute_in, first[0], second[0], permute_out)
+    if not blocked:
+        first, second = first[0], second[0]
+    parts = (permute_in, first, second, permute_out, torch.argsort(permute_in), torch.argsort(permute_out))
     return Rotation(*(part.to(device) for part in parts))
 
 

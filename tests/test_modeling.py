@@ -1,0 +1,52 @@
+"""QuantizedLlama: from a dense model, from a packed one, and what it saves and pushes."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+from llq_hf import LLQError, QuantizedLlama
+from llq_hf.hf import check_quantized
+
+
+@pytest.fixture
+def model(tiny_llama: Path, calibration_npy: Path) -> QuantizedLlama:
+    return QuantizedLlama.from_pretrained(tiny_llama, method="quip", bits=3, calibration=str(calibration_npy))
+
+
+def test_quantizes_saves_and_loads(model: QuantizedLlama, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+    ids = torch.arange(12)[None]
+    for kind in (AutoModelForCausalLM, QuantizedLlama, LlamaForCausalLM):
+        again = kind.from_pretrained(tmp_path)
+        check_quantized(again)
+        assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+def test_generates(model: QuantizedLlama) -> None:
+    out = model.generate(torch.arange(4)[None], max_new_tokens=5, do_sample=False)
+    assert out.shape[1] <= 9
+
+
+def test_pushes_what_it_saves(model: QuantizedLlama, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The upload itself is the Hub client's; what goes up is what save_pretrained wrote, under the name asked for."""
+    pushed = []
+    monkeypatch.setattr(QuantizedLlama, "push_to_hub", lambda self, repo_id: pushed.append(repo_id))
+    model.save_pretrained(tmp_path / "local", push_to_hub=True, repo_id="user/quip-3bit")
+    model.save_pretrained(tmp_path / "named", push_to_hub=True)
+    assert pushed == ["user/quip-3bit", "named"]
+
+
+def test_options_without_a_method_are_refused(tiny_llama: Path) -> None:
+    with pytest.raises(LLQError, match=r"bits is an option of a method: give method="):
+        QuantizedLlama.from_pretrained(tiny_llama, bits=2)
+
+
+def test_a_method_and_a_config_are_refused(tiny_llama: Path) -> None:
+    from llq_hf import RTNConfig
+
+    with pytest.raises(LLQError, match="not both"):
+        QuantizedLlama.from_pretrained(tiny_llama, method="rtn", quantization_config=RTNConfig(bits=4))
