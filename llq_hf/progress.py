@@ -41,12 +41,8 @@ class RichProgress(Listener):
         self._stage = self._bars.add_task(text, total=total or None, note="")
 
     def advance(self, count: int = 1) -> None:
-        if self._stage is None:
-            return
-        task = next(t for t in self._bars.tasks if t.id == self._stage)
-        if task.total is not None and task.completed + count > task.total:  # a stage is repeated for every block
-            self._bars.reset(self._stage)
-        self._bars.advance(self._stage, count)
+        if self._stage is not None:
+            self._bars.advance(self._stage, count)
 
     def estimates(self, found: dict[str, float]) -> None:
         size, peak = found["output_bytes"] / 2**30, found["peak_bytes"] / 2**30

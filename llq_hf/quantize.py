@@ -17,14 +17,12 @@ from .errors import LLQError
 from .linear import QuantLinear
 from .method import Method, Step, stored_bits
 from .stats import Hessian, Stat
-from .walk import Blocks, LiveBlocks, walk
+from .walk import Blocks, LiveBlocks, PassListener, walk
 
 
-class Progress:
+class Progress(PassListener):
     """What a run tells while it goes on; this one is silent. `progress.RichProgress` draws it."""
 
-    def stage(self, text: str, total: int = 0) -> None: ...
-    def advance(self, count: int = 1) -> None: ...
     def estimates(self, found: dict[str, float]) -> None: ...
     def blocks(self, done: int, total: int) -> None: ...
     def linear(self, name: str) -> None: ...
@@ -98,7 +96,6 @@ def quantize_model(
 
 def steps(blocks: Blocks, method: Method, ids_NS: Tensor | None, progress: Progress, **options: Any) -> Iterator[Step]:
     total, done_before = len(blocks.prefixes), options.pop("done", 0)
-    count = 0 if ids_NS is None else len(ids_NS)
     inner: Callable[[int, nn.Module], None] = options.pop("on_block", lambda index, block: None)
 
     def on_block(index: int, block: nn.Module) -> None:
@@ -106,14 +103,13 @@ def steps(blocks: Blocks, method: Method, ids_NS: Tensor | None, progress: Progr
         progress.blocks(index + 1, total)
 
     progress.blocks(done_before, total)
-    progress.stage("calibrating", count * total)
     return walk(
         blocks,
         ids_NS,
         observes=method.observes,
         sequential=method.sequential,
         on_block=on_block,
-        on_batch=progress.advance,
+        listener=progress,
         on_linear=progress.linear,
         **options,
     )

@@ -119,13 +119,20 @@ class Activations:
         self.tensor_NSD[rows] = value.to(self.tensor_NSD)
 
 
+class PassListener:
+    """Told of every pass of the calibration set through a block; this one does not care."""
+
+    def stage(self, text: str, total: int = 0) -> None: ...
+    def advance(self, count: int = 1) -> None: ...
+
+
 class Stream:
     """The calibration set on its way through the blocks: its activations and the keyword arguments every block gets."""
 
-    def __init__(self, blocks: Blocks, ids_NS: Tensor, offload: Path | None, on_batch: Callable[[int], None]) -> None:
+    def __init__(self, blocks: Blocks, ids_NS: Tensor, offload: Path | None, listener: PassListener) -> None:
         self.count, self.length = ids_NS.shape
         self.size = max(1, BATCH_TOKENS // self.length)
-        self.on_batch = on_batch
+        self.listener = listener
         self._kwargs: dict[int, dict[str, Any]] = {}  # by batch size: masks have a batch axis
         decoder = blocks.decoder()
         activations: Activations | None = None
@@ -159,12 +166,13 @@ class Stream:
                 stat.update(args[0].flatten(0, -2), sequences)
 
             handles.append(linears[group[0]].register_forward_pre_hook(hook))
+        self.listener.stage("statistics", self.count)
         try:
             for rows in self.batches():
                 hidden_BSD, kwargs = self.inputs(rows)
                 sequences = len(hidden_BSD)
                 block(hidden_BSD, **kwargs)
-                self.on_batch(sequences)
+                self.listener.advance(sequences)
         finally:
             for handle in handles:
                 handle.remove()
@@ -173,6 +181,7 @@ class Stream:
     @torch.no_grad()
     def advance(self, block: nn.Module, name: str) -> None:
         """Replace the activations by the block's outputs. LLQError where they overflow."""
+        self.listener.stage("outputs", self.count)
         for rows in self.batches():
             hidden_BSD, kwargs = self.inputs(rows)
             out_BSD = first(block(hidden_BSD, **kwargs))
@@ -181,7 +190,7 @@ class Stream:
                     f"the output of {name} is not finite in {out_BSD.dtype}; run with dtype float32 or bfloat16"
                 )
             self.activations[rows] = out_BSD
-            self.on_batch(len(hidden_BSD))
+            self.listener.advance(len(hidden_BSD))
 
 
 class _CaughtError(Exception):
@@ -239,7 +248,7 @@ def walk(
     finished: Callable[[int], bool] = lambda index: False,
     offload: Path | None = None,
     on_block: Callable[[int, nn.Module], None] = lambda index, block: None,
-    on_batch: Callable[[int], None] = lambda sequences: None,
+    listener: PassListener | None = None,
     on_linear: Callable[[str], None] = lambda name: None,
 ) -> Iterator[Step]:
     """Yield the steps of every block not `finished`; `on_block` is called when a block's last step was consumed.
@@ -249,7 +258,8 @@ def walk(
     """
     if observes is not None and ids_NS is None:
         raise LLQError("this method needs calibration data")
-    stream = Stream(blocks, ids_NS, offload, on_batch) if observes is not None and ids_NS is not None else None
+    listener = listener or PassListener()
+    stream = Stream(blocks, ids_NS, offload, listener) if observes is not None and ids_NS is not None else None
     last = len(blocks.prefixes) - 1
     for index, prefix in enumerate(blocks.prefixes):
         if finished(index):

@@ -22,7 +22,7 @@ from llq_hf.data import Calibration
 from llq_hf.methods import build
 from llq_hf.quantize import RunOptions
 from llq_hf.run import build_skeleton, quantize_checkpoint
-from llq_hf.walk import Activations, LiveBlocks, Stream, StreamedBlocks
+from llq_hf.walk import Activations, LiveBlocks, PassListener, Stream, StreamedBlocks
 
 BLOCKS = 5
 
@@ -122,7 +122,7 @@ def test_a_streamed_block_is_the_live_block(model):
     ids = torch.arange(64).view(2, 32)
     inputs: list[tuple[Tensor, nn.Module]] = []
     for blocks in (streamed, live):
-        stream = Stream(blocks, ids, None, lambda count: None)
+        stream = Stream(blocks, ids, None, PassListener())
         block = blocks.load(3)
         assert not any(tensor.is_meta for tensor in block.state_dict().values())
         stream.advance(block, "block 3")
