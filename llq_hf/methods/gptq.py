@@ -7,8 +7,8 @@ Work goes in blocks of 128 columns: inside a block the repair is immediate, the 
 
 A group's grid is found when its first column is reached, from the matrix as repaired by *finished blocks* (the authors'
 order; a second group inside a block sees stale weights). `static_groups` finds all grids beforehand instead.
-`act_order` rounds the columns of largest H_ii first: the codes are then stored in that order, groups are contiguous in
-it, and `order` says which input channel each stored column reads. With static groups no order needs storing.
+`act_order` rounds the columns of largest H_ii first: the codes are then stored in that order, groups are contiguous
+in it, and `order` says which input channel each stored column reads. Static groups, or one per row, need no order.
 `true_sequential` calibrates q/k/v, o, gate/up, down one after the other, each on what the previous left.
 
 Storage (G = ceil(I / group_size) groups)
@@ -16,8 +16,7 @@ Storage (G = ceil(I / group_size) groups)
     weight  [O, I * bits / 32]    int32   bits
     scale   [O, G]                fp16    16 / group_size (fp32, twice that, with scale_bits=32)
     zero    [O * G * bits / 32]   int32   bits / group_size (absent if sym)
-    order   [I]                   int16   16 / O (int32, 32 / O, from 32768 columns; only act_order without
-    static_groups)
+    order   [I]                   int16   16 / O (int32 from 32768 columns; only act_order with groups not static)
 
 Departures: scales are rounded to the stored fp16 before use; the symmetric range is symmetric also where a row has no
 negative weight (theirs halves the scale there); sorting is stable; a Hessian that will not factorize is damped
@@ -78,7 +77,8 @@ class GPTQ(Method):
 
     @property
     def _keeps_order(self) -> bool:
-        return self.act_order and not self.static_groups
+        # With one group per row, or groups of original columns, the order of the columns means nothing.
+        return self.act_order and not self.static_groups and self.group_size != -1
 
     def layout(self, out_features: int, in_features: int) -> dict[str, Spec]:
         layout = self.grid.layout(out_features, in_features)
