@@ -111,29 +111,30 @@ class GPTQ(Method):
         return {**self.grid.pack(codes_OI, grid_OG), "order": order_I.to(self.layout(*weight_OI.shape)["order"].dtype)}
 
     def _solve(self, W_OI: Tensor, U_II: Tensor, order_I: Tensor, static_OG: Grid | None) -> tuple[Tensor, Grid]:
-        """Round the columns of W_OI (already in `order_I`) one by one; uses W_OI up. Codes [O, I], grids [O, G]."""
-        columns, codes_OI, found = W_OI.shape[1], torch.empty_like(W_OI), []
+        """Round the columns of W_OI (already in `order_I`) one by one; uses W_OI up. Codes [O, I], grids [O, G].
+
+        A block is held transposed, so that a column is contiguous: half the time, the same codes.
+        """
+        columns, codes_IO, found = W_OI.shape[1], torch.empty_like(W_OI.T), []
         size = columns if self.group_size == -1 else self.group_size
         groups = (order_I if self.static_groups else torch.arange(columns)).div(size, rounding_mode="floor").tolist()
-        grid = static_OG
         for start in range(0, columns, BLOCK):
             stop = min(start + BLOCK, columns)
-            block_OB, errors_OB = W_OI[:, start:stop].clone(), torch.zeros_like(W_OI[:, start:stop])
+            block_BO = W_OI[:, start:stop].T.contiguous()
+            errors_BO = torch.empty_like(block_BO)
             for i in range(start, stop):
-                if static_OG is None and i % size == 0:
-                    found.append(grid := self.grid.grid(W_OI[:, i : i + size]))
-                elif static_OG is not None:
-                    grid = Grid(*(part[:, groups[i], None] for part in static_OG))
-                assert grid is not None
-                w_O1 = block_OB[:, i - start, None]
-                codes_OI[:, i, None] = code_O1 = grid.codes(w_O1, self.bits)
-                error_O1 = (w_O1 - grid.values(code_O1)) / U_II[i, i]
-                block_OB[:, i - start :].addmm_(error_O1, U_II[i, None, i:stop], alpha=-1)
-                errors_OB[:, i - start, None] = error_O1
-            W_OI[:, stop:].addmm_(errors_OB, U_II[start:stop, stop:], alpha=-1)
-        if static_OG is not None:
-            return codes_OI, static_OG
-        return codes_OI, Grid(*(torch.cat(parts, dim=1) for parts in zip(*found, strict=True)))
+                if static_OG is not None:
+                    grid_O = Grid(*(part[:, groups[i]] for part in static_OG))
+                elif i % size == 0:
+                    found.append(self.grid.grid(W_OI[:, i : i + size]))
+                    grid_O = Grid(*(part.flatten() for part in found[-1]))
+                w_O, rest_BO = block_BO[i - start], block_BO[i - start :]
+                codes_IO[i] = code_O = grid_O.codes(w_O, self.bits)
+                error_O = torch.sub(w_O, grid_O.values(code_O), out=errors_BO[i - start]).div_(U_II[i, i])
+                rest_BO.addr_(U_II[i, i:stop], error_O, alpha=-1)
+            W_OI[:, stop:].addmm_(errors_BO.T, U_II[start:stop, stop:], alpha=-1)
+        grid_OG = static_OG or Grid(*(torch.cat(parts, dim=1) for parts in zip(*found, strict=True)))
+        return codes_IO.T.contiguous(), grid_OG
 
     def dequantize(self, packed: Packed, out_features: int, in_features: int) -> Tensor:
         weight_OI = self.grid.unpack(packed, in_features)
