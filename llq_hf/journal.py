@@ -68,8 +68,7 @@ class Journal:
         out.mkdir(parents=True, exist_ok=True)
         journal = cls(path, identity)
         for line in lines[1:]:
-            file = out / line["file"]
-            if not file.is_file() or sha256_file(file) != line["sha256"]:
+            if not _as_written(out, line):
                 break  # this block and all later ones are done again
             journal.blocks[line["block"]] = line
         journal._rewrite(lines[0])
@@ -85,6 +84,12 @@ class Journal:
             except json.JSONDecodeError:
                 break
         return lines
+
+    @classmethod
+    def damaged(cls, out: Path) -> list[str]:
+        """Names of block files in a finished folder that are not as they were written; [] also without a journal."""
+        blocks = cls.read(cls.beside(out))[1:]
+        return [line["file"] for line in blocks if not _as_written(out, line)]
 
     def finish_block(self, line: dict[str, Any]) -> None:
         self.blocks[line["block"]] = line
@@ -107,6 +112,11 @@ class Journal:
         lines = [head, *(self.blocks[index] for index in sorted(self.blocks))]
         draft.write_text("".join(json.dumps(line, sort_keys=True) + "\n" for line in lines))
         os.replace(draft, self.path)
+
+
+def _as_written(out: Path, line: dict[str, Any]) -> bool:
+    file = out / str(line["file"])
+    return file.is_file() and sha256_file(file) == str(line["sha256"])
 
 
 def differences(old: Any, new: Any, name: str = "") -> list[str]:

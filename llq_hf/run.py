@@ -23,7 +23,7 @@ from .data import Calibration, ids_sha256
 from .errors import LLQError
 from .journal import Journal, fingerprint, sha256_file
 from .method import FORMAT_VERSION, Method
-from .packed import PackedFolder, finished_fingerprint, read_report
+from .packed import CONFIG, PackedFolder, finished_fingerprint, read_report
 from .preflight import estimate, problems_of
 from .quantize import Progress, RunOptions, quantize_step, steps
 from .walk import StreamedBlocks
@@ -120,7 +120,9 @@ def execute(plan: Plan, out: Path, progress: Progress) -> dict[str, Any]:
         out.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(out.with_name(out.name + ".lock")):  # a second process waits, then finds the work done
             if finished_fingerprint(out) == plan.fingerprint:
-                return read_report(out)
+                if not Journal.damaged(out):
+                    return read_report(out)
+                (out / CONFIG).unlink()  # not a whole checkpoint until the damaged blocks are done again
             journal = Journal.open(out, plan.identity)
             return _write(plan, out, journal, progress)
     except (OSError, SafetensorError) as error:

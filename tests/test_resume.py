@@ -397,6 +397,16 @@ def test_a_finished_block_that_is_damaged_is_done_again(run, interrupted, unbrok
 
 
 @pytest.mark.parametrize("damage", [_delete, _cut, _flip])
+def test_a_damaged_block_of_a_finished_run_is_done_again(run, unbroken, tmp_path, damage):
+    out, recorder = tmp_path / "out", Recorder()
+    run(out)
+    damage(block_file(out, 4))
+    run(out, progress=recorder)
+    assert digests(out) == digests(unbroken)
+    assert recorder.worked_on == {4, 5}
+
+
+@pytest.mark.parametrize("damage", [_delete, _cut, _flip])
 def test_the_file_outside_the_blocks_is_damaged(run, interrupted, unbroken, damage):
     damage(block_file(interrupted, -1))
     run(interrupted)
