@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -83,17 +84,27 @@ def test_a_model_with_a_dense_layer_left_is_not_scored(tiny_llama: Path, options
         check_quantized(model)
 
 
+def launch(command: list[str], folder: Path, environment: dict[str, str]) -> None:
+    """Run a command; a second time, with a warning, where it fails: processes sometimes fail to meet over sockets."""
+    for attempt in (1, 2):
+        done = subprocess.run(command, cwd=folder, env=environment, timeout=600, capture_output=True, text=True)
+        if done.returncode == 0:
+            return
+        warnings.warn(f"attempt {attempt} failed:\n{done.stderr[-6000:]}", stacklevel=1)
+    pytest.fail("failed twice; see the warnings")
+
+
 def test_two_processes_give_the_perplexity_of_one(tmp_path: Path) -> None:
     """The command as users type it, from another folder; the second run takes the first one's quantized model."""
     command = ["-m", "lm_eval", "--model", "llq", "--model_args", "pretrained=demo,method=rtn,bits=3"]
     command += ["--tasks", "llq_demo", "--batch_size", "16", "--limit", "8", "--output_path"]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "LLQ_CACHE": str(tmp_path / "cache")}
+    environment["GLOO_SOCKET_IFNAME"] = "lo"  # both processes are here
     launchers = {"one": [], "two": ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]}
     found = {}
     for name, launcher in launchers.items():
         out = tmp_path / name
-        full = [sys.executable, *launcher, *command, str(out)]
-        subprocess.run(full, cwd=tmp_path, env=environment, check=True, timeout=600, capture_output=True)
+        launch([sys.executable, *launcher, *command, str(out)], tmp_path, environment)
         (results,) = out.rglob("results*.json")
         found[name] = json.loads(results.read_text())
     one, two = (found[name]["results"] for name in launchers)
