@@ -34,7 +34,8 @@ def _method_options() -> list[inspect.Parameter]:
     owners: dict[str, dict[str, Any]] = {}
     types: dict[str, type] = {}
     for name, method in METHODS.items():
-        types.update(field_types(method))
+        for field, kind in field_types(method).items():
+            types[field] = float if {kind, types.get(field, kind)} == {int, float} else kind
         for field, default in field_defaults(method).items():
             owners.setdefault(field, {})[name] = default
     parameters = []
@@ -60,7 +61,9 @@ def with_method_options(command: Callable[..., None]) -> Callable[..., None]:
     def wrapper(**kwargs: Any) -> None:
         names = {parameter.name for parameter in _method_options()}
         options = {name: kwargs.pop(name) for name in list(kwargs) if name in names}
-        command(**kwargs, options={name: value for name, value in options.items() if value is not None})
+        given = {name: value for name, value in options.items() if value is not None}
+        whole = {n: int(v) for n, v in given.items() if isinstance(v, float) and v.is_integer()}  # floats take ints too
+        command(**kwargs, options={**given, **whole})
 
     own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "options"]
     own = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own]
@@ -214,14 +217,14 @@ def _describe(method: type[Method]) -> dict[str, Any]:
     return {
         "title": method.title,
         "bits": list(method.bits_range),
-        "needs_calibration": method.observes is not None,
+        "needs_calibration": method.build().calibrated,
         "options": field_defaults(method),
         "best": dict(method.best),
         "stored_bits_4096x4096": {bits: _stored(method, bits) for bits in method.bits_range},
     }
 
 
-def _stored(method: type[Method], bits: int) -> float:
+def _stored(method: type[Method], bits: float) -> float:
     from .method import stored_bits
 
     return round(stored_bits(method.build(bits=bits).layout(4096, 4096), 4096, 4096), 4)

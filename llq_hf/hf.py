@@ -126,7 +126,7 @@ class LLQQuantizer(HfQuantizer):  # type: ignore[misc]
             )
         for name, linear in linears.items():
             new = QuantLinear(
-                config.method,
+                config.method.at(name),
                 linear.in_features,
                 linear.out_features,
                 linear.bias is not None,
@@ -140,7 +140,7 @@ class LLQQuantizer(HfQuantizer):  # type: ignore[misc]
         config = self.quantization_config
         if not self.pre_quantized:
             ids = None
-            if config.method.observes is not None:
+            if config.method.calibrated:
                 tokenizer = config.tokenizer
                 if tokenizer is None and config.calibration.needs_tokenizer:
                     tokenizer = load_tokenizer(Path(str(model.name_or_path)))

@@ -24,8 +24,7 @@ def inspect_checkpoint(path: Path) -> dict[str, Any]:
     method = kind.build(**{name: section[name] for name in kind.field_names() if name in section})
     if section.get("digest") != digest(method, section.get("quantized_linears", 0)):
         raise LLQError(f"the quantization_config of {path} was edited: its options do not match its digest")
-    layout_names = set(method.layout(256, 256))
-    packed = _packed_modules(checkpoint, layout_names)
+    packed = _packed_modules(checkpoint)
     stored = sum(spec.nbytes for specs in packed.values() for spec in specs.values())
     total = sum(spec.nbytes for spec in checkpoint.specs.values())
     report = read_report(path) if (path / REPORT).is_file() else {"linears": [], "bits": {}}
@@ -45,7 +44,7 @@ def inspect_checkpoint(path: Path) -> dict[str, Any]:
     }
 
 
-def _packed_modules(checkpoint: Checkpoint, names: set[str]) -> dict[str, dict[str, Any]]:
+def _packed_modules(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
     """Module -> its stored tensors, for every module whose `weight` holds packed codes."""
     import torch
 
@@ -57,7 +56,7 @@ def _packed_modules(checkpoint: Checkpoint, names: set[str]) -> dict[str, dict[s
     packed: dict[str, dict[str, Any]] = {module: {} for module in modules}
     for name, spec in checkpoint.specs.items():
         module, _, key = name.rpartition(".")
-        if module in packed and key in names:
+        if module in packed and key != "bias":
             packed[module][key] = spec
     return packed
 

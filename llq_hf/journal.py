@@ -14,7 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
 from .errors import LLQError
+from .method import State
 
 
 def fingerprint(identity: dict[str, Any]) -> str:
@@ -112,6 +117,35 @@ class Journal:
         lines = [head, *(self.blocks[index] for index in sorted(self.blocks))]
         draft.write_text("".join(json.dumps(line, sort_keys=True) + "\n" for line in lines))
         os.replace(draft, self.path)
+
+
+class FileState(State):
+    """Progress of a long training inside one block, in OUT.training.safetensors beside OUT."""
+
+    def __init__(self, out: Path, run: str, block: int) -> None:
+        self.path, self.key = self._beside(out), f"{run}:{block}"
+
+    def load(self) -> dict[str, Tensor] | None:
+        try:
+            with safe_open(self.path, "pt") as file:
+                if (file.metadata() or {}).get("key") != self.key:
+                    return None  # of another block, or of another run
+                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+        except (OSError, SafetensorError):
+            return None
+
+    def save(self, tensors: dict[str, Tensor]) -> None:
+        draft = self.path.with_name(self.path.name + ".tmp")
+        save_file({name: t.contiguous() for name, t in tensors.items()}, draft, metadata={"key": self.key})
+        os.replace(draft, self.path)
+
+    @classmethod
+    def clear(cls, out: Path) -> None:
+        cls._beside(out).unlink(missing_ok=True)
+
+    @staticmethod
+    def _beside(out: Path) -> Path:
+        return out.with_name(out.name + ".training.safetensors")
 
 
 def _as_written(out: Path, line: dict[str, Any]) -> bool:

@@ -12,9 +12,10 @@ from __future__ import annotations
 import difflib
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
-from typing import Any, ClassVar, Self, get_type_hints
+from enum import Enum
+from typing import Any, ClassVar, Protocol, Self, get_type_hints
 
 from torch import Tensor, nn
 
@@ -24,6 +25,52 @@ from .stats import Stat
 
 FORMAT_VERSION = 1
 Packed = dict[str, Tensor]
+
+
+class Flow(Enum):
+    """Which activations flow from block to block while a model is calibrated."""
+
+    QUANTIZED = "quantized"  # each block sees what its quantized predecessors produce (GPTQ's way)
+    DENSE = "dense"  # each block sees what the full-precision model produces (AWQ's way)
+    BOTH = "both"  # side by side: quantized inputs, and what the full-precision model makes of its own as targets
+
+
+class BlockData(Protocol):
+    """The calibration set as it enters one decoder block. `rows` selects sequences."""
+
+    @property
+    def count(self) -> int:
+        """Sequences."""
+
+    @property
+    def length(self) -> int:
+        """Tokens per sequence."""
+
+    def batches(self) -> list[slice]:
+        """All sequences, a forward pass's worth at a time."""
+
+    def inputs(self, rows: slice) -> tuple[Tensor, dict[str, Any]]:
+        """hidden [B, S, D] and the keyword arguments of the block: block(hidden, **kwargs)."""
+
+    def targets(self, rows: slice) -> Tensor:
+        """[B, S, D] that the full-precision block makes of the full-precision model's activations (Flow.BOTH)."""
+
+
+class PassListener:
+    """Told of everything that takes its time; this one does not care."""
+
+    def stage(self, text: str, total: int = 0) -> None: ...
+    def advance(self, count: int = 1) -> None: ...
+
+
+class State:
+    """Where a long training inside a block keeps its progress, to be resumed; this one forgets."""
+
+    def load(self) -> dict[str, Tensor] | None:
+        """What was saved last for this block, or None."""
+        return None
+
+    def save(self, tensors: dict[str, Tensor]) -> None: ...
 
 
 @dataclass
@@ -46,7 +93,11 @@ class Step:
     block: nn.Module
     linears: dict[str, nn.Linear]  # by name inside the block, in the order of execution
     stats: dict[str, Stat]
+    groups: list[list[str]] = field(default_factory=list)  # linears that read the same input, in order of execution
+    data: BlockData | None = None  # None where the method asks for no calibration
     on_linear: Callable[[str], None] = lambda name: None  # progress
+    listener: PassListener = field(default_factory=PassListener)  # progress inside a linear or a training
+    state: State = field(default_factory=State)
     jobs: dict[str, Job] = field(default_factory=dict)
 
     def job(self, name: str) -> Job:
@@ -60,6 +111,7 @@ class Step:
         """Let go of statistics and weights: the next ones are gathered while the consumer still holds this step."""
         self.stats.clear()
         self.linears.clear()
+        self.data = None
         self.block = nn.Identity()
 
 
@@ -69,16 +121,19 @@ class Method(ABC):
 
     name: ClassVar[str]
     title: ClassVar[str]  # for people: "GPTQ (Frantar et al. 2023)"
-    bits_range: ClassVar[range] = range(1, 9)
+    bits_range: ClassVar[Sequence[float]] = range(1, 9)  # its widths: tables and tests go through them
+    any_bits: ClassVar[bool] = False  # whether it also has every figure between the first and the last of them
     observes: ClassVar[type[Stat] | None] = None  # None: needs no calibration data
     best: ClassVar[Mapping[str, Any]] = {}  # fields of preset="best", as a mapping over the study's defaults
 
-    bits: int = 4
+    bits: float  # nominal; declared by every method with its own type and default
 
     def __post_init__(self) -> None:
         try:
-            if self.bits not in self.bits_range:
-                raise LLQError(f"bits={self.bits} is outside its range {self.bits_range[0]}..{self.bits_range[-1]}")
+            first, last = self.bits_range[0], self.bits_range[-1]
+            if self.bits not in self.bits_range and not (self.any_bits and first <= self.bits <= last):
+                widths = f"its range {first}..{last}" if len(self.bits_range) > 1 else f"its only width {first}"
+                raise LLQError(f"bits={self.bits} is outside {widths}")
             self.check()
         except LLQError as error:
             raise LLQError(f"{self.name}: {error}") from None
@@ -92,9 +147,12 @@ class Method(ABC):
     def layout(self, out_features: int, in_features: int) -> dict[str, Spec]:
         """Stored tensors by name. "weight" must be int32 codes of a shape other than [O, I]. LLQError if impossible."""
 
-    @abstractmethod
     def quantize(self, weight_OI: Tensor, stat: Stat | None, job: Job) -> Packed:
-        """fp32 weight -> the tensors of `layout`. Codes are decided here, once. Must not change `weight_OI`."""
+        """fp32 weight -> the tensors of `layout`. Codes are decided here, once. Must not change `weight_OI` or `stat`.
+
+        Methods that treat the linears of a block together override `quantize_block` instead.
+        """
+        raise NotImplementedError(f"{self.name} quantizes whole blocks")
 
     @abstractmethod
     def dequantize(self, packed: Packed, out_features: int, in_features: int) -> Tensor:
@@ -113,16 +171,30 @@ class Method(ABC):
         return False
 
     @property
+    def flow(self) -> Flow:
+        return Flow.QUANTIZED
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether calibration data is run through the model: to observe, or for `quantize_block` to train on."""
+        return self.observes is not None
+
+    def at(self, name: str) -> Method:
+        """The method that serves the linear of this full name; differs from self where roles are treated apart."""
+        return self
+
+    @property
     def nominal_bits(self) -> float:
         """The figure that papers print; what is really stored is counted from the layout or the file."""
         return float(self.bits)
 
     def quantize_block(self, step: Step) -> dict[str, Packed]:
         """Packed tensors by linear name. Default: each linear alone."""
-        return {
-            name: self.quantize(linear.weight.detach().float(), step.stats.get(name), step.job(name))
-            for name, linear in step.linears.items()
-        }
+        packed = {}
+        for name, linear in step.linears.items():
+            job = step.job(name)
+            packed[name] = self.at(job.name).quantize(linear.weight.detach().float(), step.stats.get(name), job)
+        return packed
 
     # --- config -----------------------------------------------------------------------------------------------------
 

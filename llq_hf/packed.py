@@ -70,9 +70,10 @@ class PackedFolder:
         tensors, prefix = load_file(self.file(index)), self.prefixes[index]
         device = next(block.parameters()).device
         for name, linear in arch.block_linears(block).items():
-            layout = self.method.layout(linear.out_features, linear.in_features)
+            method = self.method.at(f"{prefix}.{name}")
+            layout = method.layout(linear.out_features, linear.in_features)
             packed = {key: tensors[f"{prefix}.{name}.{key}"].clone().to(device) for key in layout}
-            arch.replace_module(block, name, QuantLinear.from_packed(self.method, linear, packed))
+            arch.replace_module(block, name, QuantLinear.from_packed(method, linear, packed))
 
     def finish(self, linears: list[dict[str, Any]], identity: dict[str, Any]) -> dict[str, Any]:
         """Report, index, small files, and config.json as the last. Returns the report."""

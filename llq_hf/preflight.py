@@ -29,7 +29,7 @@ def problems_of(checkpoint: Checkpoint, skeleton: PreTrainedModel, method: Metho
     problems = []
     for name, linear in arch.quantizable(skeleton).items():
         try:
-            checked_layout(method, linear.out_features, linear.in_features)
+            checked_layout(method.at(name), linear.out_features, linear.in_features)
         except LLQError as error:
             problems.append(f"{name}: {error}")
     tied = set(getattr(skeleton, "_tied_weights_keys", None) or [])
@@ -57,8 +57,8 @@ def estimate(
     linears = arch.quantizable(skeleton)
     packed = sum(
         spec.nbytes
-        for linear in linears.values()
-        for spec in method.layout(linear.out_features, linear.in_features).values()
+        for name, linear in linears.items()
+        for spec in method.at(name).layout(linear.out_features, linear.in_features).values()
     )
     untouched = sum(
         spec.nbytes for name, spec in checkpoint.specs.items() if name.removesuffix(".weight") not in linears

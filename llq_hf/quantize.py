@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from . import arch
 from .errors import LLQError
 from .linear import QuantLinear
-from .method import Method, Step, stored_bits
+from .method import Method, PassListener, Step, stored_bits
 from .stats import Hessian, Stat
-from .walk import Blocks, LiveBlocks, PassListener, walk
+from .walk import Blocks, LiveBlocks, walk
 
 
 class Progress(PassListener):
@@ -48,8 +48,8 @@ def quantize_step(step: Step, method: Method) -> list[dict[str, Any]]:
     records = []
     for name, tensors in packed.items():
         dense = step.linears[name]
-        quantized = QuantLinear.from_packed(method, dense, tensors)
         job = step.jobs[name]
+        quantized = QuantLinear.from_packed(method.at(job.name), dense, tensors)
         errors = _errors(dense.weight.detach().float(), quantized.dequantized(), step.stats.get(name))
         if not all(map(math.isfinite, errors.values())):
             raise LLQError(f"{job.name} came out not finite: its weights or its calibration inputs are not usable")
@@ -106,8 +106,7 @@ def steps(blocks: Blocks, method: Method, ids_NS: Tensor | None, progress: Progr
     return walk(
         blocks,
         ids_NS,
-        observes=method.observes,
-        sequential=method.sequential,
+        method,
         on_block=on_block,
         listener=progress,
         on_linear=progress.linear,

@@ -21,7 +21,7 @@ from . import arch
 from .checkpoint import Checkpoint
 from .data import Calibration, ids_sha256
 from .errors import LLQError
-from .journal import Journal, fingerprint, sha256_file
+from .journal import FileState, Journal, fingerprint, sha256_file
 from .method import FORMAT_VERSION, Method
 from .packed import CONFIG, PackedFolder, finished_fingerprint, read_report
 from .preflight import estimate, problems_of
@@ -94,7 +94,7 @@ def prepare(
         more = f" (and {len(problems) - 8} more)" if len(problems) > 8 else ""
         raise LLQError(f"{model} cannot be quantized: " + "; ".join(problems[:8]) + more)
     ids_NS, described = None, None
-    if method.observes is not None:
+    if method.calibrated:
         progress.stage("tokenizing the calibration data")
         tokenizer = load_tokenizer(checkpoint.path) if calibration.needs_tokenizer else None
         ids_NS = calibration.ids(tokenizer, skeleton.config.vocab_size)
@@ -157,6 +157,7 @@ def _write(plan: Plan, out: Path, journal: Journal, progress: Progress) -> dict[
             }
         )
         pending.clear()
+        FileState.clear(out)
         started = time.perf_counter()
 
     todo = steps(
@@ -169,6 +170,7 @@ def _write(plan: Plan, out: Path, journal: Journal, progress: Progress) -> dict[
         finished=lambda index: index in journal.blocks,
         offload=plan.run.offload,
         on_block=on_block,
+        state_of=lambda index: FileState(out, plan.fingerprint, index),
     )
     for step in todo:
         pending += quantize_step(step, plan.method)

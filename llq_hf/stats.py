@@ -6,7 +6,7 @@ Legend: T tokens, I in_features, H_II = (2 / sequences) * sum over tokens of x x
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -15,7 +15,12 @@ from .errors import LLQError
 
 
 class Stat(ABC):
-    """A statistic of the inputs of one linear (or of several that share their input)."""
+    """A statistic of the inputs of one linear (or of several that share their input).
+
+    paired: it also takes in what the same linear sees in the full-precision model (needs Flow.BOTH).
+    """
+
+    paired: ClassVar[bool] = False
 
     def __init__(self, in_features: int, device: torch.device) -> None:
         self.in_features, self.device = in_features, device
@@ -23,6 +28,9 @@ class Stat(ABC):
     @abstractmethod
     def update(self, x_TI: Tensor, sequences: int) -> None:
         """Take in the tokens of `sequences` calibration sequences."""
+
+    def pair(self, x_TI: Tensor, dense_TI: Tensor) -> None:  # noqa: B027 (most look at one stream)
+        """Take in the same tokens as seen here and in the full-precision model, after `update`; if `paired`."""
 
     @abstractmethod
     def check(self, name: str) -> None:
@@ -54,6 +62,70 @@ class Hessian(Stat):
             raise LLQError(
                 f"the Hessian of {name} is not finite: the calibration activations overflow; use dtype float32"
             )
+
+
+class PairedHessian(Hessian):
+    """Second moments, and those across streams: cross_II = sum x x~^T, x~ what the full-precision model sees."""
+
+    paired: ClassVar[bool] = True
+
+    def __init__(self, in_features: int, device: torch.device) -> None:
+        super().__init__(in_features, device)
+        self.cross_II = torch.zeros_like(self.sum_II)
+
+    def pair(self, x_TI: Tensor, dense_TI: Tensor) -> None:
+        self.cross_II.addmm_(x_TI.float().T, dense_TI.float())
+
+    @property
+    def C_II(self) -> Tensor:
+        """A fresh copy, on the scale of H_II."""
+        return self.cross_II * (2.0 / self.sequences)
+
+
+class AbsMax(Stat):
+    """The largest magnitude that each input channel ever has."""
+
+    def __init__(self, in_features: int, device: torch.device) -> None:
+        super().__init__(in_features, device)
+        self.max_I = torch.zeros(in_features, dtype=torch.float32, device=device)
+        self.sequences = 0
+
+    def update(self, x_TI: Tensor, sequences: int) -> None:
+        if len(x_TI):
+            self.max_I = torch.maximum(self.max_I, x_TI.abs().amax(0).float())
+        self.sequences += sequences
+
+    def check(self, name: str) -> None:
+        if self.sequences == 0:
+            raise LLQError(f"{name} saw no calibration data")
+        if not torch.isfinite(self.max_I).all():
+            raise LLQError(f"the inputs of {name} are not finite: calibration overflows; use dtype float32")
+
+
+class Samples(Hessian):
+    """Second moments, mean magnitudes, and an evenly spaced sample of 512 to 1023 tokens (all, if there are fewer)."""
+
+    LIMIT = 1024
+
+    def __init__(self, in_features: int, device: torch.device) -> None:
+        super().__init__(in_features, device)
+        self.abs_sum_I = torch.zeros(in_features, dtype=torch.float32, device=device)
+        self.tokens, self.stride = 0, 1
+        self.rows_TI = torch.empty(0, in_features, dtype=torch.float32, device=device)
+
+    def update(self, x_TI: Tensor, sequences: int) -> None:
+        super().update(x_TI, sequences)
+        self.abs_sum_I += x_TI.float().abs().sum(0)
+        first = -self.tokens % self.stride  # tokens 0, stride, 2 stride, ... of all
+        self.rows_TI = torch.cat([self.rows_TI, x_TI[first :: self.stride].float()])
+        self.tokens += len(x_TI)
+        while len(self.rows_TI) >= self.LIMIT:
+            self.rows_TI, self.stride = self.rows_TI[::2].clone(), self.stride * 2
+
+    @property
+    def mean_I(self) -> Tensor:
+        """Mean |x| per channel over all tokens."""
+        return self.abs_sum_I / max(self.tokens, 1)
 
 
 def revive_dead(H_II: Tensor) -> Tensor:

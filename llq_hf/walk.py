@@ -14,8 +14,10 @@ import os
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +25,7 @@ from torch import Tensor, nn
 from . import arch
 from .checkpoint import Checkpoint
 from .errors import LLQError
-from .method import Step
+from .method import Flow, Method, PassListener, State, Step
 from .stats import Stat
 
 BATCH_TOKENS = 4096  # tokens per forward pass: enough to keep the cores busy, little enough to bound memory
@@ -119,13 +121,6 @@ class Activations:
         self.tensor_NSD[rows] = value.to(self.tensor_NSD)
 
 
-class PassListener:
-    """Told of every pass of the calibration set through a block; this one does not care."""
-
-    def stage(self, text: str, total: int = 0) -> None: ...
-    def advance(self, count: int = 1) -> None: ...
-
-
 class Stream:
     """The calibration set on its way through the blocks: its activations and the keyword arguments every block gets."""
 
@@ -136,6 +131,7 @@ class Stream:
         self._kwargs: dict[int, dict[str, Any]] = {}  # by batch size: masks have a batch axis
         decoder = blocks.decoder()
         activations: Activations | None = None
+        self._kwargs[1] = capture(decoder, ids_NS[:1].to(blocks.device))[1]  # for batches of any other size
         for rows in self.batches():
             hidden_BSD, kwargs = capture(decoder, ids_NS[rows].to(blocks.device))
             if activations is None:
@@ -145,32 +141,56 @@ class Stream:
         assert activations is not None
         self.activations, self.device = activations, blocks.device
 
+    def copy(self, offload: Path | None) -> Stream:
+        """Another stream at the same place, with activations of its own."""
+        twin = copy.copy(self)
+        source = self.activations.tensor_NSD
+        count, length, width = source.shape
+        twin.activations = Activations((count, length, width), source.dtype, offload)
+        twin.activations[slice(None)] = source
+        return twin
+
     def batches(self) -> list[slice]:
         return [slice(start, min(start + self.size, self.count)) for start in range(0, self.count, self.size)]
 
     def inputs(self, rows: slice) -> tuple[Tensor, dict[str, Any]]:
         hidden_BSD = self.activations[rows].to(self.device)
-        return hidden_BSD, self._kwargs[len(hidden_BSD)]
+        return hidden_BSD, self._kwargs.get(len(hidden_BSD), self._kwargs[1])  # of size 1, it broadcasts
 
     @torch.no_grad()
-    def observe(self, block: nn.Module, groups: list[list[str]], observes: type[Stat]) -> dict[str, Stat]:
-        """Statistics of the input of every linear in `groups`; linears of a group share one object."""
+    def observe(
+        self, block: nn.Module, groups: list[list[str]], observes: type[Stat], dense: Dense | None
+    ) -> dict[str, Stat]:
+        """Statistics of the input of every linear in `groups`; linears of a group share one object.
+
+        dense: the full-precision block and its stream, which paired statistics look at beside this one.
+        """
         linears = arch.block_linears(block)
         stats: dict[str, Stat] = {}
         handles, sequences = [], 0
+        dense_inputs: dict[str, Tensor] = {}
         for group in groups:
             stat = observes(linears[group[0]].in_features, self.device)
             stats.update(dict.fromkeys(group, stat))
 
-            def hook(module: nn.Module, args: tuple[Tensor, ...], stat: Stat = stat) -> None:
+            def hook(module: nn.Module, args: tuple[Tensor, ...], stat: Stat = stat, name: str = group[0]) -> None:
                 stat.update(args[0].flatten(0, -2), sequences)
+                if stat.paired:
+                    stat.pair(args[0].flatten(0, -2), dense_inputs.pop(name).flatten(0, -2))
+
+            def dense_hook(module: nn.Module, args: tuple[Tensor, ...], name: str = group[0]) -> None:
+                dense_inputs[name] = args[0]
 
             handles.append(linears[group[0]].register_forward_pre_hook(hook))
+            if dense is not None and observes.paired:
+                handles.append(dense.block.get_submodule(group[0]).register_forward_pre_hook(dense_hook))
         self.listener.stage("statistics", self.count)
         try:
             for rows in self.batches():
                 hidden_BSD, kwargs = self.inputs(rows)
                 sequences = len(hidden_BSD)
+                if dense is not None and observes.paired:
+                    dense.block(dense.stream.activations[rows].to(self.device), **kwargs)
                 block(hidden_BSD, **kwargs)
                 self.listener.advance(sequences)
         finally:
@@ -191,6 +211,39 @@ class Stream:
                 )
             self.activations[rows] = out_BSD
             self.listener.advance(len(hidden_BSD))
+
+
+class Dense(NamedTuple):
+    """The full-precision model beside the quantized one: its block, and its own activations."""
+
+    block: nn.Module
+    stream: Stream
+
+
+@dataclass
+class StreamData:
+    """What a step may read of the streams (`method.BlockData`)."""
+
+    stream: Stream
+    dense: Stream | None
+
+    @property
+    def count(self) -> int:
+        return self.stream.count
+
+    @property
+    def length(self) -> int:
+        return self.stream.length
+
+    def batches(self) -> list[slice]:
+        return self.stream.batches()
+
+    def inputs(self, rows: slice) -> tuple[Tensor, dict[str, Any]]:
+        return self.stream.inputs(rows)
+
+    def targets(self, rows: slice) -> Tensor:
+        assert self.dense is not None, "targets need Flow.BOTH"
+        return self.dense.activations[rows].to(self.dense.device)
 
 
 class _CaughtError(Exception):
@@ -241,48 +294,67 @@ def first(output: Any) -> Tensor:
 def walk(
     blocks: Blocks,
     ids_NS: Tensor | None,
+    method: Method,
     *,
-    observes: type[Stat] | None,
-    sequential: bool,
     restore: Callable[[int, nn.Module], None] = lambda index, block: None,
     finished: Callable[[int], bool] = lambda index: False,
     offload: Path | None = None,
     on_block: Callable[[int, nn.Module], None] = lambda index, block: None,
     listener: PassListener | None = None,
     on_linear: Callable[[str], None] = lambda name: None,
+    state_of: Callable[[int], State] = lambda index: State(),
 ) -> Iterator[Step]:
     """Yield the steps of every block not `finished`; `on_block` is called when a block's last step was consumed.
 
     A finished block (of a resumed run) is only passed through: `restore` puts its packed linears in place. Without
-    `observes` no data is needed and nothing is run.
+    calibration no data is needed and nothing is run.
     """
-    if observes is not None and ids_NS is None:
+    if method.calibrated and ids_NS is None:
         raise LLQError("this method needs calibration data")
     listener = listener or PassListener()
-    stream = Stream(blocks, ids_NS, offload, listener) if observes is not None and ids_NS is not None else None
+    stream = Stream(blocks, ids_NS, offload, listener) if method.calibrated and ids_NS is not None else None
+    beside = stream.copy(offload) if stream is not None and method.flow is Flow.BOTH else None
     last = len(blocks.prefixes) - 1
     for index, prefix in enumerate(blocks.prefixes):
         if finished(index):
             if stream is not None and index < last:
-                block = blocks.load(index)
-                restore(index, block)
-                stream.advance(block, prefix)
-                del block
+                _pass_through(blocks.load(index), prefix, method.flow, stream, beside, partial(restore, index))
             continue
         block = blocks.load(index)
+        original = copy.deepcopy(block) if stream is not None and method.flow is not Flow.QUANTIZED else None
         if stream is None:
             parts = [[list(arch.block_linears(block))]]
         else:
             groups = arch.input_groups(block, *stream.inputs(stream.batches()[0]))
-            parts = [[group] for group in groups] if sequential else [groups]
-        for part in parts:
-            step = _step(prefix, block, part, stream, observes, on_linear)
+            parts = [[group] for group in groups] if method.sequential else [groups]
+        for number, part in enumerate(parts, start=1):
+            dense = Dense(original, beside) if original is not None and beside is not None else None
+            step = _step(prefix, block, part, stream, dense, method.observes)
+            if dense is not None and number == len(parts):  # its inputs are not needed again: they become the targets
+                dense.stream.advance(dense.block, prefix)
+            step.on_linear, step.listener, step.state = on_linear, listener, state_of(index)
             yield step
             step.release()
         on_block(index, block)
         if stream is not None and index < last:
-            stream.advance(block, prefix)
-        del block
+            stream.advance(original if method.flow is Flow.DENSE and original is not None else block, prefix)
+        del block, original
+
+
+def _pass_through(
+    block: nn.Module,
+    prefix: str,
+    flow: Flow,
+    stream: Stream,
+    beside: Stream | None,
+    restore: Callable[[nn.Module], None],
+) -> None:
+    """Take the streams through a block that an earlier run finished."""
+    if beside is not None:
+        beside.advance(block, prefix)
+    if flow is not Flow.DENSE:
+        restore(block)
+    stream.advance(block, prefix)
 
 
 def _step(
@@ -290,12 +362,13 @@ def _step(
     block: nn.Module,
     part: list[list[str]],
     stream: Stream | None,
+    dense: Dense | None,
     observes: type[Stat] | None,
-    on_linear: Callable[[str], None],
 ) -> Step:
     """The linears of `part`. In a function of its own, so that no name of the loop keeps a block or a Hessian alive."""
-    stats = stream.observe(block, part, observes) if stream is not None and observes is not None else {}
+    stats = stream.observe(block, part, observes, dense) if stream is not None and observes is not None else {}
     for name, stat in stats.items():
         stat.check(f"{prefix}.{name}")
-    dense = arch.block_linears(block)
-    return Step(prefix, block, {name: dense[name] for group in part for name in group}, stats, on_linear)
+    linears = arch.block_linears(block)
+    data = StreamData(stream, dense.stream if dense is not None else None) if stream is not None else None
+    return Step(prefix, block, {name: linears[name] for group in part for name in group}, stats, part, data)

@@ -32,11 +32,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import LLQError
+from ..feedback import by_columns
 from ..grids import Grid, Spec, Uniform
 from ..method import Job, Method, Packed
 from ..stats import Hessian, Stat, factorize, revive_dead
-
-BLOCK = 128  # columns repaired together: a matter of speed, but with groups below 128 also of the result
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +52,7 @@ class GPTQ(Method):
         "search_range": True,
     }
 
+    bits: int = 4
     group_size: int = 128
     sym: bool = False
     damp: float = 0.01
@@ -103,36 +103,29 @@ class GPTQ(Method):
         U_II = factorize(H_II, self.damp, job.notes, inverse=True)
         if U_II is None:  # nothing made H positive definite: no repair, which is rounding to nearest
             job.notes["fallback"] = "rtn"
-            U_II = torch.eye(len(H_II), device=H_II.device)
         codes_OI, grid_OG = self._solve(W_OI, U_II, order_I, static_OG)
 
         if not self._keeps_order:
             return self.grid.pack(codes_OI[:, torch.argsort(order_I)], grid_OG)
         return {**self.grid.pack(codes_OI, grid_OG), "order": order_I.to(self.layout(*weight_OI.shape)["order"].dtype)}
 
-    def _solve(self, W_OI: Tensor, U_II: Tensor, order_I: Tensor, static_OG: Grid | None) -> tuple[Tensor, Grid]:
-        """Round the columns of W_OI (already in `order_I`) one by one; uses W_OI up. Codes [O, I], grids [O, G].
-
-        A block is held transposed, so that a column is contiguous: half the time, the same codes.
-        """
+    def _solve(self, W_OI: Tensor, U_II: Tensor | None, order_I: Tensor, static_OG: Grid | None) -> tuple[Tensor, Grid]:
+        """Round the columns of W_OI (already in `order_I`) one by one; uses W_OI up. Codes [O, I], grids [O, G]."""
         columns, codes_IO, found = W_OI.shape[1], torch.empty_like(W_OI.T), []
         size = columns if self.group_size == -1 else self.group_size
         groups = (order_I if self.static_groups else torch.arange(columns)).div(size, rounding_mode="floor").tolist()
-        for start in range(0, columns, BLOCK):
-            stop = min(start + BLOCK, columns)
-            block_BO = W_OI[:, start:stop].T.contiguous()
-            errors_BO = torch.empty_like(block_BO)
-            for i in range(start, stop):
-                if static_OG is not None:
-                    grid_O = Grid(*(part[:, groups[i]] for part in static_OG))
-                elif i % size == 0:
+
+        def rounded(i: int, w_O: Tensor) -> Tensor:
+            if static_OG is not None:
+                grid_O = Grid(*(part[:, groups[i]] for part in static_OG))
+            else:
+                if i % size == 0:
                     found.append(self.grid.grid(W_OI[:, i : i + size]))
-                    grid_O = Grid(*(part.flatten() for part in found[-1]))
-                w_O, rest_BO = block_BO[i - start], block_BO[i - start :]
-                codes_IO[i] = code_O = grid_O.codes(w_O, self.bits)
-                error_O = torch.sub(w_O, grid_O.values(code_O), out=errors_BO[i - start]).div_(U_II[i, i])
-                rest_BO.addr_(U_II[i, i:stop], error_O, alpha=-1)
-            W_OI[:, stop:].addmm_(errors_BO.T, U_II[start:stop, stop:], alpha=-1)
+                grid_O = Grid(*(part.flatten() for part in found[-1]))
+            codes_IO[i] = code_O = grid_O.codes(w_O, self.bits)
+            return grid_O.values(code_O)
+
+        by_columns(W_OI, U_II, rounded)
         grid_OG = static_OG or Grid(*(torch.cat(parts, dim=1) for parts in zip(*found, strict=True)))
         return codes_IO.T.contiguous(), grid_OG
 

@@ -62,6 +62,7 @@ class QuIP(Method):
     observes: ClassVar[type[Stat] | None] = Hessian
     best: ClassVar[dict[str, Any]] = {"search_range": True, "greedy_passes": 5}
 
+    bits: int = 4
     range_sigma: float = 2.4
     search_range: bool = False
     incoherence: bool = True

@@ -38,6 +38,7 @@ class RTN(Method):
     title: ClassVar[str] = "RTN (round to nearest)"
     best: ClassVar[dict[str, Any]] = {"search_range": True}
 
+    bits: int = 4
     group_size: int = 128
     sym: bool = False
     search_range: bool = False

@@ -1,13 +1,14 @@
 """The table of the contract: option sets of every method with the errors they may have. A new method adds rows here.
 
 Ceilings are for the problem of `checks`: a Gaussian weight [48, 172], inputs of decaying spectrum with one massive
-channel. By bits 1..8: relative Frobenius error |dW| / |W|, and largest error max|dW| / rms W. They stand about 10 %
-over what is measured; calibrated methods pay weight error for output error, so theirs are higher than RTN's.
+channel. By the method's widths (1..8 bits for most): relative Frobenius error |dW| / |W|, and largest error
+max|dW| / rms W. They stand about 10 % over what is measured; calibrated methods pay weight error for output error, so
+theirs are higher than RTN's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +20,7 @@ from llq_hf.methods import METHODS, build
 class Case:
     """words: the test id; frobenius and largest: ceilings by bits, from 1 on.
 
+    uniform: `weight` and `scale` hold uniform codes of `bits` bits and their steps; generic faults apply.
     rows_apart: an outlier hurts its own row only (column scales and rotations spread it). clips: a range fixed in
     sigmas cuts the tails, so errors level off at high widths; clip_share: what part of the output that may cost.
     """
@@ -29,16 +31,26 @@ class Case:
     largest: tuple[float, ...]
     options: dict[str, Any] = field(default_factory=dict)
     preset: str = "study"
+    uniform: bool = True
     rows_apart: bool = True
     clips: bool = False
     clip_share: float = 0.0
 
-    def build(self, bits: int) -> Method:
+    def build(self, bits: float) -> Method:
         return build(self.method, self.preset, bits=bits, **self.options)
 
     @property
-    def all_bits(self) -> range:
+    def all_bits(self) -> Sequence[float]:
         return METHODS[self.method].bits_range
+
+    def near(self, bits: float) -> float:
+        """The method's width nearest to `bits`."""
+        return min(self.all_bits, key=lambda own: abs(own - bits))
+
+    def ceilings(self, bits: float) -> tuple[float, float]:
+        """Largest |dW| / |W| and max|dW| / rms W at this width."""
+        index = list(self.all_bits).index(bits)
+        return self.frobenius[index], self.largest[index]
 
     def __str__(self) -> str:
         return f"{self.method}-{self.words}".replace(" ", "-")
@@ -176,7 +188,7 @@ CASES: tuple[Case, ...] = (
 )
 
 # What the costly checks (save, load, stream) run: one option set per method, and these widths.
-CHECKPOINTS: tuple[tuple[str, int, dict[str, Any]], ...] = (
+CHECKPOINTS: tuple[tuple[str, float, dict[str, Any]], ...] = (
     ("rtn", 3, {"group_size": 64}),
     ("rtn", 8, {"group_size": 64}),
     ("gptq", 2, {"group_size": 64, "act_order": True}),
@@ -186,6 +198,6 @@ CHECKPOINTS: tuple[tuple[str, int, dict[str, Any]], ...] = (
 )
 
 
-def with_bits() -> Iterator[tuple[Case, int]]:
+def with_bits() -> Iterator[tuple[Case, float]]:
     """Every case at every width of its method."""
     return ((case, bits) for case in CASES for bits in case.all_bits)

@@ -5,15 +5,16 @@ Legend: O out_features, I in_features, T tokens.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
 
 import torch
 from contract.cases import Case
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llq_hf.linear import checked_layout
-from llq_hf.method import Job, Method, Packed
+from llq_hf.method import Method, Packed, Step
 from llq_hf.stats import Stat
 
 OUT, IN, TOKENS, SEQUENCES = 48, 172, 512, 4
@@ -37,27 +38,71 @@ def weight(out_features: int = OUT, in_features: int = IN, dtype: torch.dtype = 
     return (torch.randn(out_features, in_features, generator=random) * in_features**-0.5).to(dtype).float()
 
 
+class OneLinear(nn.Module):
+    """A decoder block that is a single linear."""
+
+    def __init__(self, weight_OI: Tensor) -> None:
+        super().__init__()
+        self.test = nn.Linear(weight_OI.shape[1], weight_OI.shape[0], bias=False)
+        self.test.weight = nn.Parameter(weight_OI, requires_grad=False)
+
+    def forward(self, hidden: Tensor, **kwargs: object) -> Tensor:
+        return self.test(hidden)
+
+
+@dataclass
+class Data:
+    """The test problem as calibration data of that block; the full-precision stream is the same."""
+
+    x_NSI: Tensor
+    weight_OI: Tensor
+
+    @property
+    def count(self) -> int:
+        return self.x_NSI.shape[0]
+
+    @property
+    def length(self) -> int:
+        return self.x_NSI.shape[1]
+
+    def batches(self) -> list[slice]:
+        return [slice(i, i + 2) for i in range(0, self.count, 2)]
+
+    def inputs(self, rows: slice) -> tuple[Tensor, dict[str, object]]:
+        return self.x_NSI[rows], {}
+
+    def targets(self, rows: slice) -> Tensor:
+        return self.x_NSI[rows] @ self.weight_OI.T
+
+
 def statistic(method: Method, x_TI: Tensor) -> Stat | None:
     if method.observes is None:
         return None
     stat = method.observes(x_TI.shape[1], x_TI.device)
     for part in x_TI.chunk(SEQUENCES):
         stat.update(part, 1)
+        if stat.paired:
+            stat.pair(part, part)
     stat.check("the test problem")
     return stat
 
 
-def job() -> Job:
-    return Job("model.layers.0.test")
+def step(method: Method, weight_OI: Tensor, x_TI: Tensor | None = None) -> Step:
+    """What a walk would hand over for a block of one linear called "test"."""
+    x_TI = inputs(weight_OI.shape[1]) if x_TI is None else x_TI
+    block, stat = OneLinear(weight_OI), statistic(method, x_TI)
+    data = Data(x_TI.view(SEQUENCES, -1, x_TI.shape[1]), weight_OI) if method.calibrated else None
+    stats = {} if stat is None else {"test": stat}
+    return Step("model.layers.0", block, {"test": block.test}, stats, [["test"]], data)
 
 
 def quantize(method: Method, weight_OI: Tensor, x_TI: Tensor | None = None) -> Packed:
-    x_TI = inputs(weight_OI.shape[1]) if x_TI is None else x_TI
-    return method.quantize(weight_OI, statistic(method, x_TI), job())
+    with torch.no_grad():
+        return method.quantize_block(step(method, weight_OI, x_TI))["test"]
 
 
 @cache
-def solved(case: Case, bits: int, dtype: torch.dtype = torch.float32) -> Packed:
+def solved(case: Case, bits: float, dtype: torch.dtype = torch.float32) -> Packed:
     """The packed tensors of a case on the test problem, solved once for all tests: not to be changed."""
     return quantize(case.build(bits), weight(dtype=dtype))
 
@@ -104,13 +149,14 @@ def relative_errors(weight_OI: Tensor, restored_OI: Tensor) -> tuple[float, floa
     return float(error_OI.square().mean().sqrt() / rms), float(error_OI.abs().max() / rms)
 
 
-def check_errors(case: Case, bits: int, weight_OI: Tensor, restored_OI: Tensor, slack: float = 1.0) -> None:
+def check_errors(case: Case, bits: float, weight_OI: Tensor, restored_OI: Tensor, slack: float = 1.0) -> None:
     assert restored_OI.dtype == torch.float32
     assert restored_OI.shape == weight_OI.shape
     assert torch.isfinite(restored_OI).all()
     frobenius, largest = relative_errors(weight_OI, restored_OI)
-    assert frobenius <= case.frobenius[bits - 1] * slack, f"|dW|/|W| = {frobenius:.4g}"
-    assert largest <= case.largest[bits - 1] * slack, f"max|dW|/rms W = {largest:.4g}"
+    most_frobenius, most_largest = case.ceilings(bits)
+    assert frobenius <= most_frobenius * slack, f"|dW|/|W| = {frobenius:.4g}"
+    assert largest <= most_largest * slack, f"max|dW|/rms W = {largest:.4g}"
 
 
 def check_linear(method: Method, packed: Packed, weight_OI: Tensor, dtype: torch.dtype) -> None:
@@ -141,13 +187,17 @@ def check_gradient(method: Method, packed: Packed, weight_OI: Tensor) -> None:
 
 
 def check_pure(method: Method, weight_OI: Tensor, x_TI: Tensor) -> None:
-    """`quantize` changes neither the weight nor the statistic: q, k and v share one."""
-    given_OI, stat = weight_OI.clone(), statistic(method, x_TI)
+    """Quantizing changes neither the weight nor the statistic (q, k and v share one) nor the inputs."""
+    given = step(method, weight_OI.clone(), x_TI.clone())
+    stat = given.stats.get("test")
     before = {name: t.clone() for name, t in vars(stat).items() if isinstance(t, Tensor)} if stat else {}
-    method.quantize(given_OI, stat, job())
-    assert torch.equal(given_OI, weight_OI)
+    with torch.no_grad():
+        method.quantize_block(given)
+    assert torch.equal(given.linears["test"].weight, weight_OI)
     for name, tensor in before.items():
         assert torch.equal(getattr(stat, name), tensor), name
+    if given.data is not None:
+        assert torch.equal(given.data.inputs(slice(None))[0].flatten(0, 1), x_TI)
 
 
 def check_deterministic(method: Method, first: Packed, weight_OI: Tensor) -> None:

@@ -185,7 +185,7 @@ def test_stored_bits_in_the_file_are_those_declared(
         assert record["stored_bits"] == pytest.approx(nbytes * 8 / (out_features * in_features))
         total, weights = total + nbytes * 8, weights + out_features * in_features
     assert report["bits"]["stored"] == pytest.approx(total / weights)
-    assert report["bits"]["nominal"] == bits
+    assert report["bits"]["nominal"] == method.nominal_bits
     everything = sum(t.numel() * t.element_size() for t in tensors.values())
     assert report["bits"]["bytes"] == everything
     parameters = sum(t.numel() for t in dense.values())

@@ -12,9 +12,8 @@ from contract.cases import CASES, Case
 from torch import Tensor
 
 from llq_hf import bits as bitpack
-from llq_hf.method import Job, Method, Packed
+from llq_hf.method import Method, Packed, Step
 from llq_hf.methods import METHODS
-from llq_hf.stats import Stat
 
 BITS = 3
 Fault = Callable[[Packed, int], Packed]
@@ -62,9 +61,10 @@ OWN_FAULTS: Mapping[str, dict[str, Fault]] = {  # where a method stores more; a 
 def applicable() -> list[Any]:
     rows = []
     for case in CASES:
-        layout = case.build(BITS).layout(checks.OUT, checks.IN)
+        layout = case.build(case.near(BITS)).layout(checks.OUT, checks.IN)
         needs = {"zero": "zero points", "order": "order", "seeds": ("sides", "another"), "in_scale": "input"}
-        for words, fault in {**STORED_FAULTS, **OWN_FAULTS[case.method]}.items():
+        generic = STORED_FAULTS if case.uniform else {}
+        for words, fault in {**generic, **OWN_FAULTS[case.method]}.items():
             absent = [name for name, start in needs.items() if words.startswith(start) and name not in layout]
             if not absent:
                 rows.append(pytest.param(case, fault, id=f"{case}-{words}".replace(" ", "-")))
@@ -73,24 +73,27 @@ def applicable() -> list[Any]:
 
 @pytest.mark.parametrize(("case", "fault"), applicable())
 def test_a_fault_in_what_is_stored_is_seen(case: Case, fault: Fault):
-    method, weight_OI = case.build(BITS), checks.weight()
-    packed = checks.solved(case, BITS)
-    checks.check_errors(case, BITS, weight_OI, checks.restore(method, packed, weight_OI))  # whole before the fault
+    method, weight_OI = case.build(case.near(BITS)), checks.weight()
+    packed = checks.solved(case, case.near(BITS))
+    checks.check_errors(
+        case, case.near(BITS), weight_OI, checks.restore(method, packed, weight_OI)
+    )  # whole before the fault
     broken = fault(packed, checks.IN)
     checks.check_layout(method, broken, weight_OI)  # well-formed: only its meaning is wrong
     with pytest.raises(AssertionError):
-        checks.check_errors(case, BITS, weight_OI, checks.restore(method, broken, weight_OI))
+        checks.check_errors(case, case.near(BITS), weight_OI, checks.restore(method, broken, weight_OI))
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_faces_at_least_three(name: str):
-    assert len(STORED_FAULTS) + len(OWN_FAULTS[name]) >= 3
+    uniform = next(case.uniform for case in CASES if case.method == name)
+    assert len(STORED_FAULTS) * uniform + len(OWN_FAULTS[name]) >= 3
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c.method != "quip"], ids=str)
+@pytest.mark.parametrize("case", [c for c in CASES if c.uniform and c.method != "quip"], ids=str)
 def test_shifted_groups_are_seen(case: Case):
     """Weights whose groups differ in size, so that a scale read from the neighbour shows."""
-    method = case.build(BITS)
+    method = case.build(case.near(BITS))
     groups = method.layout(checks.OUT, checks.IN)["scale"].shape[1]
     if groups == 1:
         pytest.skip("one group a row: there is no neighbour")
@@ -122,69 +125,79 @@ def case(request: pytest.FixtureRequest) -> Case:
 
 
 def test_linear_that_forgets_the_bias_is_seen(case: Case):
-    method = case.build(BITS)
+    method = case.build(case.near(BITS))
     broken = Wrapped(method, linear=lambda x, packed, bias, out: method.linear(x, packed, None, out))
     with pytest.raises(AssertionError):
-        checks.check_linear(broken, checks.solved(case, BITS), checks.weight(), torch.float32)
+        checks.check_linear(broken, checks.solved(case, case.near(BITS)), checks.weight(), torch.float32)
 
 
 def test_linear_that_is_one_percent_off_is_seen(case: Case):
-    method = case.build(BITS)
+    method = case.build(case.near(BITS))
     broken = Wrapped(method, linear=lambda x, packed, bias, out: method.linear(x * 1.01, packed, bias, out))
     with pytest.raises(AssertionError):
-        checks.check_linear(broken, checks.solved(case, BITS), checks.weight(), torch.float32)
+        checks.check_linear(broken, checks.solved(case, case.near(BITS)), checks.weight(), torch.float32)
 
 
 def test_linear_in_another_dtype_is_seen(case: Case):
-    method = case.build(BITS)
+    method = case.build(case.near(BITS))
     broken = Wrapped(method, linear=lambda x, packed, bias, out: method.linear(x, packed, bias, out).float())
     with pytest.raises(AssertionError):
-        checks.check_linear(broken, checks.solved(case, BITS), checks.weight(dtype=torch.bfloat16), torch.bfloat16)
+        checks.check_linear(
+            broken, checks.solved(case, case.near(BITS)), checks.weight(dtype=torch.bfloat16), torch.bfloat16
+        )
 
 
 def test_quantize_that_writes_into_its_weight_is_seen(case: Case):
-    method = case.build(BITS)
+    method = case.build(case.near(BITS))
 
-    def quantize(weight_OI: Tensor, stat: Stat | None, job: Job) -> Packed:
-        packed = method.quantize(weight_OI, stat, job)
-        weight_OI[:, 0] = 0
+    def quantize_block(step: Step) -> dict[str, Packed]:
+        packed = method.quantize_block(step)
+        step.linears["test"].weight[:, 0] = 0
         return packed
 
     with pytest.raises(AssertionError):
-        checks.check_pure(Wrapped(method, quantize=quantize), checks.weight(), checks.inputs())
+        checks.check_pure(Wrapped(method, quantize_block=quantize_block), checks.weight(), checks.inputs())
 
 
 def test_quantize_that_writes_into_its_statistic_is_seen(case: Case):
-    method = case.build(BITS)
+    method = case.build(case.near(BITS))
     if method.observes is None:
         pytest.skip("takes no statistic")
 
-    def quantize(weight_OI: Tensor, stat: Any, job: Job) -> Packed:
-        stat.sum_II.mul_(1.5)
-        return method.quantize(weight_OI, stat, job)
+    def quantize_block(step: Step) -> dict[str, Packed]:
+        packed = method.quantize_block(step)
+        next(t for t in vars(step.stats["test"]).values() if isinstance(t, Tensor)).mul_(1.5)
+        return packed
 
     with pytest.raises(AssertionError):
-        checks.check_pure(Wrapped(method, quantize=quantize), checks.weight(), checks.inputs())
+        checks.check_pure(Wrapped(method, quantize_block=quantize_block), checks.weight(), checks.inputs())
 
 
 def test_quantize_that_asks_the_global_generator_is_seen(case: Case, monkeypatch: pytest.MonkeyPatch):
     method_type = METHODS[case.method]
-    original = method_type.quantize
+    original = method_type.quantize_block
 
-    def quantize(self: Method, weight_OI: Tensor, stat: Stat | None, job: Job) -> Packed:
-        noise_OI = torch.randn(weight_OI.shape) * weight_OI.std()
-        return original(self, weight_OI + noise_OI, stat, job)
+    def quantize_block(self: Method, step: Step) -> dict[str, Packed]:
+        weight_OI = step.linears["test"].weight
+        noisy_OI = weight_OI + torch.randn(weight_OI.shape) * weight_OI.std()
+        return original(self, checks.step(self, noisy_OI))
 
-    first = checks.solved(case, BITS)
-    monkeypatch.setattr(method_type, "quantize", quantize)
+    first = checks.solved(case, case.near(BITS))
+    monkeypatch.setattr(method_type, "quantize_block", quantize_block)
     with pytest.raises(AssertionError):
-        checks.check_deterministic(case.build(BITS), first, checks.weight())
+        checks.check_deterministic(case.build(case.near(BITS)), first, checks.weight())
 
 
-@pytest.mark.parametrize("name", ["weight", "scale"])
-def test_a_tensor_of_another_dtype_shape_or_name_is_seen(case: Case, name: str):
-    method, packed = case.build(BITS), checks.solved(case, BITS)
-    other = torch.float64 if name == "scale" else torch.int64
+def a_scale(packed: Packed) -> str:
+    """Name of a stored tensor of floats."""
+    return next(name for name, tensor in packed.items() if tensor.is_floating_point())
+
+
+@pytest.mark.parametrize("which", ["codes", "floats"])
+def test_a_tensor_of_another_dtype_shape_or_name_is_seen(case: Case, which: str):
+    method, packed = case.build(case.near(BITS)), checks.solved(case, case.near(BITS))
+    name = "weight" if which == "codes" else a_scale(packed)
+    other = torch.int64 if which == "codes" else torch.float64
     for broken in (
         {**packed, name: packed[name].to(other)},
         {**packed, name: packed[name].repeat_interleave(2, dim=0)},
@@ -197,7 +210,8 @@ def test_a_tensor_of_another_dtype_shape_or_name_is_seen(case: Case, name: str):
 
 def test_scales_cast_on_the_way_are_seen(case: Case):
     """What a cast through bf16 leaves of a scale."""
-    packed = checks.solved(case, BITS)
-    cast = {**packed, "scale": packed["scale"].to(torch.bfloat16).to(packed["scale"].dtype)}
+    packed = checks.solved(case, case.near(BITS))
+    name = a_scale(packed)
+    cast = {**packed, name: packed[name].to(torch.bfloat16).to(packed[name].dtype)}
     with pytest.raises(AssertionError):
         checks.check_same_bits(packed, cast)
