@@ -21,6 +21,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from . import arch
+from .attention import install
 from .checkpoint import header
 from .data import Calibration, ids_sha256
 from .errors import LLQError
@@ -134,6 +135,8 @@ class LLQQuantizer(HfQuantizer):  # type: ignore[misc]
                 linear.weight.dtype,
             )
             arch.replace_module(model, name, new)
+        if config.method.attention is not None:
+            install(arch.decoder_of(model)[1], config.method.attention)
         _check_files(model, checkpoint_files or [])
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:

@@ -19,6 +19,7 @@ from typing import Any, ClassVar, Protocol, Self, get_type_hints
 
 from torch import Tensor, nn
 
+from .activations import Attention
 from .errors import LLQError
 from .grids import Spec
 from .stats import Stat
@@ -98,6 +99,7 @@ class Step:
     on_linear: Callable[[str], None] = lambda name: None  # progress
     listener: PassListener = field(default_factory=PassListener)  # progress inside a linear or a training
     state: State = field(default_factory=State)
+    attend: Callable[[nn.Module], Any] = lambda block: None  # gives a copy of the block the method's `attention`
     jobs: dict[str, Job] = field(default_factory=dict)
 
     def job(self, name: str) -> Job:
@@ -182,6 +184,11 @@ class Method(ABC):
     def at(self, name: str) -> Method:
         """The method that serves the linear of this full name; differs from self where roles are treated apart."""
         return self
+
+    @property
+    def attention(self) -> Attention | None:
+        """What happens to queries, keys and values inside the quantized blocks."""
+        return None
 
     @property
     def nominal_bits(self) -> float:

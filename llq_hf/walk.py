@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from . import arch
+from .attention import install
 from .checkpoint import Checkpoint
 from .errors import LLQError
 from .method import Flow, Method, PassListener, State, Step
@@ -318,7 +319,7 @@ def walk(
     for index, prefix in enumerate(blocks.prefixes):
         if finished(index):
             if stream is not None and index < last:
-                _pass_through(blocks.load(index), prefix, method.flow, stream, beside, partial(restore, index))
+                _pass_through(blocks.load(index), prefix, method, stream, beside, partial(restore, index))
             continue
         block = blocks.load(index)
         original = copy.deepcopy(block) if stream is not None and method.flow is not Flow.QUANTIZED else None
@@ -333,8 +334,12 @@ def walk(
             if dense is not None and number == len(parts):  # its inputs are not needed again: they become the targets
                 dense.stream.advance(dense.block, prefix)
             step.on_linear, step.listener, step.state = on_linear, listener, state_of(index)
+            if method.attention is not None:
+                step.attend = partial(install, attention=method.attention)
             yield step
             step.release()
+        if method.attention is not None:
+            install(block, method.attention)
         on_block(index, block)
         if stream is not None and index < last:
             stream.advance(original if method.flow is Flow.DENSE and original is not None else block, prefix)
@@ -344,7 +349,7 @@ def walk(
 def _pass_through(
     block: nn.Module,
     prefix: str,
-    flow: Flow,
+    method: Method,
     stream: Stream,
     beside: Stream | None,
     restore: Callable[[nn.Module], None],
@@ -352,8 +357,10 @@ def _pass_through(
     """Take the streams through a block that an earlier run finished."""
     if beside is not None:
         beside.advance(block, prefix)
-    if flow is not Flow.DENSE:
+    if method.flow is not Flow.DENSE:
         restore(block)
+        if method.attention is not None:
+            install(block, method.attention)
     stream.advance(block, prefix)
 
 

@@ -10,10 +10,10 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LAYERS = [  # imports go one way: a module may import modules of its own row and of rows above it
     {"errors", "bits", "demo"},
-    {"grids", "stats", "rotations", "feedback"},
+    {"grids", "stats", "rotations", "feedback", "activations"},
     {"method"},
     {"methods"},
-    {"linear", "arch", "checkpoint", "data", "journal"},
+    {"linear", "arch", "attention", "checkpoint", "data", "journal"},
     {"walk", "packed"},
     {"quantize"},
     {"preflight"},
