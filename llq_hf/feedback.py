@@ -27,11 +27,13 @@ def by_columns(
     rounded: Callable[[int, Tensor], Tensor],
     begin: Callable[[int, int], None] = _begin_nothing,
     block: int = BLOCK,
+    drift_II: Tensor | None = None,
 ) -> None:
     """Round the columns of W_OI from first to last, each repairing all later ones; W_OI is used up.
 
     rounded(j, w_O) gives the value that column j, now w_O, is rounded to. begin(start, stop) is called when a block of
     columns is reached: W_OI[:, start:stop] holds them as repaired by all earlier blocks. U_II None: no repair.
+    drift_II (strictly upper): column j, as it is before it is rounded, also adds w_O * drift[j, later] (GPTAQ).
 
     A block is held transposed, so that a column is contiguous: half the time, the same codes.
     """
@@ -41,14 +43,20 @@ def by_columns(
         begin(start, stop)
         block_BO = W_OI[:, start:stop].T.contiguous()
         errors_BO = torch.empty_like(block_BO)
+        before_BO = torch.empty_like(block_BO) if drift_II is not None else block_BO
         for j in range(start, stop):
             w_O = block_BO[j - start]
             value_O = rounded(j, w_O)
             if U_II is not None:
                 error_O = torch.sub(w_O, value_O, out=errors_BO[j - start]).div_(U_II[j, j])
+                if drift_II is not None:
+                    before_BO[j - start] = w_O
+                    block_BO[j - start :].addcmul_(drift_II[j, j:stop, None], before_BO[j - start])
                 block_BO[j - start :].addcmul_(U_II[j, j:stop, None], error_O, value=-1)
         if U_II is not None:
             W_OI[:, stop:].addmm_(errors_BO.T, U_II[start:stop, stop:], alpha=-1)
+            if drift_II is not None:
+                W_OI[:, stop:].addmm_(before_BO.T, drift_II[start:stop, stop:])
 
 
 def by_blocks(

@@ -67,20 +67,24 @@ class Uniform:
 
     # --- finding grids ---------------------------------------------------------------------------------------
 
-    def grid(self, weight_Rg: Tensor) -> Grid:
+    def grid(self, weight_Rg: Tensor, importance_g: Tensor | None = None) -> Grid:
         """The grid of each row of weights, fp32 [R, 1]; zero lies inside the range always.
+
+        importance_g: what an error in each column costs, where ranges are searched; None: all the same.
 
         sym: scale = 2 max|w| / (2**b - 1), zero = 2**(b-1). The authors' code leaves the lower end at 0 where a row
         has no negative entry, which halves the scale and clips the upper half; here the range is symmetric always.
         """
         low = weight_Rg.amin(-1, keepdim=True).clamp_max(0)
         high = weight_Rg.amax(-1, keepdim=True).clamp_min(0)
-        return self._searched(weight_Rg, low, high) if self.search else self._spanning(low, high)
+        return self._searched(weight_Rg, low, high, importance_g) if self.search else self._spanning(low, high)
 
-    def grids(self, weight_OI: Tensor) -> Grid:
+    def grids(self, weight_OI: Tensor, importance_I: Tensor | None = None) -> Grid:
         """One grid per row and group of consecutive columns: scale and zero [O, G]."""
         size = weight_OI.shape[1] if self.group_size == -1 else self.group_size
-        found = [self.grid(part) for part in torch.split(weight_OI, size, dim=1)]
+        importance_I = weight_OI.new_ones(weight_OI.shape[1]) if importance_I is None else importance_I
+        parts = zip(torch.split(weight_OI, size, dim=1), torch.split(importance_I, size), strict=True)
+        found = [self.grid(part, importance_g) for part, importance_g in parts]
         return Grid(torch.cat([g.scale for g in found], dim=1), torch.cat([g.zero for g in found], dim=1))
 
     def spread(self, grid_OG: Grid, in_features: int) -> Grid:
@@ -95,33 +99,34 @@ class Uniform:
             low = -high
         empty = low == high  # all-zero row: any range does, as long as the scale is not 0
         low, high = torch.where(empty, -1.0, low), torch.where(empty, 1.0, high)
-        scale = self._stored((high - low) / (2**self.bits - 1))
+        scale = self.stored((high - low) / (2**self.bits - 1))
         if self.sym:
             return Grid(scale, torch.full_like(scale, float(2 ** (self.bits - 1))))
         return Grid(scale, torch.round(-low / scale).clamp_(0, 2**self.bits - 1))
 
-    def _searched(self, weight_Rg: Tensor, low: Tensor, high: Tensor) -> Grid:
+    def _searched(self, weight_Rg: Tensor, low: Tensor, high: Tensor, importance_g: Tensor | None) -> Grid:
         """The best, per row, of 80 shrunken ranges (1.00 .. 0.21): option `mse` of IST-DASLab/gptq.
 
         Asymmetric grids also try both neighbours of the rounded zero point (GPTQModel does that at 2 bits).
         """
         best = self._spanning(low, high)
-        best_error = self._error(best, weight_Rg)
+        best_error = self._error(best, weight_Rg, importance_g)
         for step in range(80):
             shrink = 1 - step / 100
             grid = self._spanning(shrink * low, shrink * high)
             for offset in (0,) if self.sym else (0, -1, 1):
                 shifted = Grid(grid.scale, (grid.zero + offset).clamp(0, 2**self.bits - 1))
-                error = self._error(shifted, weight_Rg)
+                error = self._error(shifted, weight_Rg, importance_g)
                 better = error < best_error
                 best_error = torch.where(better, error, best_error)
                 best = Grid(*(torch.where(better, new, old) for new, old in zip(shifted, best, strict=True)))
         return best
 
-    def _error(self, grid: Grid, weight_Rg: Tensor) -> Tensor:
-        return (grid.values(grid.codes(weight_Rg, self.bits)) - weight_Rg).abs().pow(2.4).sum(-1, keepdim=True)
+    def _error(self, grid: Grid, weight_Rg: Tensor, importance_g: Tensor | None) -> Tensor:
+        error_Rg = (grid.values(grid.codes(weight_Rg, self.bits)) - weight_Rg).abs().pow(2.4)
+        return (error_Rg if importance_g is None else error_Rg * importance_g).sum(-1, keepdim=True)
 
-    def _stored(self, scale: Tensor) -> Tensor:
+    def stored(self, scale: Tensor) -> Tensor:
         """`scale` as the file will hold it, in fp32. LLQError where fp16 cannot."""
         stored = scale.clamp_min(_TINY_SCALE).to(self._scale_dtype).float()
         if not torch.isfinite(stored).all():

@@ -169,6 +169,7 @@ class Stream:
         linears = arch.block_linears(block)
         stats: dict[str, Stat] = {}
         handles, sequences = [], 0
+        beside = dense is not None and observes.paired
         dense_inputs: dict[str, Tensor] = {}
         for group in groups:
             stat = observes(linears[group[0]].in_features, self.device)
@@ -176,21 +177,21 @@ class Stream:
 
             def hook(module: nn.Module, args: tuple[Tensor, ...], stat: Stat = stat, name: str = group[0]) -> None:
                 stat.update(args[0].flatten(0, -2), sequences)
-                if stat.paired:
+                if beside:
                     stat.pair(args[0].flatten(0, -2), dense_inputs.pop(name).flatten(0, -2))
 
             def dense_hook(module: nn.Module, args: tuple[Tensor, ...], name: str = group[0]) -> None:
                 dense_inputs[name] = args[0]
 
             handles.append(linears[group[0]].register_forward_pre_hook(hook))
-            if dense is not None and observes.paired:
+            if dense is not None and beside:
                 handles.append(dense.block.get_submodule(group[0]).register_forward_pre_hook(dense_hook))
         self.listener.stage("statistics", self.count)
         try:
             for rows in self.batches():
                 hidden_BSD, kwargs = self.inputs(rows)
                 sequences = len(hidden_BSD)
-                if dense is not None and observes.paired:
+                if dense is not None and beside:
                     dense.block(dense.stream.activations[rows].to(self.device), **kwargs)
                 block(hidden_BSD, **kwargs)
                 self.listener.advance(sequences)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from llq_hf.errors import LLQError
-from llq_hf.stats import Hessian, factorize, revive_dead
+from llq_hf.stats import Hessian, PairedHessian, factorize, revive_dead
 
 CPU = torch.device("cpu")
 
@@ -108,3 +108,24 @@ def test_no_damping_at_all_is_possible():
     lower = factorize(H_II, 0.0, notes, inverse=False)
     assert torch.allclose(lower @ lower.T, H_II, rtol=1e-4, atol=1e-4)
     assert notes["damp"] == 0.0
+
+
+@pytest.mark.parametrize("size", [5, 300, 700])
+def test_the_quick_factor_is_the_factor(size: int):
+    x_TI = torch.randn(3 * size, size, generator=torch.Generator().manual_seed(size))
+    H_II = x_TI.T @ x_TI / size
+    slow_II = factorize(H_II, 0.01, {}, inverse=True)
+    quick_II = factorize(H_II, 0.01, {}, inverse=True, quick=True)
+    assert torch.allclose(quick_II, slow_II, atol=1e-5)
+    assert not quick_II.tril(-1).any()
+    damped_II = H_II + 0.01 * torch.diagonal(H_II).mean() * torch.eye(size)
+    assert torch.allclose(quick_II.T @ quick_II @ damped_II, torch.eye(size), atol=1e-3)
+
+
+def test_a_pair_costs_nothing_until_there_is_a_second_stream():
+    stat, x_TI = PairedHessian(4, torch.device("cpu")), torch.randn(9, 4)
+    stat.update(x_TI, 1)
+    assert stat.cross_II is None
+    assert torch.equal(stat.C_II, stat.H_II)
+    stat.pair(x_TI, 2 * x_TI)
+    assert torch.allclose(stat.C_II, 2 * stat.H_II)

@@ -11,6 +11,12 @@ order; a second group inside a block sees stale weights). `static_groups` finds 
 in it, and `order` says which input channel each stored column reads. Static groups, or one per row, need no order.
 `true_sequential` calibrates q/k/v, o, gate/up, down one after the other, each on what the previous left.
 
+What came after the paper, all at no stored bit (together: preset="best"):
+`search_range` shrinks each group's range, errors weighted by H_ii. `act_group_aware` orders columns inside groups and
+groups among each other by H_ii (GAR, Gafni et al. 2025): no `order` to store; its grids see no stale weights.
+`gptaq` lets the repair also aim at the full-precision model's outputs (GPTAQ, Li et al. 2025; its share). `refine`
+rounds of coordinate descent and scale refit follow (refine.py). The last two run the full-precision model alongside.
+
 Storage (G = ceil(I / group_size) groups)
     name    shape                 dtype   bits per weight
     weight  [O, I * bits / 32]    int32   bits
@@ -32,24 +38,26 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import LLQError
-from ..feedback import by_columns
+from ..feedback import BLOCK, by_columns
 from ..grids import Grid, Spec, Uniform
-from ..method import Job, Method, Packed
-from ..stats import Hessian, Stat, factorize, revive_dead
+from ..method import Flow, Job, Method, Packed
+from ..refine import Objective, Solution, refined
+from ..stats import PairedHessian, Stat, factorize, revive_dead
 
 
 @dataclass(frozen=True, kw_only=True)
 class GPTQ(Method):
-    """group_size -1: one group per row; damp: a share of mean(diag H); search_range: shrink each group's range."""
+    """group_size -1: one group per row; damp: a share of mean(diag H); gptaq: its share, 0 is off; refine: rounds."""
 
     name: ClassVar[str] = "gptq"
     title: ClassVar[str] = "GPTQ (Frantar et al. 2023)"
-    observes: ClassVar[type[Stat] | None] = Hessian
+    observes: ClassVar[type[Stat] | None] = PairedHessian
     best: ClassVar[dict[str, Any]] = {
-        "act_order": True,
-        "static_groups": True,
         "true_sequential": True,
+        "act_group_aware": True,
         "search_range": True,
+        "gptaq": 0.25,
+        "refine": 2,
     }
 
     bits: int = 4
@@ -57,15 +65,24 @@ class GPTQ(Method):
     sym: bool = False
     damp: float = 0.01
     act_order: bool = False
+    act_group_aware: bool = False
     static_groups: bool = False
     true_sequential: bool = False
     search_range: bool = False
+    gptaq: float = 0.0
+    refine: int = 0
     scale_bits: int = 16
 
     def check(self) -> None:
         _ = self.grid  # validates group_size and scale_bits
         if not 0 <= self.damp <= 1:
             raise LLQError(f"damp={self.damp} must lie in 0..1, a share of the Hessian's mean diagonal")
+        if not 0 <= self.gptaq <= 1:
+            raise LLQError(f"gptaq={self.gptaq} must lie in 0..1, the share of GPTAQ's correction")
+        if not 0 <= self.refine <= 100:
+            raise LLQError(f"refine={self.refine} must lie in 0..100 rounds")
+        if self.act_group_aware and (self.act_order or self.static_groups):
+            raise LLQError("act_group_aware is another order of columns: it goes without act_order and static_groups")
 
     @property
     def grid(self) -> Uniform:
@@ -74,6 +91,10 @@ class GPTQ(Method):
     @property
     def sequential(self) -> bool:
         return self.true_sequential
+
+    @property
+    def flow(self) -> Flow:
+        return Flow.BOTH if self.gptaq or self.refine else Flow.QUANTIZED
 
     @property
     def _keeps_order(self) -> bool:
@@ -87,47 +108,94 @@ class GPTQ(Method):
         return layout
 
     def quantize(self, weight_OI: Tensor, stat: Stat | None, job: Job) -> Packed:
-        assert isinstance(stat, Hessian)
+        assert isinstance(stat, PairedHessian)
         H_II, W_OI = stat.H_II, weight_OI.clone()
-        whole_row = self.grid.grid(W_OI) if self.group_size == -1 else None  # before dead columns are zeroed
+        diagonal_I = torch.diagonal(H_II).clone()
+        whole_row = self.grid.grid(W_OI, diagonal_I) if self.group_size == -1 else None  # before dead ones are zeroed
         dead_I = revive_dead(H_II)
         W_OI[:, dead_I] = 0
         job.notes["dead_columns"] = int(dead_I.sum())
         # Grids that do not depend on the repair; None: found when a group is reached.
-        static_OG = self.grid.grids(W_OI) if self.static_groups and whole_row is None else whole_row
+        static_OG = self.grid.grids(W_OI, diagonal_I) if self.static_groups and whole_row is None else whole_row
 
-        order_I = torch.arange(W_OI.shape[1], device=W_OI.device)
-        if self.act_order:
-            order_I = torch.argsort(torch.diagonal(H_II), descending=True, stable=True)
-            W_OI, H_II = W_OI[:, order_I], H_II[order_I][:, order_I]
-        U_II = factorize(H_II, self.damp, job.notes, inverse=True)
+        order_I = self._order(torch.diagonal(H_II))
+        if self.act_order or self.act_group_aware:
+            W_OI, H_II, diagonal_I = W_OI[:, order_I], H_II[order_I][:, order_I], diagonal_I[order_I]
+        U_II = factorize(H_II, self.damp, job.notes, inverse=True, quick=True)
         if U_II is None:  # nothing made H positive definite: no repair, which is rounding to nearest
             job.notes["fallback"] = "rtn"
-        codes_OI, grid_OG = self._solve(W_OI, U_II, order_I, static_OG)
+        aims_at_dense = U_II is not None and self.flow is Flow.BOTH
+        C_II = stat.C_II[order_I][:, order_I] if aims_at_dense else None
+        drift_II = self._drift(H_II, C_II, U_II) if self.gptaq and C_II is not None and U_II is not None else None
+        solution = self._solve(W_OI.clone() if self.refine else W_OI, U_II, drift_II, order_I, static_OG, diagonal_I)
+        if self.refine and C_II is not None:
+            damp = job.notes["damp"] * float(torch.diagonal(H_II).mean())  # it pulls to the weights, not to zero
+            torch.diagonal(H_II).add_(damp)
+            objective = Objective(H_II, (weight_OI[:, order_I] @ C_II.T).add_(W_OI, alpha=damp))
+            solution = refined(objective, solution, self.grid, self.refine)
+        return self._packed(solution, order_I)
 
-        if not self._keeps_order:
-            return self.grid.pack(codes_OI[:, torch.argsort(order_I)], grid_OG)
-        return {**self.grid.pack(codes_OI, grid_OG), "order": order_I.to(self.layout(*weight_OI.shape)["order"].dtype)}
+    def _order(self, diagonal_I: Tensor) -> Tensor:
+        """Input channels in the order of solving."""
+        columns = len(diagonal_I)
+        size = columns if self.group_size == -1 else self.group_size
+        if self.act_order or (self.act_group_aware and size >= columns):
+            return torch.argsort(diagonal_I, descending=True, stable=True)
+        if not self.act_group_aware:
+            return torch.arange(columns, device=diagonal_I.device)
+        whole = columns // size * size
+        diagonal_GS = diagonal_I[:whole].view(-1, size)
+        inside_GS = torch.argsort(diagonal_GS, dim=1, descending=True, stable=True)
+        inside_GS += torch.arange(0, whole, size, device=diagonal_I.device)[:, None]
+        by_largest_G = torch.argsort(diagonal_GS.amax(1), descending=True, stable=True)
+        tail = whole + torch.argsort(diagonal_I[whole:], descending=True, stable=True)  # a short group stays last
+        return torch.cat([inside_GS[by_largest_G].flatten(), tail])
 
-    def _solve(self, W_OI: Tensor, U_II: Tensor | None, order_I: Tensor, static_OG: Grid | None) -> tuple[Tensor, Grid]:
-        """Round the columns of W_OI (already in `order_I`) one by one; uses W_OI up. Codes [O, I], grids [O, G]."""
+    def _drift(self, H_II: Tensor, C_II: Tensor, U_II: Tensor) -> Tensor:
+        """GPTAQ's P [I, I]: what column j adds to later ones on behalf of the full-precision outputs."""
+        return self.gptaq * torch.triu((C_II.T - H_II) @ U_II.T, 1) @ U_II
+
+    def _solve(
+        self,
+        W_OI: Tensor,
+        U_II: Tensor | None,
+        drift_II: Tensor | None,
+        order_I: Tensor,
+        static_OG: Grid | None,
+        diagonal_I: Tensor,
+    ) -> Solution:
+        """Round the columns of W_OI (in `order_I` already, as all [I, I]) one by one; uses W_OI up."""
         columns, codes_IO, found = W_OI.shape[1], torch.empty_like(W_OI.T), []
         size = columns if self.group_size == -1 else self.group_size
-        groups = (order_I if self.static_groups else torch.arange(columns)).div(size, rounding_mode="floor").tolist()
+        places_I = order_I if self.static_groups else torch.arange(columns, device=W_OI.device)
+        group_I = places_I.div(size, rounding_mode="floor")
+        groups = group_I.tolist()
 
         def rounded(i: int, w_O: Tensor) -> Tensor:
             if static_OG is not None:
                 grid_O = Grid(*(part[:, groups[i]] for part in static_OG))
             else:
                 if i % size == 0:
-                    found.append(self.grid.grid(W_OI[:, i : i + size]))
+                    found.append(self.grid.grid(W_OI[:, i : i + size], diagonal_I[i : i + size]))
                 grid_O = Grid(*(part.flatten() for part in found[-1]))
             codes_IO[i] = code_O = grid_O.codes(w_O, self.bits)
             return grid_O.values(code_O)
 
-        by_columns(W_OI, U_II, rounded)
+        # In blocks of a group (or parts of one) a group's grid is found from weights that nothing is owed to.
+        fresh = self.act_group_aware and (size < BLOCK or size % BLOCK != 0)
+        by_columns(W_OI, U_II, rounded, block=size if fresh else BLOCK, drift_II=drift_II)
         grid_OG = static_OG or Grid(*(torch.cat(parts, dim=1) for parts in zip(*found, strict=True)))
-        return codes_IO.T.contiguous(), grid_OG
+        return Solution(codes_IO.T.contiguous(), grid_OG, group_I)
+
+    def _packed(self, solution: Solution, order_I: Tensor) -> Packed:
+        codes_OI, grid_OG, _ = solution
+        if self._keeps_order:
+            dtype = torch.int16 if len(order_I) < 1 << 15 else torch.int32
+            return {**self.grid.pack(codes_OI, grid_OG), "order": order_I.to(dtype)}
+        if self.act_group_aware and self.group_size != -1:  # groups were found in the order of solving
+            back_G = torch.argsort(order_I[:: self.group_size].div(self.group_size, rounding_mode="floor"))
+            grid_OG = Grid(*(part[:, back_G] for part in grid_OG))
+        return self.grid.pack(codes_OI[:, torch.argsort(order_I)], grid_OG)
 
     def dequantize(self, packed: Packed, out_features: int, in_features: int) -> Tensor:
         weight_OI = self.grid.unpack(packed, in_features)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llq_hf.linear import checked_layout
-from llq_hf.method import Method, Packed, Step
+from llq_hf.method import Job, Method, Packed, Step
 from llq_hf.stats import Stat
 
 OUT, IN, TOKENS, SEQUENCES = 48, 172, 512, 4
@@ -73,6 +73,10 @@ class Data:
 
     def targets(self, rows: slice) -> Tensor:
         return self.x_NSI[rows] @ self.weight_OI.T
+
+
+def job() -> Job:
+    return Job("model.layers.0.test")
 
 
 def statistic(method: Method, x_TI: Tensor) -> Stat | None:

@@ -12,7 +12,7 @@ from llq_hf.bits import unpack
 from llq_hf.method import Job, stored_bits
 from llq_hf.methods import build
 from llq_hf.quantize import quantize_model
-from llq_hf.stats import Hessian, factorize
+from llq_hf.stats import PairedHessian, factorize
 
 VARIANTS = {
     "one group a row": {"group_size": -1},
@@ -25,6 +25,11 @@ VARIANTS = {
     "static groups of 16": {"group_size": 16, "static_groups": True},
     "act order in static groups of 16": {"group_size": 16, "static_groups": True, "act_order": True},
     "static but one group a row": {"group_size": -1, "static_groups": True, "act_order": True},
+    "group-aware order in groups of 16": {"group_size": 16, "act_group_aware": True},
+    "group-aware order in groups of 48 that do not divide": {"group_size": 48, "act_group_aware": True},
+    "group-aware order, one group a row": {"group_size": -1, "act_group_aware": True},
+    "aiming at other outputs": {"group_size": 16, "gptaq": 0.25},
+    "aiming at other outputs in group-aware order": {"group_size": 48, "gptaq": 1.0, "act_group_aware": True},
     "half the damping": {"group_size": 32, "damp": 0.005},
 }
 
@@ -39,9 +44,12 @@ def well_conditioned(in_features: int, dead: tuple[int, ...] = ()) -> torch.Tens
     return x_TI
 
 
-def hessian_of(x_TI: torch.Tensor) -> Hessian:
-    stat = Hessian(x_TI.shape[1], x_TI.device)
+def hessian_of(x_TI: torch.Tensor) -> PairedHessian:
+    """Of a linear whose inputs are a little off those of the full-precision model."""
+    stat = PairedHessian(x_TI.shape[1], x_TI.device)
     stat.update(x_TI, 4)
+    random = torch.Generator().manual_seed(5)
+    stat.pair(x_TI, x_TI + 0.1 * torch.randn(x_TI.shape, generator=random) * x_TI.abs().amax(0))
     return stat
 
 
@@ -55,7 +63,10 @@ def test_equals_the_literal_solver(options: dict, shape: tuple[int, int], bits: 
     packed = method.quantize(weight_OI, hessian_of(x_TI), job)
     assert job.notes["dead_columns"] == len(dead)
     assert job.notes["damp"] == method.damp
-    restored, codes, order = gptq(weight_OI.numpy(), hessian_of(x_TI).H_II.numpy(), bits, **options, scale_bits=32)
+    stat = hessian_of(x_TI)
+    restored, codes, order = gptq(
+        weight_OI.numpy(), stat.H_II.numpy(), bits, cross=stat.C_II.numpy(), **options, scale_bits=32
+    )
     mine = unpack(packed["weight"], bits, shape[1]).numpy()
     if "order" in packed:
         alive = [i for i in order if i not in dead]
@@ -73,7 +84,7 @@ def test_equals_the_literal_solver(options: dict, shape: tuple[int, int], bits: 
 def test_without_a_factor_it_is_rtn():
     """The fallback is the very codes of RTN, and is noted."""
     weight_OI = checks.weight(8, 40)
-    stat = Hessian(40, torch.device("cpu"))
+    stat = PairedHessian(40, torch.device("cpu"))
     stat.sum_II, stat.sequences = -torch.eye(40) * 1e6 + torch.ones(40, 40), 1
     for options in ({"group_size": 16}, {"group_size": -1, "sym": True}):
         job = checks.job()

@@ -1,4 +1,4 @@
-"""Spec 3.3: the GPTQ solver of one linear, one row and one column at a time, in fp64.
+"""Spec 3.3: the GPTQ solver of one linear, one row and one column at a time, in fp64; GAR and GPTAQ (improvements 3.1).
 
 Kept literally: the block of 128 columns whose updates the rest of the matrix sees only when it is finished, and the
 group grids that are read from the matrix *without* the updates of the running block.
@@ -22,6 +22,9 @@ def gptq(
     act_order: bool = False,
     static_groups: bool = False,
     scale_bits: int = 32,
+    act_group_aware: bool = False,
+    gptaq: float = 0.0,
+    cross: np.ndarray | None = None,
 ):
     """(restored weight [O, I], codes [O, I] in the order of solving, order [I])."""
     W, H = weight.astype(np.float64).copy(), hessian.astype(np.float64).copy()
@@ -42,14 +45,30 @@ def gptq(
     order = list(range(columns))
     if act_order:  # 4.
         order = sorted(order, key=lambda i: -H[i, i])  # stable
-        W, H = W[:, order], H[np.ix_(order, order)]
+    if act_group_aware:
+        size = group_size if grouped else columns
+        groups = [list(range(start, start + size)) for start in range(0, columns - size + 1, size)]
+        groups = [sorted(group, key=lambda i: -H[i, i]) for group in groups]
+        tail = sorted(range(len(groups) * size, columns), key=lambda i: -H[i, i])
+        groups = sorted(groups, key=lambda group: -H[group[0], group[0]])
+        order = [i for group in groups for i in group] + tail
+    W, H = W[:, order], H[np.ix_(order, order)]
+    D = None if cross is None else cross[np.ix_(order, order)].T.astype(np.float64) - H
     H = H + damp * np.mean([H[i, i] for i in range(columns)]) * np.eye(columns)  # 5.
     U = np.linalg.cholesky(np.linalg.inv(H)).T  # 6. U^T U = H^-1
 
+    P = np.zeros_like(H)
+    if gptaq:
+        strict = np.array([[(D @ U.T)[i, j] if j > i else 0.0 for j in range(columns)] for i in range(columns)])
+        P = gptaq * strict @ U
+
     codes, restored = np.zeros((rows, columns), dtype=int), np.zeros((rows, columns))
-    for first in range(0, columns, BLOCK):  # 7.
-        last = min(first + BLOCK, columns)
+    # GAR finds a group's grid when nothing is owed to it: blocks of a group instead of 128.
+    block = group_size if act_group_aware and grouped else BLOCK
+    for first in range(0, columns, block):  # 7.
+        last = min(first + block, columns)
         W1, errors = W[:, first:last].copy(), np.zeros((rows, last - first))
+        before = np.zeros_like(errors)
         for i in range(first, last):
             if grouped and static_groups:
                 current = static[order[i] // group_size]
@@ -60,13 +79,14 @@ def gptq(
                 codes[row, i] = code_of(W1[row, i - first], scale, zero, bits)
                 restored[row, i] = value_of(codes[row, i], scale, zero)
                 error = (W1[row, i - first] - restored[row, i]) / U[i, i]
+                before[row, i - first] = W1[row, i - first]
                 for later in range(i, last):
-                    W1[row, later - first] -= error * U[i, later]
+                    W1[row, later - first] -= error * U[i, later] - before[row, i - first] * P[i, later]
                 errors[row, i - first] = error
         for row in range(rows):
             for later in range(last, columns):
                 for i in range(first, last):
-                    W[row, later] -= errors[row, i - first] * U[i, later]
+                    W[row, later] -= errors[row, i - first] * U[i, later] - before[row, i - first] * P[i, later]
     back = np.empty_like(restored)
     back[:, order] = restored  # 8.
     return back, codes, order

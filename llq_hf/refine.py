@@ -1,0 +1,118 @@
+"""Second thoughts about codes on a uniform grid: coordinate descent and scale refit, both monotone, no bits stored.
+
+Legend: O out_features, I in_features, G groups, R rows handled together.
+
+A row w^ is judged by |X w^ - X~ w|^2 = w^ H w^T - 2 w^ b + const, with X what the linear sees in the quantized model
+and X~ what it sees in the full-precision one: H = X^T X, b = X^T X~ w. So it also repairs what earlier linears broke.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .grids import Grid, Uniform
+
+BLOCK = 128  # columns whose updates the rest of the gradient sees together
+ROWS = 1024  # rows whose G x G systems are solved together
+REACH = 4.0  # a refitted scale stays within this factor of the old one
+
+
+class Objective(NamedTuple):
+    """H_II damped, symmetric, with positive diagonal; B_OI = the rows b."""
+
+    H_II: Tensor
+    B_OI: Tensor
+
+    def loss(self, values_OI: Tensor) -> Tensor:
+        """[O] up to a constant of each row; fp64, for the terms nearly cancel."""
+        values_OI = values_OI.double()
+        return ((values_OI @ self.H_II.double() - 2 * self.B_OI.double()) * values_OI).sum(1)
+
+
+class Solution(NamedTuple):
+    """Codes [O, I], the grids [O, G] they lie on, and the group [I] of each column."""
+
+    codes_OI: Tensor
+    grid_OG: Grid
+    group_I: Tensor
+
+    def values(self) -> Tensor:
+        return self.columns().values(self.codes_OI)
+
+    def columns(self) -> Grid:
+        """The grid of every column [O, I]."""
+        return Grid(*(part[:, self.group_I] for part in self.grid_OG))
+
+
+def refined(objective: Objective, solution: Solution, uniform: Uniform, rounds: int) -> Solution:
+    """`rounds` times: every code to its best level given all others, then every scale to its best given the codes.
+
+    The loss of no row ever grows.
+    """
+    for _ in range(rounds):
+        solution = solution._replace(codes_OI=descended(objective, solution, uniform.bits))
+        solution = solution._replace(grid_OG=refitted(objective, solution, uniform))
+    return solution
+
+
+def descended(objective: Objective, solution: Solution, bits: int) -> Tensor:
+    """Codes [O, I] after one pass of coordinate descent over the columns, first to last (QuIP's greedy pass)."""
+    H_II, columns = objective.H_II, solution.codes_OI.shape[1]
+    grid_IO = Grid(*(part.T.contiguous() for part in solution.columns()))
+    codes_IO = solution.codes_OI.T.contiguous()
+    values_IO = grid_IO.values(codes_IO)
+    gradient_IO = (H_II @ values_IO).sub_(objective.B_OI.T)  # half of it
+    for start in range(0, columns, BLOCK):
+        stop = min(start + BLOCK, columns)
+        moved_BO = torch.empty_like(values_IO[start:stop])
+        for j in range(start, stop):
+            grid_O = Grid(grid_IO.scale[j], grid_IO.zero[j])
+            codes_IO[j] = grid_O.codes(values_IO[j] - gradient_IO[j] / H_II[j, j], bits)
+            moved_O = torch.sub(grid_O.values(codes_IO[j]), values_IO[j], out=moved_BO[j - start])
+            gradient_IO[j + 1 : stop].addcmul_(H_II[j, j + 1 : stop, None], moved_O)
+        gradient_IO[stop:].addmm_(H_II[stop:, start:stop], moved_BO)
+    return codes_IO.T.contiguous()
+
+
+def refitted(objective: Objective, solution: Solution, uniform: Uniform) -> Grid:
+    """Scales [O, G] that minimize the loss of each row with codes and zeros as they are, as they will be stored.
+
+    One G x G system per row: A_kl = v_k H v_l, A s = v_k b, v_k the integers of group k (0 elsewhere).
+    """
+    scale_OG, zero_OG = solution.grid_OG
+    units_OI = solution.codes_OI - zero_OG[:, solution.group_I]
+    found = [
+        _refitted_rows(objective.H_II, B_RI, units_RI, scale_RG, solution.group_I, uniform)
+        for B_RI, units_RI, scale_RG in zip(
+            objective.B_OI.split(ROWS), units_OI.split(ROWS), scale_OG.split(ROWS), strict=True
+        )
+    ]
+    return Grid(torch.cat(found), zero_OG)
+
+
+def _refitted_rows(
+    H_II: Tensor, B_RI: Tensor, units_RI: Tensor, scale_RG: Tensor, group_I: Tensor, uniform: Uniform
+) -> Tensor:
+    def by_group(x_RI: Tensor) -> Tensor:
+        return torch.zeros_like(scale_RG).index_add_(1, group_I, x_RI)
+
+    A_RGG = scale_RG.new_empty(*scale_RG.shape, scale_RG.shape[1])
+    for k in range(scale_RG.shape[1]):
+        members = (group_I == k).nonzero().flatten()
+        A_RGG[:, k] = by_group((units_RI[:, members] @ H_II[members]).mul_(units_RI))
+    b_RG = by_group(units_RI * B_RI)
+    # A weak pull to the old scale: groups of all zeros have no other, and rounding can make A singular.
+    diagonal_RG = torch.diagonal(A_RGG, dim1=1, dim2=2)
+    pull_RG = (1e-6 * diagonal_RG.mean(1, keepdim=True)).clamp_min(1e-20).expand_as(scale_RG)
+    best_RG = torch.linalg.solve(A_RGG + torch.diag_embed(pull_RG), b_RG + pull_RG * scale_RG)
+    sound_RG = torch.isfinite(best_RG) & (best_RG > scale_RG / REACH) & (best_RG < scale_RG * REACH)
+    best_RG = uniform.stored(torch.where(sound_RG, best_RG, scale_RG))
+
+    def loss(s_RG: Tensor) -> Tensor:
+        A, b, s = A_RGG.double(), b_RG.double(), s_RG.double()
+        return (s * ((A @ s[..., None])[..., 0] - 2 * b)).sum(1, keepdim=True)
+
+    return torch.where(loss(best_RG) < loss(scale_RG), best_RG, scale_RG)

@@ -1,0 +1,107 @@
+"""Coordinate descent and scale refit: equal to the slow formulas, monotone, harmless on degenerate groups."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from reference import refine as slow
+
+from llq_hf import refine
+from llq_hf.grids import Uniform
+from llq_hf.refine import Objective, Solution
+
+OUT, IN = 6, 150
+
+
+def problem(bits: int, group_size: int, seed: int = 0) -> tuple[Objective, Solution, Uniform]:
+    random = torch.Generator().manual_seed(seed)
+    x_TI = torch.randn(400, IN, generator=random) @ torch.randn(IN, IN, generator=random)
+    weight_OI = torch.randn(OUT, IN, generator=random)
+    H_II = x_TI.T @ x_TI / 400 + 0.1 * torch.eye(IN)
+    dense_TI = x_TI + torch.randn(x_TI.shape, generator=random)
+    objective = Objective(H_II, weight_OI @ (dense_TI.T @ x_TI) / 400 + 0.1 * weight_OI)
+    uniform = Uniform(bits, group_size, scale_bits=32)
+    grid_OG = uniform.grids(weight_OI)
+    codes_OI = uniform.spread(grid_OG, IN).codes(weight_OI, bits)
+    return objective, Solution(codes_OI, grid_OG, torch.arange(IN) // group_size), uniform
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("group_size", [64, 40, IN])
+def test_descent_equals_the_slow_one(bits: int, group_size: int):
+    objective, solution, _ = problem(bits, group_size)
+    fast = refine.descended(objective, solution, bits)
+    off = 0
+    for row in range(OUT):
+        codes = slow.descend(
+            objective.H_II.double().numpy(),
+            objective.B_OI[row].double().numpy(),
+            solution.codes_OI[row].tolist(),
+            solution.grid_OG.scale[row].tolist(),
+            solution.grid_OG.zero[row].tolist(),
+            solution.group_I.tolist(),
+            bits,
+        )
+        off += sum(a != b for a, b in zip(codes, fast[row].tolist(), strict=True))
+    assert off <= 2, "a tie may round differently in fp32"
+    assert (fast != solution.codes_OI).sum() > 50, "the pass moved something"
+
+
+@pytest.mark.parametrize("group_size", [64, 40, IN])
+def test_refit_equals_the_slow_one_where_it_stays_in_reach(group_size: int):
+    objective, solution, uniform = problem(4, group_size)
+    fast = refine.refitted(objective, solution, uniform).scale
+    compared = 0
+    for row in range(OUT):
+        scales = slow.refit(
+            objective.H_II.double().numpy(),
+            objective.B_OI[row].double().numpy(),
+            solution.codes_OI[row].tolist(),
+            solution.grid_OG.scale[row].tolist(),
+            solution.grid_OG.zero[row].tolist(),
+            solution.group_I.tolist(),
+        )
+        old = solution.grid_OG.scale[row].numpy()
+        if ((scales > old / 4) & (scales < old * 4)).all():
+            assert np.allclose(fast[row], scales, rtol=2e-3)
+            compared += 1
+    assert compared >= OUT - 1
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3])
+@pytest.mark.parametrize("scale_bits", [16, 32])
+def test_no_row_ever_gets_worse(bits: int, scale_bits: int):
+    for seed in range(5):
+        objective, solution, _ = problem(bits, 40, seed)
+        uniform = Uniform(bits, 40, scale_bits=scale_bits)
+        solution = solution._replace(grid_OG=solution.grid_OG._replace(scale=uniform.stored(solution.grid_OG.scale)))
+        losses = [objective.loss(solution.values())]
+        for _ in range(3):
+            solution = solution._replace(codes_OI=refine.descended(objective, solution, bits))
+            losses.append(objective.loss(solution.values()))
+            solution = solution._replace(grid_OG=refine.refitted(objective, solution, uniform))
+            losses.append(objective.loss(solution.values()))
+        for before, after in pairwise(losses):
+            assert (after <= before + 1e-4 * before.abs()).all()
+        assert (losses[-1] < losses[0]).all()
+        assert torch.equal(solution.grid_OG.scale, uniform.stored(solution.grid_OG.scale)), "as the file will hold it"
+
+
+def test_a_group_of_zeros_keeps_its_scale():
+    objective, solution, uniform = problem(3, 50)
+    codes_OI = solution.codes_OI.clone()
+    codes_OI[2, 50:100] = solution.grid_OG.zero[2, 1]
+    solution = solution._replace(codes_OI=codes_OI)
+    fitted = refine.refitted(objective, solution, uniform)
+    assert torch.isfinite(fitted.scale).all()
+    assert fitted.scale[2, 1] == pytest.approx(float(solution.grid_OG.scale[2, 1]), rel=1e-3)
+
+
+def test_many_rows_are_solved_in_parts(monkeypatch):
+    objective, solution, uniform = problem(3, 50)
+    whole = refine.refitted(objective, solution, uniform)
+    monkeypatch.setattr(refine, "ROWS", 4)
+    assert torch.allclose(refine.refitted(objective, solution, uniform).scale, whole.scale, rtol=1e-5)
