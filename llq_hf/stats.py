@@ -146,9 +146,9 @@ def factorize(H_II: Tensor, damp: float, notes: dict[str, Any], *, inverse: bool
     inverse: the upper U with U^T U = H^-1 (GPTQ); else the lower L with L L^T = H (LDLQ). quick: U without ever forming
     H^-1, in less time and with less error, but not bit for bit what the authors' three steps give.
 
-    The damping starts at `damp` * mean(diag H); each rung tries fp32, then fp64, then doubles the damping up to 1.0, and
-    at last a diagonal floor. What was used goes into `notes` ("damp", "fp64", "floor"). None when nothing helped: the
-    caller then rounds to nearest and says so in its notes.
+    The damping starts at `damp` * mean(diag H); each rung tries fp32, then fp64, then doubles the damping up to 1.0,
+    and at last a diagonal floor. What was used goes into `notes` ("damp", "fp64", "floor"). None when nothing helped:
+    the caller then rounds to nearest and says so in its notes.
     """
     mean_diagonal = float(torch.diagonal(H_II).mean())
     rungs = [(damp * 2.0**k, 0.0) for k in range(12) if damp * 2.0**k <= 1.0] or [(damp, 0.0)]
