@@ -87,7 +87,7 @@ def refitted(objective: Objective, solution: Solution, uniform: Uniform) -> Grid
     found = [
         _refitted_rows(objective.H_II, B_RI, units_RI, scale_RG, solution.group_I, uniform)
         for B_RI, units_RI, scale_RG in zip(
-            objective.B_OI.split(ROWS), units_OI.split(ROWS), scale_OG.split(ROWS), strict=True
+            *(torch.split(part, ROWS) for part in (objective.B_OI, units_OI, scale_OG)), strict=True
         )
     ]
     return Grid(torch.cat(found), zero_OG)

@@ -184,7 +184,8 @@ def _upper_inverse(R_II: Tensor) -> Tensor:
     size = len(R_II)
     if size <= 256:
         eye_II = torch.eye(size, dtype=R_II.dtype, device=R_II.device)
-        return torch.linalg.solve_triangular(R_II, eye_II, upper=True)
+        inverse_II: Tensor = torch.linalg.solve_triangular(R_II, eye_II, upper=True)
+        return inverse_II
     half = size // 2
     inverse_II = torch.zeros_like(R_II)
     first_HH = inverse_II[:half, :half] = _upper_inverse(R_II[:half, :half])
