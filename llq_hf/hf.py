@@ -143,7 +143,7 @@ class LLQQuantizer(HfQuantizer):  # type: ignore[misc]
         config = self.quantization_config
         if not self.pre_quantized:
             ids = None
-            if config.method.calibrated:
+            if config.method.reads_data:
                 tokenizer = config.tokenizer
                 if tokenizer is None and config.calibration.needs_tokenizer:
                     tokenizer = load_tokenizer(Path(str(model.name_or_path)))

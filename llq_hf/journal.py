@@ -73,10 +73,12 @@ class Journal:
         out.mkdir(parents=True, exist_ok=True)
         journal = cls(path, identity)
         for line in lines[1:]:
-            if not _as_written(out, line):
-                break  # this block and all later ones are done again
+            if not _as_written(out, line):  # this block and all later ones are done again
+                if any(done.get("tuned") for done in journal.blocks.values()):
+                    journal.blocks.clear()  # no: all; a block must see its predecessors as they were before tuning
+                break
             journal.blocks[line["block"]] = line
-        journal._rewrite(lines[0])
+        journal._rewrite()
         return journal
 
     @staticmethod
@@ -100,6 +102,11 @@ class Journal:
         self.blocks[line["block"]] = line
         self._append(line)
 
+    def tuned_block(self, line: dict[str, Any]) -> None:
+        """Replace the line of a finished block whose file is about to be replaced by its tuned one."""
+        self.blocks[line["block"]] = line
+        self._rewrite()
+
     def linears(self) -> list[dict[str, Any]]:
         """Records of all finished linears in order, without what differs from run to run (seconds)."""
         records = [record for index in sorted(self.blocks) for record in self.blocks[index]["linears"]]
@@ -111,8 +118,9 @@ class Journal:
             handle.flush()
             os.fsync(handle.fileno())
 
-    def _rewrite(self, head: dict[str, Any]) -> None:
-        """Drop a torn last line and lines of blocks whose files are gone, atomically."""
+    def _rewrite(self) -> None:
+        """The file anew, atomically: without a torn last line, without lines of blocks whose files are gone."""
+        head = {"fingerprint": fingerprint(self.identity), "identity": self.identity}
         draft = self.path.with_name(self.path.name + ".tmp")
         lines = [head, *(self.blocks[index] for index in sorted(self.blocks))]
         draft.write_text("".join(json.dumps(line, sort_keys=True) + "\n" for line in lines))
@@ -120,10 +128,10 @@ class Journal:
 
 
 class FileState(State):
-    """Progress of a long training inside one block, in OUT.training.safetensors beside OUT."""
+    """Progress of a long training inside one block (or of the model), in OUT.training.safetensors beside OUT."""
 
-    def __init__(self, out: Path, run: str, block: int) -> None:
-        self.path, self.key = self._beside(out), f"{run}:{block}"
+    def __init__(self, out: Path, run: str, block: int | str, kind: str = "training") -> None:
+        self.path, self.key = self._beside(out, kind), f"{run}:{block}"
 
     def load(self) -> dict[str, Tensor] | None:
         try:
@@ -140,17 +148,18 @@ class FileState(State):
         os.replace(draft, self.path)
 
     @classmethod
-    def clear(cls, out: Path) -> None:
-        cls._beside(out).unlink(missing_ok=True)
+    def clear(cls, out: Path, kind: str = "training") -> None:
+        cls._beside(out, kind).unlink(missing_ok=True)
 
     @staticmethod
-    def _beside(out: Path) -> Path:
-        return out.with_name(out.name + ".training.safetensors")
+    def _beside(out: Path, kind: str = "training") -> Path:
+        return out.with_name(f"{out.name}.{kind}.safetensors")
 
 
 def _as_written(out: Path, line: dict[str, Any]) -> bool:
     file = out / str(line["file"])
-    return file.is_file() and sha256_file(file) == str(line["sha256"])
+    # A line of a tuned block is written before its file: until then the untuned one is as good.
+    return file.is_file() and sha256_file(file) in (line["sha256"], line.get("untuned_sha256"))
 
 
 def differences(old: Any, new: Any, name: str = "") -> list[str]:

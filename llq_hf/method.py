@@ -191,6 +191,26 @@ class Method(ABC):
         return None
 
     @property
+    def tunes(self) -> bool:
+        """Whether `tune` trains the packed model as a whole after its last block."""
+        return False
+
+    def tune(
+        self, student: nn.Module, teacher: nn.Module, ids_NS: Tensor, listener: PassListener, state: State
+    ) -> Packed:
+        """New values of stored tensors by full name ("model.layers.0.mlp.up_proj.scale"), of the same shape and dtype.
+
+        The student's quantized linears have `method` and `packed()`; it is the method's own, to spoil, but shares all
+        other parameters with the full-precision teacher. state: where a killed run finds its progress again.
+        """
+        raise NotImplementedError
+
+    @property
+    def reads_data(self) -> bool:
+        """Whether the run needs token ids at all."""
+        return self.calibrated or self.tunes
+
+    @property
     def nominal_bits(self) -> float:
         """The figure that papers print; what is really stored is counted from the layout or the file."""
         return float(self.bits)

@@ -11,11 +11,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -65,14 +67,27 @@ class PackedFolder:
         save(tensors, self.file(index))
         return self.file(index)
 
+    def tune_block(self, index: int, tuned: dict[str, Tensor], before: Callable[[Path], None]) -> None:
+        """Put tuned tensors into the file of a finished block; `before` is called with the draft of the new file."""
+        tensors = load_file(self.file(index))
+        tensors |= {name: tuned[name] for name in tensors if name in tuned}
+        draft = _draft(tensors, self.file(index))
+        before(draft)
+        _settle(draft, self.file(index))
+
+    def packed(self, index: int, linear: str) -> dict[str, Tensor]:
+        """The stored tensors of a linear (full name) of a finished block."""
+        with safe_open(self.file(index), framework="pt") as file:
+            names = [name for name in file.keys() if name.startswith(linear + ".")]  # noqa: SIM118 (not a dict)
+            tensors = {name.removeprefix(linear + "."): file.get_tensor(name).clone() for name in names}
+        return {key: tensor for key, tensor in tensors.items() if key != "bias"}
+
     def restore_block(self, index: int, block: nn.Module) -> None:
         """Put the packed linears of a finished block's file into a freshly loaded block."""
-        tensors, prefix = load_file(self.file(index)), self.prefixes[index]
-        device = next(block.parameters()).device
+        prefix, device = self.prefixes[index], next(block.parameters()).device
         for name, linear in arch.block_linears(block).items():
             method = self.method.at(f"{prefix}.{name}")
-            layout = method.layout(linear.out_features, linear.in_features)
-            packed = {key: tensors[f"{prefix}.{name}.{key}"].clone().to(device) for key in layout}
+            packed = {key: tensor.to(device) for key, tensor in self.packed(index, f"{prefix}.{name}").items()}
             arch.replace_module(block, name, QuantLinear.from_packed(method, linear, packed))
 
     def finish(self, linears: list[dict[str, Any]], identity: dict[str, Any]) -> dict[str, Any]:
@@ -146,10 +161,14 @@ def finished_fingerprint(folder: Path) -> str | None:
 
 def save(tensors: dict[str, Tensor], path: Path) -> None:
     """Write a safetensors file whole or not at all: draft, fsync, rename."""
+    _settle(_draft(tensors, path), path)
+
+
+def _draft(tensors: dict[str, Tensor], path: Path) -> Path:
     draft = path.with_name(path.name + ".tmp")
     save_file({name: tensors[name].contiguous() for name in sorted(tensors)}, draft, metadata={"format": "pt"})
     draft.chmod(0o644)
-    _settle(draft, path)
+    return draft
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

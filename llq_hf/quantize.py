@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from . import arch
 from .errors import LLQError
 from .linear import QuantLinear
-from .method import Method, PassListener, Step, stored_bits
+from .method import Method, Packed, PassListener, State, Step, stored_bits
 from .stats import Hessian, Stat
 from .walk import Blocks, LiveBlocks, walk
 
@@ -84,14 +85,53 @@ def quantize_model(
     """Quantize the decoder's linears of a model in memory, in place. Records per linear, as in the report."""
     progress = progress or Progress()
     expected = len(arch.quantizable(model))
+    teacher = copy.deepcopy(model) if method.tunes else None
     records: list[dict[str, Any]] = []
     blocks = LiveBlocks(model)
     for step in steps(blocks, method, ids_NS, progress, offload=offload):
         records += quantize_step(step, method)
     if len(records) != expected:
         raise LLQError(f"{len(records)} linears were quantized, {expected} should have been")
+    if teacher is not None:
+        tuned = tune(shared_copy(model), teacher, method, ids_NS, progress)
+        for name, module in model.named_modules():
+            if isinstance(module, QuantLinear):
+                for key, tensor in module.packed().items():
+                    tensor.copy_(tuned.get(f"{name}.{key}", tensor))
+        for record in records:
+            module = model.get_submodule(record["name"])
+            assert isinstance(module, QuantLinear)
+            record_tuned(record, teacher.get_parameter(record["name"] + ".weight").detach(), module.dequantized())
     progress.close()
     return records
+
+
+def tune(
+    student: nn.Module,
+    teacher: nn.Module,
+    method: Method,
+    ids_NS: Tensor | None,
+    progress: Progress,
+    state: State | None = None,
+) -> Packed:
+    """What training the packed model as a whole changes in it, by full tensor name."""
+    if ids_NS is None:
+        raise LLQError("this method needs calibration data")
+    ids_NS = ids_NS.to(next(teacher.parameters()).device)
+    with torch.enable_grad():
+        return method.tune(student.eval(), teacher.eval(), ids_NS, progress, state or State())
+
+
+def record_tuned(record: dict[str, Any], weight_OI: Tensor, restored_OI: Tensor) -> None:
+    """Bring a linear's record up to date: the statistics its output error came from are gone."""
+    record.pop("output_error", None)
+    record.update(_errors(weight_OI.float(), restored_OI, None), tuned=True)
+
+
+def shared_copy(model: nn.Module) -> nn.Module:
+    """A model of its own that shares every parameter and buffer: what is replaced in one stays in the other."""
+    shared: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, shared)
 
 
 def steps(blocks: Blocks, method: Method, ids_NS: Tensor | None, progress: Progress, **options: Any) -> Iterator[Step]:

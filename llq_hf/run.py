@@ -25,7 +25,7 @@ from .journal import FileState, Journal, fingerprint, sha256_file
 from .method import FORMAT_VERSION, Method
 from .packed import CONFIG, PackedFolder, finished_fingerprint, read_report
 from .preflight import estimate, problems_of
-from .quantize import Progress, RunOptions, quantize_step, steps
+from .quantize import Progress, RunOptions, quantize_step, record_tuned, shared_copy, steps, tune
 from .walk import StreamedBlocks
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def prepare(
         more = f" (and {len(problems) - 8} more)" if len(problems) > 8 else ""
         raise LLQError(f"{model} cannot be quantized: " + "; ".join(problems[:8]) + more)
     ids_NS, described = None, None
-    if method.calibrated:
+    if method.reads_data:
         progress.stage("tokenizing the calibration data")
         tokenizer = load_tokenizer(checkpoint.path) if calibration.needs_tokenizer else None
         ids_NS = calibration.ids(tokenizer, skeleton.config.vocab_size)
@@ -174,13 +174,54 @@ def _write(plan: Plan, out: Path, journal: Journal, progress: Progress) -> dict[
     )
     for step in todo:
         pending += quantize_step(step, plan.method)
+    if plan.method.tunes:
+        _tune(plan, out, folder, journal, progress)
     linears = journal.linears()
     expected = len(arch.quantizable(plan.skeleton))
     if len(linears) != expected:
         raise LLQError(
             f"{len(linears)} linears were quantized, {expected} should have been; delete {journal.path} and start anew"
         )
-    return folder.finish(linears, plan.identity)
+    report = folder.finish(linears, plan.identity)
+    FileState.clear(out, kind="tuned")
+    return report
+
+
+def _tune(plan: Plan, out: Path, folder: PackedFolder, journal: Journal, progress: Progress) -> None:
+    """Train the packed model as a whole, which is in memory for that long, and put what changed into its files.
+
+    A killed run trains on from OUT.training.safetensors, or has the result in OUT.tuned.safetensors already.
+    """
+    result = FileState(out, plan.fingerprint, "model", kind="tuned")
+    tuned = result.load()
+    if tuned is None:
+        from transformers import AutoModelForCausalLM
+
+        progress.stage("loading the model")
+        teacher = AutoModelForCausalLM.from_pretrained(plan.checkpoint.path, dtype=plan.dtype).to(plan.run.device)
+        student = shared_copy(teacher)
+        for index, prefix in enumerate(folder.prefixes):
+            folder.restore_block(index, student.get_submodule(prefix))
+        tuned = tune(student, teacher, plan.method, plan.ids_NS, progress, FileState(out, plan.fingerprint, "model"))
+        result.save(tuned)
+        FileState.clear(out)
+    for index, line in sorted(journal.blocks.items()):
+        for record in line["linears"]:
+            name, shape = record["name"], record["shape"]
+            packed = folder.packed(index, name) | _under(name, tuned)
+            restored_OI = plan.method.at(name).dequantize(packed, *shape)
+            record_tuned(record, plan.checkpoint.read([f"{name}.weight"])[f"{name}.weight"], restored_OI)
+
+        def note(draft: Path, line: dict[str, Any] = line) -> None:
+            untuned = line.get("untuned_sha256", line["sha256"])
+            journal.tuned_block({**line, "sha256": sha256_file(draft), "untuned_sha256": untuned, "tuned": True})
+
+        folder.tune_block(index, tuned, note)
+
+
+def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a module, by their names in it."""
+    return {n.removeprefix(prefix + "."): t for n, t in tensors.items() if n.startswith(prefix + ".")}
 
 
 def peak_bytes() -> int:

@@ -6,11 +6,12 @@ from typing import Any
 
 from ..errors import LLQError
 from ..method import Method, nearest
+from .db_llm import DBLLM
 from .gptq import GPTQ
 from .quip import QuIP
 from .rtn import RTN
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (RTN, GPTQ, QuIP)}
+METHODS: dict[str, type[Method]] = {method.name: method for method in (RTN, GPTQ, QuIP, DBLLM)}
 
 
 def method_type(name: str) -> type[Method]:
