@@ -22,6 +22,7 @@ Storage (G = ceil(I / group_size) groups)
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
@@ -74,10 +75,10 @@ class DBLLM(Method):
         if self.scale_bits not in (16, 32):
             raise LLQError(f"scale_bits={self.scale_bits} must be 16 (stored as fp16) or 32 (fp32)")
         for option, least in (("steps", 0), ("batch", 1), ("dad", 0), ("gamma", 0), ("generated", 0), ("damp", 0)):
-            if getattr(self, option) < least:
+            if not least <= getattr(self, option) < math.inf:
                 raise LLQError(f"{option}={getattr(self, option)} must be at least {least}")
-        if self.lr <= 0:
-            raise LLQError(f"lr={self.lr} must be above 0")
+        if not 0 < self.lr <= 1:
+            raise LLQError(f"lr={self.lr} must lie in 0..1, a share of the scales")
         if self.steps and not self.labels and not self.dad:
             raise LLQError("labels=False and dad=0 leave nothing to train on; give steps=0 for no training")
 
@@ -183,14 +184,14 @@ class DBLLM(Method):
         for factor in factors:
             factor.requires_grad_(True)
         optimizer = torch.optim.AdamW(factors, lr=self.lr, weight_decay=0.0)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.steps)
-        training = Training(factors, optimizer, schedule)
+        training = Training(factors, optimizer)
         done = training.load(state)
         listener.stage("distilling into the scales", self.steps)
         listener.advance(done)
         for step, rows_BS in enumerate(self._batches(ids_NS)):
             if step < done:
                 continue
+            optimizer.param_groups[0]["lr"] = self.lr * (1 + math.cos(math.pi * step / self.steps)) / 2
             optimizer.zero_grad()
             for part_BS in torch.split(rows_BS, max(1, 2048 // ids_NS.shape[1])):  # logits of a whole batch may not fit
                 loss = self._loss(student, teacher, part_BS) * len(part_BS) / len(rows_BS)
@@ -200,7 +201,6 @@ class DBLLM(Method):
                     )
                 loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
-            schedule.step()
             with torch.no_grad():
                 for factor in factors:
                     factor.clamp_(1 / 16, 16)
@@ -332,7 +332,6 @@ class Training(NamedTuple):
 
     factors: list[nn.Parameter]
     optimizer: torch.optim.Optimizer
-    schedule: torch.optim.lr_scheduler.LRScheduler
 
     def save(self, state: State, step: int) -> None:
         moments = self.optimizer.state
@@ -354,10 +353,7 @@ class Training(NamedTuple):
                     key: saved[f"{i}.{key}"].to(factor.device if key != "step" else "cpu")
                     for key in ("step", "exp_avg", "exp_avg_sq")
                 }
-        done = int(saved["step"])
-        for _ in range(done):
-            self.schedule.step()
-        return done
+        return int(saved["step"])
 
 
 def sampled(model: nn.Module, ids_BS: Tensor, length: int, random: torch.Generator) -> Tensor:

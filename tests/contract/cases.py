@@ -185,6 +185,30 @@ CASES: tuple[Case, ...] = (
         preset="best",
         rows_apart=False,
     ),
+    Case(
+        "db_llm",
+        "groups of 128",
+        (0.4,),
+        (2.6,),
+        uniform=False,
+    ),
+    Case(
+        "db_llm",
+        "groups of 40 with fp32 scales",
+        (0.37,),
+        (2.6,),
+        options={"group_size": 40, "scale_bits": 32},
+        uniform=False,
+    ),
+    Case(
+        "db_llm",
+        "best one group a row",
+        (0.77,),
+        (4.5,),
+        options={"group_size": -1},
+        preset="best",
+        uniform=False,
+    ),
 )
 
 # What the costly checks (save, load, stream) run: one option set per method, and these widths.
@@ -195,6 +219,7 @@ CHECKPOINTS: tuple[tuple[str, float, dict[str, Any]], ...] = (
     ("gptq", 4, {"group_size": 64, "act_order": True}),
     ("quip", 2, {}),
     ("quip", 5, {}),
+    ("db_llm", 2, {"group_size": 64, "steps": 3, "feedback": True}),
 )
 
 

@@ -55,6 +55,12 @@ OWN_FAULTS: Mapping[str, dict[str, Fault]] = {  # where a method stores more; a 
         "input scales doubled": tensor_through("in_scale", lambda t: t * 2),
         "input scales shifted": tensor_through("in_scale", lambda t: t.roll(1, dims=0)),
     },
+    "db_llm": {
+        "planes swapped": tensor_through("weight", lambda t: ((t >> 1) & 0x55555555) | ((t & 0x55555555) << 1)),
+        "scales swapped": tensor_through("scale", lambda t: t.flip(2).contiguous()),
+        "scales of another row": tensor_through("scale", lambda t: 2 * t.roll(1, dims=0)),
+        "columns shifted": tensor_through("weight", lambda t: t.roll(1, dims=1)),
+    },
 }
 
 
