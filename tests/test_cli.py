@@ -67,7 +67,7 @@ def test_methods(llq):
     assert not found["rtn"]["needs_calibration"]
     assert gptq["options"]["group_size"] == 128
     assert gptq["options"]["act_order"] is False
-    assert gptq["best"]["act_order"] is True
+    assert gptq["best"]["act_group_aware"] is True
     assert gptq["stored_bits_4096x4096"]["4"] == pytest.approx(4 + 16 / 128 + 4 / 128, abs=1e-3)
     for name, each in found.items():
         assert set(each["best"]) <= set(each["options"]) == set(METHODS[name].field_names())
