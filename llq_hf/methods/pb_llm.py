@@ -264,7 +264,7 @@ class PBLLM(Method):
 
     def dequantize(self, packed: Packed, out_features: int, in_features: int) -> Tensor:
         size = self._sizes(in_features)[0]
-        top_OI = unpack(packed["weight"], 1, in_features)
+        top_OI = unpack(packed["weight"], 1, in_features).contiguous()
         weight_OI = top_OI.float().mul_(2).sub_(1)
         for g, part_OB in enumerate(weight_OI.split(size, dim=1)):
             part_OB.mul_(packed["scale"][:, g, None].float()).add_(packed["mean"][:, g, None].float())
