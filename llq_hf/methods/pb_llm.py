@@ -2,10 +2,11 @@
 
 A share of the weights is salient and keeps 8 bits; the rest is binarized to mu +- alpha. A weight's salience is w^2 /
 U_jj^2 (what GPTQ would pay for dropping it) or |w|; in each group of columns, all rows together, the largest are
-salient. The mask, alpha and mu of every row and group, and the 8-bit grid of every row are found once, from the original
-weights. Then columns are rounded from first to last, each to whichever of its two codes the mask says, with GPTQ's
-feedback. `bits` is the paper's figure, 1 for a binarized weight and 8 for a salient one: bits = 1 + 7 * salient share,
-so 1.7 is 10 % and 2.0 is 1/7. Where the salient weights are, and the scales, it does not count; the storage does.
+salient. The mask, alpha and mu of every row and group, and the 8-bit grid of every row are found once, from the
+original weights. Then columns are rounded from first to last, each to whichever of its two codes the mask says, with
+GPTQ's feedback. `bits` is the paper's figure, 1 for a binarized weight and 8 for a salient one: bits = 1 + 7 *
+salient share, so 1.7 is 10 % and 2.0 is 1/7. Where the salient weights are, and the scales, it does not count; the
+storage does.
 
 Storage (G = ceil(I / group_size) groups, s = (bits - 1) / 7 the salient share, S salient weights in all)
     name           shape                 dtype   bits per weight
@@ -20,11 +21,17 @@ Storage (G = ceil(I / group_size) groups, s = (bits - 1) / 7 the salient share, 
 A 4096 x 4096 linear in groups of 128 takes 2.48 bits at "1.7" and 2.93 at "2.0".
 
 Departures: exactly floor(N * (1 - s)) + 1 of the N weights of a group are binarized, ties going to the first (theirs
-binarizes every weight that ties with the last one), so that sizes are known beforehand; all at 1 bit (theirs crashes), none
-at 8. Groups need not be multiples of 128. A weight equal to mu is coded mu + alpha (theirs: mu, a third level). Scales
-are rounded to the stored fp16 before codes are chosen. Averages run over the whole group with salient weights counted as
-zeros, as their code does and published numbers have it; `mean_over="binarized"` is the paper's optimum. Their "2bit" and
-"4bit" low methods are left out: they are broken (the zero points of all rows use one row's scale).
+binarizes every weight that ties with the last one), so that sizes are known beforehand; all at 1 bit (theirs
+crashes), none at 8. Groups need not be multiples of 128. A weight equal to mu is coded mu + alpha (theirs: mu, a
+third level). Scales are rounded to the stored fp16 before codes are chosen. Averages run over the whole group with
+salient weights counted as zeros, as their code does and published numbers have it; `mean_over="binarized"` is the
+paper's optimum. Their "2bit" and "4bit" low methods are left out: they are broken (the zero points of all rows use
+one row's scale).
+
+preset="best" adds `refine` rounds over the whole linear: every code to its best given all others, then alpha and mu
+to theirs given the codes, for the output error against outputs that are by `dense_share` the full-precision model's
+(else the original weight's on the quantized model's activations). Same storage; on stories260K the perplexity falls
+from 56.7 to 35.5 at 1.7 bits.
 """
 
 from __future__ import annotations
@@ -39,9 +46,10 @@ from torch import Tensor
 from ..bits import pack, packed_words, unpack
 from ..errors import LLQError
 from ..feedback import by_columns
-from ..grids import Spec, Uniform
-from ..method import Job, Method, Packed
-from ..stats import Hessian, Stat, factorize, revive_dead
+from ..grids import Grid, Spec, Uniform
+from ..method import Flow, Job, Method, Packed
+from ..refine import Objective, descend, refit_levels
+from ..stats import PairedHessian, Stat, factorize, revive_dead
 
 SALIENCES = ("hessian", "magnitude")
 MEANS = ("group", "binarized")
@@ -53,7 +61,7 @@ class Positions:
 
     The rarer kind is listed, in row-major order, as Elias and Fano do: the low bits of each position as they are, the
     high parts in unary, position k as a one at bit (high part + k). With the best number of low bits that is within
-    0.1 bits per weight of the mask's entropy up to a quarter of the weights; beyond, a bitmap is smaller.
+    0.1 bits per weight of the mask's entropy at 1.7 and 2.0 bits; from a quarter of the weights on a bitmap is smaller.
     """
 
     count: int
@@ -115,6 +123,33 @@ class Positions:
         return salient_N.nonzero().flatten()
 
 
+class Coder:
+    """Rounds columns to their two kinds of levels and keeps the codes, uint8.
+
+    Of a binarized weight's code only the top bit means something: 1 for mu + alpha, 0 for mu - alpha.
+    """
+
+    def __init__(self, salient_IO: Tensor, grid: Grid, scale_OG: Tensor, mean_OG: Tensor, size: int) -> None:
+        self.salient_IO, self.grid, self.scale_OG, self.mean_OG, self.size = salient_IO, grid, scale_OG, mean_OG, size
+        self.grid_O = Grid(*(part.flatten() for part in grid))
+        self.codes_IO = torch.zeros_like(salient_IO, dtype=torch.uint8)
+
+    def nearest(self, j: int, w_O: Tensor) -> Tensor:
+        """Of the values that column j may take, the nearest to w_O."""
+        alpha_O, mu_O = self.scale_OG[:, j // self.size], self.mean_OG[:, j // self.size]
+        code_O, above_O = self.grid_O.codes(w_O, 8), w_O >= mu_O
+        self.codes_IO[j] = torch.where(self.salient_IO[j], code_O.to(torch.uint8), above_O.to(torch.uint8) << 7)
+        low_O = torch.where(above_O, alpha_O, -alpha_O) + mu_O
+        return torch.where(self.salient_IO[j], self.grid_O.values(code_O), low_O)
+
+    def group(self, g: int) -> Tensor:
+        """Values [O, B] that the codes of group g mean."""
+        part = slice(g * self.size, (g + 1) * self.size)
+        codes_OB = self.codes_IO[part].T
+        low_OB = (codes_OB >> 7).float().mul_(2).sub_(1).mul_(self.scale_OG[:, g, None]).add_(self.mean_OG[:, g, None])
+        return torch.where(self.salient_IO[part].T, self.grid.values(codes_OB), low_OB)
+
+
 @dataclass(frozen=True, kw_only=True)
 class PBLLM(Method):
     """bits = 1 + 7 * salient share; salience: "hessian" or "magnitude"; mean_over: "group" or "binarized" (see above);
@@ -125,14 +160,16 @@ class PBLLM(Method):
     title: ClassVar[str] = "PB-LLM (Shang et al. 2024)"
     bits_range: ClassVar[tuple[float, ...]] = (1.0, 1.7, 2.0, 3.0, 5.0, 8.0)
     any_bits: ClassVar[bool] = True
-    observes: ClassVar[type[Stat] | None] = Hessian
-    best: ClassVar[dict[str, Any]] = {"mean_over": "binarized"}
+    observes: ClassVar[type[Stat] | None] = PairedHessian
+    best: ClassVar[dict[str, Any]] = {"refine": 5}
 
     bits: float = 1.7
     group_size: int = 128
     salience: str = "hessian"
     mean_over: str = "group"
     feedback: bool = True
+    refine: int = 0
+    dense_share: float = 0.5
     damp: float = 0.01
     scale_bits: int = 16
 
@@ -144,8 +181,16 @@ class PBLLM(Method):
             raise LLQError(f"salience={self.salience!r} must be one of {', '.join(SALIENCES)}")
         if self.mean_over not in MEANS:
             raise LLQError(f"mean_over={self.mean_over!r} must be one of {', '.join(MEANS)}")
+        if not 0 <= self.refine <= 100:
+            raise LLQError(f"refine={self.refine} must lie in 0..100 rounds")
+        if not 0 <= self.dense_share <= 1:
+            raise LLQError(f"dense_share={self.dense_share} must lie in 0..1")
         if not 0 <= self.damp <= 1:
             raise LLQError(f"damp={self.damp} must lie in 0..1, a share of the Hessian's mean diagonal")
+
+    @property
+    def flow(self) -> Flow:
+        return Flow.BOTH if self.refine and self.dense_share else Flow.QUANTIZED
 
     @property
     def salient_grid(self) -> Uniform:
@@ -187,7 +232,7 @@ class PBLLM(Method):
         }
 
     def quantize(self, weight_OI: Tensor, stat: Stat | None, job: Job) -> Packed:
-        assert isinstance(stat, Hessian)
+        assert isinstance(stat, PairedHessian)
         W_OI, H_II = weight_OI.clone(), stat.H_II
         salient_grid = self.salient_grid.grid(W_OI)  # before dead columns are zeroed
         dead_I = revive_dead(H_II)
@@ -198,21 +243,35 @@ class PBLLM(Method):
             job.notes["fallback"] = "rtn"
         salient_OI = self._salient(W_OI, U_II)
         scale_OG, mean_OG = self._levels(W_OI, salient_OI)
+        coder = Coder(salient_OI.T.contiguous(), salient_grid, scale_OG, mean_OG, self._sizes(W_OI.shape[1])[0])
+        by_columns(W_OI.clone(), U_II if self.feedback else None, coder.nearest)
+        if self.refine and U_II is not None:
+            damp = job.notes["damp"] * float(torch.diagonal(H_II).mean())  # it pulls to the weights, not to zero
+            torch.diagonal(H_II).add_(damp)
+            share = self.dense_share if self.flow is Flow.BOTH else 0.0
+            target_II = torch.lerp(stat.H_II, stat.C_II.T, share)
+            self._refine(coder, Objective(H_II, (weight_OI @ target_II).add_(W_OI, alpha=damp)))
+        return self._packed(coder)
 
-        size, codes_IO = self._sizes(W_OI.shape[1])[0], torch.empty_like(W_OI.T, dtype=torch.uint8)
-        salient_IO = salient_OI.T.contiguous()
-        scale_O, zero_O = salient_grid.scale.flatten(), salient_grid.zero.flatten()
-        grid_O = type(salient_grid)(scale_O, zero_O)
+    def _refine(self, coder: Coder, objective: Objective) -> None:
+        """Every code to its best given all others, then alpha and mu of every group to theirs, `refine` times."""
 
-        def rounded(j: int, w_O: Tensor) -> Tensor:
-            alpha_O, mu_O = scale_OG[:, j // size], mean_OG[:, j // size]
-            code_O, above_O = grid_O.codes(w_O, 8), w_O >= mu_O
-            codes_IO[j] = torch.where(salient_IO[j], code_O.to(torch.uint8), above_O.to(torch.uint8) << 7)
-            low_O = torch.where(above_O, alpha_O, -alpha_O) + mu_O
-            return torch.where(salient_IO[j], grid_O.values(code_O), low_O)
+        def stored(levels_O2: Tensor) -> Tensor:
+            alpha_O, mu_O = levels_O2.to(self._scale_dtype).float().unbind(1)
+            return torch.stack([alpha_O.clamp_min(0), mu_O], dim=1)
 
-        by_columns(W_OI, U_II if self.feedback else None, rounded)
-        return self._pack(codes_IO.T, salient_OI, scale_OG, mean_OG, scale_O, zero_O)
+        for _ in range(self.refine):
+            groups = range(coder.scale_OG.shape[1])
+            values_OI = descend(objective, torch.cat([coder.group(g) for g in groups], dim=1), coder.nearest)
+            for g, start in enumerate(range(0, values_OI.shape[1], coder.size)):
+                part = slice(start, start + coder.size)
+                low_OB = ~coder.salient_IO[part].T
+                sign_OB = (coder.codes_IO[part].T >> 7).float() * 2 - 1
+                basis_O2B = torch.stack([sign_OB * low_OB, low_OB.float()], dim=1)
+                levels_O2 = torch.stack([coder.scale_OG[:, g], coder.mean_OG[:, g]], dim=1)
+                levels_O2 = refit_levels(objective, values_OI, start, basis_O2B, levels_O2, stored)
+                coder.scale_OG[:, g], coder.mean_OG[:, g] = levels_O2.unbind(1)
+                values_OI[:, part] = coder.group(g)
 
     def _salient(self, W_OI: Tensor, U_II: Tensor | None) -> Tensor:
         """Mask [O, I] of the weights that keep 8 bits."""
@@ -231,7 +290,9 @@ class PBLLM(Method):
         """alpha and mu [O, G] of the binarized weights, as stored, in fp32."""
         size = self._sizes(W_OI.shape[1])[0]
         found = []
-        for part_OB, salient_OB in zip(W_OI.split(size, dim=1), salient_OI.split(size, dim=1), strict=True):
+        for part_OB, salient_OB in zip(
+            torch.split(W_OI, size, dim=1), torch.split(salient_OI, size, dim=1), strict=True
+        ):
             part_OB = part_OB * ~salient_OB
             if self.mean_over == "group":
                 mean_O1 = part_OB.mean(1, keepdim=True)
@@ -241,32 +302,32 @@ class PBLLM(Method):
                 mean_O1 = part_OB.sum(1, keepdim=True) / count_O1
                 alpha_O1 = ((part_OB - mean_O1).abs() * ~salient_OB).sum(1, keepdim=True) / count_O1
             found.append((alpha_O1, mean_O1))
-        scale_OG, mean_OG = (torch.cat(parts, dim=1).to(self._scale_dtype).float() for parts in zip(*found, strict=True))
+        scale_OG, mean_OG = (
+            torch.cat(parts, dim=1).to(self._scale_dtype).float() for parts in zip(*found, strict=True)
+        )
         if not (torch.isfinite(scale_OG).all() and torch.isfinite(mean_OG).all()):
             raise LLQError("a level does not fit fp16: the weights are too large")
         return scale_OG, mean_OG
 
-    def _pack(
-        self, codes_OI: Tensor, salient_OI: Tensor, scale_OG: Tensor, mean_OG: Tensor, scale_O: Tensor, zero_O: Tensor
-    ) -> Packed:
-        """8-bit codes (of binarized weights only the top bit counts) and scales -> the tensors of `layout`."""
+    def _packed(self, coder: Coder) -> Packed:
+        codes_OI, salient_OI = coder.codes_IO.T, coder.salient_IO.T.contiguous()
         packed = {"weight": pack(codes_OI >> 7, 1)}
         if salient_OI.any():
             packed["code"] = pack(codes_OI[salient_OI] & 127, 7)
         return {
             **packed,
             **self._positions(*salient_OI.shape).pack(salient_OI.flatten()),
-            "scale": scale_OG.to(self._scale_dtype),
-            "mean": mean_OG.to(self._scale_dtype),
-            "salient_scale": scale_O.to(self._scale_dtype),
-            "salient_zero": zero_O.to(torch.uint8),
+            "scale": coder.scale_OG.to(self._scale_dtype),
+            "mean": coder.mean_OG.to(self._scale_dtype),
+            "salient_scale": coder.grid.scale.flatten().to(self._scale_dtype),
+            "salient_zero": coder.grid.zero.flatten().to(torch.uint8),
         }
 
     def dequantize(self, packed: Packed, out_features: int, in_features: int) -> Tensor:
         size = self._sizes(in_features)[0]
         top_OI = unpack(packed["weight"], 1, in_features).contiguous()
         weight_OI = top_OI.float().mul_(2).sub_(1)
-        for g, part_OB in enumerate(weight_OI.split(size, dim=1)):
+        for g, part_OB in enumerate(torch.split(weight_OI, size, dim=1)):
             part_OB.mul_(packed["scale"][:, g, None].float()).add_(packed["mean"][:, g, None].float())
         positions = self._positions(out_features, in_features)
         if positions.count:
