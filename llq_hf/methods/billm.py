@@ -314,10 +314,10 @@ def salient_columns(target_OB: Tensor, salience_OB: Tensor) -> Tensor:
     """Mask [B] of the first n columns by sum of |salience|: n is best for `target`, both parts with two signs."""
     columns = target_OB.shape[1]
     order_B = torch.argsort(salience_OB.abs().sum(0), descending=True, stable=True)
-    candidates = torch.arange(columns, device=order_B.device) < torch.arange(
-        1, min(MOST_SALIENT, columns), device=order_B.device
-    ).unsqueeze(1)
-    masks_NB = torch.zeros_like(candidates).scatter_(1, order_B.expand_as(candidates), candidates)
+    counts = range(1, min(MOST_SALIENT, columns))
+    masks_NB = torch.zeros(len(counts), columns, dtype=torch.bool, device=order_B.device)
+    for row, count in enumerate(counts):
+        masks_NB[row, order_B[:count]] = True
     errors = [
         (target_OB - (approximate(target_OB, mask, 2) + approximate(target_OB, ~mask, 2))).square().mean()
         for mask in (mask_B.expand_as(target_OB) for mask_B in masks_NB)
@@ -328,7 +328,7 @@ def salient_columns(target_OB: Tensor, salience_OB: Tensor) -> Tensor:
 
 
 def mid_weights(target_OB: Tensor, salience_OB: Tensor, salient_B: Tensor) -> Tensor:
-    """Mask [O, B] of the weights, outside salient columns, from the threshold of |salience| on that `target` likes best."""
+    """Mask [O, B] of mid weights: outside salient columns, |salience| from the best threshold for `target` on."""
     size_OB = salience_OB.abs() * ~salient_B  # zeros of the salient columns stay in the sample, as in the authors' code
     rest_OB = target_OB - approximate(target_OB, salient_B.expand_as(target_OB), 2)
     thresholds = quantiles(size_OB.flatten(), QUANTILES)
