@@ -128,6 +128,28 @@ def test_every_round_of_refinement_lowers_the_loss_and_best_halves_it():
     assert best < 0.5 * study
 
 
+@pytest.mark.parametrize(("large", "found"), [(45, 45), (55, 49)])
+def test_up_to_49_columns_are_salient(large: int, found: int):
+    """Large columns in a block of small ones are told apart from them, as far as the authors' search goes."""
+    weight_OI = checks.weight(32, 128) * torch.where(torch.arange(128) < large, 1.0, 0.01)
+    packed = checks.quantize(build("billm", feedback=False, salience="magnitude"), weight_OI)
+    assert salient_columns(packed, 128).sum() == found
+
+
+def test_dense_share_is_what_the_refinement_aims_at():
+    """With the full-precision stream twice the quantized one, the outputs grow with the share."""
+    weight_OI, x_TI = checks.weight(24, 64), well_conditioned(64)
+    stat = statistic(x_TI)
+    stat.pair(x_TI, 2 * x_TI)
+    norms = []
+    for share in (0.0, 0.5, 1.0):
+        method = build("billm", "best", dense_share=share)
+        restored_OI = checks.restore(method, method.quantize(weight_OI, stat, checks.job()), weight_OI)
+        norms.append(float((x_TI @ restored_OI.T).norm() / (x_TI @ weight_OI.T).norm()))
+    assert norms[0] == pytest.approx(1, abs=0.1)
+    assert norms[0] + 0.1 < norms[1] < norms[2]
+
+
 def test_the_full_precision_stream_is_asked_for_only_where_it_is_used():
     assert build("billm").flow is Flow.QUANTIZED
     assert build("billm", refine=1, dense_share=0.0).flow is Flow.QUANTIZED
