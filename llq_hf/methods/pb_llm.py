@@ -30,8 +30,9 @@ one row's scale).
 
 preset="best" adds `refine` rounds over the whole linear: every code to its best given all others, then alpha and mu
 to theirs given the codes, for the output error against outputs that are by `dense_share` the full-precision model's
-(else the original weight's on the quantized model's activations). Same storage; on stories260K the perplexity falls
-from 56.7 to 35.5 at 1.7 bits.
+(else the original weight's on the quantized model's activations). Same storage. Perplexity at 1.7 bits falls from
+56.7 to 35.5 on stories260K, on which rounds and share were chosen, and from 16.1 to 6.3 on babyllama, which had no
+part in it (full precision 3.66 and 2.98).
 """
 
 from __future__ import annotations
