@@ -6,12 +6,14 @@ from typing import Any
 
 from ..errors import LLQError
 from ..method import Method, nearest
+from .billm import BiLLM
 from .db_llm import DBLLM
 from .gptq import GPTQ
+from .pb_llm import PBLLM
 from .quip import QuIP
 from .rtn import RTN
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (RTN, GPTQ, QuIP, DBLLM)}
+METHODS: dict[str, type[Method]] = {method.name: method for method in (RTN, GPTQ, QuIP, PBLLM, BiLLM, DBLLM)}
 
 
 def method_type(name: str) -> type[Method]:

@@ -209,6 +209,68 @@ CASES: tuple[Case, ...] = (
         preset="best",
         uniform=False,
     ),
+    Case(
+        "pb_llm",
+        "groups of 128",
+        (0.93, 0.59, 0.54, 0.39, 0.21, 0.013),
+        (4.2, 3.9, 3.8, 2.7, 0.93, 0.072),
+        uniform=False,
+    ),
+    Case(
+        "pb_llm",
+        "one group by magnitude",
+        (0.93, 0.7, 0.63, 0.5, 0.29, 0.013),
+        (4.1, 5.8, 5.8, 4.3, 2.7, 0.072),
+        options={"group_size": -1, "salience": "magnitude"},
+        uniform=False,
+    ),
+    Case(
+        "pb_llm",
+        "groups of 40 with fp32 scales",
+        (0.91, 0.57, 0.51, 0.35, 0.15, 0.013),
+        (4.9, 3.0, 3.4, 1.9, 1.5, 0.072),
+        options={"group_size": 40, "mean_over": "binarized", "scale_bits": 32},
+        uniform=False,
+    ),
+    Case(
+        "pb_llm",
+        "best",
+        (1.0, 0.62, 0.56, 0.4, 0.18, 0.013),
+        (4.8, 2.8, 2.4, 1.7, 0.87, 0.072),
+        preset="best",
+        uniform=False,
+    ),
+    Case(
+        "billm",
+        "blocks of 128",
+        (0.53,),
+        (2.5,),
+        uniform=False,
+    ),
+    Case(
+        "billm",
+        "blocks of 60 by magnitude",
+        (0.78,),
+        (9.7,),
+        options={"block_size": 60, "salience": "magnitude"},
+        uniform=False,
+    ),
+    Case(
+        "billm",
+        "refitted with fp32 scales",
+        (0.69,),
+        (4.8,),
+        options={"search_on": "weight", "arb_rounds": 3, "refine": 1, "dense_share": 0.0, "scale_bits": 32},
+        uniform=False,
+    ),
+    Case(
+        "billm",
+        "best",
+        (0.6,),
+        (4.9,),
+        preset="best",
+        uniform=False,
+    ),
 )
 
 # What the costly checks (save, load, stream) run: one option set per method, and these widths.
@@ -220,6 +282,10 @@ CHECKPOINTS: tuple[tuple[str, float, dict[str, Any]], ...] = (
     ("quip", 2, {}),
     ("quip", 5, {}),
     ("db_llm", 2, {"group_size": 64, "steps": 3, "feedback": True}),
+    ("pb_llm", 1.7, {"group_size": 64}),
+    ("pb_llm", 3.0, {"group_size": 64}),
+    ("billm", 1.1, {}),
+    ("billm", 1.1, {"block_size": 60, "search_on": "weight", "arb_rounds": 2, "refine": 1}),
 )
 
 

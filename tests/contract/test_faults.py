@@ -61,6 +61,23 @@ OWN_FAULTS: Mapping[str, dict[str, Fault]] = {  # where a method stores more; a 
         "scales of another row": tensor_through("scale", lambda t: 2 * t.roll(1, dims=0)),
         "columns shifted": tensor_through("weight", lambda t: t.roll(1, dims=1)),
     },
+    "pb_llm": {
+        "signs flipped": tensor_through("weight", torch.bitwise_not),
+        "salient codes shifted by one word": tensor_through("code", lambda t: t.roll(1)),
+        "salient positions shifted by one word": tensor_through("position", lambda t: t.roll(1)),
+        "alphas doubled": tensor_through("scale", lambda t: t * 2),
+        "means one too high": tensor_through("mean", lambda t: t + 1),
+        "salient scales doubled": tensor_through("salient_scale", lambda t: t * 2),
+        "salient zero points 40 too high": tensor_through("salient_zero", lambda t: t + 40),
+    },
+    "billm": {
+        "signs flipped": tensor_through("weight", torch.bitwise_not),
+        "codes shifted by one row": tensor_through("weight", lambda t: t.roll(1, dims=0)),
+        "salient columns inverted": tensor_through("salient", torch.bitwise_not),
+        "scales doubled": tensor_through("scale", lambda t: t * 2),
+        "scales of low and mid swapped": tensor_through("scale", lambda t: t[..., [1, 0, 2, 3]]),
+        "means one too high": tensor_through("mean", lambda t: t + 1),
+    },
 }
 
 

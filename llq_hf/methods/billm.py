@@ -1,0 +1,351 @@
+"""BiLLM (Huang et al., ICML 2024, arXiv 2402.04291), after Aaronhuang-778/BiLLM at dc137eb (its method "braq").
+
+Blocks of 128 columns are binarized from left to right, each repairing the later ones as GPTQ does (nothing is
+repaired inside a block). In a block a few *columns* are salient and get two signs per weight, the second for what the
+first leaves: m +- a1 +- a2. The other weights are split by magnitude at one threshold, for all rows, into a low and a
+mid group, and get one sign each: mu +- a. Averages are per row. How many columns (1..49, the first of the order of
+sum_rows |S|) and which threshold (81 quantiles, 0.10..0.90) is decided by the squared error. S is the salience w^2 /
+U_jj^2 (or w: salience="magnitude"). `bits` is the paper's figure 1.1; it counts 1 + r signs, r the share of salient
+columns, and neither the groups nor the averages. The notes give the real 1 + r as "signs".
+
+Storage (G = ceil(I / block_size) blocks)
+    name     shape             dtype   bits per weight
+    weight   [O, I / 16]       int32   2: a salient weight's two signs; else whether it is mid, and its sign
+    salient  [I / 32]          int32   1 / O: which columns are salient
+    scale    [O, G, 4]         fp16    64 / block_size: a of low, mid; a1, a2 (fp32, twice that, with scale_bits=32)
+    mean     [O, G, 3]         fp16    48 / block_size: mu of low, mid; m = mu1 + mu2 (with scale_bits=32: mu1, mu2)
+2.88 bits at block 128.
+
+Departures: a last block of less than 50 columns tries fewer salient counts (theirs crashes), and a block of one
+column has none; a weight equal to its mean is coded as above it (theirs: the mean, a third level); averages are
+rounded to the stored fp16 before signs are chosen, and those of the two salient signs added; a Hessian that will not
+factorize is damped more, and at last done without (salience w^2, no repair: the notes say "fallback"). Their code
+searches how well S is approximated (search_on="salience"), the paper how well W is (search_on="weight"); published
+numbers come from the former.
+
+preset="best" takes the latter, `arb_rounds` of alternating refits (ARB, Li et al. 2024, arXiv 2410.03129) of each
+group when it is found, and at last `refine` rounds over the whole linear: every code to the best of its row's four
+levels given all others, then the levels to their best given the codes, for the output error against outputs that are
+by `dense_share` the full-precision model's (else the original weight's on the quantized model's activations). Same
+storage. Perplexity falls from 157 to 12 on stories260K, on which rounds and share were chosen, and from 26 to 4.3 on
+babyllama, which had no part in it (full precision 3.66 and 2.98; search and ARB alone 38 and 11.8).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..bits import pack, packed_words, unpack
+from ..errors import LLQError
+from ..feedback import by_blocks
+from ..grids import Spec
+from ..method import Flow, Job, Method, Packed
+from ..refine import Objective, descend, refit_levels
+from ..stats import PairedHessian, Stat, factorize, revive_dead
+
+SALIENCES = ("hessian", "magnitude")
+SEARCHES = ("salience", "weight")
+MOST_SALIENT = 50  # columns considered; one less is the most that a block can have
+QUANTILES = [percent / 100 for percent in range(10, 91)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BiLLM(Method):
+    """block_size: columns; salience: "hessian" or "magnitude"; search_on: "salience" or "weight"; arb_rounds, refine,
+    dense_share: see above; feedback: repair later blocks; damp: a share of mean(diag H).
+    """
+
+    name: ClassVar[str] = "billm"
+    title: ClassVar[str] = "BiLLM (Huang et al. 2024)"
+    bits_range: ClassVar[tuple[float, ...]] = (1.1,)
+    observes: ClassVar[type[Stat] | None] = PairedHessian
+    best: ClassVar[dict[str, Any]] = {"search_on": "weight", "arb_rounds": 15, "refine": 5}
+
+    bits: float = 1.1
+    block_size: int = 128
+    salience: str = "hessian"
+    search_on: str = "salience"
+    arb_rounds: int = 0
+    refine: int = 0
+    dense_share: float = 0.5
+    feedback: bool = True
+    damp: float = 0.01
+    scale_bits: int = 16
+
+    def check(self) -> None:
+        if self.block_size < 1:
+            raise LLQError(f"block_size={self.block_size} must be at least 1")
+        if self.salience not in SALIENCES:
+            raise LLQError(f"salience={self.salience!r} must be one of {', '.join(SALIENCES)}")
+        if self.search_on not in SEARCHES:
+            raise LLQError(f"search_on={self.search_on!r} must be one of {', '.join(SEARCHES)}")
+        if self.arb_rounds < 0:
+            raise LLQError(f"arb_rounds={self.arb_rounds} must not be negative")
+        if not 0 <= self.refine <= 100:
+            raise LLQError(f"refine={self.refine} must lie in 0..100 rounds")
+        if not 0 <= self.dense_share <= 1:
+            raise LLQError(f"dense_share={self.dense_share} must lie in 0..1")
+        if self.scale_bits not in (16, 32):
+            raise LLQError(f"scale_bits={self.scale_bits} must be 16 (stored as fp16) or 32 (fp32)")
+        if not 0 <= self.damp <= 1:
+            raise LLQError(f"damp={self.damp} must lie in 0..1, a share of the Hessian's mean diagonal")
+
+    @property
+    def flow(self) -> Flow:
+        return Flow.BOTH if self.refine and self.dense_share else Flow.QUANTIZED
+
+    @property
+    def _scale_dtype(self) -> torch.dtype:
+        return torch.float16 if self.scale_bits == 16 else torch.float32
+
+    def layout(self, out_features: int, in_features: int) -> dict[str, Spec]:
+        blocks = -(-in_features // self.block_size)
+        return {
+            "weight": Spec((out_features, packed_words(in_features, 2)), torch.int32),
+            "salient": Spec((packed_words(in_features, 1),), torch.int32),
+            "scale": Spec((out_features, blocks, 4), self._scale_dtype),
+            "mean": Spec((out_features, blocks, 3 if self.scale_bits == 16 else 4), self._scale_dtype),
+        }
+
+    def quantize(self, weight_OI: Tensor, stat: Stat | None, job: Job) -> Packed:
+        assert isinstance(stat, PairedHessian)
+        W_OI, H_II = weight_OI.clone(), stat.H_II
+        dead_I = revive_dead(H_II)
+        W_OI[:, dead_I] = 0
+        job.notes["dead_columns"] = int(dead_I.sum())
+        U_II = factorize(H_II, self.damp, job.notes, inverse=True)
+        if U_II is None:  # nothing made H positive definite: salience w^2, no repair
+            job.notes["fallback"] = "rtn"
+        d_I = torch.ones_like(W_OI[0]) if U_II is None else torch.diagonal(U_II)
+        code = Code([], [], torch.empty_like(W_OI, dtype=torch.uint8), torch.zeros_like(dead_I), self.block_size)
+
+        def rounded(start: int, stop: int, w_OB: Tensor) -> Tensor:
+            w_OB = w_OB.contiguous()
+            salience_OB = w_OB.square() / d_I[start:stop].square() if self.salience == "hessian" else w_OB
+            target_OB = salience_OB if self.search_on == "salience" else w_OB
+            salient_B = salient_columns(target_OB, salience_OB)
+            mid_OB = mid_weights(target_OB, salience_OB, salient_B)
+            scale_O4, mean_O4, codes_OB = self._binarize(w_OB, salient_B, mid_OB)
+            code.scales.append(scale_O4)
+            code.means.append(mean_O4)
+            code.salient_I[start:stop], code.codes_OI[:, start:stop] = salient_B, codes_OB
+            return code.block(start // self.block_size)
+
+        by_blocks(W_OI.clone(), U_II if self.feedback else None, rounded, self.block_size)
+        job.notes["signs"] = round(1 + float(code.salient_I.float().mean()), 4)
+        if self.refine and U_II is not None:
+            damp = job.notes["damp"] * float(torch.diagonal(H_II).mean())  # it pulls to the weights, not to zero
+            torch.diagonal(H_II).add_(damp)
+            share = self.dense_share if self.flow is Flow.BOTH else 0.0
+            target_II = torch.lerp(stat.H_II, stat.C_II.T, share)
+            self._refine(code, Objective(H_II, (weight_OI @ target_II).add_(W_OI, alpha=damp)))
+        return self._packed(code)
+
+    def _refine(self, code: Code, objective: Objective) -> None:
+        """Every code to its best given all others, then the levels of every block to theirs, `refine` times."""
+        size, salient = self.block_size, code.salient_I.tolist()
+
+        def nearest(j: int, w_O: Tensor) -> Tensor:
+            levels_O4 = tables[j // size][:, 4:] if salient[j] else tables[j // size][:, :4]
+            code_O = (levels_O4 - w_O[:, None]).abs().argmin(1)
+            code.codes_OI[:, j] = code_O
+            return levels_O4.gather(1, code_O[:, None])[:, 0]
+
+        for _ in range(self.refine):
+            tables = [level_table(*pair) for pair in zip(code.scales, code.means, strict=True)]
+            values_OI = torch.cat([code.block(g) for g in range(len(tables))], dim=1)
+            values_OI = descend(objective, values_OI, nearest)
+            for g, start in enumerate(range(0, values_OI.shape[1], size)):
+                part = slice(start, start + size)
+                levels_O8 = torch.cat([code.scales[g], code.means[g]], dim=1)
+                basis_O8B = basis(code.codes_OI[:, part], code.salient_I[part])
+                levels_O8 = refit_levels(objective, values_OI, start, basis_O8B, levels_O8, self._stored)
+                code.scales[g], code.means[g] = levels_O8[:, :4], levels_O8[:, 4:]
+                values_OI[:, part] = code.block(g)
+
+    def _packed(self, code: Code) -> Packed:
+        mean_OG4 = torch.stack(code.means, dim=1)
+        return {
+            "weight": pack(code.codes_OI, 2),
+            "salient": pack(code.salient_I.to(torch.uint8), 1),
+            "scale": torch.stack(code.scales, dim=1).to(self._scale_dtype),
+            "mean": (mean_OG4[..., [0, 1, 3]] if self._merged else mean_OG4).to(self._scale_dtype).contiguous(),
+        }
+
+    @property
+    def _merged(self) -> bool:
+        """Whether the two means of salient weights are stored as one; apart, sums are the authors' to the last bit."""
+        return self.scale_bits == 16
+
+    def _binarize(self, w_OB: Tensor, salient_B: Tensor, mid_OB: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Scales [O, 4] and means [O, 4] (of low, mid, first and second salient sign) as stored, and codes [O, B]."""
+        salient_OB = salient_B.expand_as(w_OB)
+        low = fit(w_OB, ~(salient_OB | mid_OB), self.arb_rounds)
+        mid = fit(w_OB, mid_OB, self.arb_rounds)
+        first = fit(w_OB, salient_OB)
+        second = fit(w_OB - one_sign(w_OB, *first), salient_OB)
+        split_O1 = first[1]  # above it, the first sign is +
+        if self._merged or self.arb_rounds:
+            first, second = (first[0], torch.zeros_like(first[1])), (second[0], first[1] + second[1])
+        if self.arb_rounds:
+            first, second = refit_two(w_OB, salient_OB, first, second, self.arb_rounds)
+
+        (a_O4, mu_O4) = (self._stored(torch.cat(parts, dim=1)) for parts in zip(low, mid, first, second, strict=True))
+        if self.arb_rounds:
+            split_O1 = mu_O4[:, 3:]
+        mean_OB = torch.where(mid_OB, mu_O4[:, 1:2], mu_O4[:, 0:1])
+        above_OB = w_OB >= torch.where(salient_OB, split_O1, mean_OB)
+        rest_OB = w_OB - (torch.where(above_OB, a_O4[:, 2:3], -a_O4[:, 2:3]) + mu_O4[:, 2:3])
+        codes_OB = torch.where(
+            salient_OB, 2 * above_OB.byte() + (rest_OB >= mu_O4[:, 3:]).byte(), 2 * mid_OB.byte() + above_OB.byte()
+        )
+        return a_O4, mu_O4, codes_OB
+
+    def _stored(self, levels: Tensor) -> Tensor:
+        stored = levels.to(self._scale_dtype).float()
+        if not torch.isfinite(stored).all():
+            raise LLQError("a level does not fit fp16: the weights are too large")
+        return stored
+
+    def dequantize(self, packed: Packed, out_features: int, in_features: int) -> Tensor:
+        mean_OG4 = packed["mean"].float()
+        if self._merged:
+            both = mean_OG4[..., 2:]
+            mean_OG4 = torch.cat([mean_OG4[..., :2], torch.zeros_like(both), both], dim=-1)
+        codes_OI, salient_I = unpack(packed["weight"], 2, in_features), unpack(packed["salient"], 1, in_features)
+        return look_up(packed["scale"].float(), mean_OG4, codes_OI, salient_I, self.block_size)
+
+
+class Code(NamedTuple):
+    """What is decided about a linear: scales and means [O, 4] of each block, codes, salient columns, block size."""
+
+    scales: list[Tensor]
+    means: list[Tensor]
+    codes_OI: Tensor
+    salient_I: Tensor
+    size: int
+
+    def block(self, g: int) -> Tensor:
+        """Values [O, B] of block g."""
+        part = slice(g * self.size, (g + 1) * self.size)
+        table = (self.scales[g][:, None], self.means[g][:, None])
+        return look_up(*table, self.codes_OI[:, part], self.salient_I[part], self.size)
+
+
+def look_up(scale_OG4: Tensor, mean_OG4: Tensor, codes_OI: Tensor, salient_I: Tensor, size: int) -> Tensor:
+    """Values [O, I] of 2-bit codes: one gather from the eight levels of each row and block."""
+    first_I = torch.arange(len(salient_I), device=salient_I.device).div_(size, rounding_mode="floor").mul_(8)
+    first_I += 4 * salient_I
+    return torch.gather(level_table(scale_OG4, mean_OG4).flatten(1), 1, codes_OI.long().add_(first_I))
+
+
+def basis(codes_OB: Tensor, salient_B: Tensor) -> Tensor:
+    """[O, 8, B]: what scales (of low, mid, first and second sign), then means, are multiplied with in each value."""
+    first_OB, second_OB = (codes_OB >> 1).float(), (codes_OB & 1).float() * 2 - 1
+    plain_B, salient_B = (~salient_B).float(), salient_B.float()
+    low_OB, mid_OB = (1 - first_OB) * plain_B, first_OB * plain_B
+    signs = [low_OB * second_OB, mid_OB * second_OB, (2 * first_OB - 1) * salient_B, second_OB * salient_B]
+    ones_OB = salient_B.expand_as(low_OB)
+    return torch.stack([*signs, low_OB, mid_OB, torch.zeros_like(ones_OB), ones_OB], dim=1)
+
+
+def level_table(scale: Tensor, mean: Tensor) -> Tensor:
+    """[..., 4] and [..., 4] -> levels [..., 8]: low -+, mid -+, and of salient weights --, -+, +-, ++."""
+    a_low, a_mid, a1, a2 = scale.unbind(-1)
+    mu_low, mu_mid, mu1, mu2 = mean.unbind(-1)
+    plain = [mu_low - a_low, mu_low + a_low, mu_mid - a_mid, mu_mid + a_mid]
+    salient = [(mu1 + s1 * a1) + (mu2 + s2 * a2) for s1 in (-1, 1) for s2 in (-1, 1)]
+    return torch.stack(plain + salient, dim=-1)
+
+
+# --- binary approximation ------------------------------------------------------------------------------------------
+
+
+def masked_mean(x_OB: Tensor, mask_OB: Tensor) -> Tensor:
+    """[O, 1] mean over the masked entries of each row; 0 where there are none."""
+    return (x_OB * mask_OB).sum(1, keepdim=True) / mask_OB.sum(1, keepdim=True).clamp_min(1)
+
+
+def fit(x_OB: Tensor, mask_OB: Tensor, rounds: int = 0) -> tuple[Tensor, Tensor]:
+    """(a, mu), both [O, 1], of x ~ mu +- a where masked; `rounds` times refitted to their own signs."""
+    mu_O1 = masked_mean(x_OB, mask_OB)
+    a_O1 = masked_mean((x_OB - mu_O1).abs(), mask_OB)
+    for _ in range(rounds):
+        sign_OB = torch.where(x_OB >= mu_O1, 1.0, -1.0)
+        mu_O1 = masked_mean(x_OB - a_O1 * sign_OB, mask_OB)
+        a_O1 = masked_mean(sign_OB * (x_OB - mu_O1), mask_OB)
+    return a_O1, mu_O1
+
+
+def refit_two(
+    x_OB: Tensor, mask_OB: Tensor, first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor], rounds: int
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """x ~ m +- a1 +- a2: each of m, a1, a2 in turn the best for the others and for the signs of the last round."""
+    (a1_O1, zero_O1), (a2_O1, m_O1) = first, second
+    for _ in range(rounds):
+        s1_OB = torch.where(x_OB >= m_O1, 1.0, -1.0)
+        s2_OB = torch.where(x_OB - a1_O1 * s1_OB >= m_O1, 1.0, -1.0)
+        m_O1 = masked_mean(x_OB - a1_O1 * s1_OB - a2_O1 * s2_OB, mask_OB)
+        a1_O1 = masked_mean(s1_OB * (x_OB - m_O1 - a2_O1 * s2_OB), mask_OB)
+        a2_O1 = masked_mean(s2_OB * (x_OB - m_O1 - a1_O1 * s1_OB), mask_OB)
+    return (a1_O1, zero_O1), (a2_O1, m_O1)
+
+
+def one_sign(x_OB: Tensor, a_O1: Tensor, mu_O1: Tensor) -> Tensor:
+    return torch.sign(x_OB - mu_O1) * a_O1 + mu_O1
+
+
+def approximate(x_OB: Tensor, mask_OB: Tensor, signs: int) -> Tensor:
+    """x where masked, by one or two signs per entry; 0 elsewhere."""
+    sum_OB = torch.zeros_like(x_OB)
+    for _ in range(signs):
+        rest_OB = x_OB - sum_OB
+        sum_OB = sum_OB + one_sign(rest_OB, *fit(rest_OB, mask_OB)) * mask_OB
+    return sum_OB
+
+
+# --- which weights get how many signs --------------------------------------------------------------------------------
+
+
+def salient_columns(target_OB: Tensor, salience_OB: Tensor) -> Tensor:
+    """Mask [B] of the first n columns by sum of |salience|: n is best for `target`, both parts with two signs."""
+    columns = target_OB.shape[1]
+    order_B = torch.argsort(salience_OB.abs().sum(0), descending=True, stable=True)
+    counts = range(1, min(MOST_SALIENT, columns))
+    masks_NB = torch.zeros(len(counts), columns, dtype=torch.bool, device=order_B.device)
+    for row, count in enumerate(counts):
+        masks_NB[row, order_B[:count]] = True
+    errors = [
+        (target_OB - (approximate(target_OB, mask, 2) + approximate(target_OB, ~mask, 2))).square().mean()
+        for mask in (mask_B.expand_as(target_OB) for mask_B in masks_NB)
+    ]
+    if not errors:  # a block of one column
+        return torch.zeros_like(order_B, dtype=torch.bool)
+    return masks_NB[torch.stack(errors).argmin()]
+
+
+def mid_weights(target_OB: Tensor, salience_OB: Tensor, salient_B: Tensor) -> Tensor:
+    """Mask [O, B] of mid weights: outside salient columns, |salience| from the best threshold for `target` on."""
+    size_OB = salience_OB.abs() * ~salient_B  # zeros of the salient columns stay in the sample, as in the authors' code
+    rest_OB = target_OB - approximate(target_OB, salient_B.expand_as(target_OB), 2)
+    thresholds = quantiles(size_OB.flatten(), QUANTILES)
+    errors = []
+    for threshold in thresholds:
+        mid_OB = ~salient_B & (size_OB >= threshold)
+        low_OB = ~(salient_B | mid_OB)
+        split_OB = approximate(target_OB, low_OB, 1) + approximate(target_OB, mid_OB, 1)
+        errors.append((rest_OB - split_OB).square().mean())
+    return ~salient_B & (size_OB >= thresholds[torch.stack(errors).argmin()])
+
+
+def quantiles(x_N: Tensor, shares: list[float]) -> Tensor:
+    """Linearly interpolated quantiles, also of more than the 2**24 values that torch.quantile takes."""
+    sorted_N = x_N.sort().values
+    rank = torch.tensor(shares, device=x_N.device) * (len(x_N) - 1)
+    below = rank.long()
+    above = (below + 1).clamp_max(len(x_N) - 1)
+    return torch.lerp(sorted_N[below], sorted_N[above], rank - below)
