@@ -142,8 +142,8 @@ class LLQQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         config = self.quantization_config
         if not self.pre_quantized:
-            ids = None
-            if config.method.calibrated:
+            ids, config.method = None, config.method.fitted(model)
+            if config.method.calibrated or config.method.learns:
                 tokenizer = config.tokenizer
                 if tokenizer is None and config.calibration.needs_tokenizer:
                     tokenizer = load_tokenizer(Path(str(model.name_or_path)))

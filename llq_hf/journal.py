@@ -120,10 +120,10 @@ class Journal:
 
 
 class FileState(State):
-    """Progress of a long training inside one block, in OUT.training.safetensors beside OUT."""
+    """Progress of a long training inside one block (or of the model), in OUT.training.safetensors beside OUT."""
 
-    def __init__(self, out: Path, run: str, block: int) -> None:
-        self.path, self.key = self._beside(out), f"{run}:{block}"
+    def __init__(self, out: Path, run: str, block: int | str, kind: str = "training") -> None:
+        self.path, self.key = self._beside(out, kind), f"{run}:{block}"
 
     def load(self) -> dict[str, Tensor] | None:
         try:
@@ -144,8 +144,8 @@ class FileState(State):
         cls._beside(out).unlink(missing_ok=True)
 
     @staticmethod
-    def _beside(out: Path) -> Path:
-        return out.with_name(out.name + ".training.safetensors")
+    def _beside(out: Path, kind: str = "training") -> Path:
+        return out.with_name(f"{out.name}.{kind}.safetensors")
 
 
 def _as_written(out: Path, line: dict[str, Any]) -> bool:
