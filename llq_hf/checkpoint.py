@@ -107,7 +107,9 @@ class Rewritten(Checkpoint):
         return cls(base.path, files, specs, untied_config(base.config) if copies else base.config, base, rewrite, dtype)
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        return {name: self.rewrite(name, self._dense(self.rewrite.untied.get(name, name)), self._dense) for name in names}
+        return {
+            name: self.rewrite(name, self._dense(self.rewrite.untied.get(name, name)), self._dense) for name in names
+        }
 
     def _dense(self, name: str) -> Tensor:
         return self.base.read([name])[name].to(self.dtype)

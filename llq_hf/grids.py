@@ -122,7 +122,7 @@ class Uniform:
     def _steps(self) -> int:
         """Steps from one end of the range to the other."""
         if self.sym and self.levels == "absmax":
-            return 2 * max(2 ** (self.bits - 1) - 1, 1)  # of 1 bit: codes -1 and 0
+            return int(2 * max(2 ** (self.bits - 1) - 1, 1))  # of 1 bit: codes -1 and 0
         return int(2**self.bits - 1)
 
     @property
@@ -145,7 +145,8 @@ class Uniform:
                 error = self._error(shifted, weight_Rg)
                 better = error < best_error
                 best_error = torch.where(better, error, best_error)
-                best = grid._make(torch.where(better, new, old) for new, old in zip(shifted, best, strict=True))
+                scale, zero = (torch.where(better, new, old) for new, old in zip(shifted, best, strict=True))
+                best = grid._replace(scale=scale, zero=zero)
         return best
 
     def _error(self, grid: Grid, weight_Rg: Tensor) -> Tensor:
@@ -203,4 +204,5 @@ class Uniform:
 
 def joined(grids: Sequence[Grid]) -> Grid:
     """Grids [O, 1] of consecutive groups as one [O, G]."""
-    return grids[0]._make(torch.cat(parts, dim=1) for parts in zip(*grids, strict=True))
+    scale, zero = (torch.cat(parts, dim=1) for parts in zip(*grids, strict=True))
+    return grids[0]._replace(scale=scale, zero=zero)

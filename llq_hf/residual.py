@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from . import arch
 from .errors import LLQError
+from .rotations import hadamard
 
 CHUNK_ROWS = 4096  # rows turned at a time: an embedding in fp64 is four times its bf16
 _TOKENS = 4
@@ -79,8 +80,11 @@ def residual_of(model: nn.Module) -> Residual:
         raise LLQError("the decoder does not end in a norm: its residual stream cannot be rotated")
     readers[names[id(head)]] = names[id(flow.last_norm)]
     for norm in flow.norms:
-        if names[id(norm)] in readers.values():
-            norms[names[id(norm)]] = _unit_weight(norm, names[id(norm)])
+        name = names[id(norm)]
+        if name in readers.values():
+            norms[name] = _unit_weight(norm, name)
+        elif f"{name}.weight" not in known:
+            raise LLQError(f"{name} normalizes what a block adds to the residual stream: no rotation passes through it")
     for path in (*values, *outputs):
         if (path in readers) is not (path in values) or len(head_dims) != 1:
             raise LLQError(f"{path} does not stand where the value and output projections of a Llama do")
@@ -164,21 +168,22 @@ def _is_norm(module: nn.Module, width: int) -> bool:
 def _unit_weight(norm: nn.Module, name: str) -> float:
     """The weight with which the norm commutes with every rotation: found by trying it on one. LLQError if none does."""
     probe = copy.deepcopy(norm).to_empty(device="cpu").float()
-    width = probe.weight.shape[0]  # type: ignore[union-attr]
-    random = torch.Generator().manual_seed(0)
-    x = torch.randn(2, width, generator=random) + 1  # a mean that LayerNorm would take out
-    turn, _ = torch.linalg.qr(torch.randn(width, width, generator=random))
+    weight: Any = probe.weight
+    turn = hadamard(len(weight), torch.device("cpu")).apply
+    x = torch.randn(2, len(weight), generator=torch.Generator().manual_seed(0)) + 1  # LayerNorm would take out the mean
     for unit in (1.0, 0.0):
-        for other in (2.0, 0.5):  # the gain must be proportional to (weight - unit + 1)
-            probe.weight.fill_(unit)  # type: ignore[union-attr, operator]
-            plain, turned = probe(x), probe(x @ turn)
-            probe.weight.fill_(unit + other - 1)  # type: ignore[union-attr, operator]
-            if not torch.allclose(turned, plain @ turn, atol=1e-4) or not torch.allclose(probe(x), other * plain):
-                break
-        else:
-            if len(list(probe.parameters())) == 1 and plain.any():
-                return unit
+        weight.fill_(unit)
+        plain, turned = probe(x), probe(turn(x))
+        weight.fill_(unit + 1)
+        doubled = torch.allclose(probe(x), 2 * plain)
+        if plain.any() and doubled and torch.allclose(turned, turn(plain), atol=1e-4) and _alone(probe):
+            return unit
     raise LLQError(f"{name} ({type(norm).__name__}) is no RMSNorm without bias: rotations do not pass through it")
+
+
+def _alone(norm: nn.Module) -> bool:
+    """Whether its weight is all a norm has."""
+    return len(list(norm.parameters())) == 1
 
 
 def _image_inputs(model: nn.Module, decoder: str, head: str, width: int) -> tuple[set[str], set[str]]:
@@ -267,7 +272,7 @@ class Turned:
         return {f"{self.residual.embedding}.weight", *self.residual.vectors}
 
     def _each_head(self, turn: Turn) -> Turn:
-        return lambda x: turn(x.unflatten(-1, (-1, self.residual.head_dim))).flatten(-2)
+        return lambda x: turn(x.reshape(*x.shape[:-1], -1, self.residual.head_dim)).flatten(-2)
 
     def _turned(self, tensor: Tensor, inputs: list[Turn], outputs: list[Turn]) -> Tensor:
         """A matrix turned along both axes, a vector along its only one."""
@@ -276,9 +281,9 @@ class Turned:
         turned = tensor
         if inputs:
             kept = self.dtype if outputs else tensor.dtype
-            turned = torch.cat([part.to(kept) for part in self._parts(turned.split(CHUNK_ROWS), inputs)])
+            turned = torch.cat([part.to(kept) for part in self._parts(torch.split(turned, CHUNK_ROWS), inputs)])
         if outputs:
-            parts = self._parts(turned.T.split(CHUNK_ROWS), outputs)
+            parts = self._parts(torch.split(turned.T, CHUNK_ROWS), outputs)
             turned = torch.cat([part.to(tensor.dtype) for part in parts]).T.contiguous()
         return turned
 

@@ -20,6 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .errors import LLQError
+
 
 class Rotation(NamedTuple):
     """An orthogonal n x n transform in factors. `first` [A, A] or [B, A, A], `second` [B, B] or [A, B, B] (blocked)."""
@@ -99,7 +101,8 @@ class Hadamard(NamedTuple):
         grid = _walsh(x.reshape(-1, len(head), self.power)) * self.power**-0.5
         if len(head) > 1:
             grid = torch.einsum("tkp,kj->tjp", grid, head.to(x.dtype))
-        return grid.reshape(x.shape)
+        turned: Tensor = grid.reshape(x.shape)
+        return turned
 
 
 @lru_cache(maxsize=64)
@@ -145,7 +148,7 @@ def _jacobsthal(q: int) -> np.ndarray:
     chi = -np.ones(q)
     chi[[i * i % q for i in range(1, q)]] = 1
     chi[0] = 0
-    return chi[(np.arange(q)[:, None] - np.arange(q)[None, :]) % q]
+    return np.asarray(chi[(np.arange(q)[:, None] - np.arange(q)[None, :]) % q])
 
 
 def _is_prime(n: int) -> bool:
@@ -161,3 +164,32 @@ def _walsh(x: Tensor) -> Tensor:
         x = torch.stack((even + odd, even - odd), dim=-2).reshape(x.shape)
         half *= 2
     return x
+
+
+# --- learning --------------------------------------------------------------------------------------------------------
+
+
+def cayley_step(R: Tensor, gradient: Tensor, rate: float) -> Tensor:
+    """A step of Cayley SGD (Li et al. 2020) on the orthogonal matrices: R [n, n] moved against the loss's gradient.
+
+    A = What - What^T is the descent direction in the tangent space; the step along it is at most 1 / |A|_1, and stays
+    on the manifold: Y = (I - t/2 A)^-1 (I + t/2 A) R^T.
+    """
+    mixed = -gradient.T @ R
+    half = mixed - 0.5 * R.T @ (R @ mixed)
+    A = half - half.T
+    t = min(rate, 1 / (float(A.abs().sum(0).max()) + 1e-8))
+    eye = torch.eye(len(R), dtype=R.dtype, device=R.device)
+    moved: Tensor = torch.linalg.solve(eye - t / 2 * A, (eye + t / 2 * A) @ R.T).T
+    return moved
+
+
+def nearest_orthogonal(R: Tensor) -> Tensor:
+    """The orthogonal matrix nearest to an almost orthogonal one, fp64: its polar factor, by Newton's iteration."""
+    R = R.double()
+    eye = torch.eye(len(R), dtype=R.dtype, device=R.device)
+    for _ in range(6):  # the error is squared each time
+        R = R @ (1.5 * eye - 0.5 * R.T @ R)
+    if not (R @ R.T - eye).abs().max() < 1e-10:
+        raise LLQError("learning left the orthogonal matrices; use a smaller learn_rate")
+    return R

@@ -9,8 +9,9 @@ from ..method import Method, nearest
 from .gptq import GPTQ
 from .quip import QuIP
 from .rtn import RTN
+from .spinquant import SpinQuant
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (RTN, GPTQ, QuIP)}
+METHODS: dict[str, type[Method]] = {method.name: method for method in (RTN, GPTQ, QuIP, SpinQuant)}
 
 
 def method_type(name: str) -> type[Method]:

@@ -31,13 +31,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .. import arch
 from ..activations import OFF, Attention, TokenQuant
 from ..errors import LLQError
 from ..feedback import by_columns
 from ..grids import Grid, Spec, Uniform, joined
 from ..method import Job, Method, Packed, PassListener, Rewrite
 from ..residual import Residual, Turn, Turned, residual_of
-from ..rotations import hadamard
+from ..rotations import cayley_step, hadamard, nearest_orthogonal
 from ..stats import Hessian, Stat, factorize, revive_dead
 
 ROTATIONS, SOLVERS = ("hadamard", "learned"), ("gptq", "rtn")
@@ -72,7 +73,7 @@ class SpinQuant(Method):
     head_dim: int = 0
 
     def check(self) -> None:
-        _ = self.grid, self.attention, self._token_quant  # validate their fields
+        _ = self.grid, self.attention, self.token_quant  # validate their fields
         for name, value, known in (("rotations", self.rotations, ROTATIONS), ("solver", self.solver, SOLVERS)):
             if value not in known:
                 raise LLQError(f"{name}={value!r} is unknown; there are {' and '.join(known)}")
@@ -96,7 +97,7 @@ class SpinQuant(Method):
         return _role(self, name.rpartition(".")[2])
 
     @property
-    def _token_quant(self) -> TokenQuant:
+    def token_quant(self) -> TokenQuant:
         if self.heads and self.head_dim:  # a grid of its own for every head, which need not hold zero
             return TokenQuant(self.a_bits, self.a_sym, self.head_dim)
         return TokenQuant(self.a_bits, self.a_sym, zero_inside=True)
@@ -112,7 +113,7 @@ class SpinQuant(Method):
         """What the stored weight is multiplied with."""
         if self.turns:
             x = hadamard(x.shape[-1], x.device).apply(x).to(x.dtype)
-        return self._token_quant(x)
+        return self.token_quant(x)
 
     # --- one linear -------------------------------------------------------------------------------------------------
 
@@ -164,7 +165,7 @@ class SpinQuant(Method):
                 found.append(self.grid.grid(W_OI[:, i : i + size]))
             group = order[i] // size if static is not None else -1
             grid_OG = static or found[-1]
-            grid_O = grid_OG._make(part[:, group] for part in grid_OG)
+            grid_O = grid_OG._replace(scale=grid_OG.scale[:, group], zero=grid_OG.zero[:, group])
             codes_IO[i] = code_O = grid_O.codes(w_O, self.bits)
             return grid_O.values(code_O)
 
@@ -189,17 +190,52 @@ class SpinQuant(Method):
 
     def rewrite(self, model: nn.Module, learned: Mapping[str, Tensor]) -> Rewrite:
         residual = residual_of(model)
-        stream, heads = self._start(residual)
-        if learned:
-            stream, heads = partial(_times, learned["r1"]), [partial(_times, r2) for r2 in learned["r2"]]
-        notes = {"rotations": self.rotations, "seed": self.seed, "norms_folded": True, "untied": residual.tied}
-        return Turned(residual, stream, heads, notes=notes)
+        notes: dict[str, Any] = {"rotations": self.rotations, "seed": self.seed, "untied": residual.tied}
+        if not learned:
+            return Turned(residual, *self._start(residual), notes=notes)
+        losses = learned["losses"].tolist()
+        notes["learning_loss"] = [losses[0], losses[-1]]
+        return Turned(residual, *_matrices([learned["r1"], *learned["r2"]]), notes=notes)
 
     def _start(self, residual: Residual) -> tuple[Turn, list[Turn]]:
         """R1 and R2 as random Hadamards."""
-        count = 1 + max(residual.values.values())
-        heads = [_signed(self.seed, f"r2.{i}", residual.head_dim) for i in range(count)]
+        blocks = 1 + max(residual.values.values())
+        heads = [_signed(self.seed, f"r2.{block}", residual.head_dim) for block in range(blocks)]
         return _signed(self.seed, "r1", residual.width), heads
+
+    # --- learning the rotations -------------------------------------------------------------------------------------
+
+    @property
+    def learns(self) -> bool:
+        return self.rotations == "learned"
+
+    @torch.enable_grad()
+    def learn(
+        self, model: nn.Module, ids_NS: Tensor, attend: Callable[[nn.Module], Any], listener: PassListener
+    ) -> dict[str, Tensor]:
+        """R1 and R2 of least next-token loss, in fp64, with activations (or else weights) rounded as they will be.
+
+        Needs four times the model's memory: its tensors, the turned ones, their gradients, and room to turn in.
+        """
+        residual = residual_of(model)
+        stream, heads = self._start(residual)
+        device = ids_NS.device
+        eyes = [torch.eye(n, device=device) for n in (residual.width, *[residual.head_dim] * len(heads))]
+        rotations = [turn(eye) for turn, eye in zip((stream, *heads), eyes, strict=True)]
+        student = _Student(self, residual, model.requires_grad_(False), attend)
+        losses = []
+        listener.stage("learning rotations", self.learn_steps)
+        for step in range(self.learn_steps):
+            rows = torch.arange(step * BATCH, (step + 1) * BATCH, device=device) % len(ids_NS)
+            loss, gradients = student.gradients(rotations, ids_NS[rows])
+            size = math.sqrt(sum(float(g.square().sum()) for g in gradients))
+            rate = self.learn_rate * (1 + math.cos(math.pi * step / self.learn_steps)) / 2
+            shrink = min(1.0, 1 / (size + 1e-6))  # the authors' trainer clips gradients to norm 1
+            rotations = [cayley_step(R, g * shrink, rate) for R, g in zip(rotations, gradients, strict=True)]
+            losses.append(loss)
+            listener.advance()
+        r1, *r2 = [nearest_orthogonal(R).cpu() for R in rotations]
+        return {"r1": r1, "r2": torch.stack(r2), "losses": torch.tensor(losses)}
 
 
 class _Outputs(SpinQuant):
@@ -229,3 +265,68 @@ def _signed(seed: int, part: str, n: int) -> Turn:
 
 def _times(R: Tensor, x: Tensor) -> Tensor:
     return x @ R.to(x)
+
+
+class _Student:
+    """The model with rotations as its only parameters; everything else is held as it was."""
+
+    def __init__(
+        self, method: SpinQuant, residual: Residual, model: nn.Module, attend: Callable[[nn.Module], Any]
+    ) -> None:
+        self.method, self.residual, self.model = method, residual, model
+        self.dense = {name: p.detach() for name, p in model.named_parameters()}
+        self.dense |= {name: self.dense[source] for name, source in Turned(residual).untied.items()}
+        self.roles = {name: _role(method, name.rpartition(".")[2]) for name in arch.quantizable(model)}
+        for name, role in self.roles.items():
+            hook = partial(_read_rounded, role)
+            model.get_submodule(name).register_forward_pre_hook(hook)
+        attend(arch.decoder_of(model)[1])
+
+    def gradients(self, rotations: list[Tensor], ids_BS: Tensor) -> tuple[float, list[Tensor]]:
+        """(mean next-token loss, its gradients)."""
+        leaves = [R.detach().requires_grad_() for R in rotations]
+        turned = Turned(self.residual, *_matrices(leaves), dtype=leaves[0].dtype)
+        with torch.no_grad():
+            weights = {name: self._weight(name, turned) for name in self.dense}
+        weights = {name: weight.detach().requires_grad_() for name, weight in weights.items()}
+        total = 0.0
+        for ids_1S in torch.split(ids_BS, 1):  # one sequence at a time: the logits are the largest tensor
+            options = {"input_ids": ids_1S, "use_cache": False}
+            logits = torch.func.functional_call(self.model, weights, (), options, tie_weights=False).logits
+            loss = nn.functional.cross_entropy(logits[0, :-1].float(), ids_1S[0, 1:]) / len(ids_BS)
+            torch.autograd.backward(loss)
+            total += float(loss)
+        for name, weight in weights.items():  # turned once more, with a graph: one tensor's at a time
+            again = self._weight(name, turned)
+            if again.requires_grad and weight.grad is not None:
+                torch.autograd.backward(again, weight.grad)
+        return total, [leaf.grad if leaf.grad is not None else torch.zeros_like(leaf) for leaf in leaves]
+
+    def _weight(self, name: str, turned: Turned) -> Tensor:
+        weight = turned(name, self.dense[name], self.dense.__getitem__)
+        role = self.roles.get(name.removesuffix(".weight"))
+        if role is None or not name.endswith(".weight"):
+            return weight
+        if role.turns:
+            weight = hadamard(weight.shape[1], weight.device).apply(weight).to(weight.dtype)
+        if role.a_bits < OFF:
+            return weight  # GPTQ will do better than rounding here would tell
+        spread = role.grid.spread(role.grid.grids(weight.detach().float()), weight.shape[1])
+        return _through(weight, spread.values(spread.codes(weight.detach().float(), role.bits)))
+
+
+def _read_rounded(role: SpinQuant, module: nn.Module, args: tuple[Tensor, ...]) -> Tensor:
+    x = args[0]
+    if role.turns:
+        x = hadamard(x.shape[-1], x.device).apply(x).to(x.dtype)
+    return _through(x, role.token_quant(x.detach()))
+
+
+def _through(x: Tensor, rounded: Tensor) -> Tensor:
+    """`rounded`, with the gradient of x."""
+    return x + (rounded.to(x.dtype) - x).detach()
+
+
+def _matrices(rotations: list[Tensor]) -> tuple[Turn, list[Turn]]:
+    stream, *heads = [partial(_times, R) for R in rotations]
+    return stream, list(heads)
