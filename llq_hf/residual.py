@@ -84,7 +84,7 @@ def residual_of(model: nn.Module) -> Residual:
         if name in readers.values():
             norms[name] = _unit_weight(norm, name)
         elif f"{name}.weight" not in known:
-            raise LLQError(f"{name} normalizes what a block adds to the residual stream: no rotation passes through it")
+            raise LLQError(f"{name} feeds no linear (it may follow a block's output): no rotation passes through it")
     for path in (*values, *outputs):
         if (path in readers) is not (path in values) or len(head_dims) != 1:
             raise LLQError(f"{path} does not stand where the value and output projections of a Llama do")
