@@ -104,7 +104,7 @@ def test_turning_changes_every_tensor_of_the_stream_and_no_logit(make: Callable[
     assert (after - before).norm() <= 1e-4 * before.norm()
     touched = {*residual.readers, *residual.writers, residual.embedding, *residual.values}
     for name, tensor in model.state_dict().items():
-        if name.rpartition(".")[0] in touched and name.endswith("weight") or name in residual.vectors:
+        if (name.rpartition(".")[0] in touched and name.endswith("weight")) or name in residual.vectors:
             assert not torch.allclose(tensor, dense[name], atol=1e-3), name
         if name.rpartition(".")[0] in residual.norms:
             assert (tensor == residual.norms[name.rpartition(".")[0]]).all()

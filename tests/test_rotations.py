@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -155,7 +156,7 @@ def test_cayley_steps_stay_orthogonal_and_go_downhill(rate: float):
         losses.append(loss.item())
         R = cayley_step(R.detach(), gradient, rate)
     assert torch.allclose(R @ R.T, torch.eye(12), atol=1e-4)
-    assert all(after < before for before, after in zip(losses, losses[1:], strict=False)) or rate > 1
+    assert all(after < before for before, after in pairwise(losses)) or rate > 1
     assert losses[-1] < 0.7 * losses[0]
 
 

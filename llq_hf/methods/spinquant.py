@@ -295,7 +295,7 @@ class _Student:
             logits = torch.func.functional_call(self.model, weights, (), options, tie_weights=False).logits
             loss = nn.functional.cross_entropy(logits[0, :-1].float(), ids_1S[0, 1:]) / len(ids_BS)
             torch.autograd.backward(loss)
-            total += float(loss)
+            total += loss.item()
         for name, weight in weights.items():  # turned once more, with a graph: one tensor's at a time
             again = self._weight(name, turned)
             if again.requires_grad and weight.grad is not None:
