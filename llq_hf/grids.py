@@ -54,7 +54,7 @@ class HalfGrid(Grid):
         return (torch.round(weight / self.scale - 0.5) + (self.zero + 0.5)).clamp_(0, 2**bits - 1)
 
 
-SYMMETRIC = ("gptq", "absmax", "halves")
+SYMMETRIC = ("full", "absmax", "halves")
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,9 @@ class Uniform:
     """A family of uniform grids and its storage. group_size -1: one group per row; a last group may be shorter.
 
     search: shrink each range to where sum |error|**2.4 is least. scale_bits: 16 or 32 stored bits per scale.
-    levels, if sym: "gptq" has the step 2 max|w| / (2**b - 1) and zero at 2**(b-1), so that the largest weight may lie
+    levels, if sym: "full" has the step 2 max|w| / (2**b - 1) and zero at 2**(b-1), so that the largest weight may lie
     half a step outside; "absmax" has the step max|w| / (2**(b-1) - 1), so that it lies on the last level (SpinQuant);
-    "halves" has GPTQ's step and its levels at odd multiples of half of it.
+    "halves" has the step of "full" and its levels at odd multiples of half of it.
     """
 
     bits: int
@@ -72,7 +72,7 @@ class Uniform:
     sym: bool = False
     search: bool = False
     scale_bits: int = 16
-    levels: str = "gptq"
+    levels: str = "full"
 
     def __post_init__(self) -> None:
         if self.levels not in SYMMETRIC:

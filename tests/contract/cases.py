@@ -196,7 +196,7 @@ CASES: tuple[Case, ...] = (
         "act order in groups of 40",
         (1.2, 0.79, 0.43, 0.22, 0.1, 0.053, 0.026, 0.014),
         (4.8, 4.4, 2.3, 1.2, 0.59, 0.28, 0.18, 0.11),
-        options={"group_size": 40, "act_order": True, "levels": "gptq"},
+        options={"group_size": 40, "act_order": True, "levels": "full"},
     ),
     Case(
         "spinquant",
