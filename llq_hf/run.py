@@ -1,7 +1,9 @@
 """A checkpoint run: from a folder of dense weights to a folder of packed ones, never holding the model.
 
 Blocks are read, quantized and written one at a time. `prepare` checks everything that can be checked before hours are
-spent; `execute` writes (see `packed.py`), with a journal beside the folder that a killed run goes on from.
+spent; `execute` writes (see `packed.py`), with a journal beside the folder that a killed run goes on from. A method may
+rewrite the dense tensors first, one at a time as they are read; only what it must learn for that on the whole model
+is learned with all of it in memory, once, and kept in OUT.learned.safetensors.
 """
 
 from __future__ import annotations

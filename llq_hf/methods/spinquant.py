@@ -13,9 +13,11 @@ Storage: rotations are merged or computed, none is stored. Tied heads get a matr
     scale   [O, G]                fp16    16 / I (per row), 16 / group_size
 
 Departures: no mean is taken out of the embedding, which RMSNorm would not do either (theirs changes the model); a bias
-of v_proj is turned, too; GPTQ sees inputs that are rounded as they will be (theirs puts activation rounding in
-afterwards); the step on the Stiefel manifold is the exact Cayley transform (theirs five fixed-point iterations of it),
-and what is learned is projected back in fp64. R1 and R2 of layers are drawn from `seed` (theirs ignores its own).
+of v_proj is turned, too; while a Hessian is gathered all linears before already round their inputs, though not yet
+the one it is for (theirs puts activation rounding in after GPTQ); the step on the orthogonal matrices is the exact
+Cayley transform (theirs five fixed-point iterations of it), and what is learned is projected back in fp64; where
+activations stay 16 bits, rotations are learned with rounded weights. R1 and R2 are drawn from `seed` (theirs ignores
+its own). preset="best" has no level at zero but as many on either side: four useful levels at 2 bits instead of three.
 """
 
 from __future__ import annotations
@@ -47,7 +49,9 @@ BATCH = 8  # sequences per learning step
 
 @dataclass(frozen=True, kw_only=True)
 class SpinQuant(Method):
-    """a_bits, kv_bits 16: not quantized; w_clip: search each row's range; head_dim is filled in from the model."""
+    """a_bits, kv_bits 16: not quantized; solver gptq, rtn; levels absmax, full, halves (see `Uniform`); w_clip: search
+    each range; rotations hadamard, learned; r4: turn down_proj's input; head_dim 0: filled in from the model.
+    """
 
     name: ClassVar[str] = "spinquant"
     title: ClassVar[str] = "SpinQuant (Liu et al. 2025)"

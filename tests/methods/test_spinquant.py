@@ -378,3 +378,18 @@ def test_the_fallback_is_noted():
     packed = build("spinquant", bits=3).quantize(weight_OI, stat, job)
     assert job.notes["fallback"] == "rtn"
     checks.check_same_bits(packed, build("spinquant", bits=3, solver="rtn").quantize(weight_OI, None, Job("test")))
+
+
+def test_preflight_counts_the_memory_of_learning():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from llq_hf.preflight import _peak_bytes
+    from llq_hf.quantize import RunOptions
+
+    with torch.device("meta"):
+        skeleton = LlamaForCausalLM(LlamaConfig(num_hidden_layers=32))  # 7B
+    plain, learning = (
+        _peak_bytes(skeleton, build("spinquant", rotations=kind), None, torch.bfloat16, RunOptions())
+        for kind in ("hadamard", "learned")
+    )
+    assert plain < 10 * 2**30 < 50 * 2**30 < learning
