@@ -49,20 +49,22 @@ BATCH = 8  # sequences per learning step
 
 @dataclass(frozen=True, kw_only=True)
 class SpinQuant(Method):
-    """a_bits, kv_bits 16: not quantized; solver gptq, rtn; levels absmax, full, halves (see `Uniform`); w_clip: search
-    each range; rotations hadamard, learned; r4: turn down_proj's input; head_dim 0: filled in from the model.
+    """a_bits, kv_bits 16: not quantized; key_heads: a grid per head of a key, as values have; solver gptq, rtn; levels
+    absmax, full, halves (see `Uniform`); w_clip: search each range; rotations hadamard, learned; r4: turn down_proj's
+    input; head_dim 0: filled in from the model.
     """
 
     name: ClassVar[str] = "spinquant"
     title: ClassVar[str] = "SpinQuant (Liu et al. 2025)"
     observes: ClassVar[type[Stat] | None] = Hessian
-    best: ClassVar[dict[str, Any]] = {"levels": "halves", "act_order": True}
+    best: ClassVar[dict[str, Any]] = {"levels": "halves", "act_order": True, "key_heads": True}
 
     bits: int = 4
     group_size: int = -1
     a_bits: int = OFF
     a_sym: bool = False
     kv_bits: int = OFF
+    key_heads: bool = False
     solver: str = "gptq"
     levels: str = "absmax"
     w_clip: bool = True
@@ -111,7 +113,7 @@ class SpinQuant(Method):
         if self.kv_bits == OFF:
             return None
         key, value = TokenQuant(self.kv_bits, False, zero_inside=True), TokenQuant(self.kv_bits, False)
-        return Attention(key=key, value=value, joint_key=True, hadamard=True)
+        return Attention(key=key, value=value, joint_key=not self.key_heads, hadamard=True)
 
     def _input(self, x: Tensor) -> Tensor:
         """What the stored weight is multiplied with."""

@@ -136,6 +136,10 @@ def test_keys_are_turned_and_rounded_together_values_by_head():
         for head in range(2):
             rounded = dynamic(value[0, head, t].tolist(), 4, zero_inside=False)
             assert torch.allclose(v[0, head, t], torch.tensor(rounded), atol=1e-5)
+    _, k, _ = build("spinquant", kv_bits=4, key_heads=True).attention.transform(query, key, value)
+    for head in range(2):
+        rounded = dynamic(turn.apply(key)[0, head, 1].tolist(), 4)
+        assert torch.allclose(k[0, head, 1], torch.tensor(rounded), atol=1e-5)
 
 
 def test_stored_bits_are_codes_and_scales_alone():
