@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .errors import LLQError
+from .rotations import hadamard
 
 OFF = 16  # bits from which on activations are left as they are
 _TINY_SCALE = 1e-5  # of a token that is all zeros; the value of all three papers' codes
@@ -104,9 +105,13 @@ class Attention:
     key: TokenQuant | None = None
     value: TokenQuant | None = None
     joint_key: bool = False  # all heads of a key token share one grid, instead of one each
+    hadamard: bool = False  # queries and keys are turned first: no score changes, no channel of a key stands out
 
     def transform(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[B, heads, S, head_dim] each, as they go into the attention function."""
+        if self.hadamard:
+            turn = hadamard(query.shape[-1], query.device)
+            query, key = turn.apply(query).to(query.dtype), turn.apply(key).to(key.dtype)
         if self.query is not None:
             query = self.query(query)
         if self.key is not None:

@@ -11,7 +11,7 @@ from .errors import LLQError
 
 
 def decoder_of(model: nn.Module) -> tuple[str, nn.Module]:
-    """(name, module) of the text decoder: everything outside its blocks stays bitwise untouched.
+    """(name, module) of the text decoder: only the linears inside its blocks are quantized.
 
     LLQError where the model has no `get_decoder()` with a `layers` list.
     """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from .errors import LLQError
 from .grids import Spec
+from .method import Rewrite
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 _DTYPES = {
@@ -77,6 +79,50 @@ class Checkpoint:
     @property
     def is_quantized(self) -> bool:
         return "quantization_config" in self.config
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of the model as it was published."""
+        return sum(math.prod(spec.shape) for spec in self.specs.values())
+
+
+@dataclass(frozen=True)
+class Rewritten(Checkpoint):
+    """`base` as a method rewrites it before it is quantized: every tensor when it is read, none kept.
+
+    dtype: what tensors are cast to before they are rewritten; None: they keep the base's.
+    """
+
+    base: Checkpoint
+    rewrite: Rewrite
+    dtype: torch.dtype | None = None
+
+    @classmethod
+    def of(cls, base: Checkpoint, rewrite: Rewrite | None, dtype: torch.dtype | None = None) -> Checkpoint:
+        if rewrite is None:
+            return base
+        copies = rewrite.untied
+        files = {**base.files, **{name: base.files[source] for name, source in copies.items()}}
+        specs = {**base.specs, **{name: base.specs[source] for name, source in copies.items()}}
+        return cls(base.path, files, specs, untied_config(base.config) if copies else base.config, base, rewrite, dtype)
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        return {
+            name: self.rewrite(name, self._dense(self.rewrite.untied.get(name, name)), self._dense) for name in names
+        }
+
+    def _dense(self, name: str) -> Tensor:
+        return self.base.read([name])[name].to(self.dtype)
+
+    @property
+    def parameters(self) -> int:
+        return self.base.parameters
+
+
+def untied_config(config: dict[str, Any]) -> dict[str, Any]:
+    """The config.json of a model whose head has a matrix of its own."""
+    parts = {key: untied_config(value) for key, value in config.items() if key == "text_config"}
+    return {**config, **parts, "tie_word_embeddings": False}
 
 
 def fetch(model: str, revision: str | None = None) -> Path:

@@ -9,6 +9,7 @@ any code is chosen, so codes are final with the scales as stored. Grid 1.1 of th
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -46,11 +47,24 @@ class Grid(NamedTuple):
         return self.scale * (codes - self.zero)
 
 
+class HalfGrid(Grid):
+    """A grid whose zero point lies between two codes: as many levels on either side of zero, none on it."""
+
+    def codes(self, weight: Tensor, bits: int) -> Tensor:
+        return (torch.round(weight / self.scale - 0.5) + (self.zero + 0.5)).clamp_(0, 2**bits - 1)
+
+
+SYMMETRIC = ("full", "absmax", "halves")
+
+
 @dataclass(frozen=True)
 class Uniform:
     """A family of uniform grids and its storage. group_size -1: one group per row; a last group may be shorter.
 
     search: shrink each range to where sum |error|**2.4 is least. scale_bits: 16 or 32 stored bits per scale.
+    levels, if sym: "full" has the step 2 max|w| / (2**b - 1) and zero at 2**(b-1), so that the largest weight may lie
+    half a step outside; "absmax" has the step max|w| / (2**(b-1) - 1), so that it lies on the last level (SpinQuant);
+    "halves" has the step of "full" and its levels at odd multiples of half of it.
     """
 
     bits: int
@@ -58,8 +72,11 @@ class Uniform:
     sym: bool = False
     search: bool = False
     scale_bits: int = 16
+    levels: str = "full"
 
     def __post_init__(self) -> None:
+        if self.levels not in SYMMETRIC:
+            raise LLQError(f"levels={self.levels!r} is unknown; there are {', '.join(SYMMETRIC)}")
         if self.group_size != -1 and self.group_size < 1:
             raise LLQError(f"group_size={self.group_size} must be -1 (one group per row) or at least 1")
         if self.scale_bits not in (16, 32):
@@ -84,8 +101,7 @@ class Uniform:
         size = weight_OI.shape[1] if self.group_size == -1 else self.group_size
         importance_I = weight_OI.new_ones(weight_OI.shape[1]) if importance_I is None else importance_I
         parts = zip(torch.split(weight_OI, size, dim=1), torch.split(importance_I, size), strict=True)
-        found = [self.grid(part, importance_g) for part, importance_g in parts]
-        return Grid(torch.cat([g.scale for g in found], dim=1), torch.cat([g.zero for g in found], dim=1))
+        return joined([self.grid(part, importance_g) for part, importance_g in parts])
 
     def spread(self, grid_OG: Grid, in_features: int) -> Grid:
         """[O, G] -> [O, I]: every column gets its group's scale and zero."""
@@ -99,10 +115,23 @@ class Uniform:
             low = -high
         empty = low == high  # all-zero row: any range does, as long as the scale is not 0
         low, high = torch.where(empty, -1.0, low), torch.where(empty, 1.0, high)
-        scale = self.stored((high - low) / (2**self.bits - 1))
+        scale = self.stored((high - low) / self._steps)
         if self.sym:
-            return Grid(scale, torch.full_like(scale, float(2 ** (self.bits - 1))))
+            zero = torch.full_like(scale, self._centre)
+            return HalfGrid(scale, zero) if self.levels == "halves" else Grid(scale, zero)
         return Grid(scale, torch.round(-low / scale).clamp_(0, 2**self.bits - 1))
+
+    @property
+    def _steps(self) -> int:
+        """Steps from one end of the range to the other."""
+        if self.sym and self.levels == "absmax":
+            return int(2 * max(2 ** (self.bits - 1) - 1, 1))  # of 1 bit: codes -1 and 0
+        return int(2**self.bits - 1)
+
+    @property
+    def _centre(self) -> float:
+        """The code of zero on symmetric grids."""
+        return 2.0 ** (self.bits - 1) - (0.5 if self.levels == "halves" else 0.0)
 
     def _searched(self, weight_Rg: Tensor, low: Tensor, high: Tensor, importance_g: Tensor | None) -> Grid:
         """The best, per row, of 80 shrunken ranges (1.00 .. 0.21): option `mse` of IST-DASLab/gptq.
@@ -115,11 +144,12 @@ class Uniform:
             shrink = 1 - step / 100
             grid = self._spanning(shrink * low, shrink * high)
             for offset in (0,) if self.sym else (0, -1, 1):
-                shifted = Grid(grid.scale, (grid.zero + offset).clamp(0, 2**self.bits - 1))
+                shifted = grid._replace(zero=(grid.zero + offset).clamp(0, 2**self.bits - 1))
                 error = self._error(shifted, weight_Rg, importance_g)
                 better = error < best_error
                 best_error = torch.where(better, error, best_error)
-                best = Grid(*(torch.where(better, new, old) for new, old in zip(shifted, best, strict=True)))
+                scale, zero = (torch.where(better, new, old) for new, old in zip(shifted, best, strict=True))
+                best = grid._replace(scale=scale, zero=zero)
         return best
 
     def _error(self, grid: Grid, weight_Rg: Tensor, importance_g: Tensor | None) -> Tensor:
@@ -164,7 +194,7 @@ class Uniform:
         """The fp32 weight_OI that the stored tensors mean."""
         scale_OG = packed["scale"].float()
         if self.sym:
-            zero_OG = torch.full_like(scale_OG, float(2 ** (self.bits - 1)))
+            zero_OG = torch.full_like(scale_OG, self._centre)
         else:
             zero_OG = bitpack.unpack(packed["zero"], self.bits, scale_OG.numel()).view_as(scale_OG).float()
         weight_OI = bitpack.unpack(packed["weight"], self.bits, in_features).float()
@@ -174,3 +204,9 @@ class Uniform:
             return weight_OI
         grid = self.spread(Grid(scale_OG, zero_OG), in_features)
         return weight_OI.sub_(grid.zero).mul_(grid.scale)
+
+
+def joined(grids: Sequence[Grid]) -> Grid:
+    """Grids [O, 1] of consecutive groups as one [O, G]."""
+    scale, zero = (torch.cat(parts, dim=1) for parts in zip(*grids, strict=True))
+    return grids[0]._replace(scale=scale, zero=zero)

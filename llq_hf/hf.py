@@ -142,7 +142,7 @@ class LLQQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         config = self.quantization_config
         if not self.pre_quantized:
-            ids = None
+            ids, config.method = None, config.method.fitted(model)
             if config.method.reads_data:
                 tokenizer = config.tokenizer
                 if tokenizer is None and config.calibration.needs_tokenizer:

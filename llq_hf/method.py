@@ -74,6 +74,21 @@ class State:
     def save(self, tensors: dict[str, Tensor]) -> None: ...
 
 
+class Rewrite(Protocol):
+    """How a method changes the dense model before its blocks are quantized, tensor by tensor."""
+
+    @property
+    def untied(self) -> Mapping[str, str]:
+        """Tensors that appear, each as a copy of another: heads that can no longer share the embedding's matrix."""
+
+    @property
+    def notes(self) -> Mapping[str, Any]:
+        """What the report says about it."""
+
+    def __call__(self, name: str, tensor: Tensor, read: Callable[[str], Tensor]) -> Tensor:
+        """What the tensor of this name becomes, of the same shape and dtype; `read` gives vectors of the base."""
+
+
 @dataclass
 class Job:
     """One linear to quantize: its full name, and what the method noted on the way."""
@@ -190,6 +205,31 @@ class Method(ABC):
         """What happens to queries, keys and values inside the quantized blocks."""
         return None
 
+    def fitted(self, model: nn.Module) -> Self:
+        """The method with the facts of `model` that it must know filled in; LLQError where it cannot serve the model.
+
+        `model` may lie on the meta device.
+        """
+        return self
+
+    @property
+    def learns(self) -> bool:
+        """Whether `learn` must train on the whole model before the first block."""
+        return False
+
+    def learn(
+        self, model: nn.Module, ids_NS: Tensor, attend: Callable[[nn.Module], Any], listener: PassListener
+    ) -> dict[str, Tensor]:
+        """What `rewrite` needs and only training the whole model gives. The model is the method's own, to spoil.
+
+        attend: gives a module's attention what `attention` says.
+        """
+        return {}
+
+    def rewrite(self, model: nn.Module, learned: Mapping[str, Tensor]) -> Rewrite | None:
+        """How the dense `model` (maybe on the meta device) changes first; None: not at all. learned {}: not yet."""
+        return None
+
     @property
     def tunes(self) -> bool:
         """Whether `tune` trains the packed model as a whole after its last block."""
@@ -208,7 +248,7 @@ class Method(ABC):
     @property
     def reads_data(self) -> bool:
         """Whether the run needs token ids at all."""
-        return self.calibrated or self.tunes
+        return self.calibrated or self.learns or self.tunes
 
     @property
     def nominal_bits(self) -> float:

@@ -1,6 +1,6 @@
 """The folder of packed weights that a run writes: which tensor goes where, written whole or not at all.
 
-model-00001-of-N.safetensors   everything outside the decoder blocks, bitwise as in the base
+model-00001-of-N.safetensors   everything outside the decoder blocks, bitwise as in the base (or as rewritten)
 model-0000k-of-N.safetensors   one decoder block each, written when it is done
 llq_report.json                per linear: bits, errors, what the method noted (the same bytes however often killed)
 index, tokenizer, config.json  last: without config.json nothing loads, so half a run never passes for a whole one
@@ -16,13 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from . import arch
-from .checkpoint import INDEX, Checkpoint, header, read_json
+from .checkpoint import INDEX, Checkpoint, Rewritten, header, read_json
 from .journal import fingerprint
 from .linear import QuantLinear
 from .method import FORMAT_VERSION, Method
@@ -104,6 +103,8 @@ class PackedFolder:
             "linears": linears,
             "bits": self._bits(linears, total_bytes),
         }
+        if isinstance(self.base, Rewritten):
+            report["rewrite"] = dict(self.base.rewrite.notes)
         index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
         write_json(self.path / REPORT, report)
         write_json(self.path / INDEX, index)
@@ -119,11 +120,10 @@ class PackedFolder:
         """Nominal bits, stored bits per quantized weight, and bits per parameter of the whole model."""
         weights = sum(record["shape"][0] * record["shape"][1] for record in linears)
         stored = sum(record["stored_bits"] * record["shape"][0] * record["shape"][1] for record in linears)
-        parameters = sum(torch.Size(spec.shape).numel() for spec in self.base.specs.values())
         return {
             "nominal": self.method.nominal_bits,
             "stored": stored / weights,
-            "whole_model": total_bytes * 8 / parameters,
+            "whole_model": total_bytes * 8 / self.base.parameters,
             "bytes": total_bytes,
         }
 

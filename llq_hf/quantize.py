@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from . import arch
+from .attention import install
 from .errors import LLQError
 from .linear import QuantLinear
-from .method import Method, Packed, PassListener, State, Step, stored_bits
+from .method import Method, Packed, PassListener, Rewrite, State, Step, stored_bits
 from .stats import Hessian, Stat
 from .walk import Blocks, LiveBlocks, walk
 
@@ -84,6 +86,11 @@ def quantize_model(
 ) -> list[dict[str, Any]]:
     """Quantize the decoder's linears of a model in memory, in place. Records per linear, as in the report."""
     progress = progress or Progress()
+    method = method.fitted(model)
+    learned = learn(copy.deepcopy(model), method, ids_NS, progress) if method.learns else {}
+    rewrite = method.rewrite(model, learned)
+    if rewrite is not None:
+        rewrite_model(model, rewrite)
     expected = len(arch.quantizable(model))
     teacher = copy.deepcopy(model) if method.tunes else None
     records: list[dict[str, Any]] = []
@@ -132,6 +139,29 @@ def shared_copy(model: nn.Module) -> nn.Module:
     """A model of its own that shares every parameter and buffer: what is replaced in one stays in the other."""
     shared: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     return copy.deepcopy(model, shared)
+
+
+def learn(model: nn.Module, method: Method, ids_NS: Tensor | None, progress: Progress) -> dict[str, Tensor]:
+    """What `method` learns on a model of its own."""
+    if ids_NS is None:
+        raise LLQError("this method needs calibration data")
+    attention = method.attention
+    attend = partial(install, attention=attention) if attention is not None else lambda module: None
+    return method.learn(model, ids_NS.to(next(model.parameters()).device), attend, progress)
+
+
+@torch.no_grad()
+def rewrite_model(model: nn.Module, rewrite: Rewrite) -> None:
+    """Change the dense tensors of a model in memory, in place."""
+    vectors = {name: p.detach().clone() for name, p in model.named_parameters() if p.ndim == 1}
+    for name, source in rewrite.untied.items():
+        owner, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(owner), attribute, nn.Parameter(model.get_parameter(source).detach().clone()))
+    if rewrite.untied:
+        config: Any = model.config
+        config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
+    for name, parameter in model.named_parameters():
+        parameter.copy_(rewrite(name, parameter, vectors.__getitem__))
 
 
 def steps(blocks: Blocks, method: Method, ids_NS: Tensor | None, progress: Progress, **options: Any) -> Iterator[Step]:

@@ -1,7 +1,9 @@
 """A checkpoint run: from a folder of dense weights to a folder of packed ones, never holding the model.
 
 Blocks are read, quantized and written one at a time. `prepare` checks everything that can be checked before hours are
-spent; `execute` writes (see `packed.py`), with a journal beside the folder that a killed run goes on from.
+spent; `execute` writes (see `packed.py`), with a journal beside the folder that a killed run goes on from. A method may
+rewrite the dense tensors first, one at a time as they are read; only what it must learn for that on the whole model
+is learned with all of it in memory, once, and kept in OUT.learned.safetensors.
 """
 
 from __future__ import annotations
@@ -18,14 +20,14 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from . import arch
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, Rewritten
 from .data import Calibration, ids_sha256
 from .errors import LLQError
 from .journal import FileState, Journal, fingerprint, sha256_file
 from .method import FORMAT_VERSION, Method
 from .packed import CONFIG, PackedFolder, finished_fingerprint, read_report
 from .preflight import estimate, problems_of
-from .quantize import Progress, RunOptions, quantize_step, record_tuned, shared_copy, steps, tune
+from .quantize import Progress, RunOptions, learn, quantize_step, record_tuned, shared_copy, steps, tune
 from .walk import StreamedBlocks
 
 if TYPE_CHECKING:
@@ -84,6 +86,7 @@ def prepare(
         kind = checkpoint.config["quantization_config"].get("quant_method", "unknown")
         raise LLQError(f"{model} is quantized already ({kind}); give the full-precision model")
     skeleton = build_skeleton(checkpoint)
+    method = method.fitted(skeleton)
     dtype = _dtype(run.dtype, skeleton)
     _check_device(run.device)
     problems = problems_of(checkpoint, skeleton, method)
@@ -108,7 +111,8 @@ def prepare(
         "dtype": str(dtype).removeprefix("torch."),
         "device": torch.device(run.device).type,
     }
-    estimates = estimate(checkpoint, skeleton, method, ids_NS, dtype, run, out, progress)
+    source = Rewritten.of(checkpoint, method.rewrite(skeleton, {}))
+    estimates = estimate(source, skeleton, method, ids_NS, dtype, run, out, progress)
     progress.estimates(estimates)
     return Plan(checkpoint, skeleton, method, ids_NS, identity, run, dtype, estimates)
 
@@ -137,8 +141,10 @@ def execute(plan: Plan, out: Path, progress: Progress) -> dict[str, Any]:
 
 
 def _write(plan: Plan, out: Path, journal: Journal, progress: Progress) -> dict[str, Any]:
-    blocks = StreamedBlocks(plan.checkpoint, plan.skeleton, plan.dtype, torch.device(plan.run.device))
-    folder = PackedFolder(out, plan.checkpoint, blocks.prefixes, plan.method)
+    rewrite = plan.method.rewrite(plan.skeleton, _learned(plan, out, progress))
+    source = Rewritten.of(plan.checkpoint, rewrite, plan.dtype)
+    blocks = StreamedBlocks(source, plan.skeleton, plan.dtype, torch.device(plan.run.device))
+    folder = PackedFolder(out, Rewritten.of(plan.checkpoint, rewrite), blocks.prefixes, plan.method)
     folder.save_rest()  # also on a resume: the journal has no digest of this file
     started = time.perf_counter()
     pending: list[dict[str, Any]] = []
@@ -222,6 +228,21 @@ def _tune(plan: Plan, out: Path, folder: PackedFolder, journal: Journal, progres
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of a module, by their names in it."""
     return {n.removeprefix(prefix + "."): t for n, t in tensors.items() if n.startswith(prefix + ".")}
+
+
+def _learned(plan: Plan, out: Path, progress: Progress) -> dict[str, Tensor]:
+    """What the method learns on the whole model, which is in memory for that long; kept beside OUT for resumed runs."""
+    if not plan.method.learns:
+        return {}
+    state = FileState(out, plan.fingerprint, "model", kind="learned")
+    found = state.load()
+    if found is None:
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(plan.checkpoint.path, dtype=plan.dtype).to(plan.run.device)
+        found = learn(model.eval(), plan.method, plan.ids_NS, progress)
+        state.save(found)
+    return found
 
 
 def peak_bytes() -> int:

@@ -148,3 +148,12 @@ def test_cached_generation_sees_the_same_keys(model: LlamaForCausalLM):
 def test_a_model_without_attention_is_refused():
     with pytest.raises(LLQError, match="stays 16 bits"):
         attention.install(torch.nn.Linear(2, 2), Attention())
+
+
+@torch.no_grad()
+def test_turned_queries_and_keys_give_the_same_scores(model: LlamaForCausalLM):
+    before = model(IDS).logits
+    attention.install(model, Attention(hadamard=True))
+    after = model(IDS).logits
+    assert torch.allclose(after, before, atol=1e-4)
+    assert not torch.equal(after, before)  # they were turned

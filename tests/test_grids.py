@@ -134,3 +134,32 @@ def test_bad_options_are_named():
     with pytest.raises(LLQError, match="too large"):
         Uniform(1).grid(torch.tensor([[-1e5, 1e5]]))
     assert torch.isfinite(Uniform(1, scale_bits=32).grid(torch.tensor([[-1e5, 1e5]])).scale).all()
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("levels", ["absmax", "halves"])
+@pytest.mark.parametrize("search", [False, True])
+def test_other_symmetric_levels(bits: int, levels: str, search: bool):
+    """Level by level: multiples of max / (2**(b-1) - 1), or odd multiples of max / (2**b - 1)."""
+    weight_Rg = SLICES["mixed signs"]
+    family = Uniform(bits, sym=True, search=search, scale_bits=32, levels=levels)
+    grid = family.grid(weight_Rg)
+    codes = grid.codes(weight_Rg, bits)
+    assert torch.equal(codes, codes.round())
+    assert 0 <= codes.min() <= codes.max() <= 2**bits - 1
+    k = torch.arange(-(2 ** (bits - 1)), 2 ** (bits - 1)) + (0.5 if levels == "halves" else 0.0)
+    restored = family.unpack(family.pack(codes, grid), 16)
+    best = torch.stack([(weight_Rg - value).abs() for value in (k[:, None, None] * grid.scale)]).min(0).values
+    assert torch.allclose((restored - weight_Rg).abs(), best, atol=1e-6)
+    largest = weight_Rg.abs().amax(1, keepdim=True)
+    if not search:
+        assert torch.allclose(grid.scale * float(k[-1]), largest)
+    else:
+        plain = Uniform(bits, sym=True, scale_bits=32, levels=levels).grid(weight_Rg)
+        errors = [(g.values(g.codes(weight_Rg, bits)) - weight_Rg).abs().pow(2.4).sum(1) for g in (grid, plain)]
+        assert (errors[0] <= errors[1]).all()
+
+
+def test_unknown_levels_are_refused():
+    with pytest.raises(LLQError, match="'odd'"):
+        Uniform(4, sym=True, levels="odd")

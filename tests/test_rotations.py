@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import math
+from itertools import pairwise
 
 import pytest
 import torch
 
-from llq_hf.rotations import factor_sizes, rotation
+from llq_hf.errors import LLQError
+from llq_hf.rotations import cayley_step, factor_sizes, hadamard, nearest_orthogonal, rotation
 
 CPU = torch.device("cpu")
 SIZES = [1, 2, 7, 12, 64, 96, 97, 172, 256]
@@ -84,3 +86,84 @@ def test_a_seed_means_the_same_rotation_for_ever(blocked: bool, n: int):
     for part in (turn.first, turn.second):
         digest.update((part.double() * 1e3).round().long().numpy().tobytes())
     assert digest.hexdigest()[:16] == PINNED[blocked, n]
+
+
+# --- Hadamards -------------------------------------------------------------------------------------------------------
+
+PALEY = [12, 20, 24, 28, 36, 44, 56, 60, 76, 104, 108, 140, 896]  # of +-1 alone, beside the powers of two
+
+
+@pytest.mark.parametrize("n", [*range(1, 141), 172, 352, 896, 1376])
+def test_hadamards_of_any_size_are_orthogonal(n: int):
+    eye = torch.eye(n, dtype=torch.float64)
+    H = hadamard(n, CPU).apply(eye)
+    assert torch.allclose(H @ H.T, eye, atol=1e-12)
+    assert torch.allclose(hadamard(n, CPU).invert(H), eye, atol=1e-12)
+
+
+def test_a_large_hadamard_is_orthogonal():
+    n = 14336  # of LLaMA-3-8B: 28 x 512
+    x = torch.randn(64, n, generator=torch.Generator().manual_seed(0))
+    turned = hadamard(n, CPU).apply(x)
+    assert torch.allclose(turned @ turned.T / n, x @ x.T / n, atol=1e-4)
+    assert torch.allclose(hadamard(n, CPU).invert(turned), x, atol=1e-4)
+    assert torch.allclose(hadamard(n, CPU).apply(torch.eye(n)[:5]).abs(), torch.tensor(n**-0.5))
+
+
+@pytest.mark.parametrize("n", [1, 2, 64, 4096, *PALEY])
+def test_most_have_entries_of_one_size(n: int):
+    H = hadamard(n, CPU).apply(torch.eye(n))
+    assert torch.allclose(H.abs(), torch.tensor(n**-0.5), atol=1e-6)
+
+
+@pytest.mark.parametrize("n", [12, 28, 52, 96, 172])
+def test_the_fast_transform_is_the_dense_product(n: int):
+    walsh, power = torch.ones(1, 1, dtype=torch.float64), hadamard(n, CPU).power
+    while len(walsh) < power:
+        walsh = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64), walsh)
+    H = torch.kron(hadamard(n, CPU).head.double(), walsh / power**0.5)
+    x = torch.randn(2, 3, n, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    assert torch.allclose(hadamard(n, CPU).apply(x), x @ H, atol=1e-12)
+    assert torch.allclose(hadamard(n, CPU).invert(x), x @ H.T, atol=1e-12)
+    assert hadamard(n, CPU).apply(x.bfloat16()).dtype == torch.float32
+
+
+PINNED_HADAMARDS = {28: "74e4c5a8ca4cc979", 96: "2b54b30699230d66", 172: "3a5883597104838f"}
+
+
+@pytest.mark.parametrize("n", PINNED_HADAMARDS)
+def test_a_size_means_the_same_hadamard_for_ever(n: int):
+    """Checkpoints hold weights times it. To 3 digits: those of random orthogonal parts differ by machine."""
+    H = hadamard(n, CPU).apply(torch.eye(n, dtype=torch.float64))
+    digest = hashlib.sha256((H * 1e3).round().long().numpy().tobytes()).hexdigest()
+    assert digest[:16] == PINNED_HADAMARDS[n]
+
+
+# --- learning --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rate", [0.1, 1.5])
+def test_cayley_steps_stay_orthogonal_and_go_downhill(rate: float):
+    """|R A - B|^2, whose minimum on the manifold is known: the polar factor of B A^T."""
+    random = torch.Generator().manual_seed(2)
+    A, R = torch.randn(12, 12, generator=random), torch.eye(12)
+    B = torch.linalg.qr(torch.randn(12, 12, generator=random))[0] @ A
+    losses = []
+    for _ in range(40):
+        R.requires_grad_()
+        loss = (R @ A - B).square().sum() / 100
+        (gradient,) = torch.autograd.grad(loss, R)
+        losses.append(loss.item())
+        R = cayley_step(R.detach(), gradient, rate)
+    assert torch.allclose(R @ R.T, torch.eye(12), atol=1e-4)
+    assert all(after < before for before, after in pairwise(losses)) or rate > 1
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_the_nearest_orthogonal_matrix_is_the_polar_factor():
+    R = torch.linalg.qr(torch.randn(9, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(3)))[0]
+    near = R + 1e-3 * torch.randn(9, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    U, _, Vh = torch.linalg.svd(near)
+    assert torch.allclose(nearest_orthogonal(near), U @ Vh, atol=1e-12)
+    with pytest.raises(LLQError, match="learn_rate"):
+        nearest_orthogonal(torch.zeros(3, 3))

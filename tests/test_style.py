@@ -10,10 +10,11 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LAYERS = [  # imports go one way: a module may import modules of its own row and of rows above it
     {"errors", "bits", "demo"},
-    {"grids", "stats", "rotations", "feedback", "refine", "activations"},
+    {"grids", "stats", "rotations", "feedback", "refine", "activations", "arch"},
+    {"residual"},
     {"method"},
     {"methods"},
-    {"linear", "arch", "attention", "checkpoint", "data", "journal"},
+    {"linear", "attention", "checkpoint", "data", "journal"},
     {"walk", "packed"},
     {"quantize"},
     {"preflight"},

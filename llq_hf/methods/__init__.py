@@ -12,8 +12,9 @@ from .gptq import GPTQ
 from .pb_llm import PBLLM
 from .quip import QuIP
 from .rtn import RTN
+from .spinquant import SpinQuant
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (RTN, GPTQ, QuIP, PBLLM, BiLLM, DBLLM)}
+METHODS: dict[str, type[Method]] = {method.name: method for method in (RTN, GPTQ, QuIP, SpinQuant, PBLLM, BiLLM, DBLLM)}
 
 
 def method_type(name: str) -> type[Method]:

@@ -271,6 +271,34 @@ CASES: tuple[Case, ...] = (
         preset="best",
         uniform=False,
     ),
+    Case(
+        "spinquant",
+        "one group a row",
+        (1.1, 0.79, 0.45, 0.23, 0.12, 0.063, 0.03, 0.016),
+        (4.8, 4.4, 2.9, 1.3, 0.62, 0.34, 0.22, 0.098),
+    ),
+    Case(
+        "spinquant",
+        "act order in groups of 40",
+        (1.2, 0.79, 0.43, 0.22, 0.1, 0.053, 0.026, 0.014),
+        (4.8, 4.4, 2.3, 1.2, 0.59, 0.28, 0.18, 0.11),
+        options={"group_size": 40, "act_order": True, "levels": "full"},
+    ),
+    Case(
+        "spinquant",
+        "half steps rounded to nearest in groups of 64",
+        (0.66, 0.37, 0.2, 0.1, 0.051, 0.026, 0.013, 0.0064),
+        (3.8, 2.5, 1.2, 0.46, 0.24, 0.081, 0.04, 0.019),
+        options={"group_size": 64, "solver": "rtn", "levels": "halves"},
+        clip_share=1e-4,  # its search gives up tails, and is blind to the outputs
+    ),
+    Case(
+        "spinquant",
+        "best",
+        (1.0, 0.75, 0.47, 0.29, 0.13, 0.059, 0.031, 0.016),
+        (3.8, 3.8, 2.9, 2.2, 0.82, 0.32, 0.16, 0.087),
+        preset="best",
+    ),
 )
 
 # What the costly checks (save, load, stream) run: one option set per method, and these widths.
@@ -286,6 +314,8 @@ CHECKPOINTS: tuple[tuple[str, float, dict[str, Any]], ...] = (
     ("pb_llm", 3.0, {"group_size": 64}),
     ("billm", 1.1, {}),
     ("billm", 1.1, {"block_size": 60, "search_on": "weight", "arb_rounds": 2, "refine": 1}),
+    ("spinquant", 4, {}),
+    ("spinquant", 2, {"a_bits": 8, "kv_bits": 4}),
 )
 
 

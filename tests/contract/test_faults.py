@@ -78,6 +78,7 @@ OWN_FAULTS: Mapping[str, dict[str, Fault]] = {  # where a method stores more; a 
         "scales of low and mid swapped": tensor_through("scale", lambda t: t[..., [1, 0, 2, 3]]),
         "means one too high": tensor_through("mean", lambda t: t + 1),
     },
+    "spinquant": {"scales negative": tensor_through("scale", lambda t: -t)},
 }
 
 

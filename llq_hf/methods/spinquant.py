@@ -1,0 +1,338 @@
+"""SpinQuant (Liu et al., ICLR 2025, arXiv 2405.16406), after facebookresearch/SpinQuant at 8f47aa3.
+
+Outlier channels are what low-bit grids fail on, and a rotation spreads them. R1 turns the residual stream and R2 the
+values of every head: both are merged into the weights (see `residual`), norm gains folded first. R4, a Hadamard,
+turns the input of down_proj and R3, another, queries and keys after the rotary embedding: these run with the model. R1
+and R2 are random Hadamards, or learned from there on the calibration data by Cayley SGD. The rotated weights are then
+rounded by GPTQ (or to nearest) on symmetric grids; with a_bits < 16 the inputs of all linears, with kv_bits < 16
+keys and values are rounded token by token while the model runs.
+
+Storage: rotations are merged or computed, none is stored. Tied heads get a matrix of their own.
+    name    shape                 dtype   bits per weight
+    weight  [O, I * bits / 32]    int32   bits
+    scale   [O, G]                fp16    16 / I (per row), 16 / group_size
+
+Departures: no mean is taken out of the embedding, which RMSNorm would not do either (theirs changes the model); a bias
+of v_proj is turned, too; while a Hessian is gathered all linears before already round their inputs, though not yet
+the one it is for (theirs puts activation rounding in after GPTQ); the step on the orthogonal matrices is the exact
+Cayley transform (theirs five fixed-point iterations of it), and what is learned is projected back in fp64; where
+activations stay 16 bits, rotations are learned with rounded weights. R1 and R2 are drawn from `seed` (theirs ignores
+its own). preset="best" has no level at zero but as many on either side: four useful levels at 2 bits instead of three.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .. import arch
+from ..activations import OFF, Attention, TokenQuant
+from ..errors import LLQError
+from ..feedback import by_columns
+from ..grids import Grid, Spec, Uniform, joined
+from ..method import Job, Method, Packed, PassListener, Rewrite
+from ..residual import Residual, Turn, Turned, residual_of
+from ..rotations import cayley_step, hadamard, nearest_orthogonal
+from ..stats import Hessian, Stat, factorize, revive_dead
+
+ROTATIONS, SOLVERS = ("hadamard", "learned"), ("gptq", "rtn")
+BATCH = 8  # sequences per learning step
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpinQuant(Method):
+    """a_bits, kv_bits 16: not quantized; key_heads: a grid per head of a key, as values have; solver gptq, rtn; levels
+    absmax, full, halves (see `Uniform`); w_clip: search each range; rotations hadamard, learned; r4: turn down_proj's
+    input; head_dim 0: filled in from the model.
+    """
+
+    name: ClassVar[str] = "spinquant"
+    title: ClassVar[str] = "SpinQuant (Liu et al. 2025)"
+    observes: ClassVar[type[Stat] | None] = Hessian
+    best: ClassVar[dict[str, Any]] = {"levels": "halves", "act_order": True, "key_heads": True}
+
+    bits: int = 4
+    group_size: int = -1
+    a_bits: int = OFF
+    a_sym: bool = False
+    kv_bits: int = OFF
+    key_heads: bool = False
+    solver: str = "gptq"
+    levels: str = "absmax"
+    w_clip: bool = True
+    act_order: bool = False
+    damp: float = 0.01
+    scale_bits: int = 16
+    rotations: str = "hadamard"
+    r4: bool = True
+    learn_steps: int = 100
+    learn_rate: float = 1.5
+    seed: int = 0
+    head_dim: int = 0
+
+    def check(self) -> None:
+        _ = self.grid, self.attention, self.token_quant  # validate their fields
+        for name, value, known in (("rotations", self.rotations, ROTATIONS), ("solver", self.solver, SOLVERS)):
+            if value not in known:
+                raise LLQError(f"{name}={value!r} is unknown; there are {' and '.join(known)}")
+        if not 0 <= self.damp <= 1:
+            raise LLQError(f"damp={self.damp} must lie in 0..1, a share of the Hessian's mean diagonal")
+        if self.learn_steps < 1 or not 0 < self.learn_rate < math.inf:
+            raise LLQError(f"learn_steps={self.learn_steps} and learn_rate={self.learn_rate} must be positive")
+        if self.head_dim < 0:
+            raise LLQError(f"head_dim={self.head_dim} must not be negative (0: to be read from the model)")
+
+    @property
+    def grid(self) -> Uniform:
+        return Uniform(self.bits, self.group_size, True, self.w_clip, self.scale_bits, self.levels)
+
+    # --- roles: o_proj is rounded in heads, down_proj reads a turned input ------------------------------------------
+
+    turns: ClassVar[bool] = False
+    heads: ClassVar[bool] = False
+
+    def at(self, name: str) -> Method:
+        return _role(self, name.rpartition(".")[2])
+
+    @property
+    def token_quant(self) -> TokenQuant:
+        if self.heads and self.head_dim:  # a grid of its own for every head, which need not hold zero
+            return TokenQuant(self.a_bits, self.a_sym, self.head_dim)
+        return TokenQuant(self.a_bits, self.a_sym, zero_inside=True)
+
+    @property
+    def attention(self) -> Attention | None:
+        if self.kv_bits == OFF:
+            return None
+        key, value = TokenQuant(self.kv_bits, False, zero_inside=True), TokenQuant(self.kv_bits, False)
+        return Attention(key=key, value=value, joint_key=not self.key_heads, hadamard=True)
+
+    def _input(self, x: Tensor) -> Tensor:
+        """What the stored weight is multiplied with."""
+        if self.turns:
+            x = hadamard(x.shape[-1], x.device).apply(x).to(x.dtype)
+        return self.token_quant(x)
+
+    # --- one linear -------------------------------------------------------------------------------------------------
+
+    @property
+    def sequential(self) -> bool:
+        return self.calibrated
+
+    @property
+    def calibrated(self) -> bool:
+        return self.solver == "gptq"
+
+    def layout(self, out_features: int, in_features: int) -> dict[str, Spec]:
+        return self.grid.layout(out_features, in_features)
+
+    def quantize(self, weight_OI: Tensor, stat: Stat | None, job: Job) -> Packed:
+        W_OI = weight_OI.clone()
+        turn = hadamard(W_OI.shape[1], W_OI.device)
+        if self.turns:
+            W_OI = turn.apply(W_OI)
+        order_I, U_II = torch.arange(W_OI.shape[1], device=W_OI.device), None
+        whole_row = self.grid.grid(W_OI) if self.group_size == -1 else None  # before dead columns are zeroed
+        if self.solver == "gptq":
+            assert isinstance(stat, Hessian)
+            H_II = turn.apply(turn.apply(stat.H_II).T) if self.turns else stat.H_II
+            dead_I = revive_dead(H_II)
+            W_OI[:, dead_I] = 0
+            job.notes["dead_columns"] = int(dead_I.sum())
+            if self.act_order:
+                order_I = torch.argsort(torch.diagonal(H_II), descending=True, stable=True)
+                H_II = H_II[order_I][:, order_I]
+            U_II = factorize(H_II, self.damp, job.notes, inverse=True)
+            if U_II is None:
+                job.notes["fallback"] = "rtn"
+        # With an order of columns, groups of them are those of the weight as it was.
+        static = self.grid.grids(W_OI) if self.act_order and whole_row is None else whole_row
+        codes_OI, grid_OG = self._solve(W_OI[:, order_I], U_II, order_I.tolist(), static)
+        packed = self.grid.pack(codes_OI[:, torch.argsort(order_I)], grid_OG)
+        if self.levels == "halves":  # no level is zero: rows that are have no step
+            packed["scale"] *= weight_OI.any(1, keepdim=True)
+        return packed
+
+    def _solve(self, W_OI: Tensor, U_II: Tensor | None, order: list[int], static: Grid | None) -> tuple[Tensor, Grid]:
+        """Round the columns of W_OI (already in `order`); uses it up. static: grids that do not wait for the repair."""
+        size = W_OI.shape[1] if self.group_size == -1 else self.group_size
+        codes_IO, found = torch.empty_like(W_OI.T), []
+
+        def rounded(i: int, w_O: Tensor) -> Tensor:
+            if static is None and i % size == 0:
+                found.append(self.grid.grid(W_OI[:, i : i + size]))
+            group = order[i] // size if static is not None else -1
+            grid_OG = static or found[-1]
+            grid_O = grid_OG._replace(scale=grid_OG.scale[:, group], zero=grid_OG.zero[:, group])
+            codes_IO[i] = code_O = grid_O.codes(w_O, self.bits)
+            return grid_O.values(code_O)
+
+        by_columns(W_OI, U_II, rounded)
+        return codes_IO.T.contiguous(), static or joined(found)
+
+    def dequantize(self, packed: Packed, out_features: int, in_features: int) -> Tensor:
+        weight_OI = self.grid.unpack(packed, in_features)
+        return hadamard(in_features, weight_OI.device).invert(weight_OI) if self.turns else weight_OI
+
+    def linear(self, x: Tensor, packed: Packed, bias: Tensor | None, out_features: int) -> Tensor:
+        weight_OI = self.grid.unpack(packed, x.shape[-1])
+        return nn.functional.linear(self._input(x), weight_OI.to(x.dtype), bias)
+
+    # --- the whole model --------------------------------------------------------------------------------------------
+
+    def fitted(self, model: nn.Module) -> Self:
+        residual = residual_of(model)  # refuses models that cannot be turned
+        if self.head_dim not in (0, residual.head_dim):
+            raise LLQError(f"head_dim={self.head_dim}, but the model's is {residual.head_dim}")
+        return replace(self, head_dim=residual.head_dim) if self.a_bits < OFF else self
+
+    def rewrite(self, model: nn.Module, learned: Mapping[str, Tensor]) -> Rewrite:
+        residual = residual_of(model)
+        notes: dict[str, Any] = {"rotations": self.rotations, "seed": self.seed, "untied": residual.tied}
+        if not learned:
+            return Turned(residual, *self._start(residual), notes=notes)
+        losses = learned["losses"].tolist()
+        notes["learning_loss"] = [losses[0], losses[-1]]
+        return Turned(residual, *_matrices([learned["r1"], *learned["r2"]]), notes=notes)
+
+    def _start(self, residual: Residual) -> tuple[Turn, list[Turn]]:
+        """R1 and R2 as random Hadamards."""
+        blocks = 1 + max(residual.values.values())
+        heads = [_signed(self.seed, f"r2.{block}", residual.head_dim) for block in range(blocks)]
+        return _signed(self.seed, "r1", residual.width), heads
+
+    # --- learning the rotations -------------------------------------------------------------------------------------
+
+    @property
+    def learns(self) -> bool:
+        return self.rotations == "learned"
+
+    @torch.enable_grad()
+    def learn(
+        self, model: nn.Module, ids_NS: Tensor, attend: Callable[[nn.Module], Any], listener: PassListener
+    ) -> dict[str, Tensor]:
+        """R1 and R2 of least next-token loss, in fp64, with activations (or else weights) rounded as they will be.
+
+        Needs four times the model's memory: its tensors, the turned ones, their gradients, and room to turn in.
+        """
+        residual = residual_of(model)
+        stream, heads = self._start(residual)
+        device = ids_NS.device
+        eyes = [torch.eye(n, device=device) for n in (residual.width, *[residual.head_dim] * len(heads))]
+        rotations = [turn(eye) for turn, eye in zip((stream, *heads), eyes, strict=True)]
+        student = _Student(self, residual, model.requires_grad_(False), attend)
+        losses = []
+        listener.stage("learning rotations", self.learn_steps)
+        for step in range(self.learn_steps):
+            rows = torch.arange(step * BATCH, (step + 1) * BATCH, device=device) % len(ids_NS)
+            loss, gradients = student.gradients(rotations, ids_NS[rows])
+            size = math.sqrt(sum(float(g.square().sum()) for g in gradients))
+            rate = self.learn_rate * (1 + math.cos(math.pi * step / self.learn_steps)) / 2
+            shrink = min(1.0, 1 / (size + 1e-6))  # the authors' trainer clips gradients to norm 1
+            rotations = [cayley_step(R, g * shrink, rate) for R, g in zip(rotations, gradients, strict=True)]
+            losses.append(loss)
+            listener.advance()
+        r1, *r2 = [nearest_orthogonal(R).cpu() for R in rotations]
+        return {"r1": r1, "r2": torch.stack(r2), "losses": torch.tensor(losses)}
+
+
+class _Outputs(SpinQuant):
+    heads: ClassVar[bool] = True
+
+
+class _Down(SpinQuant):
+    turns: ClassVar[bool] = True
+
+
+@lru_cache(maxsize=64)
+def _role(method: SpinQuant, projection: str) -> SpinQuant:
+    kinds = {"o_proj": _Outputs, "down_proj": _Down if method.r4 else SpinQuant}
+    return kinds.get(projection, SpinQuant)(**method.to_dict())
+
+
+def _signed(seed: int, part: str, n: int) -> Turn:
+    """x -> x diag(signs) H with random signs."""
+    random = np.random.RandomState(zlib.crc32(f"{seed}:{part}".encode()))
+    signs = torch.from_numpy(random.randint(0, 2, n) * 2.0 - 1)
+
+    def turn(x: Tensor) -> Tensor:
+        return hadamard(n, x.device).apply(x * signs.to(x))
+
+    return turn
+
+
+def _times(R: Tensor, x: Tensor) -> Tensor:
+    return x @ R.to(x)
+
+
+class _Student:
+    """The model with rotations as its only parameters; everything else is held as it was."""
+
+    def __init__(
+        self, method: SpinQuant, residual: Residual, model: nn.Module, attend: Callable[[nn.Module], Any]
+    ) -> None:
+        self.method, self.residual, self.model = method, residual, model
+        self.dense = {name: p.detach() for name, p in model.named_parameters()}
+        self.dense |= {name: self.dense[source] for name, source in Turned(residual).untied.items()}
+        self.roles = {name: _role(method, name.rpartition(".")[2]) for name in arch.quantizable(model)}
+        for name, role in self.roles.items():
+            hook = partial(_read_rounded, role)
+            model.get_submodule(name).register_forward_pre_hook(hook)
+        attend(arch.decoder_of(model)[1])
+
+    def gradients(self, rotations: list[Tensor], ids_BS: Tensor) -> tuple[float, list[Tensor]]:
+        """(mean next-token loss, its gradients)."""
+        leaves = [R.detach().requires_grad_() for R in rotations]
+        turned = Turned(self.residual, *_matrices(leaves), dtype=leaves[0].dtype)
+        with torch.no_grad():
+            weights = {name: self._weight(name, turned) for name in self.dense}
+        weights = {name: weight.detach().requires_grad_() for name, weight in weights.items()}
+        total = 0.0
+        for ids_1S in torch.split(ids_BS, 1):  # one sequence at a time: the logits are the largest tensor
+            options = {"input_ids": ids_1S, "use_cache": False}
+            logits = torch.func.functional_call(self.model, weights, (), options, tie_weights=False).logits
+            loss = nn.functional.cross_entropy(logits[0, :-1].float(), ids_1S[0, 1:]) / len(ids_BS)
+            torch.autograd.backward(loss)
+            total += loss.item()
+        for name, weight in weights.items():  # turned once more, with a graph: one tensor's at a time
+            again = self._weight(name, turned)
+            if again.requires_grad and weight.grad is not None:
+                torch.autograd.backward(again, weight.grad)
+        return total, [leaf.grad if leaf.grad is not None else torch.zeros_like(leaf) for leaf in leaves]
+
+    def _weight(self, name: str, turned: Turned) -> Tensor:
+        weight = turned(name, self.dense[name], self.dense.__getitem__)
+        role = self.roles.get(name.removesuffix(".weight"))
+        if role is None or not name.endswith(".weight"):
+            return weight
+        if role.turns:
+            weight = hadamard(weight.shape[1], weight.device).apply(weight).to(weight.dtype)
+        if role.a_bits < OFF:
+            return weight  # GPTQ will do better than rounding here would tell
+        spread = role.grid.spread(role.grid.grids(weight.detach().float()), weight.shape[1])
+        return _through(weight, spread.values(spread.codes(weight.detach().float(), role.bits)))
+
+
+def _read_rounded(role: SpinQuant, module: nn.Module, args: tuple[Tensor, ...]) -> Tensor:
+    x = args[0]
+    if role.turns:
+        x = hadamard(x.shape[-1], x.device).apply(x).to(x.dtype)
+    return _through(x, role.token_quant(x.detach()))
+
+
+def _through(x: Tensor, rounded: Tensor) -> Tensor:
+    """`rounded`, with the gradient of x."""
+    return x + (rounded.to(x.dtype) - x).detach()
+
+
+def _matrices(rotations: list[Tensor]) -> tuple[Turn, list[Turn]]:
+    stream, *heads = [partial(_times, R) for R in rotations]
+    return stream, list(heads)
