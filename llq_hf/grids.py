@@ -95,7 +95,7 @@ class Uniform:
             low = -high
         empty = low == high  # all-zero row: any range does, as long as the scale is not 0
         low, high = torch.where(empty, -1.0, low), torch.where(empty, 1.0, high)
-        scale = self._stored((high - low) / (2**self.bits - 1))
+        scale = self.stored((high - low) / (2**self.bits - 1))
         if self.sym:
             return Grid(scale, torch.full_like(scale, float(2 ** (self.bits - 1))))
         return Grid(scale, torch.round(-low / scale).clamp_(0, 2**self.bits - 1))
@@ -121,9 +121,9 @@ class Uniform:
     def _error(self, grid: Grid, weight_Rg: Tensor) -> Tensor:
         return (grid.values(grid.codes(weight_Rg, self.bits)) - weight_Rg).abs().pow(2.4).sum(-1, keepdim=True)
 
-    def _stored(self, scale: Tensor) -> Tensor:
+    def stored(self, scale: Tensor) -> Tensor:
         """`scale` as the file will hold it, in fp32. LLQError where fp16 cannot."""
-        stored = scale.clamp_min(_TINY_SCALE).to(self._scale_dtype).float()
+        stored = scale.clamp_min(_TINY_SCALE).to(self.scale_dtype).float()
         if not torch.isfinite(stored).all():
             raise LLQError(f"a scale of {float(scale.max()):g} does not fit fp16: the weights are too large")
         return stored
@@ -131,7 +131,7 @@ class Uniform:
     # --- storing codes -----------------------------------------------------------------------------------------
 
     @property
-    def _scale_dtype(self) -> torch.dtype:
+    def scale_dtype(self) -> torch.dtype:
         return torch.float16 if self.scale_bits == 16 else torch.float32
 
     def layout(self, out_features: int, in_features: int) -> dict[str, Spec]:
@@ -139,7 +139,7 @@ class Uniform:
         groups = 1 if self.group_size == -1 else -(-in_features // self.group_size)
         layout = {
             "weight": Spec((out_features, bitpack.packed_words(in_features, self.bits)), torch.int32),
-            "scale": Spec((out_features, groups), self._scale_dtype),
+            "scale": Spec((out_features, groups), self.scale_dtype),
         }
         if not self.sym:
             layout["zero"] = Spec((bitpack.packed_words(out_features * groups, self.bits),), torch.int32)
@@ -149,7 +149,7 @@ class Uniform:
         """Integer codes and grids -> the tensors of `layout`. Nothing is rounded here."""
         packed = {
             "weight": bitpack.pack(codes_OI, self.bits),
-            "scale": grid_OG.scale.to(self._scale_dtype).contiguous(),
+            "scale": grid_OG.scale.to(self.scale_dtype).contiguous(),
         }
         if not self.sym:
             packed["zero"] = bitpack.pack(grid_OG.zero.flatten(), self.bits)

@@ -6,11 +6,13 @@ from typing import Any
 
 from ..errors import LLQError
 from ..method import Method, nearest
+from .awq import AWQ
 from .gptq import GPTQ
 from .quip import QuIP
 from .rtn import RTN
+from .smoothquant import SmoothQuant
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (RTN, GPTQ, QuIP)}
+METHODS: dict[str, type[Method]] = {method.name: method for method in (RTN, GPTQ, QuIP, AWQ, SmoothQuant)}
 
 
 def method_type(name: str) -> type[Method]:
