@@ -16,25 +16,27 @@ Storage
     scale     [O, 1]              fp16    16 / I (fp32, twice that, with scale_bits=32)
     in_scale  [I]                 fp16    16 / O, likewise: s; ones where nothing is smoothed (absent without smooth)
 
-Defaults: alpha 0.85 is the authors' for LLaMA-3, quantized q, k and v their perplexity script's; their 6.26 with both is
-the study's 6.3 at 8 bits. For 6 and 4 bits, which their code has not, all widths change together.
+Defaults: alpha 0.85 is the authors' for LLaMA-3, quantized q, k and v their perplexity script's; their 6.26 with both
+is the study's 6.3 at 8 bits. For 6 and 4 bits, which their code has not, all widths change together.
 
 Departures: scales are rounded to what is stored before codes are chosen; s stands beside each linear instead of being
 folded into the norm; it is computed in fp32 (theirs in the model's dtype), and a channel that never fired has s = 1
-(theirs 1e-5, which blows up the token where it fires at last). Single linears behind a norm, as a fused qkv_proj, are not
-smoothed: the group is known by its several readers. `search_range` (in preset="best") shrinks each row's range to where
-sum |error|**2.4 is least.
+(theirs 1e-5, which blows up the token where it fires at last). A single linear behind a norm, as a fused qkv_proj, is
+not smoothed: what a norm feeds is known by its several readers. Only q_proj, k_proj and v_proj are known
+to enter a product of activations. `search_range` (in preset="best") shrinks each row's range to where sum |error|**2.4
+is least.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ..activations import OFF, TokenQuant
+from ..activations import TokenQuant
 from ..bits import unpack
 from ..errors import LLQError
 from ..grids import Grid, Spec, Uniform
@@ -143,7 +145,7 @@ class SmoothQuant(Method):
             return False
         if x.is_cuda:
             return x.shape[-1] % 8 == 0 and out_features % 8 == 0
-        return x.device.type == "cpu" and bool(torch.cpu._is_vnni_supported())  # slow or saturating without
+        return x.device.type == "cpu" and _cpu_has_int8()
 
     def _integer_product(self, z: Tensor, packed: Packed) -> Tensor:
         """fp32 y [..., O]."""
@@ -162,3 +164,9 @@ class BmmInput(SmoothQuant):
 
     def linear(self, x: Tensor, packed: Packed, bias: Tensor | None, out_features: int) -> Tensor:
         return self.tokens(super().linear(x, packed, bias, out_features))
+
+
+@cache
+def _cpu_has_int8() -> bool:
+    """Whether the CPU multiplies int8 with int32 sums; without, the product is slow, or its partial sums saturate."""
+    return hasattr(torch, "_int_mm") and bool(torch.cpu._is_vnni_supported())
