@@ -6,7 +6,7 @@ multiplied by s before rounding to nearest, and inputs divided by it: s_j = mean
 those of the smallest module that holds them all (attention for q/k/v, the mlp for gate/up), on `search_tokens` tokens,
 as many as the authors'; a linear that is alone is measured by tr(dW H dW^T) on all tokens. Then the largest weight of
 every group is clipped to 1.00, .95, .. .55 of itself, whichever hurts the group's own outputs on 512 tokens least (not
-for q and k, whose outputs are multiplied with each other). All activations are those of the full-precision model.
+for q and k, whose outputs are multiplied with each other). Activations are those of the full-precision model.
 
 Storage (G = ceil(I / group_size) groups)
     name      shape                 dtype   bits per weight
@@ -24,7 +24,8 @@ v_proj; "tie" gives those heads one s, which could be folded, "free" treats o_pr
 `duo_scaling` also tries s_j / (mean share of |W_:j| in its group)**(1 - r) for each r (AutoAWQ tries nothing else).
 `ranges`: "full" leaves clipping out; "search" takes, q and k too, the best of 16 ranges shrunk at both ends, 1.00 ..
 .25, and of the neighbours of their zero points, by tr(dW H dW^T) of the group. `feedback` then chooses codes as GPTQ
-does, columns of largest H_jj first, instead of the nearest. Both are in preset="best", and cost no bits.
+does, columns of largest H_jj first and on what the quantized blocks before put out, instead of the nearest. Both are in
+preset="best", and cost no bits.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ class AWQ(Method):
 
     @property
     def flow(self) -> Flow:
-        return Flow.DENSE
+        return Flow.QUANTIZED if self.feedback else Flow.DENSE  # GPTQ repairs what earlier blocks did, too
 
     def layout(self, out_features: int, in_features: int) -> dict[str, Spec]:
         return {**self.grid.layout(out_features, in_features), "in_scale": Spec((in_features,), self.grid.scale_dtype)}

@@ -44,6 +44,7 @@ from ..method import Flow, Method, Packed, Step
 from ..stats import AbsMax, Stat
 
 BMM_INPUTS = ("q_proj", "k_proj", "v_proj")
+CUDA_ROWS = 32  # CUDA's integer product wants more than 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,14 +150,14 @@ class SmoothQuant(Method):
 
     def _integer_product(self, z: Tensor, packed: Packed) -> Tensor:
         """fp32 y [..., O]."""
-        codes_TI, step = self.tokens.codes(z)
-        rows_TI = codes_TI.flatten(0, -2) if z.ndim > 1 else codes_TI[None]
-        missing = max(32 - len(rows_TI), 0) if z.is_cuda else 0  # CUDA wants more than 16 rows
-        rows_TI = nn.functional.pad(rows_TI, (0, 0, 0, missing))
+        codes_TI, step_T1 = self.tokens.codes(z.reshape(-1, z.shape[-1]))
+        tokens = len(codes_TI)
+        if z.is_cuda and tokens < CUDA_ROWS:
+            codes_TI = nn.functional.pad(codes_TI, (0, 0, 0, CUDA_ROWS - tokens))
         codes_OI = unpack(packed["weight"], self.bits, z.shape[-1])
         signed_OI = codes_OI.sub_(2 ** (self.bits - 1)).view(torch.int8)  # wraps around to two's complement
-        sums_TO = torch._int_mm(rows_TI, signed_OI.T)[: len(rows_TI) - missing]
-        return sums_TO.view(*z.shape[:-1], -1) * step * packed["scale"].float().T
+        y_TO = torch._int_mm(codes_TI, signed_OI.T)[:tokens] * step_T1 * packed["scale"].float().T
+        return y_TO.view(*z.shape[:-1], len(signed_OI))
 
 
 class BmmInput(SmoothQuant):
