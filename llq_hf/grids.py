@@ -158,7 +158,7 @@ class Uniform:
 
     def stored(self, scale: Tensor) -> Tensor:
         """`scale` as the file will hold it, in fp32. LLQError where fp16 cannot."""
-        stored = scale.clamp_min(_TINY_SCALE).to(self._scale_dtype).float()
+        stored = scale.clamp_min(_TINY_SCALE).to(self.scale_dtype).float()
         if not torch.isfinite(stored).all():
             raise LLQError(f"a scale of {float(scale.max()):g} does not fit fp16: the weights are too large")
         return stored
@@ -166,7 +166,7 @@ class Uniform:
     # --- storing codes -----------------------------------------------------------------------------------------
 
     @property
-    def _scale_dtype(self) -> torch.dtype:
+    def scale_dtype(self) -> torch.dtype:
         return torch.float16 if self.scale_bits == 16 else torch.float32
 
     def layout(self, out_features: int, in_features: int) -> dict[str, Spec]:
@@ -174,7 +174,7 @@ class Uniform:
         groups = 1 if self.group_size == -1 else -(-in_features // self.group_size)
         layout = {
             "weight": Spec((out_features, bitpack.packed_words(in_features, self.bits)), torch.int32),
-            "scale": Spec((out_features, groups), self._scale_dtype),
+            "scale": Spec((out_features, groups), self.scale_dtype),
         }
         if not self.sym:
             layout["zero"] = Spec((bitpack.packed_words(out_features * groups, self.bits),), torch.int32)
@@ -184,7 +184,7 @@ class Uniform:
         """Integer codes and grids -> the tensors of `layout`. Nothing is rounded here."""
         packed = {
             "weight": bitpack.pack(codes_OI, self.bits),
-            "scale": grid_OG.scale.to(self._scale_dtype).contiguous(),
+            "scale": grid_OG.scale.to(self.scale_dtype).contiguous(),
         }
         if not self.sym:
             packed["zero"] = bitpack.pack(grid_OG.zero.flatten(), self.bits)

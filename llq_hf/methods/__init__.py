@@ -6,15 +6,19 @@ from typing import Any
 
 from ..errors import LLQError
 from ..method import Method, nearest
+from .awq import AWQ
 from .billm import BiLLM
 from .db_llm import DBLLM
 from .gptq import GPTQ
 from .pb_llm import PBLLM
 from .quip import QuIP
 from .rtn import RTN
+from .smoothquant import SmoothQuant
 from .spinquant import SpinQuant
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (RTN, GPTQ, QuIP, SpinQuant, PBLLM, BiLLM, DBLLM)}
+METHODS: dict[str, type[Method]] = {
+    method.name: method for method in (RTN, GPTQ, AWQ, SmoothQuant, SpinQuant, QuIP, PBLLM, BiLLM, DBLLM)
+}
 
 
 def method_type(name: str) -> type[Method]:

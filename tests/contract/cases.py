@@ -23,6 +23,7 @@ class Case:
     uniform: `weight` and `scale` hold uniform codes of `bits` bits and their steps; generic faults apply.
     rows_apart: an outlier hurts its own row only (column scales and rotations spread it). clips: a range fixed in
     sigmas cuts the tails, so errors level off at high widths; clip_share: what part of the output that may cost.
+    compensates: calibration lowers the error of this one linear (smoothing, which needs several, does not).
     """
 
     method: str
@@ -35,6 +36,7 @@ class Case:
     rows_apart: bool = True
     clips: bool = False
     clip_share: float = 0.0
+    compensates: bool = True
 
     def build(self, bits: float) -> Method:
         return build(self.method, self.preset, bits=bits, **self.options)
@@ -299,6 +301,70 @@ CASES: tuple[Case, ...] = (
         (3.8, 3.8, 2.9, 2.2, 0.82, 0.32, 0.16, 0.087),
         preset="best",
     ),
+    Case(
+        "awq",
+        "groups of 128",
+        (1.1, 0.53, 0.26, 0.14, 0.058, 0.03, 0.015, 0.0073),
+        (4.2, 2.5, 1.9, 0.8, 0.55, 0.36, 0.18, 0.027),
+        rows_apart=False,
+    ),
+    Case(
+        "awq",
+        "one group a row",
+        (1.1, 0.58, 0.28, 0.13, 0.064, 0.033, 0.016, 0.008),
+        (4.8, 2.5, 1.9, 1.6, 0.65, 0.31, 0.21, 0.027),
+        options={"group_size": -1},
+        rows_apart=False,
+    ),
+    Case(
+        "awq",
+        "symmetric groups of 32 not clipped",
+        (1.1, 0.54, 0.23, 0.11, 0.053, 0.026, 0.013, 0.0064),
+        (4.8, 2.2, 0.82, 0.41, 0.22, 0.1, 0.055, 0.027),
+        options={"group_size": 32, "sym": True, "ranges": "full"},
+        rows_apart=False,
+    ),
+    Case(
+        "awq",
+        "duo scaling in groups of 40",
+        (1.0, 0.46, 0.21, 0.098, 0.048, 0.026, 0.012, 0.006),
+        (4.0, 2.5, 1.2, 0.94, 0.5, 0.24, 0.15, 0.027),
+        options={"group_size": 40, "duo_scaling": True, "scale_bits": 32},
+        rows_apart=False,
+    ),
+    Case(
+        "awq",
+        "best",
+        (1.2, 0.71, 0.35, 0.19, 0.089, 0.045, 0.023, 0.012),
+        (6.2, 3.7, 1.9, 1.1, 0.76, 0.28, 0.19, 0.063),
+        preset="best",
+        rows_apart=False,
+    ),
+    Case(
+        "smoothquant",
+        "weights only",
+        (0.88, 0.32, 0.14, 0.063, 0.03, 0.015, 0.0075),
+        (2.4, 0.8, 0.34, 0.16, 0.077, 0.038, 0.019),
+        options={"a_bits": 16},
+        compensates=False,
+    ),
+    Case(
+        "smoothquant",
+        "weights only with nothing to smooth",
+        (0.88, 0.32, 0.14, 0.063, 0.03, 0.015, 0.0075),
+        (2.4, 0.8, 0.34, 0.16, 0.077, 0.038, 0.019),
+        options={"a_bits": 16, "smooth": False, "scale_bits": 32},
+        compensates=False,
+    ),
+    Case(
+        "smoothquant",
+        "best",
+        (0.43, 0.23, 0.12, 0.059, 0.03, 0.015, 0.0074),
+        (3.5, 2.4, 1.1, 0.32, 0.14, 0.057, 0.025),
+        options={"a_bits": 16},
+        preset="best",
+        compensates=False,
+    ),
 )
 
 # What the costly checks (save, load, stream) run: one option set per method, and these widths.
@@ -316,6 +382,10 @@ CHECKPOINTS: tuple[tuple[str, float, dict[str, Any]], ...] = (
     ("billm", 1.1, {"block_size": 60, "search_on": "weight", "arb_rounds": 2, "refine": 1}),
     ("spinquant", 4, {}),
     ("spinquant", 2, {"a_bits": 8, "kv_bits": 4}),
+    ("awq", 3, {"group_size": 64, "ratios": 4}),
+    ("awq", 4, {"group_size": 64, "ratios": 4, "gqa": "tie"}),
+    ("smoothquant", 4, {"a_bits": 8}),
+    ("smoothquant", 8, {}),
 )
 
 

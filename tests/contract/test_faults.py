@@ -79,6 +79,12 @@ OWN_FAULTS: Mapping[str, dict[str, Fault]] = {  # where a method stores more; a 
         "means one too high": tensor_through("mean", lambda t: t + 1),
     },
     "spinquant": {"scales negative": tensor_through("scale", lambda t: -t)},
+    "awq": {
+        "zero points shifted": tensor_through("zero", lambda t: t.roll(1, dims=0)),
+        "input scales doubled": tensor_through("in_scale", lambda t: t * 2),
+        "input scales shifted": tensor_through("in_scale", lambda t: t.roll(1, dims=0)),
+    },
+    "smoothquant": {"input scales doubled": tensor_through("in_scale", lambda t: t * 2)},
 }
 
 

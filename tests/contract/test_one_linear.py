@@ -118,7 +118,7 @@ def test_dead_channels_are_finite_and_leave_the_others_alone(case: Case, near: i
     alive_I = x_TI.any(0)
     frobenius, _ = checks.relative_errors(weight_OI[:, alive_I], restored_OI[:, alive_I])
     assert frobenius <= 1.3 * case.ceilings(bits)[0]
-    if case not in CALIBRATED:
+    if case not in CALIBRATED or not case.compensates:
         return
     share = checks.proxy_loss(weight_OI - restored_OI, x_TI) / checks.proxy_loss(weight_OI, x_TI)
     rtn = build("rtn", bits=int(bits))

@@ -1,0 +1,316 @@
+"""AWQ (Lin et al., MLSys 2024, arXiv 2306.00978), after mit-han-lab/llm-awq at d6e797a.
+
+A hundredth of the input channels carries most of the output; their columns deserve finer steps. So columns are
+multiplied by s before rounding to nearest, and inputs divided by it: s_j = mean|x_j|**r, brought to sqrt(max s * min s)
+= 1, for the r of 0, .05, .. .95 that changes the outputs least. Linears that read the same input share s. Outputs are
+those of the smallest module that holds them all (attention for q/k/v, the mlp for gate/up), on `search_tokens` tokens,
+as many as the authors'; a linear that is alone is measured by tr(dW H dW^T) on all tokens. Then the largest weight of
+every group is clipped to 1.00, .95, .. .55 of itself, whichever hurts the group's own outputs on 512 tokens least (not
+for q and k, whose outputs are multiplied with each other). Activations are those of the full-precision model.
+
+Storage (G = ceil(I / group_size) groups)
+    name      shape                 dtype   bits per weight
+    weight    [O, I * bits / 32]    int32   bits
+    scale     [O, G]                fp16    16 / group_size (fp32, twice that, with scale_bits=32)
+    zero      [O * G * bits / 32]   int32   bits / group_size (absent if sym)
+    in_scale  [I]                   fp16    16 / O, likewise: s
+
+Departures: s stands beside each linear, which divides its input by it, instead of being folded into the norm before.
+Scales and s are rounded to what is stored before they are judged or codes are chosen. Zero lies inside every range
+(theirs cuts the top off a group without negative weights). The clip search works per row too, and with few tokens
+(theirs stops with an error). A channel that never fired is scaled as the weakest that did.
+`gqa`: where several query heads share a value head the authors leave o_proj alone, because they could not fold s into
+v_proj; "tie" gives those heads one s, which could be folded, "free" treats o_proj like any other linear.
+`duo_scaling` also tries s_j / (mean share of |W_:j| in its group)**(1 - r) for each r (AutoAWQ tries nothing else).
+`ranges`: "full" leaves clipping out; "search" takes, q and k too, the best of 16 ranges shrunk at both ends, 1.00 ..
+.25, and of the neighbours of their zero points, by tr(dW H dW^T) of the group. `feedback` then chooses codes as GPTQ
+does, columns of largest H_jj first and on what the quantized blocks before put out, instead of the nearest. Both are in
+preset="best", and cost no bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import LLQError
+from ..feedback import by_columns
+from ..grids import Grid, Spec, Uniform
+from ..method import Flow, Job, Method, Packed, Step
+from ..stats import Samples, Stat, factorize, revive_dead
+
+Weights = dict[str, Tensor]  # by name inside the block
+
+NOT_CLIPPED = ("q_", "k_", "query", "key", "qkv")  # in a linear's own name
+ROWS = 1024  # rows whose ranges are searched together: bounds memory only
+
+
+@dataclass(frozen=True, kw_only=True)
+class AWQ(Method):
+    """group_size -1: one group per row; ratios: how many r; gqa: skip, tie or free; ranges: full, clip or search."""
+
+    name: ClassVar[str] = "awq"
+    title: ClassVar[str] = "AWQ (Lin et al. 2024)"
+    observes: ClassVar[type[Stat] | None] = Samples
+    best: ClassVar[dict[str, Any]] = {"ranges": "search", "feedback": True}
+
+    bits: int = 4
+    group_size: int = 128
+    sym: bool = False
+    ratios: int = 20
+    duo_scaling: bool = False
+    gqa: str = "skip"
+    ranges: str = "clip"
+    feedback: bool = False
+    damp: float = 0.01
+    search_tokens: int = 65536
+    scale_bits: int = 16
+
+    def check(self) -> None:
+        _ = self.grid  # validates group_size and scale_bits
+        for option, least in (("ratios", 1), ("search_tokens", 1)):
+            if getattr(self, option) < least:
+                raise LLQError(f"{option}={getattr(self, option)} must be at least {least}")
+        for option, known in (("gqa", ("skip", "tie", "free")), ("ranges", ("full", "clip", "search"))):
+            if getattr(self, option) not in known:
+                raise LLQError(f"{option}={getattr(self, option)!r} is none of {', '.join(known)}")
+        if not 0 <= self.damp <= 1:
+            raise LLQError(f"damp={self.damp} must lie in 0..1, a share of the Hessian's mean diagonal")
+
+    @property
+    def grid(self) -> Uniform:
+        return Uniform(self.bits, self.group_size, self.sym, scale_bits=self.scale_bits)
+
+    @property
+    def flow(self) -> Flow:
+        return Flow.QUANTIZED if self.feedback else Flow.DENSE  # GPTQ repairs what earlier blocks did, too
+
+    def layout(self, out_features: int, in_features: int) -> dict[str, Spec]:
+        return {**self.grid.layout(out_features, in_features), "in_scale": Spec((in_features,), self.grid.scale_dtype)}
+
+    def quantize_block(self, step: Step) -> dict[str, Packed]:
+        packed = {}
+        step.listener.stage("scales", len(step.groups) * self.ratios)
+        for group in step.groups:
+            jobs = [step.job(name) for name in group]
+            weights = {name: step.linears[name].weight.detach().float() for name in group}
+            stat = step.stats[group[0]]
+            assert isinstance(stat, Samples)
+            s_I, notes = self._best_scale(step, weights, stat)
+            for job, (name, weight_OI) in zip(jobs, weights.items(), strict=True):
+                job.notes.update(notes)
+                packed[name] = self._solve(weight_OI * s_I, s_I, stat, job)
+        return packed
+
+    # --- scales ------------------------------------------------------------------------------------------------
+
+    def _best_scale(self, step: Step, weights: Weights, stat: Samples) -> tuple[Tensor, dict[str, Any]]:
+        """s [I] that linears of one input share, and what to note of it."""
+        mean_I = self._magnitudes(step, list(weights), stat)
+        if mean_I is None:
+            step.listener.advance(self.ratios)
+            return torch.ones_like(stat.mean_I), {"scaled": False}
+        loss_of = self._output_loss(step, list(weights)) if len(weights) > 1 else _trace_loss(stat.H_II)
+        share_I = self._share(weights) if self.duo_scaling else torch.ones_like(mean_I)
+        best: tuple[float, Tensor, dict[str, Any]] = (float("inf"), mean_I, {})
+        for i in range(self.ratios):
+            ratio = i / self.ratios
+            for duo in (False, True) if self.duo_scaling else (False,):
+                s_I = mean_I.pow(ratio)
+                s_I = self._stored(s_I / (share_I.pow(1 - ratio) + 1e-4) if duo else s_I)
+                loss = loss_of(weights, {name: self._rounded(W_OI * s_I) / s_I for name, W_OI in weights.items()})
+                if loss < best[0]:
+                    best = (loss, s_I, {"ratio": ratio, **({"duo": True} if duo else {})})
+            step.listener.advance(1)
+        if not best[2]:
+            raise LLQError(f"no scale of {step.prefix}.{next(iter(weights))} gives finite outputs; use dtype float32")
+        return best[1:]
+
+    def _magnitudes(self, step: Step, group: list[str], stat: Samples) -> Tensor | None:
+        """Mean |x| [I] to scale by; None: these linears are not scaled."""
+        mean_I, parent = stat.mean_I, _parent(group[:1])
+        values = step.linears.get(_inside(parent, "v_proj"))
+        if values is not None and group == [_inside(parent, "o_proj")] and values.out_features != len(mean_I):
+            if self.gqa == "skip":
+                return None
+            if self.gqa == "tie":
+                mean_I = _tied(mean_I, values.out_features, int(step.block.get_submodule(parent).head_dim))  # type: ignore[arg-type]
+        alive_I = mean_I > 0
+        return torch.where(alive_I, mean_I, mean_I[alive_I].min()) if alive_I.any() else torch.ones_like(mean_I)
+
+    def _stored(self, s_I: Tensor) -> Tensor:
+        """s brought to sqrt(max s * min s) = 1, as it will be stored."""
+        s_I = s_I.clamp_min(1e-4)
+        return (s_I / (s_I.max() * s_I.min()).sqrt()).clamp(1e-4, 6e4).to(self.grid.scale_dtype).float()
+
+    def _share(self, weights: Weights) -> Tensor:
+        """[I]: |w| as a share of the largest of its group, mean over all rows of all linears."""
+        W_OGg = torch.cat([self._grouped(W_OI) for W_OI in weights.values()])
+        share_OGg = W_OGg.abs() / (W_OGg.abs().amax(-1, keepdim=True) + 1e-6)
+        return share_OGg.mean(0).flatten()[: next(iter(weights.values())).shape[1]]
+
+    def _output_loss(self, step: Step, group: list[str]) -> Callable[[Weights, Weights], float]:
+        """Squared error of what the common parent of `group` puts out on calibration data, with weights replaced."""
+        parent = _parent(group)
+        module, dtype = step.block.get_submodule(parent), step.linears[group[0]].weight.dtype
+        calls = self._calls(step, module)
+
+        def loss(weights: Weights, candidates: Weights) -> float:
+            replaced = {f"{name.removeprefix(parent + '.')}.weight": W.to(dtype) for name, W in candidates.items()}
+            total = torch.zeros((), device=step.linears[group[0]].weight.device)
+            for args, kwargs, target in calls:
+                output = _first(torch.func.functional_call(module, replaced, args, kwargs))
+                total += (output.float() - target.float()).square().sum()
+            return float(total)
+
+        return loss
+
+    def _calls(self, step: Step, module: nn.Module) -> list[tuple[Any, dict[str, Any], Tensor]]:
+        """(arguments, keyword arguments, output) of `module` on at most `search_tokens` evenly spaced tokens."""
+        calls: list[tuple[Any, dict[str, Any], Tensor]] = []
+        data = step.data
+        assert data is not None
+        stride = -(-data.count * data.length // self.search_tokens)  # of the sequences
+        batch = data.batches()[0].stop * stride
+
+        def record(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+            calls.append((args, kwargs, _first(output)))
+
+        handle = module.register_forward_hook(record, with_kwargs=True)
+        try:
+            for start in range(0, data.count, batch):
+                hidden_BSD, kwargs = data.inputs(slice(start, min(start + batch, data.count), stride))
+                step.block(hidden_BSD, **kwargs)
+        finally:
+            handle.remove()
+        return calls
+
+    # --- grids and codes ---------------------------------------------------------------------------------------
+
+    def _grouped(self, W_OI: Tensor) -> Tensor:
+        """[O, G, g]; a last group that is shorter is filled up with zeros, which no range minds: all hold zero."""
+        size = W_OI.shape[1] if self.group_size == -1 else self.group_size
+        return nn.functional.pad(W_OI, (0, -W_OI.shape[1] % size)).view(len(W_OI), -1, size)
+
+    def _rounded(self, W_OI: Tensor) -> Tensor:
+        """Nearest values on the plain grid."""
+        W_OGg = self._grouped(W_OI)
+        grid = self.grid.grid(W_OGg)
+        return grid.values(grid.codes(W_OGg, self.bits)).flatten(1)[:, : W_OI.shape[1]]
+
+    def _solve(self, W_OI: Tensor, s_I: Tensor, stat: Samples, job: Job) -> Packed:
+        """The tensors of the scaled weight W_OI."""
+        clipped = self.ranges == "clip" and not any(part in job.name.rpartition(".")[2] for part in NOT_CLIPPED)
+        W_OGg, H_II = self._grouped(W_OI), stat.H_II / torch.outer(s_I, s_I)
+        if self.ranges == "search" or clipped:
+            x_TI = stat.rows_TI / s_I
+            H_Ggg = _diagonal_blocks(x_TI.T @ x_TI if clipped else H_II, W_OGg.shape[-1])
+            parts = [self._best_grid(part_OGg, H_Ggg) for part_OGg in torch.split(W_OGg, ROWS)]
+            grid_OG = Grid(*(torch.cat(found) for found in zip(*parts, strict=True)))
+        else:
+            grid_OG = Grid(*(part.squeeze(-1) for part in self.grid.grid(W_OGg)))
+        grid_OI = self.grid.spread(grid_OG, W_OI.shape[1])
+        codes_OI = self._fed_back(W_OI, grid_OI, H_II, job) if self.feedback else grid_OI.codes(W_OI, self.bits)
+        return {**self.grid.pack(codes_OI, grid_OG), "in_scale": s_I.to(self.grid.scale_dtype)}
+
+    def _best_grid(self, W_OGg: Tensor, H_Ggg: Tensor) -> Grid:
+        """The candidate [O, G] of least error on each group's own part of the outputs; the first of equals."""
+        best: Grid | None = None
+        for grid in self._candidates(W_OGg):
+            error_OGg = grid.values(grid.codes(W_OGg, self.bits)) - W_OGg
+            loss_OG1 = torch.einsum("ogi,gij->ogj", error_OGg, H_Ggg).mul_(error_OGg).sum(-1, keepdim=True)
+            if best is None:
+                best, least_OG1 = grid, loss_OG1
+                continue
+            better_OG1 = loss_OG1 < least_OG1
+            least_OG1 = torch.where(better_OG1, loss_OG1, least_OG1)
+            best = Grid(*(torch.where(better_OG1, new, old) for new, old in zip(grid, best, strict=True)))
+        assert best is not None
+        return Grid(*(part.squeeze(-1) for part in best))
+
+    def _candidates(self, W_OGg: Tensor) -> Iterator[Grid]:
+        if self.ranges == "clip":
+            high = W_OGg.abs().amax(-1, keepdim=True)
+            low, steps, neighbours = -high, 10, False
+        else:
+            low, high = W_OGg.amin(-1, keepdim=True).clamp_max(0), W_OGg.amax(-1, keepdim=True).clamp_min(0)
+            steps, neighbours = 16, not self.sym
+        for i in range(steps):
+            share = 1 - i / 20
+            grid = self.grid.grid(W_OGg.clamp(share * low, share * high))
+            for move in (0, -1, 1) if neighbours else (0,):
+                yield Grid(grid.scale, (grid.zero + move).clamp(0, 2**self.bits - 1))
+
+    def _fed_back(self, W_OI: Tensor, grid_OI: Grid, H_II: Tensor, job: Job) -> Tensor:
+        """Codes [O, I] with the error of each column repaired by those after it; uses H_II up."""
+        revive_dead(H_II)
+        order_I = torch.argsort(torch.diagonal(H_II), descending=True, stable=True)
+        U_II = factorize(H_II[order_I][:, order_I], self.damp, job.notes, inverse=True)
+        if U_II is None:
+            job.notes["fallback"] = "rtn"
+        codes_IO = torch.empty_like(W_OI.T, memory_format=torch.contiguous_format)
+        scale_IO, zero_IO = (part.expand_as(W_OI).T[order_I] for part in grid_OI)
+
+        def rounded(i: int, w_O: Tensor) -> Tensor:
+            grid_O = Grid(scale_IO[i], zero_IO[i])
+            codes_IO[i] = code_O = grid_O.codes(w_O, self.bits)
+            return grid_O.values(code_O)
+
+        by_columns(W_OI[:, order_I], U_II, rounded)
+        return codes_IO[torch.argsort(order_I)].T.contiguous()
+
+    # --- meaning -----------------------------------------------------------------------------------------------
+
+    def dequantize(self, packed: Packed, out_features: int, in_features: int) -> Tensor:
+        return self.grid.unpack(packed, in_features) / packed["in_scale"].float()
+
+    def linear(self, x: Tensor, packed: Packed, bias: Tensor | None, out_features: int) -> Tensor:
+        z = (x / packed["in_scale"].float()).to(x.dtype)
+        return nn.functional.linear(z, self.grid.unpack(packed, x.shape[-1]).to(x.dtype), bias)
+
+
+def _trace_loss(H_II: Tensor) -> Callable[[Weights, Weights], float]:
+    """tr(dW H dW^T): the squared error of the linears' own outputs."""
+
+    def loss(weights: Weights, candidates: Weights) -> float:
+        errors = [candidates[name] - W_OI for name, W_OI in weights.items()]
+        return sum(float((error_OI @ H_II).mul_(error_OI).sum()) for error_OI in errors)
+
+    return loss
+
+
+def _tied(mean_I: Tensor, value_features: int, head_dim: int) -> Tensor:
+    """The mean over the query heads of each value head, for all of them: [value heads, queries per value, head_dim]."""
+    heads = mean_I.view(value_features // head_dim, -1, head_dim)
+    return heads.mean(1, keepdim=True).expand_as(heads).flatten()
+
+
+def _parent(names: list[str]) -> str:
+    """Name of the smallest module that holds all of these: "" for the block itself."""
+    common = []
+    for parts in zip(*(name.split(".")[:-1] for name in names), strict=False):
+        if len(set(parts)) > 1:
+            break
+        common.append(parts[0])
+    return ".".join(common)
+
+
+def _inside(parent: str, name: str) -> str:
+    return f"{parent}.{name}" if parent else name
+
+
+def _first(output: Any) -> Tensor:
+    """Attention gives (output, weights)."""
+    tensor: Tensor = output[0] if isinstance(output, tuple) else output
+    return tensor
+
+
+def _diagonal_blocks(H_II: Tensor, size: int) -> Tensor:
+    """[G, g, g]: second moments of the channels of each group."""
+    fill = -len(H_II) % size
+    H_II = nn.functional.pad(H_II, (0, fill, 0, fill))
+    return H_II.view(len(H_II) // size, size, -1, size).diagonal(dim1=0, dim2=2).movedim(-1, 0)
