@@ -249,6 +249,23 @@ def test_everything_else_is_bitwise_the_base(
     assert saved == source.config
 
 
+@each_checkpoint
+def test_a_loaded_model_is_as_large_as_its_file_also_after_use(
+    quantized: Run, tiny_llama: Path, calibration_ids: Tensor, name: str, bits: int, options: dict
+):
+    """No dense copy is kept, no cache grows inside the model: every storage that a module holds, counted once."""
+    folder = quantized(tiny_llama, name, bits, options)
+    model = load(folder)
+    logits(model, calibration_ids)
+    held = {}
+    for module in model.modules():
+        for value in (*vars(module).values(), *module._parameters.values(), *module._buffers.values()):
+            if isinstance(value, Tensor):
+                held[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+    in_file = sum(t.numel() * t.element_size() for t in file_tensors(folder).values())
+    assert 0.9 * in_file <= sum(held.values()) <= 1.1 * in_file
+
+
 @once_per_method
 def test_a_loaded_model_generates(quantized: Run, tiny_llama: Path, name: str, bits: int, options: dict):
     model = load(quantized(tiny_llama, name, bits, options))
