@@ -7,10 +7,11 @@ from typing import Any
 from ..errors import LLQError
 from ..method import Method, nearest
 from .gptq import GPTQ
+from .omniquant import OmniQuant
 from .quip import QuIP
 from .rtn import RTN
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (RTN, GPTQ, QuIP)}
+METHODS: dict[str, type[Method]] = {method.name: method for method in (RTN, GPTQ, QuIP, OmniQuant)}
 
 
 def method_type(name: str) -> type[Method]:
