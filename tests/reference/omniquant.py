@@ -1,0 +1,101 @@
+"""Spec 7: OmniQuant's learnable weight clipping of one linear, with derivatives written out, weight by weight, in fp64.
+
+value = s (clamp(round(w / s) + z, 0, L) - z), s = (high - low) / L, z = round(-low / s), high = sigmoid(u) max, low =
+sigmoid(l) min; roundings count as identities where derivatives are taken, and so does the rounding of s to fp16.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
+
+
+def sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x))
+
+
+def grid(part: list[float], up: float, down: float, bits: int, sym: bool) -> tuple[float, float, float, float]:
+    """(scale, zero, high, low) of one group of weights."""
+    levels = 2**bits - 1
+    high, low = sigmoid(up) * max(0.0, *part), sigmoid(down) * min(0.0, *part)
+    if sym:
+        high = max(high, -low)
+        low = -high
+    scale = float(np.float16(max((high - low) / levels, 2.0**-24)))
+    return scale, float(2 ** (bits - 1)) if sym else float(np.clip(np.rint(-low / scale), 0, levels)), high, low
+
+
+def group_gradient(
+    part: list[float], slope: list[float], up: float, down: float, bits: int, sym: bool
+) -> tuple[float, float]:
+    """Derivatives by the two logits of sum(slope * value)."""
+    levels = 2**bits - 1
+    scale, zero, high, low = grid(part, up, down, bits, sym)
+    by_scale = by_zero = 0.0
+    for w, g in zip(part, slope, strict=True):
+        code = np.rint(w / scale) + zero
+        inside = 0 <= code <= levels
+        by_scale += g * (np.clip(code, 0, levels) - zero - (w / scale if inside else 0))
+        by_zero += g * (0.0 if inside else -scale)
+    if sym:  # high = -low is the larger of the two ends
+        by_high = 2 / levels * by_scale
+        up_wins = sigmoid(up) * max(0.0, *part) >= -sigmoid(down) * min(0.0, *part)
+        return (by_high * high * (1 - sigmoid(up)), 0.0) if up_wins else (0.0, by_high * high * (1 - sigmoid(down)))
+    by_scale += by_zero * low / scale**2
+    by_high, by_low = by_scale / levels, -by_scale / levels - by_zero / scale
+    return by_high * high * (1 - sigmoid(up)), by_low * low * (1 - sigmoid(down))
+
+
+def omniquant(
+    weight: np.ndarray,
+    inputs: np.ndarray,
+    targets: np.ndarray,
+    *,
+    bits: int,
+    group_size: int,
+    sym: bool,
+    epochs: int,
+    lr: float,
+    aug_loss: bool,
+) -> tuple[np.ndarray, np.ndarray, list[float]]:
+    """(codes [O, I], scales [O, G], mean loss of each epoch) for sequences inputs [N, S, I] and targets [N, S, O]."""
+    O, I = weight.shape
+    size = I if group_size == -1 else group_size
+    spans = [(start, min(start + size, I)) for start in range(0, I, size)]
+    W = weight.astype(np.float64)
+    logits = np.full((O, len(spans), 2), 4.0)
+    first, second, steps, losses = np.zeros_like(logits), np.zeros_like(logits), 0, []
+
+    def rounded() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        codes, scales, values = np.zeros((O, I)), np.zeros((O, len(spans))), np.zeros((O, I))
+        for o in range(O):
+            for k, (start, stop) in enumerate(spans):
+                scale, zero, _, _ = grid(W[o, start:stop].tolist(), *logits[o, k], bits, sym)
+                scales[o, k] = scale
+                codes[o, start:stop] = np.clip(np.rint(W[o, start:stop] / scale) + zero, 0, 2**bits - 1)
+                values[o, start:stop] = scale * (codes[o, start:stop] - zero)
+        return codes, scales, values
+
+    for _ in range(epochs):
+        total = 0.0
+        for x, target in zip(inputs.astype(np.float64), targets.astype(np.float64), strict=True):
+            y = x @ rounded()[2].T
+            wanted = [target, x @ W.T] if aug_loss else [target]
+            total += sum(float(np.mean((y - t) ** 2)) for t in wanted)
+            slope = sum(2 / y.size * (y - t).T @ x for t in wanted)
+            gradient = np.zeros_like(logits)
+            for o in range(O):
+                for k, (start, stop) in enumerate(spans):
+                    part = W[o, start:stop].tolist(), slope[o, start:stop].tolist()
+                    gradient[o, k] = group_gradient(*part, *logits[o, k], bits, sym)
+            steps += 1
+            first = BETA1 * first + (1 - BETA1) * gradient
+            second = BETA2 * second + (1 - BETA2) * gradient**2
+            step = first / (1 - BETA1**steps) / (np.sqrt(second / (1 - BETA2**steps)) + EPSILON)
+            logits = logits - lr * step
+        losses.append(total / len(inputs))
+    codes, scales, _ = rounded()
+    return codes, scales, losses
