@@ -28,6 +28,7 @@ magnitude (theirs by value). A loss that is not finite is an error; theirs enter
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
@@ -43,6 +44,7 @@ from ..method import BlockData, Flow, Method, Packed, Step
 from ..stats import AbsMax
 
 INITIAL_LOGIT = 4.0  # sigmoid(4) = 0.982: clips a little from the start
+SEARCHED = [0.998, *(1 - i / 20 for i in range(1, 15))]  # shares of a range's end: down to 0.3
 SMALLEST, LARGEST = 0.01, 6e4  # |s| of LET: the authors' floor; what fp16 holds
 TINY_SCALE = 2.0**-24  # the smallest fp16 above zero
 BAKED = ("o_proj", "down_proj")  # whose LET, if any, is in the weights on both sides
@@ -54,7 +56,7 @@ class OmniQuant(Method):
 
     name: ClassVar[str] = "omniquant"
     title: ClassVar[str] = "OmniQuant (Shao et al. 2024)"
-    best: ClassVar[dict[str, Any]] = {}
+    best: ClassVar[dict[str, Any]] = {"aug_loss": True, "search_range": True, "drift": 1.0}
     divides_input: ClassVar[bool] = True
 
     bits: int = 4
@@ -67,12 +69,14 @@ class OmniQuant(Method):
     let_lr: float = 5e-3
     alpha: float = 0.5
     aug_loss: bool = False
+    search_range: bool = False
+    drift: float = 0.0
 
     def check(self) -> None:
         _ = self.grid, self.tokens  # validate group_size and a_bits
         if self.epochs < 0:
             raise LLQError(f"epochs={self.epochs} must not be negative")
-        for option in ("lwc_lr", "let_lr"):
+        for option in ("lwc_lr", "let_lr", "drift"):
             if not 0 <= getattr(self, option) < math.inf:
                 raise LLQError(f"{option}={getattr(self, option)} must be a number of at least 0")
         if not 0 <= self.alpha <= 1:
@@ -125,73 +129,28 @@ class OmniQuant(Method):
     # --- training ----------------------------------------------------------------------------------------------
 
     def quantize_block(self, step: Step) -> dict[str, Packed]:
-        assert step.data is not None
         twin = copy.deepcopy(step.block).float().requires_grad_(False)
         parts = {name: _Linear(linear, self) for name, linear in step.linears.items()}
-        scales, left_out = _equivalences(step, twin, parts, self.alpha) if self.transforms else ([], [])
+        inputs = _observed(step) if self.transforms or self.search_range else {}
+        scales, left_out = _equivalences(step, twin, parts, inputs, self.alpha) if self.transforms else ([], [])
+        if self.search_range:
+            for name, part in parts.items():
+                part.search(inputs[name].square_I)
         for name, part in parts.items():
             parent, _, child = name.rpartition(".")
             setattr(twin.get_submodule(parent), child, part)
         step.attend(twin)
-        losses = self._train(step, twin, [part.clip_2OG for part in parts.values()], scales)
+        losses = _Training(self, step, twin, list(parts.values()), scales).run()
         for s in scales:
             s.copy_(s.half())  # as the file will hold it, before any code is chosen
 
         packed = {}
         for name, part in parts.items():
             job = step.job(name)
-            job.notes.update(losses, **({"let_left_out": left_out} if left_out else {}))
+            job.notes.update({"first_loss": losses[0], "last_loss": losses[-1]} if losses else {})
+            job.notes.update({"let_left_out": left_out} if left_out else {})
             packed[name] = part.packed(self.at(job.name).layout(part.out_features, part.in_features))
         return packed
-
-    def _train(
-        self, step: Step, twin: nn.Module, clips: list[nn.Parameter], scales: list[nn.Parameter]
-    ) -> dict[str, float]:
-        """Train clips and scales of `twin` in place, or go on where an interrupted run was; losses of two epochs."""
-        data = step.data
-        assert data is not None
-        groups = [{"params": clips, "lr": self.lwc_lr}, {"params": scales, "lr": self.let_lr}]
-        optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
-        losses = _restore(step.state.load(), clips + scales, optimizer)
-        dense = _dense_outputs(step) if self.aug_loss and len(losses) < self.epochs else []
-        step.listener.stage("training", self.epochs * data.count)
-        step.listener.advance(len(losses) * data.count)
-        for epoch in range(len(losses), self.epochs):
-            total = torch.zeros((), device=clips[0].device)
-            for i in range(data.count):
-                total += self._descend(data, i, twin, dense[i] if dense else None, optimizer, scales)
-                step.listener.advance(1)
-            losses.append(float(total) / data.count)
-            if not math.isfinite(losses[-1]):  # looked at once an epoch: every look would make a GPU wait
-                raise LLQError(
-                    f"{self.name}: the training loss of {step.prefix} is not finite in epoch {epoch + 1}; lower lwc_lr "
-                    "or let_lr, or run in float32"
-                )
-            step.state.save(_snapshot(losses, clips + scales, optimizer))
-        return {"first_loss": losses[0], "last_loss": losses[-1]} if losses else {}
-
-    def _descend(
-        self,
-        data: BlockData,
-        i: int,
-        twin: nn.Module,
-        dense_BSD: Tensor | None,
-        optimizer: torch.optim.Optimizer,
-        scales: list[nn.Parameter],
-    ) -> Tensor:
-        """One step of the optimizer on sequence i; its loss."""
-        target_BSD = data.targets(slice(i, i + 1)).float()
-        with torch.enable_grad():
-            out_BSD = _run(twin, data, i)
-            loss = F.mse_loss(out_BSD, target_BSD)
-            if dense_BSD is not None:
-                loss = loss + F.mse_loss(out_BSD, dense_BSD.to(out_BSD))
-            optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        for s in scales:
-            s.copy_(_usable(s))
-        return loss.detach()
 
 
 class _Baked(OmniQuant):
@@ -207,11 +166,11 @@ class _Factor(NamedTuple):
     """What LET multiplies the rows or the columns of a weight by: entries of s, or of 1 / s."""
 
     s: nn.Parameter
-    index: Tensor  # into s, for every row or column
+    picks: Tensor  # of s, for every row or column
     inverse: bool = False
 
     def __call__(self) -> Tensor:
-        picked = self.s[self.index]
+        picked = self.s[self.picks]
         return 1 / picked if self.inverse else picked
 
 
@@ -226,8 +185,9 @@ class _Linear(nn.Module):
         groups = -(-self.in_features // self.size)
         self.weight_OI = linear.weight.detach().float()
         self.bias = None if linear.bias is None else linear.bias.detach().float()
-        start_2OG = torch.full((2, self.out_features, groups), INITIAL_LOGIT, device=linear.weight.device)
-        self.clip_2OG = nn.Parameter(start_2OG)  # logits: of the upper ends, of the lower ends
+        whole, device = (self.out_features, groups, self.size), linear.weight.device
+        self.clip_2OG = nn.Parameter(torch.full((2, *whole[:2]), INITIAL_LOGIT, device=device))  # upper, lower ends
+        self.drift_OGg = nn.Parameter(torch.zeros(whole, device=device)) if method.drift else None
         self.rows: _Factor | None = None
         self.columns: _Factor | None = None
         self.divisor: nn.Parameter | None = None  # the input's
@@ -238,19 +198,41 @@ class _Linear(nn.Module):
             x = x / self.divisor
         weight_OGg, low_OG1, high_OG1 = self._grouped()
         scale, zero = self._grid(low_OG1, high_OG1)
-        codes_OGg = (round_through(weight_OGg / scale) + zero).clamp(0, self.levels)
-        return F.linear(self.method.tokens(x), self._whole((codes_OGg - zero) * scale), self.bias)
+        values_OGg = (self._codes(weight_OGg, scale, zero) - zero) * scale
+        return F.linear(self.method.tokens(x), self._whole(values_OGg), self.bias)
 
     def packed(self, layout: dict[str, Spec]) -> Packed:
         """The tensors of `layout`. Codes are decided here."""
         weight_OGg, low_OG1, high_OG1 = self._grouped()
         grid = self._grid(low_OG1, high_OG1)
-        codes_OI = self._whole(grid.codes(weight_OGg, self.method.bits))
+        codes_OI = self._whole(self._codes(weight_OGg, *grid))
         packed = self.method.grid.pack(codes_OI, Grid(grid.scale[..., 0], grid.zero[..., 0]))
         if "in_scale" in layout:
             assert self.divisor is not None
             packed["in_scale"] = self.divisor.detach().half()
         return packed
+
+    def search(self, squares_I: Tensor) -> None:
+        """Start from the two ends of each range that make sum(squares * error**2) least; squares: of the inputs."""
+        weight_OGg, low_OG1, high_OG1 = self._grouped()
+        if self.columns is not None:
+            squares_I = squares_I / self.columns().square()
+        squares_Gg = F.pad(squares_I, (0, -self.in_features % self.size)).view(-1, self.size)
+        best_2OG, least_OG = self.clip_2OG.clone(), torch.full_like(self.clip_2OG[0], torch.inf)
+        for up, down in itertools.product(SEARCHED, repeat=2):
+            self.clip_2OG[0], self.clip_2OG[1] = math.log(up / (1 - up)), math.log(down / (1 - down))
+            grid = self._grid(low_OG1, high_OG1)
+            values_OGg = grid.values(grid.codes(weight_OGg, self.method.bits))
+            error_OG = (values_OGg - weight_OGg).square_().mul_(squares_Gg).sum(-1)
+            best_2OG = torch.where(error_OG < least_OG, self.clip_2OG, best_2OG)
+            least_OG = torch.minimum(error_OG, least_OG)
+        self.clip_2OG.copy_(best_2OG)
+
+    def _codes(self, weight_OGg: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+        steps_OGg = weight_OGg / scale
+        if self.drift_OGg is not None:
+            steps_OGg = steps_OGg + self.drift_OGg
+        return (round_through(steps_OGg) + zero).clamp(0, self.levels)
 
     def _grouped(self) -> tuple[Tensor, Tensor, Tensor]:
         """The transformed weight in groups [O, G, g], the last one filled up with its last weight; their ranges."""
@@ -302,21 +284,21 @@ class _Pair(NamedTuple):
     by_columns: bool
 
     @property
-    def count(self) -> int:
+    def width(self) -> int:
+        """How many s there are."""
         return int(self.rows.max()) + 1
 
 
 def _equivalences(
-    step: Step, twin: nn.Module, parts: dict[str, _Linear], alpha: float
+    step: Step, twin: nn.Module, parts: dict[str, _Linear], inputs: dict[str, _Channels], alpha: float
 ) -> tuple[list[nn.Parameter], list[str]]:
     """Give `parts` their factors; every s there is, and the pairs left out. `twin` is the block as it was, in fp32."""
-    inputs = _largest_inputs(step)
     scales, left_out = [], []
     for group in step.groups:
         members = [parts[name] for name in group if not name.endswith(BAKED)]
         if members:
             weights_I = torch.stack([part.weight_OI.abs().amax(0) for part in members]).amax(0)
-            scales.append(s := _start(inputs[group[0]], weights_I, alpha))
+            scales.append(s := _start(inputs[group[0]].max_I, weights_I, alpha))
             for part in members:
                 part.divisor, part.columns = s, _Factor(s, torch.arange(len(s), device=s.device))
     for name, module in twin.named_modules():
@@ -324,10 +306,11 @@ def _equivalences(
             if not _preserves(step, twin, module, pair):
                 left_out.append(f"{pair.divided} and {pair.multiplied}")
                 continue
-            ones = torch.ones(pair.count, device=pair.rows.device)
+            ones = torch.ones(pair.width, device=pair.rows.device)
             if pair.by_columns:
-                largest = inputs[pair.multiplied], parts[pair.multiplied].weight_OI.abs().amax(0)
-                s = _start(*(torch.zeros_like(ones).scatter_reduce(0, pair.others, t, "amax") for t in largest), alpha)
+                x_I, w_I = inputs[pair.multiplied].max_I, parts[pair.multiplied].weight_OI.abs().amax(0)
+                x, w = (torch.zeros_like(ones).scatter_reduce(0, pair.others, t_I, "amax") for t_I in (x_I, w_I))
+                s = _start(x, w, alpha)
                 parts[pair.multiplied].columns = _Factor(s, pair.others)
             else:
                 s = nn.Parameter(ones)
@@ -356,7 +339,7 @@ def _pairs(name: str, module: nn.Module, parts: dict[str, _Linear]) -> list[_Pai
 
 
 def _preserves(step: Step, twin: nn.Module, module: nn.Module, pair: _Pair) -> bool:
-    """Whether the attention `module` inside `twin` gives what it gave, with the pair scaled: a trial on one sequence."""
+    """Whether the attention `module` inside `twin` gives the same with the pair scaled: a trial on one sequence."""
     assert step.data is not None
     outputs: list[Tensor] = []
     hook = module.register_forward_hook(lambda module, args, output: outputs.append(_first(output)))
@@ -364,7 +347,7 @@ def _preserves(step: Step, twin: nn.Module, module: nn.Module, pair: _Pair) -> b
     assert isinstance(first, nn.Linear)
     assert isinstance(second, nn.Linear)
     before = first.weight.data, second.weight.data
-    s = 0.5 + torch.arange(pair.count, device=pair.rows.device) * 0.618 % 1  # any numbers that differ
+    s = 0.5 + torch.arange(pair.width, device=pair.rows.device) * 0.618 % 1  # any numbers that differ
     try:
         _run(twin, step.data, 0)
         first.weight.data = first.weight.data / s[pair.rows, None]
@@ -386,30 +369,126 @@ def _usable(s: Tensor) -> Tensor:
     return torch.where(s < 0, -1.0, 1.0) * s.abs().clamp(SMALLEST, LARGEST)
 
 
-def _largest_inputs(step: Step) -> dict[str, Tensor]:
-    """Largest magnitude of every input channel, by the first linear of each input group."""
+class _Channels(AbsMax):
+    """The largest magnitude of every input channel, and the sum of its squares."""
+
+    def __init__(self, in_features: int, device: torch.device) -> None:
+        super().__init__(in_features, device)
+        self.square_I = torch.zeros(in_features, device=device)
+
+    def update(self, x_TI: Tensor, sequences: int) -> None:
+        super().update(x_TI, sequences)
+        self.square_I += x_TI.float().square().sum(0)
+
+
+def _observed(step: Step) -> dict[str, _Channels]:
+    """What every linear of the full-precision block sees of the quantized stream."""
     assert step.data is not None
-    found: dict[str, AbsMax] = {}
+    found: dict[str, _Channels] = {}
     hooks = []
     for names in step.groups:
-        linear = step.linears[names[0]]
-        stat = found[names[0]] = AbsMax(linear.in_features, linear.weight.device)
-        hooks.append(
-            linear.register_forward_pre_hook(lambda module, args, stat=stat: stat.update(args[0].flatten(0, -2), 1))
-        )
+        first = step.linears[names[0]]
+        stat = _Channels(first.in_features, first.weight.device)
+        found.update(dict.fromkeys(names, stat))
+
+        def watch(module: nn.Module, args: tuple[Tensor, ...], stat: _Channels = stat) -> None:
+            stat.update(args[0].flatten(0, -2), 1)
+
+        hooks.append(first.register_forward_pre_hook(watch))
+    step.listener.stage("statistics", step.data.count)
     try:
         for rows in step.data.batches():
             hidden_BSD, kwargs = step.data.inputs(rows)
             step.block(hidden_BSD, **kwargs)
+            step.listener.advance(len(hidden_BSD))
     finally:
         for hook in hooks:
             hook.remove()
     for name, stat in found.items():
         stat.check(f"{step.prefix}.{name}")
-    return {name: stat.max_I for name, stat in found.items()}
+    return found
 
 
-# --- running and resuming ------------------------------------------------------------------------------------------
+# --- training ------------------------------------------------------------------------------------------------------
+
+
+class _Training:
+    """The training of one block: clips and s by AdamW, drifts by the signs of their gradients."""
+
+    def __init__(
+        self, method: OmniQuant, step: Step, twin: nn.Module, parts: list[_Linear], scales: list[nn.Parameter]
+    ) -> None:
+        assert step.data is not None
+        self.method, self.step, self.data, self.twin, self.scales = method, step, step.data, twin, scales
+        clips = [part.clip_2OG for part in parts]
+        self.drifts = [part.drift_OGg for part in parts if part.drift_OGg is not None]
+        self.parameters = clips + scales + self.drifts
+        groups = [{"params": clips, "lr": method.lwc_lr}, {"params": scales, "lr": method.let_lr}]
+        self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
+        self.total = method.epochs * self.data.count
+
+    def run(self) -> list[float]:
+        """Train, or go on where an interrupted run was; the mean loss of each epoch."""
+        step, count = self.step, self.data.count
+        losses = self._restored(step.state.load())
+        dense = _dense_outputs(step) if self.method.aug_loss and len(losses) < self.method.epochs else []
+        step.listener.stage("training", self.total)
+        step.listener.advance(len(losses) * count)
+        for epoch in range(len(losses), self.method.epochs):
+            total = torch.zeros((), device=self.parameters[0].device)
+            for i in range(count):
+                total += self._descend(i, dense[i] if dense else None)
+                self._drift(1 - (epoch * count + i) / self.total)
+                step.listener.advance(1)
+            losses.append(float(total) / count)
+            if not math.isfinite(losses[-1]):  # looked at once an epoch: every look would make a GPU wait
+                raise LLQError(
+                    f"{self.method.name}: the training loss of {step.prefix} is not finite in epoch {epoch + 1}; lower "
+                    "lwc_lr or let_lr, or run in float32"
+                )
+            step.state.save(self._snapshot(losses))
+        return losses
+
+    def _descend(self, i: int, dense_BSD: Tensor | None) -> Tensor:
+        """A step of the optimizer on sequence i; the loss before it."""
+        with torch.enable_grad():
+            out_BSD = _run(self.twin, self.data, i)
+            loss = F.mse_loss(out_BSD, self.data.targets(slice(i, i + 1)).to(out_BSD))
+            if dense_BSD is not None:
+                loss = loss + F.mse_loss(out_BSD, dense_BSD.to(out_BSD))
+            for parameter in self.parameters:
+                parameter.grad = None
+            loss.backward()  # type: ignore[no-untyped-call]
+        self.optimizer.step()
+        for s in self.scales:
+            s.copy_(_usable(s))
+        return loss.detach()
+
+    def _drift(self, left: float) -> None:
+        """Move every drift against its gradient; `left` falls from 1 to 0 over the training, and steps with it."""
+        for drift in self.drifts:
+            assert drift.grad is not None
+            drift.sub_(drift.grad.sign_(), alpha=2 * self.method.drift * left / self.total).clamp_(-0.5, 0.5)
+
+    def _snapshot(self, losses: list[float]) -> dict[str, Tensor]:
+        """Everything that the training goes on from."""
+        tensors = {"losses": torch.tensor(losses, dtype=torch.float64)}
+        for i, parameter in enumerate(self.parameters):
+            tensors[f"{i}"] = parameter.detach()
+            tensors.update({f"{i}.{key}": t for key, t in self.optimizer.state.get(parameter, {}).items()})
+        return tensors
+
+    def _restored(self, saved: dict[str, Tensor] | None) -> list[float]:
+        """Put a snapshot back; the losses of the epochs done, [] where there is none."""
+        if saved is None:
+            return []
+        for i, parameter in enumerate(self.parameters):
+            parameter.copy_(saved[f"{i}"])
+            own = {key.removeprefix(f"{i}."): t for key, t in saved.items() if key.startswith(f"{i}.")}
+            if own:
+                self.optimizer.state[parameter] = {key: t.to(parameter.device) for key, t in own.items()}
+        losses: list[float] = saved["losses"].tolist()
+        return losses
 
 
 def _run(block: nn.Module, data: BlockData, i: int) -> Tensor:
@@ -438,34 +517,6 @@ def _dense_outputs(step: Step) -> list[Tensor]:
     found: list[Tensor] = []
     for rows in step.data.batches():
         hidden_BSD, kwargs = step.data.inputs(rows)
-        found += _first(step.block(hidden_BSD, **kwargs)).cpu().split(1)
+        out_BSD = _first(step.block(hidden_BSD, **kwargs)).cpu()
+        found += [out_BSD[i : i + 1] for i in range(len(out_BSD))]
     return found
-
-
-def _snapshot(
-    losses: list[float], parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer
-) -> dict[str, Tensor]:
-    """Everything that a training goes on from."""
-    tensors = {"losses": torch.tensor(losses, dtype=torch.float64)}
-    for i, parameter in enumerate(parameters):
-        tensors[f"{i}"] = parameter.detach()
-        tensors.update({f"{i}.{key}": tensor for key, tensor in optimizer.state[parameter].items()})
-    return tensors
-
-
-def _restore(
-    saved: dict[str, Tensor] | None, parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer
-) -> list[float]:
-    """Put a snapshot back; the losses of the epochs done, [] where there is none."""
-    if saved is None:
-        return []
-    for i, parameter in enumerate(parameters):
-        parameter.copy_(saved[f"{i}"])
-        prefix = f"{i}."
-        optimizer.state[parameter] = {
-            name.removeprefix(prefix): tensor.to(parameter.device)
-            for name, tensor in saved.items()
-            if name.startswith(prefix)
-        }
-    losses: list[float] = saved["losses"].tolist()
-    return losses

@@ -16,7 +16,6 @@ import torch
 from contract import checks
 from reference.omniquant import omniquant
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from llq_hf.attention import install
 from llq_hf.bits import unpack
@@ -130,7 +129,12 @@ def test_what_is_stored_where():
     """LET stores one fp16 per input channel, but for o and down; weights alone store a plain grid."""
     method = build("omniquant", **W6A6)
     grid = 6 + 22 / 4096
-    for name, bits in (("q_proj", grid + 16 / 4096), ("up_proj", grid + 16 / 4096), ("o_proj", grid), ("down_proj", grid)):
+    for name, bits in (
+        ("q_proj", grid + 16 / 4096),
+        ("up_proj", grid + 16 / 4096),
+        ("o_proj", grid),
+        ("down_proj", grid),
+    ):
         layout = method.at(f"model.layers.0.x.{name}").layout(4096, 4096)
         assert stored_bits(layout, 4096, 4096) == pytest.approx(bits), name
     for plain in (build("omniquant", bits=4), build("omniquant", let=False, **W6A6)):
@@ -226,9 +230,7 @@ def test_a_norm_between_queries_and_rope_is_seen(calibration_ids: Tensor):
         head_dim=16,
         vocab_size=320,
     )
-    records = quantize_model(
-        Qwen3ForCausalLM(config).eval(), build("omniquant", epochs=1, **W6A6), calibration_ids[:2]
-    )
+    records = quantize_model(Qwen3ForCausalLM(config).eval(), build("omniquant", epochs=1, **W6A6), calibration_ids[:2])
     assert records[0]["let_left_out"] == ["self_attn.q_proj and self_attn.k_proj"]
 
 

@@ -62,16 +62,16 @@ def omniquant(
     aug_loss: bool,
 ) -> tuple[np.ndarray, np.ndarray, list[float]]:
     """(codes [O, I], scales [O, G], mean loss of each epoch) for sequences inputs [N, S, I] and targets [N, S, O]."""
-    O, I = weight.shape
-    size = I if group_size == -1 else group_size
-    spans = [(start, min(start + size, I)) for start in range(0, I, size)]
+    rows, columns = weight.shape
+    size = columns if group_size == -1 else group_size
+    spans = [(start, min(start + size, columns)) for start in range(0, columns, size)]
     W = weight.astype(np.float64)
-    logits = np.full((O, len(spans), 2), 4.0)
+    logits = np.full((rows, len(spans), 2), 4.0)
     first, second, steps, losses = np.zeros_like(logits), np.zeros_like(logits), 0, []
 
     def rounded() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        codes, scales, values = np.zeros((O, I)), np.zeros((O, len(spans))), np.zeros((O, I))
-        for o in range(O):
+        codes, scales, values = np.zeros((rows, columns)), np.zeros((rows, len(spans))), np.zeros((rows, columns))
+        for o in range(rows):
             for k, (start, stop) in enumerate(spans):
                 scale, zero, _, _ = grid(W[o, start:stop].tolist(), *logits[o, k], bits, sym)
                 scales[o, k] = scale
@@ -87,7 +87,7 @@ def omniquant(
             total += sum(float(np.mean((y - t) ** 2)) for t in wanted)
             slope = sum(2 / y.size * (y - t).T @ x for t in wanted)
             gradient = np.zeros_like(logits)
-            for o in range(O):
+            for o in range(rows):
                 for k, (start, stop) in enumerate(spans):
                     part = W[o, start:stop].tolist(), slope[o, start:stop].tolist()
                     gradient[o, k] = group_gradient(*part, *logits[o, k], bits, sym)
