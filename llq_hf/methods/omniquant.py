@@ -56,7 +56,7 @@ class OmniQuant(Method):
 
     name: ClassVar[str] = "omniquant"
     title: ClassVar[str] = "OmniQuant (Shao et al. 2024)"
-    best: ClassVar[dict[str, Any]] = {"aug_loss": True, "search_range": True, "drift": 1.0}
+    best: ClassVar[dict[str, Any]] = {"aug_loss": True, "search_range": True, "rounding_lr": 5e-3}
     divides_input: ClassVar[bool] = True
 
     bits: int = 4
@@ -70,13 +70,13 @@ class OmniQuant(Method):
     alpha: float = 0.5
     aug_loss: bool = False
     search_range: bool = False
-    drift: float = 0.0
+    rounding_lr: float = 0.0
 
     def check(self) -> None:
         _ = self.grid, self.tokens  # validate group_size and a_bits
         if self.epochs < 0:
             raise LLQError(f"epochs={self.epochs} must not be negative")
-        for option in ("lwc_lr", "let_lr", "drift"):
+        for option in ("lwc_lr", "let_lr", "rounding_lr"):
             if not 0 <= getattr(self, option) < math.inf:
                 raise LLQError(f"{option}={getattr(self, option)} must be a number of at least 0")
         if not 0 <= self.alpha <= 1:
@@ -187,7 +187,7 @@ class _Linear(nn.Module):
         self.bias = None if linear.bias is None else linear.bias.detach().float()
         whole, device = (self.out_features, groups, self.size), linear.weight.device
         self.clip_2OG = nn.Parameter(torch.full((2, *whole[:2]), INITIAL_LOGIT, device=device))  # upper, lower ends
-        self.drift_OGg = nn.Parameter(torch.zeros(whole, device=device)) if method.drift else None
+        self.drift_OGg = nn.Parameter(torch.zeros(whole, device=device)) if method.rounding_lr else None
         self.rows: _Factor | None = None
         self.columns: _Factor | None = None
         self.divisor: nn.Parameter | None = None  # the input's
@@ -468,7 +468,7 @@ class _Training:
         """Move every drift against its gradient; `left` falls from 1 to 0 over the training, and steps with it."""
         for drift in self.drifts:
             assert drift.grad is not None
-            drift.sub_(drift.grad.sign_(), alpha=2 * self.method.drift * left / self.total).clamp_(-0.5, 0.5)
+            drift.sub_(drift.grad.sign_(), alpha=self.method.rounding_lr * left).clamp_(-0.5, 0.5)
 
     def _snapshot(self, losses: list[float]) -> dict[str, Tensor]:
         """Everything that the training goes on from."""
