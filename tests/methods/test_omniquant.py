@@ -36,6 +36,10 @@ VARIANTS = {
     "aug loss": {"group_size": -1, "aug_loss": True},
     "twice the learning rate": {"group_size": -1, "lwc_lr": 0.02},
     "no training": {"group_size": 16, "epochs": 0},
+    "searched ranges": {"group_size": 12, "search_range": True},
+    "searched ranges and no training": {"group_size": 16, "search_range": True, "epochs": 0},
+    "learned rounding": {"group_size": -1, "rounding_lr": 0.05},
+    "learned rounding of symmetric groups": {"group_size": 12, "sym": True, "rounding_lr": 0.05},
 }
 
 
@@ -70,6 +74,8 @@ def test_equals_the_literal_training(options: dict, bits: int):
         epochs=method.epochs,
         lr=method.lwc_lr,
         aug_loss=method.aug_loss,
+        search_range=method.search_range,
+        rounding_lr=method.rounding_lr,
     )
     notes = step.jobs["test"].notes
     if losses:
@@ -109,6 +115,7 @@ def test_a_loss_that_is_not_finite_is_an_error():
         ({"epochs": -1}, "epochs=-1"),
         ({"lwc_lr": -0.1}, "lwc_lr=-0.1"),
         ({"let_lr": -0.1}, "let_lr=-0.1"),
+        ({"rounding_lr": -0.1}, "rounding_lr=-0.1"),
         ({"alpha": 1.5}, "alpha=1.5"),
         ({"a_bits": 1}, "bits=1"),
         ({"a_bits": 17}, "bits=17"),
