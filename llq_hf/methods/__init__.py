@@ -10,6 +10,7 @@ from .awq import AWQ
 from .billm import BiLLM
 from .db_llm import DBLLM
 from .gptq import GPTQ
+from .omniquant import OmniQuant
 from .pb_llm import PBLLM
 from .quip import QuIP
 from .rtn import RTN
@@ -17,7 +18,7 @@ from .smoothquant import SmoothQuant
 from .spinquant import SpinQuant
 
 METHODS: dict[str, type[Method]] = {
-    method.name: method for method in (RTN, GPTQ, AWQ, SmoothQuant, SpinQuant, QuIP, PBLLM, BiLLM, DBLLM)
+    method.name: method for method in (RTN, GPTQ, AWQ, SmoothQuant, OmniQuant, SpinQuant, QuIP, PBLLM, BiLLM, DBLLM)
 }
 
 

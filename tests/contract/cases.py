@@ -365,6 +365,42 @@ CASES: tuple[Case, ...] = (
         preset="best",
         compensates=False,
     ),
+    Case(
+        "omniquant",
+        "groups of 128",
+        (1.1, 0.53, 0.22, 0.11, 0.051, 0.026, 0.014, 0.0093),
+        (3.4, 1.2, 0.5, 0.26, 0.16, 0.11, 0.1, 0.085),
+        options={"epochs": 4},
+    ),
+    Case(
+        "omniquant",
+        "one group a row",
+        (1.1, 0.55, 0.24, 0.11, 0.055, 0.028, 0.014, 0.008),
+        (3.4, 1.2, 0.65, 0.33, 0.2, 0.15, 0.15, 0.11),
+        options={"group_size": -1, "epochs": 4, "lwc_lr": 0.05},
+    ),
+    Case(
+        "omniquant",
+        "symmetric groups of 32",
+        (1.1, 0.5, 0.22, 0.1, 0.05, 0.025, 0.015, 0.01),
+        (4.7, 1.6, 0.76, 0.39, 0.24, 0.15, 0.11, 0.093),
+        options={"group_size": 32, "sym": True, "epochs": 4},
+    ),
+    Case(
+        "omniquant",
+        "searched groups of 40",
+        (0.81, 0.39, 0.19, 0.095, 0.047, 0.024, 0.013, 0.0073),
+        (3.9, 2.6, 1.8, 1.2, 0.49, 0.35, 0.18, 0.21),
+        options={"group_size": 40, "aug_loss": True, "search_range": True, "epochs": 4},
+    ),
+    Case(
+        "omniquant",
+        "best",
+        (0.85, 0.43, 0.22, 0.11, 0.055, 0.028, 0.016, 0.0083),
+        (4.1, 2.9, 2.3, 1.5, 0.72, 0.35, 0.31, 0.24),
+        options={"epochs": 4},
+        preset="best",
+    ),
 )
 
 # What the costly checks (save, load, stream) run: one option set per method, and these widths.
@@ -386,6 +422,8 @@ CHECKPOINTS: tuple[tuple[str, float, dict[str, Any]], ...] = (
     ("awq", 4, {"group_size": 64, "ratios": 4, "gqa": "tie"}),
     ("smoothquant", 4, {"a_bits": 8}),
     ("smoothquant", 8, {}),
+    ("omniquant", 2, {"group_size": 64, "epochs": 2}),
+    ("omniquant", 4, {"a_bits": 8, "group_size": -1, "epochs": 2}),
 )
 
 

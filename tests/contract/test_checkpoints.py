@@ -191,7 +191,7 @@ def test_stored_bits_in_the_file_are_those_declared(
     for record in report["linears"]:
         out_features, in_features = dense[record["name"] + ".weight"].shape
         mine = {key: t for key, t in tensors.items() if key.startswith(record["name"] + ".")}
-        layout = method.layout(out_features, in_features)
+        layout = method.at(record["name"]).layout(out_features, in_features)
         assert set(mine) == {f"{record['name']}.{key}" for key in layout}
         nbytes = sum(t.numel() * t.element_size() for t in mine.values())
         assert nbytes == sum(spec.nbytes for spec in layout.values())

@@ -85,6 +85,7 @@ OWN_FAULTS: Mapping[str, dict[str, Fault]] = {  # where a method stores more; a 
         "input scales shifted": tensor_through("in_scale", lambda t: t.roll(1, dims=0)),
     },
     "smoothquant": {"input scales doubled": tensor_through("in_scale", lambda t: t * 2)},
+    "omniquant": {"zero points shifted": tensor_through("zero", lambda t: t.roll(1, dims=0))},
 }
 
 
