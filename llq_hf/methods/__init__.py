@@ -9,8 +9,9 @@ from ..method import Method, nearest
 from .gptq import GPTQ
 from .quip import QuIP
 from .rtn import RTN
+from .slim_llm import SliMLLM
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (RTN, GPTQ, QuIP)}
+METHODS: dict[str, type[Method]] = {method.name: method for method in (RTN, GPTQ, QuIP, SliMLLM)}
 
 
 def method_type(name: str) -> type[Method]:
