@@ -76,3 +76,17 @@ def by_blocks(
         if U_II is not None:
             errors_OB = (W_OI[:, start:stop] - values_OB) / torch.diagonal(U_II)[start:stop]
             W_OI[:, stop:].addmm_(errors_OB, U_II[start:stop, stop:], alpha=-1)
+
+
+def group_aware_order(diagonal_I: Tensor, size: int) -> Tensor:
+    """Columns [I] by falling H_ii inside each group of `size`, groups by their largest (GAR, Gafni et al. 2025).
+
+    Groups stay what they were, so nothing is stored; a short group stays last.
+    """
+    whole = len(diagonal_I) // size * size
+    diagonal_GS = diagonal_I[:whole].view(-1, size)
+    inside_GS = torch.argsort(diagonal_GS, dim=1, descending=True, stable=True)
+    inside_GS += torch.arange(0, whole, size, device=diagonal_I.device)[:, None]
+    by_largest_G = torch.argsort(diagonal_GS.amax(1), descending=True, stable=True)
+    tail = whole + torch.argsort(diagonal_I[whole:], descending=True, stable=True)
+    return torch.cat([inside_GS[by_largest_G].flatten(), tail])

@@ -1,6 +1,6 @@
-"""Second thoughts about codes on a uniform grid: coordinate descent and scale refit, both monotone, no bits stored.
+"""Second thoughts about codes and levels: coordinate descent and scale refit, both monotone, no bits stored.
 
-Legend: O out_features, I in_features, G groups, R rows handled together.
+Legend: O out_features, I in_features, B columns of a block, G groups, K levels, R rows handled together.
 
 A row w^ is judged by |X w^ - X~ w|^2 = w^ H w^T - 2 w^ b + const, with X what the linear sees in the quantized model
 and X~ what it sees in the full-precision one: H = X^T X, b = X^T X~ w. So it also repairs what earlier linears broke.
@@ -8,6 +8,7 @@ and X~ what it sees in the full-precision one: H = X^T X, b = X^T X~ w. So it al
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -116,3 +117,52 @@ def _refitted_rows(
         return (s * ((A @ s[..., None])[..., 0] - 2 * b)).sum(1, keepdim=True)
 
     return torch.where(loss(best_RG) < loss(scale_RG), best_RG, scale_RG)
+
+
+# --- levels that are no uniform grid -------------------------------------------------------------------------------
+
+
+def descend(objective: Objective, values_OI: Tensor, nearest: Callable[[int, Tensor], Tensor]) -> Tensor:
+    """Values [O, I] after one pass of coordinate descent over the columns.
+
+    nearest(j, w_O) gives what of the values that column j may take lies nearest to w_O, and remembers its code.
+    """
+    H_II, columns = objective.H_II, values_OI.shape[1]
+    values_IO = values_OI.T.clone(memory_format=torch.contiguous_format)
+    gradient_IO = (H_II @ values_IO).sub_(objective.B_OI.T)  # half of it
+    for start in range(0, columns, BLOCK):
+        stop = min(start + BLOCK, columns)
+        moved_BO = torch.empty_like(values_IO[start:stop])
+        for j in range(start, stop):
+            value_O = nearest(j, values_IO[j] - gradient_IO[j] / H_II[j, j])
+            moved_O = torch.sub(value_O, values_IO[j], out=moved_BO[j - start])
+            gradient_IO[j + 1 : stop].addcmul_(H_II[j, j + 1 : stop, None], moved_O)
+            values_IO[j] = value_O
+        gradient_IO[stop:].addmm_(H_II[stop:, start:stop], moved_BO)
+    return values_IO.T.contiguous()
+
+
+def refit_levels(
+    objective: Objective,
+    values_OI: Tensor,
+    start: int,
+    basis_OKB: Tensor,
+    levels_OK: Tensor,
+    stored: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """Levels [O, K] that minimize the loss of each row, as `stored` rounds them; the loss of no row grows.
+
+    Columns start .. start + B of `values_OI` are sum_k levels_k * basis_k.
+    """
+    stop = start + basis_OKB.shape[2]
+    slope_OB = objective.B_OI[:, start:stop] - values_OI @ objective.H_II[:, start:stop]
+    A_OKK = basis_OKB @ objective.H_II[start:stop, start:stop] @ basis_OKB.mT
+    b_OK1 = basis_OKB @ slope_OB[..., None]
+    # A weak pull to the old levels: those that no weight takes have no other, and rounding can make A singular.
+    diagonal_OK = torch.diagonal(A_OKK, dim1=1, dim2=2)
+    pull_OK = (1e-6 * diagonal_OK.mean(1, keepdim=True)).clamp_min(1e-20).expand_as(levels_OK)
+    change_OK = torch.linalg.solve(A_OKK + torch.diag_embed(pull_OK), b_OK1)[..., 0]
+    found_OK = stored(levels_OK + change_OK)
+    step_OK1 = (found_OK - levels_OK)[..., None].double()
+    growth_O1 = (step_OK1 * (A_OKK.double() @ step_OK1 - 2 * b_OK1.double())).sum(1)
+    return torch.where(growth_O1 < 0, found_OK, levels_OK)  # also keeps the old where the new are not finite
