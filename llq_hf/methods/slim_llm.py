@@ -1,12 +1,12 @@
 """SliM-LLM (Huang et al., ICML 2025, arXiv 2405.14917), after Aaronhuang-778/SliM-LLM at cfdf5ff.
 
-Not all groups of columns deserve the same width. (1) Salience-determined bit allocation: groups are ranked by the sum of
-W^2 / d^2, d the diagonal of U, the upper Cholesky factor of H^-1. For i = 1, 2, ... the i least salient groups of a
+Not all groups of columns deserve the same width. (1) Salience-determined bit allocation: groups are ranked by the sum
+of W^2 / d^2, d the diagonal of U, the upper Cholesky factor of H^-1. For i = 1, 2, ... the i least salient groups of a
 linear give a bit each to the i most salient, so that the mean stays `bits`; the i whose rounded outputs, as a
 distribution over the output channels, diverge least (KL) from the true ones wins: a second pass over the calibration
 data. (2) Salience-weighted quantizer calibration: each row's range in a group is scaled by the one of 101 shares that
-leaves the least sum |error|**2.4, errors of salient weights times `lambda_salience`. (3) GPTQ's feedback, its blocks the
-groups. A group of 1 bit takes the levels mean +- mean|w|. Fewer than 4 groups: all have `bits`, as the notes say.
+leaves the least sum |error|**2.4, errors of salient weights times `lambda_salience`. (3) GPTQ's feedback, its blocks
+the groups. A group of 1 bit takes the levels mean +- mean|w|. Fewer than 4 groups: all have `bits`, as the notes say.
 
 `plus` is SliM-LLM+: in place of (2) and (3), OmniQuant's learnable clipping, trained on the block's output.
 
@@ -26,15 +26,15 @@ Storage (n = ceil(I / group_size) groups); value = scale * (code - zero)
 says. So a kernel is three of a fixed width, over the columns in the order of argsort(widths); a short last group keeps
 `bits`, and the size is known before the allocation is (runs that are no multiple of 32 columns pay for padding).
 
-A zero is a fixed-point number of 4 bits, in steps of 2**width / 16. Up to 4 bits it holds every whole zero exactly; wider
-groups have every 2nd to 16th. In a group of 1 bit it holds the mean, to 1/16 of the two levels' distance: an fp16 mean
-would be a second scale (16 bits more), and how many there are is not known before the search. So every average costs
-20 / group_size more: 2.156 bits at 2 bits and groups of 128. scale_bits=32 stores the mean as it is.
+A zero is a fixed-point number of 4 bits, in steps of 2**width / 16. Up to 4 bits it holds every whole zero exactly;
+wider groups have every 2nd to 16th. In a group of 1 bit it holds the mean, to 1/16 of the two levels' distance: an fp16
+mean would be a second scale (16 bits more), and how many there are is not known before the search. So every average
+costs 20 / group_size more: 2.156 bits at 2 bits and groups of 128. scale_bits=32 stores the mean as it is.
 
 Departures: saliences come from the factor that the feedback uses, dead columns are zeroed, and every zero follows its
 range. The authors rank by a factor of H + 0.01 I, leave the 0.01 in H, keep dead columns, and give leading groups of
-bits - 1 (>= 2) the zero of a symmetric range: `as_published=True` does all that, in their order of roundings. Their packed
-files round the mean of 1-bit groups to an integer; these do not. A short last group is not moved to another width.
+bits - 1 (>= 2) the zero of a symmetric range: `as_published=True` does all that, rounding where they round. Their
+packed files round the mean of 1-bit groups to an integer; these do not. A short last group keeps its width.
 SliM-LLM+: 1-bit groups have their mean added back (theirs only compare with it) and start at mean|w| (theirs at 1.48
 times it), ranges always hold zero, and the allocation is searched in the same run.
 """
@@ -42,7 +42,7 @@ times it), ranges always hold zero, and the allocation is searched in the same r
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -59,6 +59,7 @@ from ..refine import Objective, Solution, descend, refitted
 from ..stats import PairedHessian, Stat, factorize, revive_dead
 
 CHUNK = 1 << 22  # outputs whose distributions are held at once
+FIT_CHUNK = 1 << 18  # weights, by candidate grids, that are rounded at once: they stay in the cache
 LEAST = math.log(1e-6)  # of a probability, as the authors clamp it
 # Shares of a range, in the authors' order: of equals the first wins.
 SHARES = torch.cat([torch.linspace(1.0, 1.1, 51), torch.linspace(1.0, 0.9, 51)[1:]]).tolist()
@@ -216,7 +217,7 @@ class SliMLLM(Method):
 
     def _runs(self, widths: list[int], in_features: int, device: torch.device) -> Iterator[tuple[int, Tensor]]:
         """(width, the columns of its groups), narrow to wide."""
-        columns = torch.arange(in_features, device=device).split(self.group_size)
+        columns = torch.split(torch.arange(in_features, device=device), self.group_size)
         for width in sorted(set(widths)):
             yield width, torch.cat([part for part, own in zip(columns, widths, strict=True) if own == width])
 
@@ -245,7 +246,7 @@ class SliMLLM(Method):
         zero_OG = zero_OG / self._zero_steps(packed["widths"])
         whole = in_features // self.group_size
         end = whole * self.group_size
-        head_OGg, tail_O1g = weight_OI[:, :end].unflatten(1, (whole, self.group_size)), weight_OI[:, None, end:]
+        head_OGg, tail_O1g = weight_OI[:, :end].view(-1, whole, self.group_size), weight_OI[:, None, end:]
         for part, groups in ((head_OGg, slice(whole)), (tail_O1g, slice(whole, None))):
             if part.numel():
                 part.sub_(zero_OG[:, groups, None]).mul_(scale_OG[:, groups, None])
@@ -312,7 +313,7 @@ class SliMLLM(Method):
     def _ranking(self, weight_OI: Tensor, spread_I: Tensor) -> list[int]:
         """The whole groups, least salient first."""
         salience_OI = weight_OI.square() / spread_I.square()
-        parts = [part.sum() for part in salience_OI.split(self.group_size, dim=1)]
+        parts = [part.sum() for part in torch.split(salience_OI, self.group_size, dim=1)]
         whole = weight_OI.shape[1] // self.group_size
         ranking: list[int] = torch.argsort(torch.stack(parts)[:whole], stable=True).tolist()
         return ranking
@@ -330,11 +331,15 @@ class SliMLLM(Method):
 
     # --- grids -------------------------------------------------------------------------------------------------------
 
-    def proxy(self, part_OB: Tensor, width: int) -> Levels:
-        """The grids that the allocation rounds on: whole ranges, or as `search_range` finds them without a Hessian."""
-        if self.search_range:
-            return self._fitted(part_OB, width, torch.ones_like(part_OB[0]), torch.zeros_like(part_OB).bool())
-        return self._spanning(part_OB, width)
+    def proxies(self, weight_OKg: Tensor, width: int) -> Tensor:
+        """Groups of weights as the allocation rounds them: over whole ranges, or over those of `search_range`."""
+        rows_Rg, found = weight_OKg.reshape(-1, weight_OKg.shape[2]), []
+        for part_Rg in torch.split(rows_Rg, max(1, FIT_CHUNK // rows_Rg.shape[1])):
+            levels_R = self._spanning(part_Rg, width)
+            if self.search_range:
+                levels_R = self._fitted(part_Rg, width, torch.ones_like(part_Rg[0]), torch.zeros_like(part_Rg).bool())
+            found.append(levels_R.rounded(part_Rg, width))
+        return torch.cat(found).view_as(weight_OKg)
 
     def _spanning(self, part_OB: Tensor, width: int) -> Levels:
         return self._two_levels(part_OB) if width == 1 else self._grid(*_range(part_OB), width)
@@ -362,34 +367,40 @@ class SliMLLM(Method):
     def _fitted(
         self, part_OB: Tensor, width: int, importance_B: Tensor, salient_OB: Tensor, sym: bool = False
     ) -> Levels:
-        """Salience-weighted quantizer calibration: for each row the grid of least error, of those that are tried."""
+        """Salience-weighted quantizer calibration: for each row the grid of least error, the first of equals."""
+        tried_C = self._candidates(part_OB, width, sym)  # each part [C, O, 1]
+        best, least = tried_C.through(lambda t: t[0]), torch.full_like(part_OB[:, :1], math.inf)
+        for start in range(0, len(tried_C.scale), size := max(1, FIT_CHUNK // part_OB.numel())):
+            some_C = tried_C.through(lambda t, start=start: t[start : start + size])  # type: ignore[misc]
+            error_COB = (some_C.rounded(part_OB, width) - part_OB).abs_().pow_(2.4).mul_(importance_B)
+            salient_CO1 = (error_COB * salient_OB).sum(2, keepdim=True)
+            error_CO1 = (error_COB * ~salient_OB).sum(2, keepdim=True) + self.lambda_salience * salient_CO1
+            which_1O1 = error_CO1.argmin(0, keepdim=True)
+            error = error_CO1.gather(0, which_1O1)[0]
+            better = error < least
+            least = torch.where(better, error, least)
+            winner = some_C.through(lambda t, which=which_1O1: t.gather(0, which)[0])  # type: ignore[misc]
+            best = Levels(*(torch.where(better, new, old) for new, old in zip(winner, best, strict=True)))
+        return best
 
-        def error(levels: Levels) -> Tensor:
-            error_OB = (levels.rounded(part_OB, width) - part_OB).abs_().pow_(2.4)
-            error_OB *= importance_B
-            plain, salient = ((error_OB * mask_OB).sum(1, keepdim=True) for mask_OB in (~salient_OB, salient_OB))
-            return plain + self.lambda_salience * salient
-
-        if self.search_range:
-            return _least(self._wide_candidates(part_OB, width), error)
-        if width == 1:
-            return self._two_levels(part_OB)
+    def _candidates(self, part_OB: Tensor, width: int, sym: bool) -> Levels:
+        """The grids to try [C, O, 1]: of `search_range` many spans around the range, zeros also between whole steps."""
+        if width == 1 and not self.search_range:
+            return self._two_levels(part_OB).through(lambda t: t[None])
         low, high = _range(part_OB)
-        return _least((self._grid(share * low, share * high, width, sym) for share in SHARES), error)
-
-    def _wide_candidates(self, part_OB: Tensor, width: int) -> Iterator[Levels]:
-        """Grids of many spans around the range, with zeros also between whole steps."""
-        yield self._spanning(part_OB, width)
-        low, high = _range(part_OB)
+        shares_C11 = part_OB.new_tensor(WIDE_SHARES if self.search_range else SHARES)[:, None, None]
+        if not self.search_range:
+            return self._grid(shares_C11 * low, shares_C11 * high, width, sym)
         if width == 1:  # two levels lie inside the range: about 0.8 standard deviations from the mean
             mean, reach = part_OB.mean(1, keepdim=True), 1.25 * part_OB.abs().mean(1, keepdim=True)
             low, high = mean - reach, mean + reach
+        scale_CO1 = self.uniform.stored(shares_C11 * (high - low) / (2**width - 1))
         steps = 2.0 ** (self._zero_bits - width)
-        for share in WIDE_SHARES:
-            scale = self.uniform.stored(share * (high - low) / (2**width - 1))
-            zero = torch.round(-share * low / scale * steps) / steps
-            for offset in OFFSETS:
-                yield Levels(scale, self._stored_zero(zero + offset / steps, width), torch.zeros_like(scale))
+        zero_CO1 = torch.round(-shares_C11 * low / scale_CO1 * steps) / steps
+        zero_CO1 = torch.cat([self._stored_zero(zero_CO1 + offset / steps, width) for offset in OFFSETS])
+        wide = Levels(scale_CO1.repeat(len(OFFSETS), 1, 1), zero_CO1, torch.zeros_like(zero_CO1))
+        first = self._spanning(part_OB, width)
+        return Levels(*(torch.cat([own[None], more]) for own, more in zip(first, wide, strict=True)))
 
     # --- rounding ----------------------------------------------------------------------------------------------------
 
@@ -491,17 +502,17 @@ class Search:
         self.linear, self.first = linear, 0 if method.try_uniform else 1
         self.divergence_P = torch.zeros(most + 1, dtype=torch.float64, device=linear.weight.device)
         dtype, W_OI = linear.weight.dtype, linear.weight.detach().float()
-        size, bits = method.group_size, method.bits
-        base = [method.proxy(part_OB, bits).rounded(part_OB, bits) for part_OB in W_OI.split(size, dim=1)]
-
-        def change(group: int, width: int) -> tuple[slice, Tensor]:
-            part_OB = W_OI[:, group * size : (group + 1) * size]
-            moved_OB = method.proxy(part_OB, width).rounded(part_OB, width)
-            return slice(group * size, (group + 1) * size), (moved_OB - base[group]).to(dtype)
-
-        self.base_OI = torch.cat(base, dim=1).to(dtype)  # with all groups of `bits`
-        pairs = zip(ranking[:most], reversed(ranking), strict=False)
-        self.changes = [[change(low, bits - 1), change(high, bits + 1)] for low, high in pairs]  # by each further pair
+        size, bits, whole = method.group_size, method.bits, W_OI.shape[1] // method.group_size
+        head_OKg, tail_O1g = W_OI[:, : whole * size].view(-1, whole, size), W_OI[:, None, whole * size :]
+        base_OKg = method.proxies(head_OKg, bits)
+        tail = [method.proxies(tail_O1g, bits)[:, 0]] if tail_O1g.numel() else []
+        self.base_OI = torch.cat([base_OKg.flatten(1), *tail], dim=1).to(dtype)  # all groups at `bits`
+        lows, highs = ranking[:most], ranking[::-1][:most]
+        self.changes = []  # what each further pair changes of it: columns, and by how much
+        for groups, width in ((lows, bits - 1), (highs, bits + 1)):
+            change_OPg = (method.proxies(head_OKg[:, groups], width) - base_OKg[:, groups]).to(dtype)
+            columns = [slice(group * size, (group + 1) * size) for group in groups]
+            self.changes.append(list(zip(columns, change_OPg.unbind(1), strict=True)))
 
     def best(self) -> int:
         sums = self.divergence_P.tolist()[self.first :]
@@ -510,13 +521,13 @@ class Search:
     def hook(self, module: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> None:
         x_TI, y_TO = args[0].flatten(0, -2), y.flatten(0, -2)
         size = max(1, CHUNK // y_TO.shape[1])
-        for x_tI, y_tO in zip(x_TI.split(size), y_TO.split(size), strict=True):
+        for x_tI, y_tO in zip(torch.split(x_TI, size), torch.split(y_TO, size), strict=True):
             self._compare(x_tI.float(), torch.log_softmax(y_tO.float(), dim=1).clamp_min_(LEAST))
 
     def _compare(self, x_TI: Tensor, target_TO: Tensor) -> None:
         bias = None if self.linear.bias is None else self.linear.bias.detach().float()
         y_TO = F.linear(x_TI, self.base_OI.float(), bias)
-        for pairs, change in enumerate([[], *self.changes]):
+        for pairs, change in enumerate([(), *zip(*self.changes, strict=True)]):
             for columns, change_OB in change:
                 y_TO.addmm_(x_TI[:, columns], change_OB.float().T)
             if pairs >= self.first:
@@ -619,8 +630,9 @@ def _epoch(method: SliMLLM, step: Step, clippings: dict[str, Clipping], optimize
             weights = {f"{n}.weight": c.rounded().to(c.linear.weight.dtype) for n, c in clippings.items()}
             out_BSD = _first(torch.func.functional_call(step.block, weights, (hidden_BSD,), kwargs)).float()
             loss = torch.stack([F.mse_loss(out_BSD, target.float()) for target in targets]).sum()
-            optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+        parameters = [clipping.logits_2OG for clipping in clippings.values()]
+        for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+            parameter.grad = gradient  # and nobody else's: the block's own parameters may be trainable
         optimizer.step()
         total = total.to(loss.device) + loss.detach()
     return float(total) / step.data.count
@@ -629,21 +641,6 @@ def _epoch(method: SliMLLM, step: Step, clippings: dict[str, Clipping], optimize
 def _first(output: Any) -> Tensor:
     tensor: Tensor = output[0] if isinstance(output, tuple) else output
     return tensor
-
-
-def _least(candidates: Iterable[Levels], error: Callable[[Levels], Tensor]) -> Levels:
-    """For each row the candidate of least error, the first of equals."""
-    best: Levels | None = None
-    for levels in candidates:
-        own = error(levels)
-        if best is None:
-            best, least = levels, own
-            continue
-        better = own < least
-        least = torch.where(better, own, least)
-        best = Levels(*(torch.where(better, new, old) for new, old in zip(levels, best, strict=True)))
-    assert best is not None
-    return best
 
 
 def _range(part_OB: Tensor) -> tuple[Tensor, Tensor]:

@@ -185,6 +185,47 @@ CASES: tuple[Case, ...] = (
         preset="best",
         rows_apart=False,
     ),
+    Case(
+        "slim_llm",
+        "groups of 16",
+        (0.54, 0.24, 0.11, 0.054, 0.026, 0.013),
+        (2.9, 0.95, 0.58, 0.27, 0.14, 0.074),
+        options={"group_size": 16},
+        uniform=False,
+    ),
+    Case(
+        "slim_llm",
+        "groups of 32",
+        (0.65, 0.33, 0.15, 0.07, 0.034, 0.016),
+        (3.4, 1.3, 0.59, 0.29, 0.16, 0.083),
+        options={"group_size": 32},
+        uniform=False,
+    ),
+    Case(
+        "slim_llm",
+        "as published in groups of 24 with fp32 scales",
+        (0.64, 0.29, 0.13, 0.062, 0.029, 0.014),
+        (3.1, 1.4, 0.59, 0.34, 0.18, 0.072),
+        options={"group_size": 24, "as_published": True, "scale_bits": 32},
+        uniform=False,
+    ),
+    Case(
+        "slim_llm",
+        "plus in groups of 32",
+        (0.46, 0.24, 0.11, 0.055, 0.034, 0.025),
+        (3.3, 1.1, 0.44, 0.35, 0.32, 0.27),
+        options={"group_size": 32, "plus": True, "epochs": 4},
+        uniform=False,
+    ),
+    Case(
+        "slim_llm",
+        "best",
+        (0.51, 0.26, 0.13, 0.066, 0.034, 0.017),
+        (2.8, 1.3, 0.55, 0.3, 0.17, 0.084),
+        options={"group_size": 32},
+        preset="best",
+        uniform=False,
+    ),
 )
 
 # What the costly checks (save, load, stream) run: one option set per method, and these widths.
@@ -195,6 +236,8 @@ CHECKPOINTS: tuple[tuple[str, float, dict[str, Any]], ...] = (
     ("gptq", 4, {"group_size": 64, "act_order": True}),
     ("quip", 2, {}),
     ("quip", 5, {}),
+    ("slim_llm", 2, {"group_size": 16}),
+    ("slim_llm", 3, {"group_size": 32, "plus": True, "epochs": 2}),
 )
 
 
