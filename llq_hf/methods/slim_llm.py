@@ -306,7 +306,7 @@ class SliMLLM(Method):
         if self.act_group_aware:
             order_I = group_aware_order(torch.diagonal(H_II), size)
             H_II = H_II[order_I][:, order_I]
-        U_II = factorize(H_II, damp, notes, inverse=True)
+        U_II = factorize(H_II, damp, notes, inverse=True, quick=not self.as_published)
         spread_I = torch.diagonal(H_II).rsqrt() if U_II is None else torch.diagonal(U_II)
         return Factor(H_II, U_II, order_I, (order_I[::size] // size).tolist(), spread_I[torch.argsort(order_I)])
 
@@ -318,16 +318,17 @@ class SliMLLM(Method):
         ranking: list[int] = torch.argsort(torch.stack(parts)[:whole], stable=True).tolist()
         return ranking
 
-    def _widths(self, weight_OI: Tensor, spread_I: Tensor, pairs: int, notes: dict[str, Any]) -> list[int]:
+    def _widths(self, weight_OI: Tensor, spread_I: Tensor, pairs: int) -> list[int]:
         """The width of every group."""
-        columns = weight_OI.shape[1]
-        widths, ranking = [self.bits] * self._groups(columns), self._ranking(weight_OI, spread_I)
+        widths, ranking = [self.bits] * self._groups(weight_OI.shape[1]), self._ranking(weight_OI, spread_I)
         for low, high in zip(ranking[:pairs], reversed(ranking), strict=False):
             widths[low], widths[high] = self.bits - 1, self.bits + 1
-        notes["pairs"] = pairs
-        if self.pairs == -1 and len(widths) < FEWEST_GROUPS:
-            notes["allocation"] = f"uniform: {len(widths)} groups are too few to move bits"
         return widths
+
+    def _note(self, widths: list[int], job: Job) -> None:
+        job.notes["pairs"] = widths.count(self.bits + 1)
+        if self.pairs == -1 and len(widths) < FEWEST_GROUPS:
+            job.notes["allocation"] = f"uniform: {len(widths)} groups are too few to move bits"
 
     # --- grids -------------------------------------------------------------------------------------------------------
 
@@ -411,7 +412,8 @@ class SliMLLM(Method):
         factor = self._factor(stat, job.notes)
         if factor.U_II is None:  # nothing made H positive definite: no repair, which is rounding to nearest
             job.notes["fallback"] = "rtn"
-        widths = self._widths(W_OI, factor.spread_I, pairs, job.notes)
+        widths = self._widths(W_OI, factor.spread_I, pairs)
+        self._note(widths, job)
         solved = [widths[group] for group in factor.groups]
         order_I = factor.order_I
         C_II = stat.C_II[order_I][:, order_I] if factor.U_II is not None and self.flow is Flow.BOTH else None
@@ -475,24 +477,22 @@ class SliMLLM(Method):
         """Train the clipping of all linears together, so that the block's output is the full-precision model's."""
         jobs = {name: step.job(name) for name in step.linears}
         saved = step.state.load()
-        if saved is None:
-            pairs, widths = self._pairs(step), {}
-            for name, linear in step.linears.items():
+        pairs = self._pairs(step) if saved is None else {}
+        clippings = {}
+        for name, linear in step.linears.items():
+            if saved is None:
                 stat = step.stats[name]
                 assert isinstance(stat, PairedHessian)
-                spread_I = self._factor(stat, {}).spread_I
-                widths[name] = self._widths(linear.weight.detach().float(), spread_I, pairs[name], jobs[name].notes)
-        else:
-            widths = {name: saved[f"{name}.widths"].tolist() for name in step.linears}
-            for name in step.linears:
-                jobs[name].notes["pairs"] = widths[name].count(self.bits + 1)
-        clippings = {name: Clipping(self, linear, widths[name]) for name, linear in step.linears.items()}
+                widths = self._widths(linear.weight.detach().float(), self._factor(stat, {}).spread_I, pairs[name])
+            else:
+                widths = saved[f"{name}.widths"].tolist()
+            self._note(widths, jobs[name])
+            clippings[name] = Clipping(self, linear, widths)
         losses = train(self, step, clippings, saved)
-        with torch.no_grad():
-            packed = {name: clipping.packed() for name, clipping in clippings.items()}
         for job in jobs.values():
-            job.notes["loss"] = losses
-        return packed
+            job.notes["loss"] = [losses[0], losses[-1]]
+        with torch.no_grad():
+            return {name: clipping.packed() for name, clipping in clippings.items()}
 
 
 class Search:
@@ -588,25 +588,27 @@ class Clipping:
 
 
 def train(method: SliMLLM, step: Step, clippings: dict[str, Clipping], saved: dict[str, Tensor] | None) -> list[float]:
-    """Train the logits, sequence by sequence; state is saved after every epoch. Mean losses of the epochs run here."""
+    """Train the logits, sequence by sequence; state is saved after every epoch. Mean losses of all epochs."""
     assert step.data is not None
     parameters = [clipping.logits_2OG for clipping in clippings.values()]
     optimizer = torch.optim.AdamW(parameters, lr=method.learning_rate, weight_decay=0.0)
-    done = 0
+    losses: list[float] = []
     if saved is not None:
-        done = int(saved["epochs"])
+        losses = saved["losses"].tolist()
         for name, clipping in clippings.items():
             clipping.logits_2OG.data.copy_(saved[f"{name}.logits"])
             moments = {key: saved[f"{name}.{key}"].to(clipping.logits_2OG.device) for key in ("exp_avg", "exp_avg_sq")}
             optimizer.state[clipping.logits_2OG] = {**moments, "step": saved["steps"].clone()}
-    losses = []
     step.listener.stage("clipping", method.epochs)
-    step.listener.advance(done)
-    for epoch in range(done, method.epochs):
+    step.listener.advance(len(losses))
+    while len(losses) < method.epochs:
         losses.append(_epoch(method, step, clippings, optimizer))
         if not math.isfinite(losses[-1]):
             raise LLQError(f"the clipping of {step.prefix} diverged; lower learning_rate={method.learning_rate}")
-        tensors = {"epochs": torch.tensor(epoch + 1), "steps": optimizer.state[parameters[0]]["step"]}
+        tensors = {
+            "losses": torch.tensor(losses, dtype=torch.float64),
+            "steps": optimizer.state[parameters[0]]["step"],
+        }
         for name, clipping in clippings.items():
             state = optimizer.state[clipping.logits_2OG]
             tensors[f"{name}.logits"], tensors[f"{name}.widths"] = clipping.logits_2OG.detach(), clipping.widths_G
