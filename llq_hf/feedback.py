@@ -4,8 +4,7 @@ Legend: O out_features, I in_features, B columns of a block.
 
 With U the upper Cholesky factor of H^-1 (`stats.factorize(..., inverse=True)`), rounding column j of W to q_j costs
 ((w_j - q_j) / U_jj)^2 on the calibration outputs, and the best repair of the later columns is -(w_j - q_j) / U_jj *
-U_j,later (Frantar et al. 2023). Products and sums are separate operations, as in the authors' codes: fused ones
-would differ in the last bit.
+U_j,later (Frantar et al. 2023).
 """
 
 from __future__ import annotations
@@ -28,12 +27,14 @@ def by_columns(
     begin: Callable[[int, int], None] = _begin_nothing,
     block: int = BLOCK,
     drift_II: Tensor | None = None,
+    fused: bool = True,
 ) -> None:
     """Round the columns of W_OI from first to last, each repairing all later ones; W_OI is used up.
 
     rounded(j, w_O) gives the value that column j, now w_O, is rounded to. begin(start, stop) is called when a block of
     columns is reached: W_OI[:, start:stop] holds them as repaired by all earlier blocks. U_II None: no repair.
     drift_II (strictly upper): column j, as it is before it is rounded, also adds w_O * drift[j, later] (GPTAQ).
+    fused: a product and its sum in one operation, of one rounding; False rounds twice, as the authors' codes do.
 
     A block is held transposed, so that a column is contiguous: half the time, the same codes.
     """
@@ -52,7 +53,10 @@ def by_columns(
                 if drift_II is not None:
                     before_BO[j - start] = w_O
                     block_BO[j - start :].addcmul_(drift_II[j, j:stop, None], before_BO[j - start])
-                block_BO[j - start :].addcmul_(U_II[j, j:stop, None], error_O, value=-1)
+                if fused:
+                    block_BO[j - start :].addcmul_(U_II[j, j:stop, None], error_O, value=-1)
+                else:
+                    block_BO[j - start :].sub_(U_II[j, j:stop, None] * error_O)
         if U_II is not None:
             W_OI[:, stop:].addmm_(errors_BO.T, U_II[start:stop, stop:], alpha=-1)
             if drift_II is not None:
@@ -72,3 +76,17 @@ def by_blocks(
         if U_II is not None:
             errors_OB = (W_OI[:, start:stop] - values_OB) / torch.diagonal(U_II)[start:stop]
             W_OI[:, stop:].addmm_(errors_OB, U_II[start:stop, stop:], alpha=-1)
+
+
+def group_aware_order(diagonal_I: Tensor, size: int) -> Tensor:
+    """Columns [I] by falling H_ii inside each group of `size`, groups by their largest (GAR, Gafni et al. 2025).
+
+    Groups stay what they were, so nothing is stored; a short group stays last.
+    """
+    whole = len(diagonal_I) // size * size
+    diagonal_GS = diagonal_I[:whole].view(-1, size)
+    inside_GS = torch.argsort(diagonal_GS, dim=1, descending=True, stable=True)
+    inside_GS += torch.arange(0, whole, size, device=diagonal_I.device)[:, None]
+    by_largest_G = torch.argsort(diagonal_GS.amax(1), descending=True, stable=True)
+    tail = whole + torch.argsort(diagonal_I[whole:], descending=True, stable=True)
+    return torch.cat([inside_GS[by_largest_G].flatten(), tail])

@@ -14,11 +14,13 @@ from .omniquant import OmniQuant
 from .pb_llm import PBLLM
 from .quip import QuIP
 from .rtn import RTN
+from .slim_llm import SliMLLM
 from .smoothquant import SmoothQuant
 from .spinquant import SpinQuant
 
 METHODS: dict[str, type[Method]] = {
-    method.name: method for method in (RTN, GPTQ, AWQ, SmoothQuant, OmniQuant, SpinQuant, QuIP, PBLLM, BiLLM, DBLLM)
+    method.name: method
+    for method in (RTN, GPTQ, AWQ, SmoothQuant, OmniQuant, SpinQuant, QuIP, SliMLLM, DBLLM, PBLLM, BiLLM)
 }
 
 

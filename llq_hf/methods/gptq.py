@@ -38,7 +38,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import LLQError
-from ..feedback import BLOCK, by_columns
+from ..feedback import BLOCK, by_columns, group_aware_order
 from ..grids import Grid, Spec, Uniform
 from ..method import Flow, Job, Method, Packed
 from ..refine import Objective, Solution, refined
@@ -143,13 +143,7 @@ class GPTQ(Method):
             return torch.argsort(diagonal_I, descending=True, stable=True)
         if not self.act_group_aware:
             return torch.arange(columns, device=diagonal_I.device)
-        whole = columns // size * size
-        diagonal_GS = diagonal_I[:whole].view(-1, size)
-        inside_GS = torch.argsort(diagonal_GS, dim=1, descending=True, stable=True)
-        inside_GS += torch.arange(0, whole, size, device=diagonal_I.device)[:, None]
-        by_largest_G = torch.argsort(diagonal_GS.amax(1), descending=True, stable=True)
-        tail = whole + torch.argsort(diagonal_I[whole:], descending=True, stable=True)  # a short group stays last
-        return torch.cat([inside_GS[by_largest_G].flatten(), tail])
+        return group_aware_order(diagonal_I, size)
 
     def _drift(self, H_II: Tensor, C_II: Tensor, U_II: Tensor) -> Tensor:
         """GPTAQ's P [I, I]: what column j adds to later ones on behalf of the full-precision outputs."""

@@ -23,6 +23,7 @@ class Case:
     uniform: `weight` and `scale` hold uniform codes of `bits` bits and their steps; generic faults apply.
     rows_apart: an outlier hurts its own row only (column scales and rotations spread it). clips: a range fixed in
     sigmas cuts the tails, so errors level off at high widths; clip_share: what part of the output that may cost.
+    feedback: a factor of the Hessian, where the method takes one, repairs what rounding breaks.
     compensates: calibration lowers the error of this one linear (smoothing, which needs several, does not).
     """
 
@@ -36,6 +37,7 @@ class Case:
     rows_apart: bool = True
     clips: bool = False
     clip_share: float = 0.0
+    feedback: bool = True
     compensates: bool = True
 
     def build(self, bits: float) -> Method:
@@ -401,6 +403,50 @@ CASES: tuple[Case, ...] = (
         options={"epochs": 4},
         preset="best",
     ),
+    Case(
+        "slim_llm",
+        "groups of 16",
+        (0.54, 0.24, 0.11, 0.054, 0.026, 0.013),
+        (2.9, 0.95, 0.58, 0.27, 0.14, 0.074),
+        options={"group_size": 16},
+        uniform=False,
+    ),
+    Case(
+        "slim_llm",
+        "groups of 32",
+        (0.65, 0.33, 0.15, 0.07, 0.034, 0.016),
+        (3.4, 1.3, 0.59, 0.29, 0.16, 0.083),
+        options={"group_size": 32},
+        uniform=False,
+    ),
+    Case(
+        "slim_llm",
+        "as published in groups of 24 with fp32 scales",
+        (0.64, 0.29, 0.13, 0.062, 0.029, 0.02),
+        (3.1, 1.4, 0.59, 0.34, 0.18, 0.45),
+        options={"group_size": 24, "as_published": True, "scale_bits": 32},
+        uniform=False,
+    ),
+    Case(
+        "slim_llm",
+        "plus in groups of 16",
+        (0.38, 0.19, 0.091, 0.053, 0.035, 0.029),
+        (2.9, 1.5, 0.59, 0.65, 0.68, 0.69),
+        options={"group_size": 16, "plus": True, "epochs": 8, "learning_rate": 0.1, "pairs": 1},
+        uniform=False,
+        clips=True,
+        clip_share=1e-3,
+        feedback=False,
+    ),
+    Case(
+        "slim_llm",
+        "best",
+        (0.51, 0.26, 0.13, 0.066, 0.034, 0.017),
+        (2.8, 1.3, 0.55, 0.3, 0.17, 0.084),
+        options={"group_size": 32},
+        preset="best",
+        uniform=False,
+    ),
 )
 
 # What the costly checks (save, load, stream) run: one option set per method, and these widths.
@@ -424,6 +470,8 @@ CHECKPOINTS: tuple[tuple[str, float, dict[str, Any]], ...] = (
     ("smoothquant", 8, {}),
     ("omniquant", 2, {"group_size": 64, "epochs": 2}),
     ("omniquant", 4, {"a_bits": 8, "group_size": -1, "epochs": 2}),
+    ("slim_llm", 2, {"group_size": 16}),
+    ("slim_llm", 3, {"group_size": 32, "plus": True, "epochs": 2}),
 )
 
 
