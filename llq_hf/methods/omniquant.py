@@ -27,9 +27,10 @@ not be (a bias, a norm after q) is left out and noted. Where LET starts, weights
 magnitude (theirs: of one, by value). A loss that is not finite is an error; theirs enters a debugger. What LET bakes
 into q, k, v and o counts as weight error in reports.
 
-preset="best" starts from ranges searched for the least error weighted by the inputs' squares, and learns which way
-each weight rounds (`rounding_lr`): an offset within half a step, moved by the sign of its gradient, linearly slower, as
-AutoRound (arXiv 2309.05516) does; one fp32 number a weight while training, nothing stored.
+preset="best" starts from ranges searched for the least error weighted by the inputs' squares (`search_range`), lowers
+the learning rates linearly to zero (`decay`), and learns which way each weight rounds (`rounding_lr`): an offset within
+half a step, moved by the sign of its gradient, ever slower, as AutoRound (arXiv 2309.05516) does; it is one fp32 number
+a weight while training, and nothing stored.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ class OmniQuant(Method):
 
     name: ClassVar[str] = "omniquant"
     title: ClassVar[str] = "OmniQuant (Shao et al. 2024)"
-    best: ClassVar[dict[str, Any]] = {"aug_loss": True, "search_range": True, "rounding_lr": 5e-3}
+    best: ClassVar[dict[str, Any]] = {"aug_loss": True, "search_range": True, "rounding_lr": 5e-3, "decay": True}
     divides_input: ClassVar[bool] = True
 
     bits: int = 4
@@ -81,6 +82,7 @@ class OmniQuant(Method):
     aug_loss: bool = False
     search_range: bool = False
     rounding_lr: float = 0.0
+    decay: bool = False
 
     def check(self) -> None:
         _ = self.grid, self.tokens  # validate group_size and a_bits
@@ -435,22 +437,23 @@ class _Training:
         clips = [part.clip_2OG for part in parts]
         self.drifts = [part.drift_OGg for part in parts if part.drift_OGg is not None]
         self.parameters = clips + scales + self.drifts
-        groups = [{"params": clips, "lr": method.lwc_lr}, {"params": scales, "lr": method.let_lr}]
+        self.rates = method.lwc_lr, method.let_lr
+        groups = [{"params": p, "lr": rate} for p, rate in zip((clips, scales), self.rates, strict=True)]
         self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
-        self.total = method.epochs * self.data.count
+        self.steps = method.epochs * self.data.count
 
     def run(self) -> list[float]:
         """Train, or go on where an interrupted run was; the mean loss of each epoch."""
         step, count = self.step, self.data.count
         losses = self._restored(step.state.load())
         dense = _dense_outputs(step) if self.method.aug_loss and len(losses) < self.method.epochs else []
-        step.listener.stage("training", self.total)
+        step.listener.stage("training", self.steps)
         step.listener.advance(len(losses) * count)
         for epoch in range(len(losses), self.method.epochs):
             total = torch.zeros((), device=self.parameters[0].device)
             for i in range(count):
-                total += self._descend(i, dense[i] if dense else None)
-                self._drift(1 - (epoch * count + i) / self.total)
+                left = 1 - (epoch * count + i) / self.steps
+                total += self._descend(i, dense[i] if dense else None, left)
                 step.listener.advance(1)
             losses.append(float(total) / count)
             if not math.isfinite(losses[-1]):  # looked at once an epoch: every look would make a GPU wait
@@ -461,8 +464,8 @@ class _Training:
             step.state.save(self._snapshot(losses))
         return losses
 
-    def _descend(self, i: int, dense_BSD: Tensor | None) -> Tensor:
-        """A step of the optimizer on sequence i; the loss before it."""
+    def _descend(self, i: int, dense_BSD: Tensor | None, left: float) -> Tensor:
+        """A step against the gradients on sequence i; the loss before it. left: falls from 1 to 0 over the training."""
         with torch.enable_grad():
             out_BSD = _run(self.twin, self.data, i)
             loss = F.mse_loss(out_BSD, self.data.targets(slice(i, i + 1)).to(out_BSD))
@@ -471,16 +474,16 @@ class _Training:
             for parameter in self.parameters:
                 parameter.grad = None
             loss.backward()  # type: ignore[no-untyped-call]
+        if self.method.decay:
+            for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+                group["lr"] = rate * left
         self.optimizer.step()
         for s in self.scales:
             s.copy_(_usable(s))
-        return loss.detach()
-
-    def _drift(self, left: float) -> None:
-        """Move every drift against its gradient; `left` falls from 1 to 0 over the training, and steps with it."""
         for drift in self.drifts:
             assert drift.grad is not None
             drift.sub_(drift.grad.sign_(), alpha=self.method.rounding_lr * left).clamp_(-0.5, 0.5)
+        return loss.detach()
 
     def _snapshot(self, losses: list[float]) -> dict[str, Tensor]:
         """Everything that the training goes on from."""

@@ -35,6 +35,7 @@ VARIANTS = {
     "symmetric": {"group_size": 16, "sym": True},
     "aug loss": {"group_size": -1, "aug_loss": True},
     "twice the learning rate": {"group_size": -1, "lwc_lr": 0.02},
+    "decay": {"group_size": 16, "decay": True, "lwc_lr": 0.05},
     "no training": {"group_size": 16, "epochs": 0},
     "searched ranges": {"group_size": 12, "search_range": True},
     "searched ranges and no training": {"group_size": 16, "search_range": True, "epochs": 0},
@@ -76,6 +77,7 @@ def test_equals_the_literal_training(options: dict, bits: int):
         aug_loss=method.aug_loss,
         search_range=method.search_range,
         rounding_lr=method.rounding_lr,
+        decay=method.decay,
     )
     notes = step.jobs["test"].notes
     if losses:

@@ -80,6 +80,7 @@ def omniquant(
     aug_loss: bool,
     search_range: bool,
     rounding_lr: float,
+    decay: bool,
 ) -> tuple[np.ndarray, np.ndarray, list[float]]:
     """(codes [O, I], scales [O, G], mean loss of each epoch) for sequences inputs [N, S, I] and targets [N, S, O]."""
     rows, columns = weight.shape
@@ -113,6 +114,7 @@ def omniquant(
             wanted = [target, x @ W.T] if aug_loss else [target]
             total += sum(float(np.mean((y - t) ** 2)) for t in wanted)
             slope = sum(2 / y.size * (y - t).T @ x for t in wanted)
+            left = 1 - steps / total_steps
             gradient, moved = np.zeros_like(logits), drift.copy()
             for o in range(rows):
                 for k, (start, stop) in enumerate(spans):
@@ -122,13 +124,13 @@ def omniquant(
                     scale, zero, _, _ = grid(part[0], *logits[o, k], bits, sym)
                     for i in range(start, stop):
                         if 0 <= np.rint(W[o, i] / scale + drift[o, i]) + zero <= 2**bits - 1:
-                            moved[o, i] -= rounding_lr * (1 - steps / total_steps) * np.sign(slope[o, i])
+                            moved[o, i] -= rounding_lr * left * np.sign(slope[o, i])
             drift = np.clip(moved, -0.5, 0.5)
             steps += 1
             first = BETA1 * first + (1 - BETA1) * gradient
             second = BETA2 * second + (1 - BETA2) * gradient**2
             step = first / (1 - BETA1**steps) / (np.sqrt(second / (1 - BETA2**steps)) + EPSILON)
-            logits = logits - lr * step
+            logits = logits - lr * (left if decay else 1) * step
         losses.append(total / len(inputs))
     codes, scales, _ = rounded()
     return codes, scales, losses
