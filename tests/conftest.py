@@ -10,6 +10,8 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any import of the Hub client
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if "PYTEST_XDIST_WORKER" in os.environ:  # a test on every core: what they start gets no more than one either
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from collections.abc import Callable
 from pathlib import Path

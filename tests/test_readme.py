@@ -21,6 +21,9 @@ def runnable(text: str) -> bool:
     return not text.startswith("# needs") and SKIPPED not in text
 
 
+pytestmark = pytest.mark.xdist_group("readme")  # blocks build upon each other, in one folder
+
+
 @pytest.fixture(scope="module", autouse=True)
 def scratch():
     def clear() -> None:
