@@ -7,6 +7,7 @@ CPUs the weights are compared by error. Perplexities on stories260K are ours; th
 
 from __future__ import annotations
 
+import copy
 import math
 from functools import cache
 from pathlib import Path
@@ -16,12 +17,12 @@ import torch
 from contract import checks
 from safetensors.torch import load_file
 from test_uniform_golden import data, perplexity
-from test_uniform_golden import run as run_model
 from torch import Tensor
 
 from llq_hf.bits import unpack
 from llq_hf.method import Packed, Step
 from llq_hf.methods import build
+from llq_hf.quantize import quantize_model
 from llq_hf.stats import PairedHessian
 
 SAME_CPU = torch.backends.cpu.get_cpu_capability() == "AVX512"
@@ -120,6 +121,11 @@ def test_fp16_scales_and_what_is_right_instead_stay_close(case: str):
 
 
 def test_at_2_bits_it_beats_gptq_on_a_trained_model(shared: Path):
-    """46 measured; GPTQ of the same groups has 131 by its authors' code."""
-    model, _ = run_model(shared, "slim_llm", bits=2, group_size=32)
-    assert perplexity(model, data(shared)[2]) < 55
+    """A quarter of the calibration set; with all of it 46 against 119 was measured."""
+    dense, calibration, evaluation = data(shared)
+    scores = {}
+    for name in ("gptq", "slim_llm"):
+        model = copy.deepcopy(dense)
+        quantize_model(model, build(name, bits=2, group_size=32), calibration[:32])
+        scores[name] = perplexity(model, evaluation[:40])
+    assert scores["slim_llm"] < 0.6 * scores["gptq"]
