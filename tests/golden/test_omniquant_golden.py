@@ -23,6 +23,7 @@ from llq_hf.quantize import quantize_model
 FULL = os.environ.get("LLQ_FULL_GOLDEN", "") not in ("", "0")
 THEIRS = {4: 4.0185, 3: 5.9552, 2: 33.991}  # perplexities; 2 bits with aug_loss
 RTN = {4: 4.1585, 3: 9.705, 2: 453.3}  # the start of it all, on the same grid
+BEST = {4: 3.9, 3: 4.6, 2: 9.3}
 
 full = pytest.mark.skipif(not FULL, reason="minutes of training; LLQ_FULL_GOLDEN=1 runs it")
 
@@ -42,8 +43,8 @@ def test_is_no_worse_than_the_authors_code(bits: int, shared: Path):
 
 @full
 @pytest.mark.parametrize("bits", THEIRS)
-def test_preset_best_is_no_worse_either(bits: int, shared: Path):
-    assert score(shared, preset="best", bits=bits) <= THEIRS[bits]
+def test_preset_best_is_better(bits: int, shared: Path):
+    assert score(shared, preset="best", bits=bits) <= BEST[bits]
 
 
 def test_a_short_training_already_beats_rounding(shared: Path):
