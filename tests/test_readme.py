@@ -4,7 +4,6 @@ import ast
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 BLOCKS = re.findall(r"^```(bash|python)\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
-SCRATCH = Path("/tmp/llq-readme")  # the folder README writes to
+SCRATCH = "/tmp/llq-readme"  # the folder README writes to
 SKIPPED = "uv run --extra dev pytest"  # this very run
 
 
@@ -24,15 +23,10 @@ def runnable(text: str) -> bool:
 pytestmark = pytest.mark.xdist_group("readme")  # blocks build upon each other, in one folder
 
 
-@pytest.fixture(scope="module", autouse=True)
-def scratch():
-    def clear() -> None:
-        for path in SCRATCH.parent.glob(SCRATCH.name + "*"):
-            shutil.rmtree(path, ignore_errors=True)
-
-    clear()
-    yield
-    clear()
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Stands in for SCRATCH: two runs of the tests on one machine must not meet there."""
+    return str(tmp_path_factory.mktemp("readme"))
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +37,8 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(("language", "text"), BLOCKS, ids=[f"block-{i}" for i in range(len(BLOCKS))])
-def test_block(language: str, text: str, environment: dict[str, str], tmp_path: Path) -> None:
+def test_block(language: str, text: str, environment: dict[str, str], scratch: str, tmp_path: Path) -> None:
+    text = text.replace(SCRATCH, scratch)
     if language == "python":
         ast.parse(text)
         if runnable(text):
