@@ -148,8 +148,10 @@ class OmniQuant(Method):
         inputs = _observed(step) if self.transforms or self.search_range else {}
         scales, left_out = _equivalences(step, twin, parts, inputs, self.alpha) if self.transforms else ([], [])
         if self.search_range:
+            step.listener.stage("searching ranges", len(parts))
             for name, part in parts.items():
                 part.search(inputs[name].square_I)
+                step.listener.advance(1)
         for name, part in parts.items():
             parent, _, child = name.rpartition(".")
             setattr(twin.get_submodule(parent), child, part)
