@@ -193,7 +193,7 @@ def test_eval_hands_everything_to_lm_eval(monkeypatch, tmp_path):
         commands.append(command)
         return Done
 
-    monkeypatch.setattr(cli.subprocess, "run", run)
+    monkeypatch.setattr(cli.evaluate.subprocess, "run", run)
     arguments = ["eval", str(tmp_path), "--tasks", "llq_demo", "--model-args", "dtype=float32", "--limit", "5"]
     result = CliRunner().invoke(cli.app, arguments)
     assert result.exit_code == 3

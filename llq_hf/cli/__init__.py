@@ -1,0 +1,27 @@
+"""The command line, a file per command. Every error is one sentence on stderr and exit status 1."""
+
+from __future__ import annotations
+
+import sys
+
+from rich.console import Console
+from rich.markup import escape
+
+from ..errors import LLQError
+from . import evaluate, inspect, quantize  # each adds its commands to `app`
+from .app import app
+
+__all__ = ["app", "evaluate", "inspect", "main", "quantize"]
+
+
+def main() -> None:
+    """Entry point of `llq`."""
+    try:
+        app(standalone_mode=True)
+    except LLQError as error:
+        Console(stderr=True).print(f"[red]Error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
+        sys.exit(1)
+    except SystemExit as stop:
+        if stop.code == 130:  # Ctrl-C, which typer turns into this
+            Console(stderr=True).print("Interrupted; the same command goes on where this one stopped.")
+        raise

@@ -1,0 +1,96 @@
+"""llq quantize."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from ..methods import METHODS, method_type
+from .app import app, console
+from .options import with_method_options
+
+
+@app.command()
+@with_method_options
+def quantize(
+    model: Annotated[str, typer.Argument(help="Folder or Hub id of the full-precision model, or `demo`.")],
+    out: Annotated[
+        Path, typer.Argument(help="Folder to write; must not exist, or hold an interrupted run of the same.")
+    ],
+    method: Annotated[str, typer.Option(help=f"One of: {', '.join(METHODS)}. `llq methods` tells more.")],
+    options: dict[str, Any],
+    preset: Annotated[
+        str, typer.Option(help="`study` reproduces the paper; `best` stores no more bits, and is better.")
+    ] = "study",
+    calibration: Annotated[
+        str | None,
+        typer.Option(help="wikitext2, c4, ptb, demo, or a file: .txt .json .jsonl .parquet, .npy of token ids."),
+    ] = None,
+    calibration_samples: Annotated[int | None, typer.Option(help="Sequences; default 128.")] = None,
+    calibration_seqlen: Annotated[
+        int | None, typer.Option(help="Tokens per sequence; default 2048 (demo: 256).")
+    ] = None,
+    calibration_seed: Annotated[int, typer.Option(help="Seed of the windows drawn.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes a GPU where there is one.")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="Of the calibration passes: auto (the model's), float32, bfloat16, float16.")
+    ] = "auto",
+    offload: Annotated[Path | None, typer.Option(help="Keep calibration activations in files of this folder.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, run one block, write nothing.")] = False,
+) -> None:
+    """Quantize a model block by block into a packed checkpoint that from_pretrained loads.
+
+    Peak memory is one block, whatever the depth. A killed run goes on where it stopped when the same command is given
+    again.
+
+    Example: **llq quantize demo /tmp/demo-quip --method quip --bits 2**
+    """
+    import torch
+
+    from ..demo import calibration_for, resolve
+    from ..progress import RichProgress
+    from ..quantize import RunOptions
+    from ..run import peak_bytes, prepare, quantize_checkpoint
+
+    built = method_type(method).build(preset, **options)
+    data = calibration_for(model, calibration, calibration_samples, calibration_seqlen, calibration_seed)
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    run = RunOptions(device=device, dtype=None if dtype == "auto" else dtype, offload=offload, revision=revision)
+    if dry_run:
+        progress = RichProgress()
+        try:
+            prepare(resolve(model), built, data, run, out, progress)
+        finally:
+            progress.close()
+        return
+    started = time.perf_counter()
+    report = quantize_checkpoint(resolve(model), out, built, data, run, RichProgress())
+    seconds = time.perf_counter() - started
+    table = _bits_table(f"{built.title} of {model}", report)
+    table.add_row("time", f"{seconds:.1f} s")
+    table.add_row("peak memory", f"{peak_bytes() / 2**30:.2f} GiB")
+    _warn_of_fallbacks(report)
+    console.print(table)
+    print(f"Load it: AutoModelForCausalLM.from_pretrained({str(out)!r})")  # not rich: it would break the line
+
+
+def _bits_table(title: str, report: dict[str, Any]) -> Table:
+    bits = report["bits"]
+    table = Table(title=title, show_header=False, title_justify="left")
+    table.add_row("nominal bits", f"{bits['nominal']:g}")
+    table.add_row("stored bits per quantized weight", f"{bits['stored']:.3f}")
+    table.add_row("bits per weight of the whole model", f"{bits['whole_model']:.3f}")
+    table.add_row("size on disk", f"{bits['bytes'] / 2**20:.1f} MiB")
+    table.add_row("quantized linears", str(len(report["linears"])))
+    return table
+
+
+def _warn_of_fallbacks(report: dict[str, Any]) -> None:
+    fallen = [record["name"] for record in report["linears"] if "fallback" in record]
+    if fallen:
+        console.print(f"[yellow]{len(fallen)} linears fell back to rounding to nearest, the first: {fallen[0]}")
