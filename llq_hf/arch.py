@@ -50,6 +50,12 @@ def replace_module(root: nn.Module, name: str, new: nn.Module) -> None:
     setattr(root.get_submodule(parent), child, new)
 
 
+def first(output: Any) -> Tensor:
+    """What a module returns: blocks a tensor in transformers 5 and a tuple in some architectures, attention a tuple."""
+    tensor: Tensor = output[0] if isinstance(output, tuple) else output
+    return tensor
+
+
 @torch.no_grad()
 def input_groups(block: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> list[list[str]]:
     """Linears by the tensor they read, in the order of execution: [[q, k, v], [o], [gate, up], [down]].

@@ -1,6 +1,6 @@
 """GPTQ's feedback: the error of a column, once rounded, is spread over the columns still to come.
 
-Legend: O out_features, I in_features, B columns of a block.
+Legend: O out_features, I in_features, B columns of a block, G groups.
 
 With U the upper Cholesky factor of H^-1 (`stats.factorize(..., inverse=True)`), rounding column j of W to q_j costs
 ((w_j - q_j) / U_jj)^2 on the calibration outputs, and the best repair of the later columns is -(w_j - q_j) / U_jj *
@@ -10,9 +10,12 @@ U_j,later (Frantar et al. 2023).
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from .grids import Grid, Uniform, joined
 
 BLOCK = 128  # columns repaired together
 
@@ -76,6 +79,61 @@ def by_blocks(
         if U_II is not None:
             errors_OB = (W_OI[:, start:stop] - values_OB) / torch.diagonal(U_II)[start:stop]
             W_OI[:, stop:].addmm_(errors_OB, U_II[start:stop, stop:], alpha=-1)
+
+
+class Solution(NamedTuple):
+    """Codes [O, I], the grids [O, G] they lie on, and the group [I] of each column."""
+
+    codes_OI: Tensor
+    grid_OG: Grid
+    group_I: Tensor
+
+    def values(self) -> Tensor:
+        return self.columns().values(self.codes_OI)
+
+    def columns(self) -> Grid:
+        """The grid of every column [O, I]."""
+        scale, zero = (part[:, self.group_I] for part in self.grid_OG)
+        return self.grid_OG._replace(scale=scale, zero=zero)
+
+
+def solve(
+    W_OI: Tensor,
+    U_II: Tensor | None,
+    uniform: Uniform,
+    group_I: Tensor,
+    grid_OG: Grid | None = None,
+    importance_I: Tensor | None = None,
+    block: int = BLOCK,
+    drift_II: Tensor | None = None,
+) -> Solution:
+    """Round the columns of W_OI on grids of `uniform`, as `by_columns` does.
+
+    grid_OG: the grids of the groups. None: a group, of consecutive columns then, gets its grid when its first column is
+    reached, from W_OI as finished blocks left it; importance_I weights errors where ranges are searched.
+    """
+    size = W_OI.shape[1] if uniform.group_size == -1 else uniform.group_size
+    codes_IO, groups, found = torch.empty_like(W_OI.T), group_I.tolist(), list[Grid]()
+
+    def rounded(j: int, w_O: Tensor) -> Tensor:
+        if grid_OG is None and groups[j] == len(found):
+            importance_g = None if importance_I is None else importance_I[j : j + size]
+            found.append(uniform.grid(W_OI[:, j : j + size], importance_g))
+        grid, column = (found[-1], 0) if grid_OG is None else (grid_OG, groups[j])
+        grid_O = grid._replace(scale=grid.scale[:, column], zero=grid.zero[:, column])
+        codes_IO[j] = code_O = grid_O.codes(w_O, uniform.bits)
+        return grid_O.values(code_O)
+
+    by_columns(W_OI, U_II, rounded, block=block, drift_II=drift_II)
+    return Solution(codes_IO.T.contiguous(), joined(found) if grid_OG is None else grid_OG, group_I)
+
+
+def drift(H_II: Tensor, C_II: Tensor, U_II: Tensor, share: float) -> Tensor:
+    """`drift_II` of `by_columns`: a share of what aims at the full-precision model's outputs (GPTAQ, Li et al. 2025).
+
+    H_II undamped, C_II as `PairedHessian` has it, U_II of the damped H_II; all in the order of solving.
+    """
+    return share * torch.triu((C_II.T - H_II) @ U_II.T, 1) @ U_II
 
 
 def group_aware_order(diagonal_I: Tensor, size: int) -> Tensor:

@@ -124,6 +124,15 @@ class Step:
         self.jobs[name] = Job(full_name)
         return self.jobs[name]
 
+    def run(self, stage: str) -> None:
+        """Run the block once over all calibration sequences, for hooks that watch it."""
+        assert self.data is not None
+        self.listener.stage(stage, self.data.count)
+        for rows in self.data.batches():
+            hidden_BSD, kwargs = self.data.inputs(rows)
+            self.block(hidden_BSD, **kwargs)
+            self.listener.advance(len(hidden_BSD))
+
     def release(self) -> None:
         """Let go of statistics and weights: the next ones are gathered while the consumer still holds this step."""
         self.stats.clear()

@@ -14,9 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .feedback import BLOCK, Solution
 from .grids import Grid, Uniform
 
-BLOCK = 128  # columns whose updates the rest of the gradient sees together
 ROWS = 1024  # rows whose G x G systems are solved together
 REACH = 4.0  # a refitted scale stays within this factor of the old one
 
@@ -27,25 +27,40 @@ class Objective(NamedTuple):
     H_II: Tensor
     B_OI: Tensor
 
+    @classmethod
+    def of(cls, H_II: Tensor, damp: float, target_II: Tensor, weight_OI: Tensor, W_OI: Tensor) -> Objective:
+        """b = weight_OI @ target_II, target_II = X~^T X. H_II is damped in place by `damp` of its mean diagonal, which
+        pulls to W_OI, the weight as it was solved, not to zero.
+        """
+        pull = damp * float(torch.diagonal(H_II).mean())
+        torch.diagonal(H_II).add_(pull)
+        return cls(H_II, (weight_OI @ target_II).add_(W_OI, alpha=pull))
+
     def loss(self, values_OI: Tensor) -> Tensor:
         """[O] up to a constant of each row; fp64, for the terms nearly cancel."""
         values_OI = values_OI.double()
         return ((values_OI @ self.H_II.double() - 2 * self.B_OI.double()) * values_OI).sum(1)
 
 
-class Solution(NamedTuple):
-    """Codes [O, I], the grids [O, G] they lie on, and the group [I] of each column."""
+def descend(objective: Objective, values_OI: Tensor, nearest: Callable[[int, Tensor], Tensor]) -> Tensor:
+    """Values [O, I] after one pass of coordinate descent over the columns.
 
-    codes_OI: Tensor
-    grid_OG: Grid
-    group_I: Tensor
-
-    def values(self) -> Tensor:
-        return self.columns().values(self.codes_OI)
-
-    def columns(self) -> Grid:
-        """The grid of every column [O, I]."""
-        return Grid(*(part[:, self.group_I] for part in self.grid_OG))
+    nearest(j, w_O) gives what of the values that column j may take lies nearest to w_O, and remembers its code. First
+    to last column (QuIP's greedy pass goes the other way).
+    """
+    H_II, columns = objective.H_II, values_OI.shape[1]
+    values_IO = values_OI.T.clone(memory_format=torch.contiguous_format)
+    gradient_IO = (H_II @ values_IO).sub_(objective.B_OI.T)  # half of it
+    for start in range(0, columns, BLOCK):
+        stop = min(start + BLOCK, columns)
+        moved_BO = torch.empty_like(values_IO[start:stop])
+        for j in range(start, stop):
+            value_O = nearest(j, values_IO[j] - gradient_IO[j] / H_II[j, j])
+            moved_O = torch.sub(value_O, values_IO[j], out=moved_BO[j - start])
+            gradient_IO[j + 1 : stop].addcmul_(H_II[j, j + 1 : stop, None], moved_O)
+            values_IO[j] = value_O
+        gradient_IO[stop:].addmm_(H_II[stop:, start:stop], moved_BO)
+    return values_IO.T.contiguous()
 
 
 def refined(objective: Objective, solution: Solution, uniform: Uniform, rounds: int) -> Solution:
@@ -60,21 +75,16 @@ def refined(objective: Objective, solution: Solution, uniform: Uniform, rounds: 
 
 
 def descended(objective: Objective, solution: Solution, bits: int) -> Tensor:
-    """Codes [O, I] after one pass of coordinate descent over the columns, first to last (QuIP's greedy pass)."""
-    H_II, columns = objective.H_II, solution.codes_OI.shape[1]
-    grid_IO = Grid(*(part.T.contiguous() for part in solution.columns()))
+    """Codes [O, I] after one pass of coordinate descent over the columns."""
+    scale_IO, zero_IO = (part.T.contiguous() for part in solution.columns())
     codes_IO = solution.codes_OI.T.contiguous()
-    values_IO = grid_IO.values(codes_IO)
-    gradient_IO = (H_II @ values_IO).sub_(objective.B_OI.T)  # half of it
-    for start in range(0, columns, BLOCK):
-        stop = min(start + BLOCK, columns)
-        moved_BO = torch.empty_like(values_IO[start:stop])
-        for j in range(start, stop):
-            grid_O = Grid(grid_IO.scale[j], grid_IO.zero[j])
-            codes_IO[j] = grid_O.codes(values_IO[j] - gradient_IO[j] / H_II[j, j], bits)
-            moved_O = torch.sub(grid_O.values(codes_IO[j]), values_IO[j], out=moved_BO[j - start])
-            gradient_IO[j + 1 : stop].addcmul_(H_II[j, j + 1 : stop, None], moved_O)
-        gradient_IO[stop:].addmm_(H_II[stop:, start:stop], moved_BO)
+
+    def nearest(j: int, w_O: Tensor) -> Tensor:
+        grid_O = solution.grid_OG._replace(scale=scale_IO[j], zero=zero_IO[j])
+        codes_IO[j] = grid_O.codes(w_O, bits)
+        return grid_O.values(codes_IO[j])
+
+    descend(objective, solution.values(), nearest)
     return codes_IO.T.contiguous()
 
 
@@ -120,26 +130,6 @@ def _refitted_rows(
 
 
 # --- levels that are no uniform grid -------------------------------------------------------------------------------
-
-
-def descend(objective: Objective, values_OI: Tensor, nearest: Callable[[int, Tensor], Tensor]) -> Tensor:
-    """Values [O, I] after one pass of coordinate descent over the columns.
-
-    nearest(j, w_O) gives what of the values that column j may take lies nearest to w_O, and remembers its code.
-    """
-    H_II, columns = objective.H_II, values_OI.shape[1]
-    values_IO = values_OI.T.clone(memory_format=torch.contiguous_format)
-    gradient_IO = (H_II @ values_IO).sub_(objective.B_OI.T)  # half of it
-    for start in range(0, columns, BLOCK):
-        stop = min(start + BLOCK, columns)
-        moved_BO = torch.empty_like(values_IO[start:stop])
-        for j in range(start, stop):
-            value_O = nearest(j, values_IO[j] - gradient_IO[j] / H_II[j, j])
-            moved_O = torch.sub(value_O, values_IO[j], out=moved_BO[j - start])
-            gradient_IO[j + 1 : stop].addcmul_(H_II[j, j + 1 : stop, None], moved_O)
-            values_IO[j] = value_O
-        gradient_IO[stop:].addmm_(H_II[stop:, start:stop], moved_BO)
-    return values_IO.T.contiguous()
 
 
 def refit_levels(

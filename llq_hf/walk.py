@@ -206,7 +206,7 @@ class Stream:
         self.listener.stage("outputs", self.count)
         for rows in self.batches():
             hidden_BSD, kwargs = self.inputs(rows)
-            out_BSD = first(block(hidden_BSD, **kwargs))
+            out_BSD = arch.first(block(hidden_BSD, **kwargs))
             if not torch.isfinite(out_BSD).all():
                 raise LLQError(
                     f"the output of {name} is not finite in {out_BSD.dtype}; run with dtype float32 or bfloat16"
@@ -285,12 +285,6 @@ def capture(decoder: nn.Module, ids_BS: Tensor) -> tuple[Tensor, dict[str, Any]]
         decoder.layers = blocks
     assert catcher.hidden is not None
     return catcher.hidden, catcher.kwargs
-
-
-def first(output: Any) -> Tensor:
-    """Blocks return a tensor in transformers 5, a tuple in some architectures."""
-    tensor: Tensor = output[0] if isinstance(output, tuple) else output
-    return tensor
 
 
 def walk(

@@ -37,8 +37,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..arch import first
 from ..errors import LLQError
-from ..feedback import by_columns
+from ..feedback import solve
 from ..grids import Grid, Spec, Uniform
 from ..method import Flow, Job, Method, Packed, Step
 from ..stats import Samples, Stat, factorize, revive_dead
@@ -163,7 +164,7 @@ class AWQ(Method):
             replaced = {f"{name.removeprefix(parent + '.')}.weight": W.to(dtype) for name, W in candidates.items()}
             total = torch.zeros((), device=step.linears[group[0]].weight.device)
             for args, kwargs, target in calls:
-                output = _first(torch.func.functional_call(module, replaced, args, kwargs))
+                output = first(torch.func.functional_call(module, replaced, args, kwargs))
                 total += (output.float() - target.float()).square().sum()
             return float(total)
 
@@ -178,7 +179,7 @@ class AWQ(Method):
         batch = data.batches()[0].stop * stride
 
         def record(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-            calls.append((args, kwargs, _first(output)))
+            calls.append((args, kwargs, first(output)))
 
         handle = module.register_forward_hook(record, with_kwargs=True)
         try:
@@ -213,8 +214,10 @@ class AWQ(Method):
             grid_OG = Grid(*(torch.cat(found) for found in zip(*parts, strict=True)))
         else:
             grid_OG = Grid(*(part.squeeze(-1) for part in self.grid.grid(W_OGg)))
-        grid_OI = self.grid.spread(grid_OG, W_OI.shape[1])
-        codes_OI = self._fed_back(W_OI, grid_OI, H_II, job) if self.feedback else grid_OI.codes(W_OI, self.bits)
+        if self.feedback:
+            codes_OI = self._fed_back(W_OI, grid_OG, H_II, job)
+        else:
+            codes_OI = self.grid.spread(grid_OG, W_OI.shape[1]).codes(W_OI, self.bits)
         return {**self.grid.pack(codes_OI, grid_OG), "in_scale": s_I.to(self.grid.scale_dtype)}
 
     def _best_grid(self, W_OGg: Tensor, H_Ggg: Tensor) -> Grid:
@@ -245,23 +248,16 @@ class AWQ(Method):
             for move in (0, -1, 1) if neighbours else (0,):
                 yield Grid(grid.scale, (grid.zero + move).clamp(0, 2**self.bits - 1))
 
-    def _fed_back(self, W_OI: Tensor, grid_OI: Grid, H_II: Tensor, job: Job) -> Tensor:
+    def _fed_back(self, W_OI: Tensor, grid_OG: Grid, H_II: Tensor, job: Job) -> Tensor:
         """Codes [O, I] with the error of each column repaired by those after it; uses H_II up."""
         revive_dead(H_II)
         order_I = torch.argsort(torch.diagonal(H_II), descending=True, stable=True)
         U_II = factorize(H_II[order_I][:, order_I], self.damp, job.notes, inverse=True)
         if U_II is None:
             job.notes["fallback"] = "rtn"
-        codes_IO = torch.empty_like(W_OI.T, memory_format=torch.contiguous_format)
-        scale_IO, zero_IO = (part.expand_as(W_OI).T[order_I] for part in grid_OI)
-
-        def rounded(i: int, w_O: Tensor) -> Tensor:
-            grid_O = Grid(scale_IO[i], zero_IO[i])
-            codes_IO[i] = code_O = grid_O.codes(w_O, self.bits)
-            return grid_O.values(code_O)
-
-        by_columns(W_OI[:, order_I], U_II, rounded)
-        return codes_IO[torch.argsort(order_I)].T.contiguous()
+        size = len(order_I) if self.group_size == -1 else self.group_size
+        solution = solve(W_OI[:, order_I], U_II, self.grid, order_I // size, grid_OG)
+        return solution.codes_OI[:, torch.argsort(order_I)]
 
     # --- meaning -----------------------------------------------------------------------------------------------
 
@@ -301,12 +297,6 @@ def _parent(names: list[str]) -> str:
 
 def _inside(parent: str, name: str) -> str:
     return f"{parent}.{name}" if parent else name
-
-
-def _first(output: Any) -> Tensor:
-    """Attention gives (output, weights)."""
-    tensor: Tensor = output[0] if isinstance(output, tuple) else output
-    return tensor
 
 
 def _diagonal_blocks(H_II: Tensor, size: int) -> Tensor:

@@ -138,11 +138,9 @@ class BiLLM(Method):
         by_blocks(W_OI.clone(), U_II if self.feedback else None, rounded, self.block_size)
         job.notes["signs"] = round(1 + float(code.salient_I.float().mean()), 4)
         if self.refine and U_II is not None:
-            damp = job.notes["damp"] * float(torch.diagonal(H_II).mean())  # it pulls to the weights, not to zero
-            torch.diagonal(H_II).add_(damp)
             share = self.dense_share if self.flow is Flow.BOTH else 0.0
             target_II = torch.lerp(stat.H_II, stat.C_II.T, share)
-            self._refine(code, Objective(H_II, (weight_OI @ target_II).add_(W_OI, alpha=damp)))
+            self._refine(code, Objective.of(H_II, job.notes["damp"], target_II, weight_OI, W_OI))
         return self._packed(code)
 
     def _refine(self, code: Code, objective: Objective) -> None:

@@ -38,10 +38,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import LLQError
-from ..feedback import BLOCK, by_columns, group_aware_order
+from ..feedback import BLOCK, Solution, drift, group_aware_order, solve
 from ..grids import Grid, Spec, Uniform
 from ..method import Flow, Job, Method, Packed
-from ..refine import Objective, Solution, refined
+from ..refine import Objective, refined
 from ..stats import PairedHessian, Stat, factorize, revive_dead
 
 
@@ -126,12 +126,13 @@ class GPTQ(Method):
             job.notes["fallback"] = "rtn"
         aims_at_dense = U_II is not None and self.flow is Flow.BOTH
         C_II = stat.C_II[order_I][:, order_I] if aims_at_dense else None
-        drift_II = self._drift(H_II, C_II, U_II) if self.gptaq and C_II is not None and U_II is not None else None
-        solution = self._solve(W_OI.clone() if self.refine else W_OI, U_II, drift_II, order_I, static_OG, diagonal_I)
+        drift_II = None
+        if self.gptaq and C_II is not None and U_II is not None:
+            drift_II = drift(H_II, C_II, U_II, self.gptaq)
+        used_OI, groups_I = W_OI.clone() if self.refine else W_OI, self._groups(order_I)
+        solution = solve(used_OI, U_II, self.grid, groups_I, static_OG, diagonal_I, self._block, drift_II)
         if self.refine and C_II is not None:
-            damp = job.notes["damp"] * float(torch.diagonal(H_II).mean())  # it pulls to the weights, not to zero
-            torch.diagonal(H_II).add_(damp)
-            objective = Objective(H_II, (weight_OI[:, order_I] @ C_II.T).add_(W_OI, alpha=damp))
+            objective = Objective.of(H_II, job.notes["damp"], C_II.T, weight_OI[:, order_I], W_OI)
             solution = refined(objective, solution, self.grid, self.refine)
         return self._packed(solution, order_I)
 
@@ -145,41 +146,16 @@ class GPTQ(Method):
             return torch.arange(columns, device=diagonal_I.device)
         return group_aware_order(diagonal_I, size)
 
-    def _drift(self, H_II: Tensor, C_II: Tensor, U_II: Tensor) -> Tensor:
-        """GPTAQ's P [I, I]: what column j adds to later ones on behalf of the full-precision outputs."""
-        return self.gptaq * torch.triu((C_II.T - H_II) @ U_II.T, 1) @ U_II
+    def _groups(self, order_I: Tensor) -> Tensor:
+        """Group [I] of each column in the order of solving: groups of original columns, or of the order's."""
+        places_I = order_I if self.static_groups else torch.arange(len(order_I), device=order_I.device)
+        return places_I.div(len(order_I) if self.group_size == -1 else self.group_size, rounding_mode="floor")
 
-    def _solve(
-        self,
-        W_OI: Tensor,
-        U_II: Tensor | None,
-        drift_II: Tensor | None,
-        order_I: Tensor,
-        static_OG: Grid | None,
-        diagonal_I: Tensor,
-    ) -> Solution:
-        """Round the columns of W_OI (in `order_I` already, as all [I, I]) one by one; uses W_OI up."""
-        columns, codes_IO, found = W_OI.shape[1], torch.empty_like(W_OI.T), []
-        size = columns if self.group_size == -1 else self.group_size
-        places_I = order_I if self.static_groups else torch.arange(columns, device=W_OI.device)
-        group_I = places_I.div(size, rounding_mode="floor")
-        groups = group_I.tolist()
-
-        def rounded(i: int, w_O: Tensor) -> Tensor:
-            if static_OG is not None:
-                grid_O = Grid(*(part[:, groups[i]] for part in static_OG))
-            else:
-                if i % size == 0:
-                    found.append(self.grid.grid(W_OI[:, i : i + size], diagonal_I[i : i + size]))
-                grid_O = Grid(*(part.flatten() for part in found[-1]))
-            codes_IO[i] = code_O = grid_O.codes(w_O, self.bits)
-            return grid_O.values(code_O)
-
-        # In blocks of a group (or parts of one) a group's grid is found from weights that nothing is owed to.
-        fresh = self.act_group_aware and (size < BLOCK or size % BLOCK != 0)
-        by_columns(W_OI, U_II, rounded, block=size if fresh else BLOCK, drift_II=drift_II)
-        grid_OG = static_OG or Grid(*(torch.cat(parts, dim=1) for parts in zip(*found, strict=True)))
-        return Solution(codes_IO.T.contiguous(), grid_OG, group_I)
+    @property
+    def _block(self) -> int:
+        """Columns repaired together. In blocks of a group, its grid is found from weights that nothing is owed to."""
+        fresh = self.act_group_aware and (0 < self.group_size < BLOCK or self.group_size % BLOCK != 0)
+        return self.group_size if fresh and self.group_size != -1 else BLOCK
 
     def _packed(self, solution: Solution, order_I: Tensor) -> Packed:
         codes_OI, grid_OG, _ = solution

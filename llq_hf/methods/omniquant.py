@@ -46,6 +46,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..activations import OFF, Attention, TokenQuant, round_through
+from ..arch import first as first_output
 from ..errors import LLQError
 from ..grids import Grid, Spec, Uniform
 from ..method import BlockData, Flow, Method, Packed, Step
@@ -358,7 +359,7 @@ def _preserves(step: Step, twin: nn.Module, module: nn.Module, pair: _Pair) -> b
     """Whether the attention `module` inside `twin` gives the same with the pair scaled: a trial on one sequence."""
     assert step.data is not None
     outputs: list[Tensor] = []
-    hook = module.register_forward_hook(lambda module, args, output: outputs.append(_first(output)))
+    hook = module.register_forward_hook(lambda module, args, output: outputs.append(first_output(output)))
     first, second = twin.get_submodule(pair.divided), twin.get_submodule(pair.multiplied)
     assert isinstance(first, nn.Linear)
     assert isinstance(second, nn.Linear)
@@ -411,12 +412,8 @@ def _observed(step: Step) -> dict[str, _Channels]:
             stat.update(args[0].flatten(0, -2), 1)
 
         hooks.append(first.register_forward_pre_hook(watch))
-    step.listener.stage("statistics", step.data.count)
     try:
-        for rows in step.data.batches():
-            hidden_BSD, kwargs = step.data.inputs(rows)
-            step.block(hidden_BSD, **kwargs)
-            step.listener.advance(len(hidden_BSD))
+        step.run("statistics")
     finally:
         for hook in hooks:
             hook.remove()
@@ -511,12 +508,7 @@ class _Training:
 def _run(block: nn.Module, data: BlockData, i: int) -> Tensor:
     """fp32 output [1, S, D] of an fp32 block on the quantized inputs of sequence i."""
     hidden_BSD, kwargs = data.inputs(slice(i, i + 1))
-    return _first(block(hidden_BSD.float(), **_in_fp32(kwargs)))
-
-
-def _first(output: Any) -> Tensor:
-    tensor: Tensor = output[0] if isinstance(output, tuple) else output
-    return tensor
+    return first_output(block(hidden_BSD.float(), **_in_fp32(kwargs)))
 
 
 def _in_fp32(value: Any) -> Any:
@@ -534,6 +526,6 @@ def _dense_outputs(step: Step) -> list[Tensor]:
     found: list[Tensor] = []
     for rows in step.data.batches():
         hidden_BSD, kwargs = step.data.inputs(rows)
-        out_BSD = _first(step.block(hidden_BSD, **kwargs)).cpu()
+        out_BSD = first_output(step.block(hidden_BSD, **kwargs)).cpu()
         found += [out_BSD[i : i + 1] for i in range(len(out_BSD))]
     return found

@@ -247,11 +247,9 @@ class PBLLM(Method):
         coder = Coder(salient_OI.T.contiguous(), salient_grid, scale_OG, mean_OG, self._sizes(W_OI.shape[1])[0])
         by_columns(W_OI.clone(), U_II if self.feedback else None, coder.nearest)
         if self.refine and U_II is not None:
-            damp = job.notes["damp"] * float(torch.diagonal(H_II).mean())  # it pulls to the weights, not to zero
-            torch.diagonal(H_II).add_(damp)
             share = self.dense_share if self.flow is Flow.BOTH else 0.0
             target_II = torch.lerp(stat.H_II, stat.C_II.T, share)
-            self._refine(coder, Objective(H_II, (weight_OI @ target_II).add_(W_OI, alpha=damp)))
+            self._refine(coder, Objective.of(H_II, job.notes["damp"], target_II, weight_OI, W_OI))
         return self._packed(coder)
 
     def _refine(self, coder: Coder, objective: Objective) -> None:

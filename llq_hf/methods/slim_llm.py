@@ -50,12 +50,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..arch import first
 from ..bits import pack, packed_words, unpack
 from ..errors import LLQError
-from ..feedback import by_columns, group_aware_order
+from ..feedback import Solution, by_columns, drift, group_aware_order
 from ..grids import Grid, Spec, Uniform
 from ..method import Flow, Job, Method, Packed, Step
-from ..refine import Objective, Solution, descend, refitted
+from ..refine import Objective, descend, refitted
 from ..stats import PairedHessian, Stat, factorize, revive_dead
 
 CHUNK = 1 << 22  # outputs whose distributions are held at once
@@ -272,7 +273,6 @@ class SliMLLM(Method):
         pairs = {name: self._most_pairs(linear.in_features) for name, linear in step.linears.items()}
         if self.pairs != -1 or not any(pairs.values()):
             return pairs
-        assert step.data is not None
         factors: dict[Stat, Tensor] = {}
         searches = {}
         for name, most in pairs.items():
@@ -284,12 +284,8 @@ class SliMLLM(Method):
                 ranking = self._ranking(linear.weight.detach().float(), factors[stat])
                 searches[name] = Search(self, linear, ranking, most)
         handles = [step.linears[name].register_forward_hook(search.hook) for name, search in searches.items()]
-        step.listener.stage("bit allocation", step.data.count)
         try:
-            for rows in step.data.batches():
-                hidden_BSD, kwargs = step.data.inputs(rows)
-                step.block(hidden_BSD, **kwargs)
-                step.listener.advance(len(hidden_BSD))
+            step.run("bit allocation")
         finally:
             for handle in handles:
                 handle.remove()
@@ -419,10 +415,9 @@ class SliMLLM(Method):
         C_II = stat.C_II[order_I][:, order_I] if factor.U_II is not None and self.flow is Flow.BOTH else None
         codes_OI, levels_OG = self._solve(W_OI[:, order_I], factor, C_II, solved)
         if self.refine and C_II is not None:
-            damp = job.notes["damp"] * float(torch.diagonal(factor.H_II).mean())  # it pulls to the weights, not to zero
-            torch.diagonal(factor.H_II).add_(damp)
-            B_OI = (weight_OI[:, order_I] @ C_II.T).add_(W_OI[:, order_I], alpha=damp)
-            codes_OI, levels_OG = self._refined(Objective(factor.H_II, B_OI), codes_OI, levels_OG, solved)
+            ordered = weight_OI[:, order_I], W_OI[:, order_I]
+            objective = Objective.of(factor.H_II, job.notes["damp"], C_II.T, *ordered)
+            codes_OI, levels_OG = self._refined(objective, codes_OI, levels_OG, solved)
         back_G = torch.argsort(torch.tensor(factor.groups, device=codes_OI.device))
         return self.pack(codes_OI[:, torch.argsort(order_I)], levels_OG.through(lambda t: t[:, back_G]), widths)
 
@@ -432,7 +427,7 @@ class SliMLLM(Method):
         diagonal_I, spread_I = torch.diagonal(factor.H_II), factor.spread_I[factor.order_I]
         drift_II = None
         if self.gptaq and C_II is not None and U_II is not None:
-            drift_II = self.gptaq * torch.triu((C_II.T - factor.H_II) @ U_II.T, 1) @ U_II
+            drift_II = drift(factor.H_II, C_II, U_II, self.gptaq)
 
         def begin(start: int, stop: int) -> None:
             group, part_OB = start // self.group_size, W_OI[:, start:stop]
@@ -627,10 +622,10 @@ def _epoch(method: SliMLLM, step: Step, clippings: dict[str, Clipping], optimize
         targets = [step.data.targets(rows)]
         if method.aug_loss:
             with torch.no_grad():
-                targets.append(_first(step.block(hidden_BSD, **kwargs)))
+                targets.append(first(step.block(hidden_BSD, **kwargs)))
         with torch.enable_grad():
             weights = {f"{n}.weight": c.rounded().to(c.linear.weight.dtype) for n, c in clippings.items()}
-            out_BSD = _first(torch.func.functional_call(step.block, weights, (hidden_BSD,), kwargs)).float()
+            out_BSD = first(torch.func.functional_call(step.block, weights, (hidden_BSD,), kwargs)).float()
             loss = torch.stack([F.mse_loss(out_BSD, target.float()) for target in targets]).sum()
         parameters = [clipping.logits_2OG for clipping in clippings.values()]
         for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
@@ -638,11 +633,6 @@ def _epoch(method: SliMLLM, step: Step, clippings: dict[str, Clipping], optimize
         optimizer.step()
         total = total.to(loss.device) + loss.detach()
     return float(total) / step.data.count
-
-
-def _first(output: Any) -> Tensor:
-    tensor: Tensor = output[0] if isinstance(output, tuple) else output
-    return tensor
 
 
 def _range(part_OB: Tensor) -> tuple[Tensor, Tensor]:

@@ -36,8 +36,8 @@ from torch import Tensor, nn
 from .. import arch
 from ..activations import OFF, Attention, TokenQuant
 from ..errors import LLQError
-from ..feedback import by_columns
-from ..grids import Grid, Spec, Uniform, joined
+from ..feedback import solve
+from ..grids import Spec, Uniform
 from ..method import Job, Method, Packed, PassListener, Rewrite
 from ..residual import Residual, Turn, Turned, residual_of
 from ..rotations import cayley_step, hadamard, nearest_orthogonal
@@ -155,28 +155,12 @@ class SpinQuant(Method):
                 job.notes["fallback"] = "rtn"
         # With an order of columns, groups of them are those of the weight as it was.
         static = self.grid.grids(W_OI) if self.act_order and whole_row is None else whole_row
-        codes_OI, grid_OG = self._solve(W_OI[:, order_I], U_II, order_I.tolist(), static)
+        size = len(order_I) if self.group_size == -1 else self.group_size
+        codes_OI, grid_OG, _ = solve(W_OI[:, order_I], U_II, self.grid, order_I // size, static)
         packed = self.grid.pack(codes_OI[:, torch.argsort(order_I)], grid_OG)
         if self.levels == "halves":  # no level is zero: rows that are have no step
             packed["scale"] *= weight_OI.any(1, keepdim=True)
         return packed
-
-    def _solve(self, W_OI: Tensor, U_II: Tensor | None, order: list[int], static: Grid | None) -> tuple[Tensor, Grid]:
-        """Round the columns of W_OI (already in `order`); uses it up. static: grids that do not wait for the repair."""
-        size = W_OI.shape[1] if self.group_size == -1 else self.group_size
-        codes_IO, found = torch.empty_like(W_OI.T), []
-
-        def rounded(i: int, w_O: Tensor) -> Tensor:
-            if static is None and i % size == 0:
-                found.append(self.grid.grid(W_OI[:, i : i + size]))
-            group = order[i] // size if static is not None else -1
-            grid_OG = static or found[-1]
-            grid_O = grid_OG._replace(scale=grid_OG.scale[:, group], zero=grid_OG.zero[:, group])
-            codes_IO[i] = code_O = grid_O.codes(w_O, self.bits)
-            return grid_O.values(code_O)
-
-        by_columns(W_OI, U_II, rounded)
-        return codes_IO.T.contiguous(), static or joined(found)
 
     def dequantize(self, packed: Packed, out_features: int, in_features: int) -> Tensor:
         weight_OI = self.grid.unpack(packed, in_features)
