@@ -51,8 +51,10 @@ def quantize(
     Example: **llq quantize demo /tmp/demo-quip --method quip --bits 2**
     """
     import torch
+    from transformers import AutoConfig
 
     from ..demo import calibration_for, resolve
+    from ..loading import auto_class
     from ..progress import RichProgress
     from ..quantize import RunOptions
     from ..run import peak_bytes, prepare, quantize_checkpoint
@@ -76,7 +78,8 @@ def quantize(
     table.add_row("peak memory", f"{peak_bytes() / 2**30:.2f} GiB")
     _warn_of_fallbacks(report)
     console.print(table)
-    print(f"Load it: AutoModelForCausalLM.from_pretrained({str(out)!r})")  # not rich: it would break the line
+    kind = auto_class(AutoConfig.from_pretrained(out)).__name__
+    print(f"Load it: {kind}.from_pretrained({str(out)!r})")  # not rich: it would break the line
 
 
 def _bits_table(title: str, report: dict[str, Any]) -> Table:
