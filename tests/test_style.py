@@ -14,13 +14,14 @@ LAYERS = [  # imports go one way: a module may import modules of its own row and
     {"residual"},
     {"method"},
     {"methods"},
-    {"linear", "attention", "checkpoint", "data", "journal"},
+    {"linear", "attention", "checkpoint", "data", "journal", "loading"},
     {"walk", "packed"},
     {"quantize"},
     {"preflight"},
     {"run"},
     {"hf", "progress", "inspection", "lm_tasks"},
-    {"modeling", "lm_eval", "cli"},
+    {"scoring", "seeing"},
+    {"modeling", "lm_eval", "lmms_eval", "cli"},
 ]
 
 
