@@ -15,7 +15,7 @@ LAYERS = [  # imports go one way: a module may import modules of its own row and
     {"method"},
     {"training"},
     {"methods"},
-    {"linear", "attention", "checkpoint", "data", "journal", "loading"},
+    {"linear", "attention", "checkpoint", "data", "journal", "loading", "pairs"},
     {"walk", "packed"},
     {"quantize"},
     {"preflight"},

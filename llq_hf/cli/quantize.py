@@ -28,7 +28,9 @@ def quantize(
     ] = "study",
     calibration: Annotated[
         str | None,
-        typer.Option(help="wikitext2, c4, ptb, demo, or a file: .txt .json .jsonl .parquet, .npy of token ids."),
+        typer.Option(
+            help="wikitext2, c4, ptb, demo; a file: .txt .json .jsonl .parquet, .npy of ids; a folder of image-text pairs."
+        ),
     ] = None,
     calibration_samples: Annotated[int | None, typer.Option(help="Sequences; default 128.")] = None,
     calibration_seqlen: Annotated[
