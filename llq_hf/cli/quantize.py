@@ -29,7 +29,7 @@ def quantize(
     calibration: Annotated[
         str | None,
         typer.Option(
-            help="wikitext2, c4, ptb, demo; a file: .txt .json .jsonl .parquet, .npy of ids; a folder of image-text pairs."
+            help="wikitext2, c4, ptb, demo; a .txt .json .jsonl .parquet or .npy file; a folder of image-text pairs."
         ),
     ] = None,
     calibration_samples: Annotated[int | None, typer.Option(help="Sequences; default 128.")] = None,
