@@ -153,10 +153,20 @@ def cache_root() -> Path:
     return Path(os.environ.get("LLQ_CACHE") or Path.home() / ".cache" / "llq").expanduser()
 
 
-def cached(model: str, method: Method, calibration: Calibration, run: RunOptions, root: Path | None = None) -> Path:
-    """Folder of the packed checkpoint, from the cache or made now; keyed by everything that decides its bytes."""
-    rank = int(os.environ.get("RANK", "0"))
-    progress: Progress = RichProgress() if rank == 0 else Progress()
+def cached(
+    model: str,
+    method: Method,
+    calibration: Calibration,
+    run: RunOptions,
+    root: Path | None = None,
+    progress: Progress | None = None,
+) -> Path:
+    """Folder of the packed checkpoint, from the cache or made now; keyed by everything that decides its bytes.
+
+    progress: told how it goes; by default drawn on the terminal by the first of several processes.
+    """
+    if progress is None:
+        progress = RichProgress() if os.environ.get("RANK", "0") == "0" else Progress()
     try:
         plan = prepare(model, method, calibration, run, None, progress)
         out = (root or cache_root()) / plan.fingerprint

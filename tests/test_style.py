@@ -20,7 +20,9 @@ LAYERS = [  # imports go one way: a module may import modules of its own row and
     {"preflight"},
     {"run"},
     {"hf", "progress", "inspection", "lm_tasks"},
-    {"modeling", "lm_eval", "cli"},
+    {"modeling", "lm_eval", "bench"},
+    {"study"},
+    {"cli"},
 ]
 
 
