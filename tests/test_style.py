@@ -22,7 +22,9 @@ LAYERS = [  # imports go one way: a module may import modules of its own row and
     {"run"},
     {"hf", "progress", "inspection", "lm_tasks"},
     {"scoring", "seeing"},
-    {"modeling", "lm_eval", "lmms_eval", "cli"},
+    {"modeling", "lm_eval", "lmms_eval", "bench"},
+    {"study"},
+    {"cli"},
 ]
 
 
