@@ -24,6 +24,7 @@ from .checkpoint import Checkpoint, Rewritten
 from .data import Calibration, ids_sha256
 from .errors import LLQError
 from .journal import FileState, Journal, fingerprint, sha256_file
+from .loading import auto_class, module_names
 from .method import FORMAT_VERSION, Method
 from .packed import CONFIG, PackedFolder, finished_fingerprint, read_report
 from .preflight import estimate, problems_of
@@ -89,9 +90,10 @@ def prepare(
     method = method.fitted(skeleton)
     dtype = _dtype(run.dtype, skeleton)
     _check_device(run.device)
-    problems = problems_of(checkpoint, skeleton, method)
     progress.stage("hashing the base model", len(checkpoint.files))
     base, not_finite = checkpoint.scan(lambda done, total: progress.advance())
+    checkpoint = checkpoint.named(module_names(skeleton, checkpoint.files))
+    problems = problems_of(checkpoint, skeleton, method)
     problems += [f"{name} holds NaN or infinity" for name in not_finite]
     if problems:
         more = f" (and {len(problems) - 8} more)" if len(problems) > 8 else ""
@@ -100,7 +102,7 @@ def prepare(
     if method.reads_data:
         progress.stage("tokenizing the calibration data")
         tokenizer = load_tokenizer(checkpoint.path) if calibration.needs_tokenizer else None
-        ids_NS = calibration.ids(tokenizer, skeleton.config.vocab_size)
+        ids_NS = calibration.ids(tokenizer, skeleton.config.get_text_config().vocab_size)
         described = {"ids_sha256": ids_sha256(ids_NS), "samples": ids_NS.shape[0], "seqlen": ids_NS.shape[1]}
     identity = {
         "format_version": FORMAT_VERSION,
@@ -201,10 +203,8 @@ def _tune(plan: Plan, out: Path, folder: PackedFolder, journal: Journal, progres
     result = FileState(out, plan.fingerprint, "model", kind="tuned")
     tuned = result.load()
     if tuned is None:
-        from transformers import AutoModelForCausalLM
-
         progress.stage("loading the model")
-        teacher = AutoModelForCausalLM.from_pretrained(plan.checkpoint.path, dtype=plan.dtype).to(plan.run.device)
+        teacher = _whole_model(plan)
         student = shared_copy(teacher)
         for index, prefix in enumerate(folder.prefixes):
             folder.restore_block(index, student.get_submodule(prefix))
@@ -237,12 +237,15 @@ def _learned(plan: Plan, out: Path, progress: Progress) -> dict[str, Tensor]:
     state = FileState(out, plan.fingerprint, "model", kind="learned")
     found = state.load()
     if found is None:
-        from transformers import AutoModelForCausalLM
-
-        model = AutoModelForCausalLM.from_pretrained(plan.checkpoint.path, dtype=plan.dtype).to(plan.run.device)
-        found = learn(model.eval(), plan.method, plan.ids_NS, progress)
+        found = learn(_whole_model(plan).eval(), plan.method, plan.ids_NS, progress)
         state.save(found)
     return found
+
+
+def _whole_model(plan: Plan) -> PreTrainedModel:
+    """The dense model in memory."""
+    kind = auto_class(plan.skeleton.config)
+    return kind.from_pretrained(plan.checkpoint.path, dtype=plan.dtype).to(plan.run.device)
 
 
 def peak_bytes() -> int:
@@ -254,14 +257,14 @@ def peak_bytes() -> int:
 
 def build_skeleton(checkpoint: Checkpoint) -> PreTrainedModel:
     """The model of the checkpoint's config on the meta device: shapes, no memory."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
     except Exception as error:  # transformers and the Hub client validate with a dozen types
         raise LLQError(f"{checkpoint.path / 'config.json'} describes no model: {one_line(error)}") from error
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+        return auto_class(config).from_config(config)
 
 
 def load_tokenizer(path: Path) -> Any:
@@ -291,7 +294,7 @@ def _check_device(name: str) -> None:
 
 def _dtype(name: str | None, skeleton: PreTrainedModel) -> torch.dtype:
     if name in (None, "auto"):
-        found = getattr(skeleton.config, "dtype", None)
+        found = getattr(skeleton.config, "dtype", None) or getattr(skeleton.config.get_text_config(), "dtype", None)
         return found if isinstance(found, torch.dtype) else torch.float32
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         if str(dtype) == f"torch.{name}":

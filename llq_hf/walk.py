@@ -81,10 +81,7 @@ class StreamedBlocks(Blocks):
         finally:
             skeleton.layers = blocks
         decoder.layers = nn.ModuleList([nn.Identity() for _ in self.prefixes])
-        for child, module in list(decoder.named_children()):
-            if any(buffer.is_meta for buffer in module.buffers()):  # rotary tables are computed, not stored
-                setattr(decoder, child, type(module)(config=decoder.config).to(self.device))
-        return self._filled(decoder, name)
+        return with_computed(self._filled(decoder, name), self.device)
 
     def _filled(self, module: nn.Module, prefix: str) -> nn.Module:
         """`module` with its meta parameters replaced by the checkpoint's tensors, cast to the run's dtype."""
@@ -93,6 +90,21 @@ class StreamedBlocks(Blocks):
         own = {names[key]: tensor.to(self.device, self.dtype) for key, tensor in tensors.items()}
         module.load_state_dict(own, strict=False, assign=True)
         return module.requires_grad_(False).eval()
+
+
+def with_computed(model: nn.Module, device: torch.device) -> nn.Module:
+    """`model` with the buffers that no file holds (rotary tables, position ids), as from_pretrained computes them."""
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_meta:
+                module._buffers[name] = torch.empty_like(buffer, device=device)
+            elif buffer is not None:
+                setattr(buffer, "_is_hf_initialized", True)  # noqa: B010 (transformers' mark: leave it as it is)
+    for parameter in model.parameters():
+        setattr(parameter, "_is_hf_initialized", True)  # noqa: B010
+    initialize: Any = model.initialize_weights
+    initialize()
+    return model
 
 
 class Activations:

@@ -155,7 +155,7 @@ def test_the_line_to_load_it_can_be_copied(packed):
 
 
 def test_help_names_every_option(llq, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("COLUMNS", "300")
     text = llq("quantize", "--help")
     for method in METHODS.values():
         assert all(f"--{option.replace('_', '-')}" in text for option in method.field_names())

@@ -10,6 +10,7 @@ from .awq import AWQ
 from .billm import BiLLM
 from .db_llm import DBLLM
 from .gptq import GPTQ
+from .nf4 import NF4
 from .omniquant import OmniQuant
 from .pb_llm import PBLLM
 from .quip import QuIP
@@ -20,7 +21,7 @@ from .spinquant import SpinQuant
 
 METHODS: dict[str, type[Method]] = {
     method.name: method
-    for method in (RTN, GPTQ, AWQ, SmoothQuant, OmniQuant, SpinQuant, QuIP, SliMLLM, DBLLM, PBLLM, BiLLM)
+    for method in (RTN, GPTQ, AWQ, SmoothQuant, OmniQuant, SpinQuant, QuIP, SliMLLM, DBLLM, PBLLM, BiLLM, NF4)
 }
 
 

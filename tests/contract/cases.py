@@ -447,6 +447,42 @@ CASES: tuple[Case, ...] = (
         preset="best",
         uniform=False,
     ),
+    Case(
+        "nf4",
+        "blocks of 64",
+        (0.63, 0.22, 0.102),
+        (2.3, 0.9, 0.56),
+        uniform=False,
+        rows_apart=False,
+    ),
+    Case(
+        "nf4",
+        "calibrated",
+        (0.6, 0.22, 0.104),
+        (2.3, 0.88, 0.48),
+        options={"icq": True},
+        uniform=False,
+        rows_apart=False,
+    ),
+    Case(
+        "nf4",
+        "blocks of 40 with fp32 scales",
+        (0.59, 0.21, 0.097),
+        (2.3, 0.75, 0.48),
+        options={"block_size": 40, "double_quant": False},
+        uniform=False,
+        rows_apart=False,
+    ),
+    Case(
+        "nf4",
+        "best calibrated",
+        (0.41, 0.19, 0.095),
+        (2.9, 1.1, 0.51),
+        options={"icq": True},
+        preset="best",
+        uniform=False,
+        rows_apart=False,
+    ),
 )
 
 # What the costly checks (save, load, stream) run: one option set per method, and these widths.
@@ -472,6 +508,8 @@ CHECKPOINTS: tuple[tuple[str, float, dict[str, Any]], ...] = (
     ("omniquant", 4, {"a_bits": 8, "group_size": -1, "epochs": 2}),
     ("slim_llm", 2, {"group_size": 16}),
     ("slim_llm", 3, {"group_size": 32, "plus": True, "epochs": 2}),
+    ("nf4", 4, {}),
+    ("nf4", 3, {"icq": True, "tau_steps": 10}),
 )
 
 
