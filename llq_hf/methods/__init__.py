@@ -9,6 +9,7 @@ from ..method import Method, nearest
 from .awq import AWQ
 from .billm import BiLLM
 from .db_llm import DBLLM
+from .efficient_qat import EfficientQAT
 from .gptq import GPTQ
 from .omniquant import OmniQuant
 from .pb_llm import PBLLM
@@ -20,7 +21,7 @@ from .spinquant import SpinQuant
 
 METHODS: dict[str, type[Method]] = {
     method.name: method
-    for method in (RTN, GPTQ, AWQ, SmoothQuant, OmniQuant, SpinQuant, QuIP, SliMLLM, DBLLM, PBLLM, BiLLM)
+    for method in (RTN, GPTQ, AWQ, SmoothQuant, OmniQuant, SpinQuant, QuIP, SliMLLM, DBLLM, PBLLM, BiLLM, EfficientQAT)
 }
 
 
