@@ -23,9 +23,10 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import fetch, read_json
+from .checkpoint import fetch
 from .errors import LLQError
 from .journal import Journal
+from .loading import auto_class
 from .method import PassListener
 
 Figures = dict[str, Any]
@@ -49,13 +50,10 @@ class Load:
 
 
 def load_model(path: str, device: str) -> nn.Module:
-    """The model of a folder or Hub id, packed or dense, by the class its config.json names."""
-    import transformers
+    """The model of a folder or Hub id, packed or dense, ready to run."""
+    from transformers import AutoConfig
 
-    names = read_json(fetch(path, None) / "config.json").get("architectures") or []
-    kind = next((getattr(transformers, name) for name in names if hasattr(transformers, name)), None)
-    if kind is None:
-        raise LLQError(f"{path}: transformers has no class {' or '.join(names) or 'for it'}")
+    kind = auto_class(AutoConfig.from_pretrained(path, trust_remote_code=False))
     model: nn.Module = kind.from_pretrained(path, dtype="auto")
     return model.to(device).eval()
 

@@ -110,7 +110,8 @@ def _peak_bytes(
         activations = tokens * widths[0] * dtype.itemsize
     embedding: int = skeleton.get_input_embeddings().weight.numel() * dtype.itemsize
     total: int = block_bytes + 5 * 4 * largest + hessians + activations + embedding + 2**30
-    if method.learns:  # the whole model, a changed copy, its gradients, and room to work in
+    total += 4 * method.training_copies * block_bytes // dtype.itemsize
+    if method.learns or method.tunes:  # the whole model, a changed copy, its gradients, and room to work in
         total = max(total, 4 * sum(p.numel() for p in skeleton.parameters()) * dtype.itemsize + 2**30)
     return total
 

@@ -74,7 +74,7 @@ def _fill(figures: dict[str, Any], cell: Cell, setup: Setup, progress: Progress)
 
 def _quantize(cell: Cell, setup: Setup, progress: Progress) -> tuple[Path, dict[str, Any]]:
     """The packed checkpoint, and what it cost to make: kept beside it for the next cell that finds it made."""
-    from ..scoring import cached
+    from ..scoring import cached  # imports transformers, which the parent of a sweep can do without
 
     method: Method = build(cell.method, cell.preset, **cell.options)
     source, samples, seqlen = (cell.calibration.get(key) for key in ("source", "samples", "seqlen"))

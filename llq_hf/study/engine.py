@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from filelock import FileLock, Timeout
+from rich.text import Text
 
 from ..errors import LLQError
 from ..quantize import Progress
@@ -119,7 +120,9 @@ class Child:
         return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
 
     def stop(self) -> None:
+        """At once if it is at work, else by its own way out."""
         self.pipe.close()
+        self.process.join(timeout=1)
         self.process.terminate()
         self.process.join()
 
@@ -205,7 +208,8 @@ class RayCluster:
             record: Record = ray.get(done)
             return record
         except ray.exceptions.RayError as error:  # the worker or its node died more often than retries allow
-            return Record.of(cell, FAILED, reason=f"{type(error).__name__}: {' '.join(str(error).split())}")
+            words = Text.from_ansi(str(error)).plain.split()
+            return Record.of(cell, FAILED, reason=f"{type(error).__name__}: {' '.join(words)}")
 
 
 def _ray_cell(cell: Cell, work: Work) -> Record:

@@ -20,7 +20,7 @@ have is a cell all the same: it is refused when it runs, and the report says why
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, Field, dataclass, field, fields
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -66,8 +66,12 @@ class Cell:
 
     @property
     def fingerprint(self) -> str:
-        """16 hex digits; equal for cells that differ in words only, as bits=4 and the default of 4."""
-        return fingerprint({**asdict(self), "options": self.config, "preset": None, "tasks": list(self.tasks)})
+        """16 hex digits; equal for cells that differ in words only, as bits=4 and the default of 4.
+
+        Fields at their defaults do not count: a new one leaves the cells of older studies what they were.
+        """
+        given = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != _default(f)}
+        return fingerprint({**given, "options": self.config, "preset": None, "tasks": list(self.tasks)})
 
     @property
     def name(self) -> str:
@@ -80,6 +84,11 @@ class Cell:
         """For people: gptq bits=3 group_size=64 (best)."""
         words = [f"{key}={value}" for key, value in self.options.items()]
         return " ".join([self.method, *words]) + ("" if self.preset == "study" else f" ({self.preset})")
+
+
+def _default(each: Field[Any]) -> Any:
+    factory = each.default_factory
+    return each.default if factory is MISSING else factory()
 
 
 _SHARED = ("calibration", "metadata", "limit", "num_fewshot", "dtype", "revision")  # of a plan, the same in all cells
