@@ -237,7 +237,9 @@ class Calibration:
     @property
     def has_images(self) -> bool:
         """Whether it is image-text pairs (`pairs.py`) and not a text."""
-        return self.source.startswith("hub:") or Path(self.source).expanduser().is_dir()
+        path = Path(self.source).expanduser()
+        folder = path.is_dir() and path.suffix.lower() not in (*TEXT_SUFFIXES, ".npy")  # else a file by mistake
+        return folder or self.source.startswith("hub:")
 
     @property
     def needs_tokenizer(self) -> bool:
