@@ -10,7 +10,6 @@ decode  | `new_tokens` greedy steps after it, with the cache               | ste
 
 from __future__ import annotations
 
-import resource
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -28,6 +27,7 @@ from .errors import LLQError
 from .journal import Journal
 from .loading import auto_class
 from .method import PassListener
+from .run import peak_bytes
 
 Figures = dict[str, Any]
 
@@ -157,25 +157,26 @@ def journalled(path: Path) -> Figures | None:
 
 @contextmanager
 def peak_memory(device: str) -> Iterator[Figures]:
-    """Fills a dict with `start_bytes` and `peak_bytes` of what runs inside: resident memory, or the GPU's allocated.
+    """Fills a dict with the memory of what runs inside: `peak_bytes` of the process (resident, or allocated on the
+    GPU), `added_bytes` of it since the start.
 
-    `peak_bytes` stays away where the system cannot start a new peak for a running process (only Linux can).
+    Both stay away where the system cannot start a new peak for a running process (on CPUs, only Linux can).
     """
     found: Figures = {}
-    if device.startswith("cuda"):
-        torch.cuda.reset_peak_memory_stats()
-        found["start_bytes"] = torch.cuda.memory_allocated()
-        yield found
-        found["peak_bytes"] = torch.cuda.max_memory_allocated()
-        return
-    found["start_bytes"] = psutil.Process().memory_info().rss
-    reset = _reset_peak()
+    cuda = device.startswith("cuda")
+    start = torch.cuda.memory_allocated() if cuda else psutil.Process().memory_info().rss
+    known = _reset_peak(cuda)
     yield found
-    if reset:
-        found["peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if known:
+        found["peak_bytes"] = peak_bytes()
+        found["added_bytes"] = max(found["peak_bytes"] - start, 0)
 
 
-def _reset_peak() -> bool:
+def _reset_peak(cuda: bool) -> bool:
+    """Whether the peak that `run.peak_bytes` reads starts anew from here."""
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+        return True
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:

@@ -111,7 +111,8 @@ def _headline(pair: tuple[str, str]) -> str:
 
 def _overview_line(record: Record, columns: list[tuple[str, str]]) -> Line:
     options = ", ".join(f"{k}={v}" for k, v in record.cell["options"].items())
-    values = [Value(record.cell["method"]), Value(options), Value(record.cell["preset"])]
+    words = [record.cell["method"], options, record.cell["preset"]] if record.quantized else ["full precision", "", ""]
+    values = [Value(word) for word in words]
     for key, show in (("nominal_bits", bits), ("stored_bits", stored), ("whole_model_bits", stored)):
         values.append(figure(record, f"quantized.{key}", show))
     for task, metric in columns:
@@ -226,8 +227,8 @@ def cost(records: Sequence[Record]) -> Grid:
     """Time, memory, size and speed of every finished cell."""
     done = sorted((r for r in records if r.status == DONE), key=lambda r: (r.cell["model"], *_order(r)))
     batches = sorted({b for r in done for b in (r.find("cost.own.speed") or {})}, key=int)
-    head = ["model", "cell", "quantized in (s)", "peak (MiB)", "on disk (MiB)", "loaded (MiB)"]
-    figures: list[tuple[str, float]] = [("cost.quantize.seconds", 1), ("cost.quantize.peak_bytes", 2**-20)]
+    head = ["model", "cell", "quantized in (s)", "memory (MiB)", "on disk (MiB)", "loaded (MiB)"]
+    figures: list[tuple[str, float]] = [("cost.quantize.seconds", 1), ("cost.quantize.added_bytes", 2**-20)]
     figures += [("cost.disk_bytes", 2**-20), ("cost.own.loaded_bytes", 2**-20)]
     for batch in batches:
         for phase in ("prefill", "decode"):
@@ -242,8 +243,8 @@ def cost(records: Sequence[Record]) -> Grid:
 
 
 COST_NOTES = [
-    "Quantized in: seconds of the run that made the checkpoint, calibration included. Peak: of the process on a CPU "
-    "(the libraries it has loaded included), allocated memory on a GPU.",
+    "Quantized in: seconds of the run that made the checkpoint, calibration included. Memory: what that run added at "
+    "its peak to what the process held before it, resident on a CPU, allocated on a GPU.",
     "x the time: over the full-precision model, which was timed in turn with this one in the same run; above 1 is "
     "slower. Medians of the rounds that the record lists.",
 ]
