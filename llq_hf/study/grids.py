@@ -83,11 +83,21 @@ PERPLEXITY, ACCURACY = "token_perplexity", "acc"
 
 
 def headlines(records: Iterable[Record]) -> list[tuple[str, str]]:
-    """(task, metric) of what the records are judged by: perplexities, then accuracies, then what else there is."""
+    """(task, metric) of what the records are judged by: perplexities, then accuracies, then what else there is.
+
+    Within each, the tasks that were asked for come first, in that order.
+    """
+    records = list(records)
+    asked = [task for record in records for task in record.cell["tasks"]]
     found = {(task, metric) for r in records for task, metrics in r.results.items() for metric in metrics}
     known = [pair for pair in found if pair[1] in (PERPLEXITY, ACCURACY)]
     chosen = known or [pair for pair in found if "stderr" not in pair[1]]
-    return sorted(chosen, key=lambda pair: (pair[1] != PERPLEXITY, pair[1] != ACCURACY, pair[0].count("_"), pair))
+
+    def rank(pair: tuple[str, str]) -> tuple[Any, ...]:
+        place = asked.index(pair[0]) if pair[0] in asked else len(asked)
+        return (pair[1] != PERPLEXITY, pair[1] != ACCURACY, place, pair[0].count("_"), pair)
+
+    return sorted(chosen, key=rank)
 
 
 def overview(records: Sequence[Record]) -> list[Grid]:
@@ -131,36 +141,36 @@ def _order(record: Record) -> tuple[Any, ...]:
 
 
 def study_tables(records: Sequence[Record], asked: Sequence[str]) -> list[Grid]:
-    """The study's tables that have figures of ours: of the models they are of, and of a bundled model in their place
-    where the table was asked for (`asked`, names of presets)."""
-    models = {str(record.cell["model"]) for record in records}
-    found = []
-    for table in paper.tables().values():
-        real = models & set(table.models)
-        stand_ins = sorted(models & set(MODELS)) if table.preset in asked else []
-        if real or stand_ins:
-            found.append(_study_table(table, records, bool(real), stand_ins))
-    return found
+    """The study's tables that were asked for (`asked`, names of presets) or have figures of ours for a quantized row.
+
+    A bundled model stands in for a table's own only where that table was asked for.
+    """
+    stand_ins = sorted({str(record.cell["model"]) for record in records} & set(MODELS))
+    made = [(table, _study_table(table, records, stand_ins if table.preset in asked else [])) for table in _tables()]
+    return [grid for table, (grid, rows) in made if table.preset in asked or rows]
 
 
-def _study_table(table: Table, records: Sequence[Record], real: bool, stand_ins: list[str]) -> Grid:
+def _tables() -> list[Table]:
+    return list(paper.tables().values())
+
+
+def _study_table(table: Table, records: Sequence[Record], stand_ins: list[str]) -> tuple[Grid, int]:
+    """The table with our lines in it, and how many quantized rows have some."""
     identity = list(table.rows[0].identity)
     head = ["method", *identity, "", "stored bits", *(column.name for column in table.columns)]
-    lines = []
+    lines, rows = [], 0
     for row in table.rows:
         names = [Value(row.label), *(Value(str(row.identity[key])) for key in identity)]
         published = [Value(_printed(value, c)) for value, c in zip(table.published(row), table.columns, strict=True)]
         lines.append(Line([*names, Value("published"), Value(), *published], "published"))
-        blank = [Value()] * len(names)
         found = paper.matching(row, list(records))
-        if real:
-            lines += [Line([*blank, *values], "ours") for values in _ours(table, row, found)]
-        for record in found:
-            if record.cell["model"] in stand_ins:
-                lines.append(Line([*blank, *_stand_in(table, record)], "ours"))
+        ours = [*_ours(table, row, found), *(_stand_in(table, r) for r in found if r.cell["model"] in stand_ins)]
+        ours = [values for values in ours if any(value.text for value in values[2:])]
+        lines += [Line([*(Value() for _ in names), *values], "ours") for values in ours]
+        rows += bool(ours) and any(record.quantized for record in found)
     notes = [f"Published: {table.source}.", *table.notes, *_stand_in_note(stand_ins)]
     title = f"Table {table.number}. {table.title}"
-    return Grid(f"table{table.number}", title, head, lines, notes, words=len(identity) + 2)
+    return Grid(f"table{table.number}", title, head, lines, notes, words=len(identity) + 2), rows
 
 
 def _stand_in_note(stand_ins: list[str]) -> list[str]:

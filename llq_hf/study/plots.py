@@ -125,12 +125,10 @@ def _quality_panel(axes: Axes, points: list[Point], best: list[Point], dense: fl
     labelled = 0.0
     for point in best:
         if point.x > 1.1 * labelled:  # else it would lie over the last one
-            offset = {
-                "xytext": (6, 6),
-                "textcoords": "offset points",
-                "bbox": {"color": "white", "alpha": 0.8, "pad": 1},
-            }
-            axes.annotate(point.label, (point.x, point.y), fontsize=8, zorder=4, **offset)
+            text = axes.annotate(
+                point.label, (point.x, point.y), (6, 6), textcoords="offset points", fontsize=8, zorder=4
+            )
+            text.set_bbox({"color": "white", "alpha": 0.8, "pad": 1})
             labelled = point.x
     if dense is not None:
         _line(axes, dense, "full precision")
