@@ -32,7 +32,7 @@ from .scoring import Choice, described, usable_device
 from .seeing import Prompt, Seeing
 
 DEFAULT_MODEL = "llava-hf/llama3-llava-next-8b-hf"
-HOST_OPTIONS = {"device", "dtype", "batch_size", "max_batch_size", "text_only"}
+HOST_OPTIONS = {"device", "dtype", "batch_size", "text_only"}
 GENERATION = {"do_sample", "temperature", "top_p", "top_k", "num_beams", "repetition_penalty"}  # go to generate()
 OTHER_MODELS = {"image_aspect_ratio", "until", "max_new_tokens"}  # how llava's own code cuts images; done here
 

@@ -9,13 +9,13 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LAYERS = [  # imports go one way: a module may import modules of its own row and of rows above it
-    {"errors", "bits", "demo"},
+    {"errors", "bits", "demo", "harness"},
     {"grids", "stats", "rotations", "feedback", "refine", "activations", "arch"},
     {"residual"},
     {"method"},
     {"training"},
     {"methods"},
-    {"linear", "attention", "checkpoint", "data", "journal", "loading"},
+    {"linear", "attention", "checkpoint", "data", "journal", "loading", "pairs"},
     {"walk", "packed"},
     {"quantize"},
     {"preflight"},

@@ -9,6 +9,7 @@ from ..method import Method, nearest
 from .awq import AWQ
 from .billm import BiLLM
 from .db_llm import DBLLM
+from .efficient_qat import EfficientQAT
 from .gptq import GPTQ
 from .nf4 import NF4
 from .omniquant import OmniQuant
@@ -19,10 +20,8 @@ from .slim_llm import SliMLLM
 from .smoothquant import SmoothQuant
 from .spinquant import SpinQuant
 
-METHODS: dict[str, type[Method]] = {
-    method.name: method
-    for method in (RTN, GPTQ, AWQ, SmoothQuant, OmniQuant, SpinQuant, QuIP, SliMLLM, DBLLM, PBLLM, BiLLM, NF4)
-}
+LISTED = (RTN, GPTQ, AWQ, SmoothQuant, OmniQuant, SpinQuant, QuIP, SliMLLM, DBLLM, PBLLM, BiLLM, NF4, EfficientQAT)
+METHODS: dict[str, type[Method]] = {method.name: method for method in LISTED}
 
 
 def method_type(name: str) -> type[Method]:

@@ -8,10 +8,9 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
-from ..demo import MODELS
 from . import paper
 from .paper import Column, Row, Table
-from .plan import figure_for
+from .plan import figure_for, stand_ins
 from .record import DONE, Record
 
 BETTER, WORSE, SAME = "better", "worse", "same"
@@ -79,7 +78,8 @@ def amount(value: float) -> str:
 
 # --- all cells ------------------------------------------------------------------------------------------------------
 
-PERPLEXITY, ACCURACY = "token_perplexity", "acc"
+PERPLEXITY, ACCURACY = "perplexity", "accuracy"
+KINDS = {"token_perplexity": PERPLEXITY, "acc": ACCURACY, "accuracy": ACCURACY}  # of the metrics
 
 
 def headlines(records: Iterable[Record]) -> list[tuple[str, str]]:
@@ -90,12 +90,13 @@ def headlines(records: Iterable[Record]) -> list[tuple[str, str]]:
     records = list(records)
     asked = [task for record in records for task in record.cell["tasks"]]
     found = {(task, metric) for r in records for task, metrics in r.results.items() for metric in metrics}
-    known = [pair for pair in found if pair[1] in (PERPLEXITY, ACCURACY)]
+    known = [pair for pair in found if pair[1] in KINDS]
     chosen = known or [pair for pair in found if "stderr" not in pair[1]]
 
     def rank(pair: tuple[str, str]) -> tuple[Any, ...]:
         place = asked.index(pair[0]) if pair[0] in asked else len(asked)
-        return (pair[1] != PERPLEXITY, pair[1] != ACCURACY, place, pair[0].count("_"), pair)
+        kind = KINDS.get(pair[1])
+        return (kind != PERPLEXITY, kind != ACCURACY, place, pair[0].count("_"), pair)
 
     return sorted(chosen, key=rank)
 
@@ -116,7 +117,7 @@ def _overview(model: str, records: list[Record]) -> Grid:
 
 def _headline(pair: tuple[str, str]) -> str:
     task = pair[0].removeprefix("llq_").removesuffix("_ppl").removesuffix("_mc").replace("_", " ")
-    return f"{task} {'ppl' if pair[1] == PERPLEXITY else pair[1]}"
+    return f"{task} {'ppl' if KINDS.get(pair[1]) == PERPLEXITY else pair[1]}"
 
 
 def _overview_line(record: Record, columns: list[tuple[str, str]]) -> Line:
@@ -126,7 +127,7 @@ def _overview_line(record: Record, columns: list[tuple[str, str]]) -> Line:
     for key, show in (("nominal_bits", bits), ("stored_bits", stored), ("whole_model_bits", stored)):
         values.append(figure(record, f"quantized.{key}", show))
     for task, metric in columns:
-        show, scale = (percent, 100.0) if metric == ACCURACY else (perplexity, 1.0)
+        show, scale = (percent, 100.0) if KINDS.get(metric) == ACCURACY else (perplexity, 1.0)
         values.append(figure(record, f"results.{task}.{metric}", show, scale))
     return Line(values)
 
@@ -145,8 +146,8 @@ def study_tables(records: Sequence[Record], asked: Sequence[str]) -> list[Grid]:
 
     A bundled model stands in for a table's own only where that table was asked for.
     """
-    stand_ins = sorted({str(record.cell["model"]) for record in records} & set(MODELS))
-    made = [(table, _study_table(table, records, stand_ins if table.preset in asked else [])) for table in _tables()]
+    bundled = sorted({str(record.cell["model"]) for record in records} & set(stand_ins()))
+    made = [(table, _study_table(table, records, bundled if table.preset in asked else [])) for table in _tables()]
     return [grid for table, (grid, rows) in made if table.preset in asked or rows]
 
 
@@ -154,7 +155,7 @@ def _tables() -> list[Table]:
     return list(paper.tables().values())
 
 
-def _study_table(table: Table, records: Sequence[Record], stand_ins: list[str]) -> tuple[Grid, int]:
+def _study_table(table: Table, records: Sequence[Record], bundled: list[str]) -> tuple[Grid, int]:
     """The table with our lines in it, and how many quantized rows have some."""
     identity = list(table.rows[0].identity)
     head = ["method", *identity, "", "stored bits", *(column.name for column in table.columns)]
@@ -164,21 +165,20 @@ def _study_table(table: Table, records: Sequence[Record], stand_ins: list[str]) 
         published = [Value(_printed(value, c)) for value, c in zip(table.published(row), table.columns, strict=True)]
         lines.append(Line([*names, Value("published"), Value(), *published], "published"))
         found = paper.matching(row, list(records))
-        ours = [*_ours(table, row, found), *(_stand_in(table, r) for r in found if r.cell["model"] in stand_ins)]
+        ours = [*_ours(table, row, found), *(_stand_in(table, r) for r in found if r.cell["model"] in bundled)]
         ours = [values for values in ours if any(value.text for value in values[2:])]
         lines += [Line([*(Value() for _ in names), *values], "ours") for values in ours]
         rows += bool(ours) and any(record.quantized for record in found)
-    notes = [f"Published: {table.source}.", *table.notes, *_stand_in_note(stand_ins)]
+    notes = [f"Published: {table.source}.", *table.notes, *_stand_in_note(bundled)]
     title = f"Table {table.number}. {table.title}"
     return Grid(f"table{table.number}", title, head, lines, notes, words=len(identity) + 2), rows
 
 
-def _stand_in_note(stand_ins: list[str]) -> list[str]:
-    if not stand_ins:
-        return []
+def _stand_in_note(bundled: list[str]) -> list[str]:
     return [
-        f"{', '.join(stand_ins)} ran in place of the study's models, on its own task: one perplexity and one accuracy, "
-        "shown in the first column of their kind. They are figures of another model, so no difference is marked."
+        f"{model} ran in place of the study's models, on its own task {stand_ins()[model]['task']}; each figure stands "
+        "in the first column of its kind. It is a figure of another model, so no difference is marked."
+        for model in bundled
     ]
 
 
@@ -224,8 +224,10 @@ def _stand_in(table: Table, record: Record) -> list[Value]:
     values, shown = [Value(name), figure(record, "quantized.stored_bits", stored)], set()
     for column in table.columns:
         path = figure_for(record.cell["model"], column.figure)
-        show = amount if column.within is None else percent if column.better == "higher" else perplexity
-        values.append(Value() if path in shown else figure(record, path, show, column.scale))
+        share = column.better == "higher" and column.within is not None
+        show = amount if column.within is None else percent if share else perplexity
+        known = path is None or path in shown
+        values.append(Value() if known else figure(record, str(path), show, 100.0 if share else column.scale))
         shown.add(path)
     return values
 

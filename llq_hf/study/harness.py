@@ -1,15 +1,15 @@
-"""Which harness scores which task, and how each is called: the one place that knows."""
+"""How each harness is called for the tasks of a cell."""
 
 from __future__ import annotations
 
 import gc
 import json
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
 
-from ..errors import LLQError
+from ..harness import harness_of
 from .plan import DENSE, Cell
 
 Results = dict[str, dict[str, Any]]
@@ -17,7 +17,7 @@ Results = dict[str, dict[str, Any]]
 
 def evaluate(path: str, cell: Cell, device: str, batch_size: int | str) -> Results:
     """Task -> metric -> figure, of a packed checkpoint or (method none) a dense model, over all tasks of the cell."""
-    text = [task for task in cell.tasks if _text_manager(json.dumps(dict(cell.metadata))).match_tasks([task])]
+    text = [task for task in cell.tasks if _harness_of(task) == "lm_eval"]
     image = [task for task in cell.tasks if task not in text]
     results: Results = {}
     if text:
@@ -25,6 +25,9 @@ def evaluate(path: str, cell: Cell, device: str, batch_size: int | str) -> Resul
     if image:
         results |= _lmms_eval(path, cell, image, device, batch_size)
     return results
+
+
+_harness_of = cache(harness_of)  # it reads thousands of files
 
 
 @lru_cache(maxsize=4)
@@ -59,13 +62,8 @@ def _lm_eval(path: str, cell: Cell, tasks: list[str], device: str, batch_size: i
 
 
 def _lmms_eval(path: str, cell: Cell, tasks: list[str], device: str, batch_size: int | str) -> Results:
-    try:
-        from lmms_eval.evaluator import simple_evaluate
-    except ImportError as error:
-        raise LLQError(
-            f"no text task is named {tasks[0]!r}, and lmms-eval for image tasks is not installed: "
-            "check the name, or install the extra `vision`"
-        ) from error
+    from lmms_eval.evaluator import simple_evaluate
+
     args = f"pretrained={path}" + (f",method={DENSE}" if cell.method == DENSE else "")
     try:
         found = simple_evaluate(

@@ -10,7 +10,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from ..methods import METHODS
-from .grids import ACCURACY, PERPLEXITY, headlines
+from .grids import ACCURACY, KINDS, PERPLEXITY, headlines
 from .record import DONE, Record
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def plots(records: Sequence[Record]) -> list[Plot]:
 
 def _of_model(records: list[Record], model: str) -> list[Plot]:
     made = [
-        *(quality(records, model, metric) for metric in (PERPLEXITY, ACCURACY)),
+        *(quality(records, model, kind) for kind in (PERPLEXITY, ACCURACY)),
         effort(records, model),
         speed(records, model),
         heat_map(records, model),
@@ -85,16 +85,16 @@ def _of_model(records: list[Record], model: str) -> list[Plot]:
 # --- quality against bits -------------------------------------------------------------------------------------------
 
 
-def quality(records: list[Record], model: str, metric: str) -> Plot | None:
+def quality(records: list[Record], model: str, kind: str) -> Plot | None:
     """Perplexity or accuracy against stored bits, with the Pareto front; perplexities near the best from close by."""
-    task = next((task for task, name in headlines(records) if name == metric), None)
-    points = _points(records, "quantized.stored_bits", f"results.{task}.{metric}")
+    path = _headline(records, kind)
+    points = _points(records, "quantized.stored_bits", path)
     if not points:
         return None
-    lower, name = metric == PERPLEXITY, "perplexity" if metric == PERPLEXITY else "accuracy (%)"
+    lower, name, task = kind == PERPLEXITY, kind if kind == PERPLEXITY else f"{kind} (%)", path.split(".")[1]
     scale = 1 if lower else 100
     points = [replace(p, y=scale * p.y) for p in points]
-    dense = _full_precision(records, f"results.{task}.{metric}", scale)
+    dense = _full_precision(records, path, scale)
     best = front(points, lower)
     floor = min([p.y for p in points] + ([] if dense is None else [dense]))
     near = [p for p in points if p.y <= NEAR * floor] if lower else []
@@ -113,7 +113,7 @@ def quality(records: list[Record], model: str, metric: str) -> Plot | None:
         f"{name.capitalize()} of {task} against the bits that the file really holds. The line is the Pareto front: no "
         f"cell with fewer stored bits is {'lower' if lower else 'higher'}. Filled: preset best; open: study."
     )
-    return Plot(f"{metric}-{model}", f"{model}: {name} against stored bits", caption, _svg(figure))
+    return Plot(f"{kind}-{model}", f"{model}: {name} against stored bits", caption, _svg(figure))
 
 
 NEAR = 1.15  # times the best perplexity: what the second panel shows
@@ -152,19 +152,19 @@ def front(points: list[Point], lower: bool) -> list[Point]:
 
 def effort(records: list[Record], model: str) -> Plot | None:
     """Perplexity against the seconds that quantization took."""
-    task = next((task for task, name in headlines(records) if name == PERPLEXITY), None)
-    points = _points(records, "cost.quantize.seconds", f"results.{task}.{PERPLEXITY}")
+    path = _headline(records, PERPLEXITY)
+    points = _points(records, "cost.quantize.seconds", path)
     if not points:
         return None
     figure, (axes,) = _canvas()
     _scatter(axes, points)
-    dense = _full_precision(records, f"results.{task}.{PERPLEXITY}", 1)
+    dense = _full_precision(records, path, 1)
     if dense is not None:
         _line(axes, dense, "full precision")
     _log(axes, "x", [p.x for p in points])
     _log(axes, "y", [p.y for p in points])
     axes.set_xlabel("seconds to quantize, calibration included")
-    axes.set_ylabel(f"{task} perplexity")
+    axes.set_ylabel(f"{path.split('.')[1]} perplexity")
     _legend(figure, axes, points)
     caption = (
         "Perplexity against the time that quantization took on the machine of the record; all widths of all methods."
@@ -233,6 +233,12 @@ def _name_linears(axes: Axes, names: list[str]) -> None:
 
 
 # --- shared ---------------------------------------------------------------------------------------------------------
+
+
+def _headline(records: list[Record], kind: str) -> str:
+    """Where the figure of this kind stands that the records are judged by."""
+    found = [f"results.{task}.{metric}" for task, metric in headlines(records) if KINDS.get(metric) == kind]
+    return found[0] if found else "results"
 
 
 def _points(records: list[Record], x: str, y: str) -> list[Point]:

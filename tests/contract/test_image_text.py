@@ -17,6 +17,7 @@ from transformers import AutoModelForImageTextToText
 from llq_hf.checkpoint import Checkpoint, Rewritten
 from llq_hf.data import Calibration
 from llq_hf.hf import CONFIGS, check_quantized
+from llq_hf.inspection import inspect_checkpoint
 from llq_hf.linear import QuantLinear
 from llq_hf.loading import module_names
 from llq_hf.methods import METHODS, build
@@ -66,6 +67,9 @@ def test_only_the_text_decoder_is_quantized(
     assert check_quantized(streamed).quantized_linears == LINEARS
     quantized = {n for n, module in streamed.named_modules() if isinstance(module, QuantLinear)}
     assert all(n.startswith("model.language_model.layers.") for n in quantized)
+    told = inspect_checkpoint(out)
+    assert told["quantized_linears"] == LINEARS
+    assert told["stored_bits"] > 0
     expected = logits(streamed)
     assert torch.isfinite(expected).all()
 
