@@ -49,11 +49,14 @@ class Load:
             raise LLQError(f"batches={self.batches} holds no batch size; give numbers of 1 or more")
 
 
-def load_model(path: str, device: str) -> nn.Module:
-    """The model of a folder or Hub id, packed or dense, ready to run."""
+def load_model(path: str, device: str, parallelize: bool = False) -> nn.Module:
+    """The model of a folder or Hub id, packed or dense, on `device`, or spread over all GPUs there are."""
     from transformers import AutoConfig
 
     kind = auto_class(AutoConfig.from_pretrained(path, trust_remote_code=False))
+    if parallelize:
+        spread: nn.Module = kind.from_pretrained(path, dtype="auto", device_map="auto")
+        return spread.eval()
     model: nn.Module = kind.from_pretrained(path, dtype="auto")
     return model.to(device).eval()
 
@@ -106,7 +109,8 @@ def time_phases(model: nn.Module, ids_BS: Tensor, new_tokens: int) -> list[float
 
 def _now(device: torch.device) -> float:
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
+        for index in range(torch.cuda.device_count()):
+            torch.cuda.synchronize(index)
     return time.perf_counter()
 
 
