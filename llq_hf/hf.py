@@ -29,7 +29,7 @@ from .linear import QuantLinear
 from .method import FORMAT_VERSION, Method
 from .methods import METHODS
 from .packed import config_section, digest
-from .quantize import quantize_model
+from .quantize import quantize_model, settled
 from .run import load_tokenizer
 
 if TYPE_CHECKING:
@@ -150,7 +150,8 @@ class LLQQuantizer(HfQuantizer):  # type: ignore[misc]
                 ids = config.calibration.ids(tokenizer, model.config.vocab_size)
                 used = {"ids_sha256": ids_sha256(ids), "samples": ids.shape[0], "seqlen": ids.shape[1]}
                 config.calibration_used = used
-            records = quantize_model(model, config.method, ids)
+            config.method, learned = settled(model, config.method, ids)
+            records = quantize_model(model, config.method, ids, learned=learned)
             config.quantized_linears = len(records)
             config.digest = digest(config.method, len(records))
         for module in model.modules():

@@ -83,11 +83,15 @@ def quantize_model(
     *,
     offload: Path | None = None,
     progress: Progress | None = None,
+    learned: dict[str, Tensor] | None = None,
 ) -> list[dict[str, Any]]:
-    """Quantize the decoder's linears of a model in memory, in place. Records per linear, as in the report."""
+    """Quantize the decoder's linears of a model in memory, in place. Records per linear, as in the report.
+
+    learned: what came with `method` out of `settled`; None: it is settled here.
+    """
     progress = progress or Progress()
-    method = method.fitted(model)
-    learned = learn(copy.deepcopy(model), method, ids_NS, progress) if method.learns else {}
+    if learned is None:
+        method, learned = settled(model, method, ids_NS, progress)
     rewrite = method.rewrite(model, learned)
     if rewrite is not None:
         rewrite_model(model, rewrite)
@@ -111,6 +115,15 @@ def quantize_model(
             record_tuned(record, teacher.get_parameter(record["name"] + ".weight").detach(), module.dequantized())
     progress.close()
     return records
+
+
+def settled(
+    model: nn.Module, method: Method, ids_NS: Tensor | None, progress: Progress | None = None
+) -> tuple[Method, dict[str, Tensor]]:
+    """The method as it is for this model, and what it learned on a copy of it."""
+    method = method.fitted(model)
+    learned = learn(copy.deepcopy(model), method, ids_NS, progress or Progress()) if method.learns else {}
+    return method.taught(learned), learned
 
 
 def tune(

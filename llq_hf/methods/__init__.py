@@ -11,6 +11,7 @@ from .billm import BiLLM
 from .db_llm import DBLLM
 from .efficient_qat import EfficientQAT
 from .gptq import GPTQ
+from .hybrid import Hybrid
 from .omniquant import OmniQuant
 from .pb_llm import PBLLM
 from .quip import QuIP
@@ -21,7 +22,21 @@ from .spinquant import SpinQuant
 
 METHODS: dict[str, type[Method]] = {
     method.name: method
-    for method in (RTN, GPTQ, AWQ, SmoothQuant, OmniQuant, SpinQuant, QuIP, SliMLLM, DBLLM, PBLLM, BiLLM, EfficientQAT)
+    for method in (
+        RTN,
+        GPTQ,
+        AWQ,
+        SmoothQuant,
+        OmniQuant,
+        SpinQuant,
+        QuIP,
+        SliMLLM,
+        DBLLM,
+        PBLLM,
+        BiLLM,
+        EfficientQAT,
+        Hybrid,
+    )
 }
 
 

@@ -479,6 +479,12 @@ CASES: tuple[Case, ...] = (
         preset="best",
         feedback=False,
     ),
+    Case(
+        "hybrid",
+        "widest candidate within bits",
+        (1.2, 0.51, 0.23, 0.013),
+        (6.0, 2.7, 1.4, 0.075),
+    ),
 )
 
 # What the costly checks (save, load, stream) run: one option set per method, and these widths.
@@ -504,6 +510,7 @@ CHECKPOINTS: tuple[tuple[str, float, dict[str, Any]], ...] = (
     ("omniquant", 4, {"a_bits": 8, "group_size": -1, "epochs": 2}),
     ("slim_llm", 2, {"group_size": 16}),
     ("slim_llm", 3, {"group_size": 32, "plus": True, "epochs": 2}),
+    ("hybrid", 3, {"rules": "*.down_proj=rtn:4:group_size=64+*.self_attn.*=gptq:2:group_size=64+*=quip:3"}),
     ("efficient_qat", 2, {"tune_batch": 4}),
     ("efficient_qat", 3, {"solved": True, "relative": True, "weight_lr": 5e-3, "tune_batch": 4, "distill": True}),
 )
