@@ -2,8 +2,8 @@
 
 It puts a finder on sys.meta_path that finds nothing itself: when one of the modules in `HOOKS` is imported by
 somebody, the real finders do their work and a short callback runs right after. That is how lm-eval learns of the
-model `llq` and of our tasks, and transformers of our quantization configs, with no flag and no import. LLQ_DISABLE=1
-switches it off.
+model `llq`, lm-eval and lmms-eval of our tasks, and transformers of our quantization configs, with no flag and no
+import. LLQ_DISABLE=1 switches it off.
 """
 
 import sys
@@ -50,6 +50,47 @@ def _on_lm_eval_tasks(module: "ModuleType") -> None:
     module.TaskIndex.build = staticmethod(build)
 
 
+def _on_lmms_eval_tasks(module: "ModuleType") -> None:
+    original = module.TaskManager.initialize_tasks
+
+    def initialize_tasks(self, include_path=None, include_defaults=True):  # type: ignore[no-untyped-def]
+        paths = [include_path] if isinstance(include_path, str) else list(include_path or [])
+        if include_defaults:  # earlier folders win
+            paths.append(str(tasks_folder("lmms_eval")))
+        return original(self, include_path=paths, include_defaults=include_defaults)
+
+    module.TaskManager.initialize_tasks = initialize_tasks
+
+
+def _on_lmms_eval_evaluator(module: "ModuleType") -> None:
+    original = module.__dict__["evaluate"]
+
+    def evaluate(*args, **kwargs):  # type: ignore[no-untyped-def]
+        from llq_hf.lmms_eval import carrying_llq
+
+        return carrying_llq(original)(*args, **kwargs)
+
+    module.__dict__["evaluate"] = evaluate
+
+
+def _on_lmms_eval_main(module: "ModuleType") -> None:
+    original = module.__dict__["cli_evaluate_single"]
+
+    def cli_evaluate_single(args=None):  # type: ignore[no-untyped-def]
+        from llq_hf.lmms_eval import failing_loudly
+
+        return failing_loudly(original)(args)
+
+    module.__dict__["cli_evaluate_single"] = cli_evaluate_single
+
+
+def lmms_eval_models():  # type: ignore[no-untyped-def]
+    """Entry point `lmms_eval.models`: here, since it is loaded whichever model lmms-eval runs."""
+    from lmms_eval.models.registry_v2 import ModelManifest
+
+    return ModelManifest(model_id="llq", simple_class_path="llq_hf.lmms_eval.LLQ")
+
+
 def tasks_folder(harness: str):  # type: ignore[no-untyped-def]
     """Folder of our task YAMLs: inside the wheel, or beside the package in a checkout."""
     from pathlib import Path
@@ -64,6 +105,9 @@ HOOKS = {
     "lm_eval.models": _on_lm_eval_models,
     "lm_eval.models.huggingface": _on_lm_eval_huggingface,
     "lm_eval.tasks._index": _on_lm_eval_tasks,
+    "lmms_eval.tasks": _on_lmms_eval_tasks,
+    "lmms_eval.evaluator": _on_lmms_eval_evaluator,
+    "lmms_eval.__main__": _on_lmms_eval_main,
 }
 
 

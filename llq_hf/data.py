@@ -235,6 +235,11 @@ class Calibration:
             raise LLQError(f"source={self.source!r} names no calibration data; give {_sources()}.")
 
     @property
+    def has_images(self) -> bool:
+        """Whether it is image-text pairs (`pairs.py`) and not a text."""
+        return self.source.startswith("hub:") or Path(self.source).expanduser().is_dir()
+
+    @property
     def needs_tokenizer(self) -> bool:
         return Path(self.source).suffix.lower() != ".npy"
 

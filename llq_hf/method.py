@@ -37,7 +37,7 @@ class Flow(Enum):
 
 
 class BlockData(Protocol):
-    """The calibration set as it enters one decoder block. `rows` selects sequences."""
+    """The calibration set as it enters one decoder block. `rows` selects sequences; of image-text pairs, one."""
 
     @property
     def count(self) -> int:
@@ -45,7 +45,7 @@ class BlockData(Protocol):
 
     @property
     def length(self) -> int:
-        """Tokens per sequence."""
+        """Tokens per sequence; of sequences of different lengths, their mean."""
 
     def batches(self) -> list[slice]:
         """All sequences, a forward pass's worth at a time."""

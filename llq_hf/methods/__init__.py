@@ -12,6 +12,7 @@ from .db_llm import DBLLM
 from .efficient_qat import EfficientQAT
 from .gptq import GPTQ
 from .hybrid import Hybrid
+from .nf4 import NF4
 from .omniquant import OmniQuant
 from .pb_llm import PBLLM
 from .quip import QuIP
@@ -20,24 +21,12 @@ from .slim_llm import SliMLLM
 from .smoothquant import SmoothQuant
 from .spinquant import SpinQuant
 
-METHODS: dict[str, type[Method]] = {
-    method.name: method
-    for method in (
-        RTN,
-        GPTQ,
-        AWQ,
-        SmoothQuant,
-        OmniQuant,
-        SpinQuant,
-        QuIP,
-        SliMLLM,
-        DBLLM,
-        PBLLM,
-        BiLLM,
-        EfficientQAT,
-        Hybrid,
-    )
-}
+# fmt: off
+LISTED = (
+    RTN, GPTQ, AWQ, SmoothQuant, OmniQuant, SpinQuant, QuIP, SliMLLM, DBLLM, PBLLM, BiLLM, NF4, EfficientQAT, Hybrid
+)
+# fmt: on
+METHODS: dict[str, type[Method]] = {method.name: method for method in LISTED}
 
 
 def method_type(name: str) -> type[Method]:
