@@ -30,7 +30,7 @@ from .loading import module_names
 from .method import FORMAT_VERSION, Method
 from .methods import METHODS
 from .packed import config_section, digest
-from .quantize import Progress, quantize_model
+from .quantize import Progress, quantize_model, settled
 from .run import calibration_data
 
 if TYPE_CHECKING:
@@ -147,7 +147,8 @@ class LLQQuantizer(HfQuantizer):  # type: ignore[misc]
             data, config.calibration_used = calibration_data(
                 config.calibration, config.method, model.config, path, Progress(), config.tokenizer
             )
-            records = quantize_model(model, config.method, data)
+            config.method, learned = settled(model, config.method, data)
+            records = quantize_model(model, config.method, data, learned=learned)
             config.quantized_linears = len(records)
             config.digest = digest(config.method, len(records))
         for module in model.modules():

@@ -224,17 +224,21 @@ class Method(ABC):
 
     @property
     def learns(self) -> bool:
-        """Whether `learn` must train on the whole model before the first block."""
+        """Whether `learn` must see the whole model before the first block."""
         return False
 
     def learn(
         self, model: nn.Module, ids_NS: Tensor, attend: Callable[[nn.Module], Any], listener: PassListener
     ) -> dict[str, Tensor]:
-        """What `rewrite` needs and only training the whole model gives. The model is the method's own, to spoil.
+        """What `rewrite` or `taught` need and only work on the whole model gives. It is the method's own, to spoil.
 
         attend: gives a module's attention what `attention` says.
         """
         return {}
+
+    def taught(self, learned: Mapping[str, Tensor]) -> Self:
+        """The method with what `learn` found filled in, where that belongs into the checkpoint's config."""
+        return self
 
     def rewrite(self, model: nn.Module, learned: Mapping[str, Tensor]) -> Rewrite | None:
         """How the dense `model` (maybe on the meta device) changes first; None: not at all. learned {}: not yet."""

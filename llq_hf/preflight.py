@@ -102,7 +102,8 @@ def _peak_bytes(
     largest = max(linear.weight.numel() for linear in arch.block_linears(block).values())
     block_bytes = sum(p.numel() for p in block.parameters()) * dtype.itemsize
     hessians = 0
-    if method.observes is not None and issubclass(method.observes, Hessian):
+    observed = {method.at(name).observes for name in arch.quantizable(skeleton)}
+    if any(kind is not None and issubclass(kind, Hessian) for kind in observed):
         hessians = 4 * (sum(w * w for w in set(widths)) + 4 * max(widths) ** 2)
     activations = 0
     if data is not None and run.offload is None:

@@ -84,14 +84,16 @@ def quantize_model(
     *,
     offload: Path | None = None,
     progress: Progress | None = None,
+    learned: dict[str, Tensor] | None = None,
 ) -> list[dict[str, Any]]:
     """Quantize the decoder's linears of a model in memory, in place. Records per linear, as in the report.
 
-    data: token ids [N, S], or image-text pairs.
+    data: token ids [N, S], or image-text pairs. learned: what came with `method` out of `settled`; None: it is settled
+    here.
     """
     progress = progress or Progress()
-    method = method.fitted(model)
-    learned = learn(copy.deepcopy(model), method, token_ids(data), progress) if method.learns else {}
+    if learned is None:
+        method, learned = settled(model, method, data, progress)
     rewrite = method.rewrite(model, learned)
     if rewrite is not None:
         rewrite_model(model, rewrite)
@@ -115,6 +117,15 @@ def quantize_model(
             record_tuned(record, teacher.get_parameter(record["name"] + ".weight").detach(), module.dequantized())
     progress.close()
     return records
+
+
+def settled(
+    model: nn.Module, method: Method, data: Tensor | Pairs | None, progress: Progress | None = None
+) -> tuple[Method, dict[str, Tensor]]:
+    """The method as it is for this model, and what it learned on a copy of it."""
+    method = method.fitted(model)
+    learned = learn(copy.deepcopy(model), method, token_ids(data), progress or Progress()) if method.learns else {}
+    return method.taught(learned), learned
 
 
 def tune(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import resource
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -165,7 +165,9 @@ def execute(plan: Plan, out: Path, progress: Progress) -> dict[str, Any]:
 
 
 def _write(plan: Plan, out: Path, journal: Journal, progress: Progress) -> dict[str, Any]:
-    rewrite = plan.method.rewrite(plan.skeleton, _learned(plan, out, progress))
+    learned = _learned(plan, out, progress)
+    plan = replace(plan, method=plan.method.taught(learned))
+    rewrite = plan.method.rewrite(plan.skeleton, learned)
     source = Rewritten.of(plan.checkpoint, rewrite, plan.dtype)
     blocks = StreamedBlocks(source, plan.skeleton, plan.dtype, torch.device(plan.run.device))
     folder = PackedFolder(out, Rewritten.of(plan.checkpoint, rewrite), blocks.prefixes, plan.method)

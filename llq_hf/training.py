@@ -67,7 +67,7 @@ def cosine(done: float, floor: float = 0.0, warmup: float = 0.0) -> float:
 
 
 def run_block(block: nn.Module, data: BlockData, rows: slice) -> Tensor:
-    """fp32 output [B, S, D] of an fp32 block on the quantized inputs of some sequences."""
+    """fp32 output [B, S, D] of an fp32 block on the quantized inputs of `rows`: of image-text pairs, one."""
     hidden_BSD, kwargs = data.inputs(rows)
     return first_output(block(hidden_BSD.float(), **in_fp32(kwargs)))
 

@@ -13,7 +13,7 @@ import copy
 import os
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -167,6 +167,9 @@ class Ragged(Activations):
         self.ends = [0, *accumulate(lengths)]
 
     def __getitem__(self, rows: slice) -> Tensor:
+        several = len(range(*rows.indices(len(self.ends) - 1)))
+        if several != 1:
+            raise LLQError(f"{several} sequences of different lengths do not make a batch; train with a batch of 1")
         return self.tensor_NSD[:, self.ends[rows.start] : self.ends[rows.start + 1]]
 
     def __setitem__(self, rows: slice, value: Tensor) -> None:
@@ -249,41 +252,35 @@ class Stream:
 
     @torch.no_grad()
     def observe(
-        self, block: nn.Module, groups: list[list[str]], observes: type[Stat], dense: Dense | None
+        self, block: nn.Module, groups: list[list[str]], observes: Mapping[str, type[Stat] | None], dense: Dense | None
     ) -> dict[str, Stat]:
-        """Statistics of the input of every linear in `groups`; linears of a group share one object.
+        """Statistics of the input of every linear in `groups`, of the kind that it `observes`.
 
-        dense: the full-precision block and its stream, which paired statistics look at beside this one.
+        Linears of a group share one object of a kind. dense: the full-precision block and its stream, which paired
+        statistics look at beside this one.
         """
         linears = arch.block_linears(block)
         stats: dict[str, Stat] = {}
-        handles, sequences = [], 0
-        beside = dense is not None and observes.paired
-        dense_inputs: dict[str, Tensor] = {}
+        watches: list[_Watch] = []
         for group in groups:
-            stat = observes(linears[group[0]].in_features, self.device)
-            stats.update(dict.fromkeys(group, stat))
-
-            def hook(module: nn.Module, args: tuple[Tensor, ...], stat: Stat = stat, name: str = group[0]) -> None:
-                stat.update(args[0].flatten(0, -2), sequences)
-                if beside:
-                    stat.pair(args[0].flatten(0, -2), dense_inputs.pop(name).flatten(0, -2))
-
-            def dense_hook(module: nn.Module, args: tuple[Tensor, ...], name: str = group[0]) -> None:
-                dense_inputs[name] = args[0]
-
-            handles.append(linears[group[0]].register_forward_pre_hook(hook))
-            if dense is not None and beside:
-                handles.append(dense.block.get_submodule(group[0]).register_forward_pre_hook(dense_hook))
+            kinds = {kind for name in group if (kind := observes[name]) is not None}
+            shared = {kind: kind(linears[group[0]].in_features, self.device) for kind in kinds}
+            stats |= {name: shared[kind] for name in group if (kind := observes[name]) is not None}
+            watches += [_Watch(group[0], tuple(shared.values()))] if shared else []
+        if not stats:
+            return stats
+        beside = dense is not None and any(stat.paired for stat in stats.values())
+        handles = [handle for watch in watches for handle in watch.hooks(block, dense if beside else None)]
         self.listener.stage("statistics", self.count)
         try:
             for rows in self.batches():
                 hidden_BSD, kwargs = self.inputs(rows)
-                sequences = len(hidden_BSD)
+                for watch in watches:
+                    watch.sequences = len(hidden_BSD)
                 if dense is not None and beside:
                     dense.block(dense.stream.activations[rows].to(self.device), **kwargs)
                 block(hidden_BSD, **kwargs)
-                self.listener.advance(sequences)
+                self.listener.advance(len(hidden_BSD))
         finally:
             for handle in handles:
                 handle.remove()
@@ -302,6 +299,33 @@ class Stream:
                 )
             self.activations[rows] = out_BSD
             self.listener.advance(len(hidden_BSD))
+
+
+@dataclass
+class _Watch:
+    """Shows the input of linear `name` to statistics: here, and, to paired ones, the full-precision model's beside."""
+
+    name: str
+    stats: tuple[Stat, ...]
+    sequences: int = 0
+    dense_TI: Tensor | None = None
+
+    def hooks(self, block: nn.Module, dense: Dense | None) -> list[Any]:
+        found = [block.get_submodule(self.name).register_forward_pre_hook(self.see)]
+        if dense is not None and any(stat.paired for stat in self.stats):
+            found.append(dense.block.get_submodule(self.name).register_forward_pre_hook(self.see_dense))
+        return found
+
+    def see(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        x_TI = args[0].flatten(0, -2)
+        for stat in self.stats:
+            stat.update(x_TI, self.sequences)
+            if stat.paired and self.dense_TI is not None:
+                stat.pair(x_TI, self.dense_TI)
+        self.dense_TI = None
+
+    def see_dense(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        self.dense_TI = args[0].flatten(0, -2)
 
 
 class Dense(NamedTuple):
@@ -421,7 +445,7 @@ def walk(
             parts = [[group] for group in groups] if method.sequential else [groups]
         for number, part in enumerate(parts, start=1):
             dense = Dense(original, beside) if original is not None and beside is not None else None
-            step = _step(prefix, block, part, stream, dense, method.observes)
+            step = _step(prefix, block, part, stream, dense, method)
             if dense is not None and number == len(parts):  # its inputs are not needed again: they become the targets
                 dense.stream.advance(dense.block, prefix)
             step.on_linear, step.listener, step.state = on_linear, listener, state_of(index)
@@ -461,10 +485,11 @@ def _step(
     part: list[list[str]],
     stream: Stream | None,
     dense: Dense | None,
-    observes: type[Stat] | None,
+    method: Method,
 ) -> Step:
     """The linears of `part`. In a function of its own, so that no name of the loop keeps a block or a Hessian alive."""
-    stats = stream.observe(block, part, observes, dense) if stream is not None and observes is not None else {}
+    observes = {name: method.at(f"{prefix}.{name}").observes for group in part for name in group}
+    stats = stream.observe(block, part, observes, dense) if stream is not None else {}
     for name, stat in stats.items():
         stat.check(f"{prefix}.{name}")
     linears = arch.block_linears(block)

@@ -13,7 +13,7 @@ LAYERS = [  # imports go one way: a module may import modules of its own row and
     {"grids", "stats", "rotations", "feedback", "refine", "activations", "arch"},
     {"residual"},
     {"method"},
-    {"training"},
+    {"training", "allocation"},
     {"methods"},
     {"linear", "attention", "checkpoint", "data", "journal", "loading", "pairs"},
     {"walk", "packed"},

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from ..methods import METHODS, method_type
 from .app import app, console
+from .inspect import print_served
 from .options import with_method_options
 
 
@@ -80,6 +81,7 @@ def quantize(
     table.add_row("peak memory", f"{peak_bytes() / 2**30:.2f} GiB")
     _warn_of_fallbacks(report)
     console.print(table)
+    print_served(report["linears"])
     kind = auto_class(AutoConfig.from_pretrained(out)).__name__
     print(f"Load it: {kind}.from_pretrained({str(out)!r})")  # not rich: it would break the line
 

@@ -11,6 +11,7 @@ from .billm import BiLLM
 from .db_llm import DBLLM
 from .efficient_qat import EfficientQAT
 from .gptq import GPTQ
+from .hybrid import Hybrid
 from .nf4 import NF4
 from .omniquant import OmniQuant
 from .pb_llm import PBLLM
@@ -20,7 +21,11 @@ from .slim_llm import SliMLLM
 from .smoothquant import SmoothQuant
 from .spinquant import SpinQuant
 
-LISTED = (RTN, GPTQ, AWQ, SmoothQuant, OmniQuant, SpinQuant, QuIP, SliMLLM, DBLLM, PBLLM, BiLLM, NF4, EfficientQAT)
+# fmt: off
+LISTED = (
+    RTN, GPTQ, AWQ, SmoothQuant, OmniQuant, SpinQuant, QuIP, SliMLLM, DBLLM, PBLLM, BiLLM, NF4, EfficientQAT, Hybrid
+)
+# fmt: on
 METHODS: dict[str, type[Method]] = {method.name: method for method in LISTED}
 
 

@@ -178,13 +178,17 @@ class EfficientQAT(Method):
         def descend(rows: slice, done: float) -> Tensor:
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * cosine(done, floor=FLOOR)
-            with torch.enable_grad():
-                out_BSD = run_block(twin, data, rows)
-                loss = F.mse_loss(out_BSD, data.targets(rows).to(out_BSD))
-                optimizer.zero_grad()
-                loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.zero_grad()
+            total = torch.zeros((), device=weights[0].device)
+            for i in range(rows.start, rows.stop):  # one by one: image-text pairs differ in length
+                one = slice(i, i + 1)
+                with torch.enable_grad():
+                    out_BSD = run_block(twin, data, one)
+                    loss = F.mse_loss(out_BSD, data.targets(one).to(out_BSD)) / (rows.stop - rows.start)
+                    loss.backward()  # type: ignore[no-untyped-call]
+                total += loss.detach()
             optimizer.step()
-            return loss.detach()
+            return total
 
         trained = Trained([*weights, *grids], optimizer)
         return train_block(

@@ -515,6 +515,12 @@ CASES: tuple[Case, ...] = (
         preset="best",
         feedback=False,
     ),
+    Case(
+        "hybrid",
+        "widest candidate within bits",
+        (1.2, 0.51, 0.23, 0.013),
+        (6.0, 2.7, 1.4, 0.075),
+    ),
 )
 
 # What the costly checks (save, load, stream) run: one option set per method, and these widths.
@@ -540,6 +546,7 @@ CHECKPOINTS: tuple[tuple[str, float, dict[str, Any]], ...] = (
     ("omniquant", 4, {"a_bits": 8, "group_size": -1, "epochs": 2}),
     ("slim_llm", 2, {"group_size": 16}),
     ("slim_llm", 3, {"group_size": 32, "plus": True, "epochs": 2}),
+    ("hybrid", 3, {"rules": "*.down_proj=rtn:4:group_size=64+*.self_attn.*=gptq:2:group_size=64+*=quip:3"}),
     ("nf4", 4, {}),
     ("nf4", 3, {"icq": True, "tau_steps": 10}),
     ("efficient_qat", 2, {"tune_batch": 4}),
