@@ -4,7 +4,7 @@
 
 Every method at every width is calibrated twice, on the same number of sequences: windows of the demo's own text, and
 pairs of a drawing and a question with its answer, whose visual tokens then take part in the statistics. Accuracy is
-that of `llq_demo_vqa`, through lmms-eval.
+that of all of `llq_demo_vqa`, through lmms-eval.
 """
 
 from __future__ import annotations
@@ -13,25 +13,13 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from lmms_eval.evaluator import simple_evaluate
+from demo_vlm_table import score
 from lmms_eval.tasks import TaskManager
 
 from llq_hf.demo import drawings
-from llq_hf.lmms_eval import LLQ
 
 METHODS = ("gptq", "awq", "slim_llm", "quip")
 WIDTHS = (4, 3, 2)
-
-
-def accuracy(manager: TaskManager, **model_args: object) -> float:
-    """Share of right answers of one model."""
-    model = LLQ(pretrained="demo-vlm", device="cpu", batch_size=32, **model_args)
-    found = simple_evaluate(
-        model=model, tasks=["llq_demo_vqa"], task_manager=manager, bootstrap_iters=0, verbosity="ERROR"
-    )
-    halves = {task: result for task, result in found["results"].items() if "accuracy,none" in result}
-    sizes = {task: found["n-samples"][task]["effective"] for task in halves if task in found["n-samples"]}
-    return float(sum(halves[task]["accuracy,none"] * size for task, size in sizes.items()) / sum(sizes.values()))
 
 
 def main() -> None:
@@ -43,13 +31,12 @@ def main() -> None:
     lines = ["| | text | image-text pairs |", "|---|---|---|"]
     print("\n".join(lines), flush=True)
     with tempfile.TemporaryDirectory() as scratch:
-        pairs = drawings.write_pairs(Path(scratch) / "pairs", args.samples)
+        pairs = str(drawings.write_pairs(Path(scratch) / "pairs", args.samples))
         for method in METHODS:
             for bits in WIDTHS:
-                options = {"method": method, "bits": bits, "cache_dir": f"{scratch}/cache"}
-                options["calibration_samples"] = args.samples
-                scores = [accuracy(manager, **options, **data) for data in ({}, {"calibration": str(pairs)})]
-                lines.append(f"| {method}, {bits} bits | {scores[0]:.1%} | {scores[1]:.1%} |")
+                options: dict[str, object] = {"method": method, "bits": bits, "calibration_samples": args.samples}
+                text, images = (score(manager, options | data, scratch)[0][-1] for data in ({}, {"calibration": pairs}))
+                lines.append(f"| {method}, {bits} bits | {100 * text:.1f} % | {100 * images:.1f} % |")
                 print(lines[-1], flush=True)
     if args.out is not None:
         args.out.write_text("\n".join(lines) + "\n")

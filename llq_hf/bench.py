@@ -10,7 +10,6 @@ decode  | `new_tokens` greedy steps after it, with the cache               | ste
 
 from __future__ import annotations
 
-import resource
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -28,6 +27,7 @@ from .errors import LLQError
 from .journal import Journal
 from .loading import auto_class
 from .method import PassListener
+from .run import peak_bytes
 
 Figures = dict[str, Any]
 
@@ -49,11 +49,14 @@ class Load:
             raise LLQError(f"batches={self.batches} holds no batch size; give numbers of 1 or more")
 
 
-def load_model(path: str, device: str) -> nn.Module:
-    """The model of a folder or Hub id, packed or dense, ready to run."""
+def load_model(path: str, device: str, parallelize: bool = False) -> nn.Module:
+    """The model of a folder or Hub id, packed or dense, on `device`, or spread over all GPUs there are."""
     from transformers import AutoConfig
 
     kind = auto_class(AutoConfig.from_pretrained(path, trust_remote_code=False))
+    if parallelize:
+        spread: nn.Module = kind.from_pretrained(path, dtype="auto", device_map="auto")
+        return spread.eval()
     model: nn.Module = kind.from_pretrained(path, dtype="auto")
     return model.to(device).eval()
 
@@ -106,7 +109,8 @@ def time_phases(model: nn.Module, ids_BS: Tensor, new_tokens: int) -> list[float
 
 def _now(device: torch.device) -> float:
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
+        for index in range(torch.cuda.device_count()):
+            torch.cuda.synchronize(index)
     return time.perf_counter()
 
 
@@ -157,25 +161,26 @@ def journalled(path: Path) -> Figures | None:
 
 @contextmanager
 def peak_memory(device: str) -> Iterator[Figures]:
-    """Fills a dict with `start_bytes` and `peak_bytes` of what runs inside: resident memory, or the GPU's allocated.
+    """Fills a dict with the memory of what runs inside: `peak_bytes` of the process (resident, or allocated on the
+    GPU), `added_bytes` of it since the start.
 
-    `peak_bytes` stays away where the system cannot start a new peak for a running process (only Linux can).
+    Both stay away where the system cannot start a new peak for a running process (on CPUs, only Linux can).
     """
     found: Figures = {}
-    if device.startswith("cuda"):
-        torch.cuda.reset_peak_memory_stats()
-        found["start_bytes"] = torch.cuda.memory_allocated()
-        yield found
-        found["peak_bytes"] = torch.cuda.max_memory_allocated()
-        return
-    found["start_bytes"] = psutil.Process().memory_info().rss
-    reset = _reset_peak()
+    cuda = device.startswith("cuda")
+    start = torch.cuda.memory_allocated() if cuda else psutil.Process().memory_info().rss
+    known = _reset_peak(cuda)
     yield found
-    if reset:
-        found["peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if known:
+        found["peak_bytes"] = peak_bytes()
+        found["added_bytes"] = max(found["peak_bytes"] - start, 0)
 
 
-def _reset_peak() -> bool:
+def _reset_peak(cuda: bool) -> bool:
+    """Whether the peak that `run.peak_bytes` reads starts anew from here."""
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+        return True
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:

@@ -167,6 +167,9 @@ class Ragged(Activations):
         self.ends = [0, *accumulate(lengths)]
 
     def __getitem__(self, rows: slice) -> Tensor:
+        several = len(range(*rows.indices(len(self.ends) - 1)))
+        if several != 1:
+            raise LLQError(f"{several} sequences of different lengths do not make a batch; train with a batch of 1")
         return self.tensor_NSD[:, self.ends[rows.start] : self.ends[rows.start + 1]]
 
     def __setitem__(self, rows: slice, value: Tensor) -> None:

@@ -165,7 +165,10 @@ def test_help_names_every_option(llq, monkeypatch):
         assert option in text
 
 
-@pytest.mark.parametrize("command", [[], ["quantize"], ["info"], ["methods"], ["eval"], ["show"]])
+COMMANDS = [[], ["quantize"], ["info"], ["methods"], ["eval"], ["show"], ["study"], ["report"], ["bench"]]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help(command):
     result = CliRunner().invoke(cli.app, [*command, "--help"])
     assert result.exit_code == 0

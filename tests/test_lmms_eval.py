@@ -142,15 +142,18 @@ def test_a_failed_evaluation_ends_with_an_error(capsys: pytest.CaptureFixture[st
     """lmms-eval logs errors and exits with 0; the command of `--model llq` does not."""
     from llq_hf.lmms_eval import failing_loudly
 
-    def fail(args: Any) -> None:
+    def fail(args: Any = None, cli_args: Any = None) -> None:
         raise LLQError("mme/test row 3: its image is missing")
 
     with pytest.raises(SystemExit) as stopped:
         failing_loudly(fail)(SimpleNamespace(model="llq"))
     assert stopped.value.code == 1
     assert capsys.readouterr().err == "Error: mme/test row 3: its image is missing\n"
-    with pytest.raises(LLQError):
-        failing_loudly(fail)(SimpleNamespace(model="qwen2_vl"))
+    with pytest.raises(SystemExit):
+        failing_loudly(fail)(cli_args=SimpleNamespace(model="llq"))
+    for arguments in ([SimpleNamespace(model="qwen2_vl")], []):  # not ours; not the command
+        with pytest.raises(LLQError):
+            failing_loudly(fail)(*arguments)
 
 
 # --- built-in tasks, on the real rows of shared/ ---------------------------------------------------------------------

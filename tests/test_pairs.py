@@ -26,7 +26,7 @@ from llq_hf.methods import build
 from llq_hf.pairs import Pairs, read_pairs
 from llq_hf.run import build_skeleton, load_processor, quantize_checkpoint
 from llq_hf.stats import Hessian
-from llq_hf.walk import LiveBlocks, Stream, StreamedBlocks
+from llq_hf.walk import LiveBlocks, Ragged, Stream, StreamedBlocks
 
 SHAPES = [(48, 32), (30, 60), (28, 28), (64, 64), (90, 20)]
 
@@ -198,6 +198,17 @@ def test_what_does_not_fit_is_refused(
     (tmp_path / "empty").mkdir()
     with pytest.raises(LLQError, match=r"holds 0 \.jsonl files"):
         quantize_checkpoint(str(tiny_llava), tmp_path / "out", build("gptq"), Calibration(str(tmp_path / "empty")))
+
+
+def test_sequences_of_different_lengths_come_one_at_a_time() -> None:
+    """Several at once are refused, not cut to the first."""
+    activations = Ragged([2, 3, 1], 4, torch.float32, None)
+    for row in range(3):
+        activations[slice(row, row + 1)] = torch.full((1, [2, 3, 1][row], 4), float(row))
+    assert activations.tensor_NSD[0, :, 0].tolist() == [0, 0, 1, 1, 1, 2]
+    assert activations[slice(1, 3, 2)].shape == (1, 3, 4)  # every second one from the second on
+    with pytest.raises(LLQError, match="2 sequences of different lengths do not make a batch"):
+        activations[slice(0, 2)]
 
 
 def test_pairs_of_a_hub_dataset(tiny_llava: Path, folder: Path, pairs: Pairs, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,6 +39,7 @@ def study(
     metadata: Annotated[str | None, typer.Option(help="JSON for the tasks, as lm-eval's --metadata.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, ...; auto takes a GPU where there is one.")] = "auto",
     batch_size: Annotated[str, typer.Option(help="Of the evaluation; auto where the harness can.")] = "1",
+    parallelize: Annotated[bool, typer.Option("--parallelize", help="Spread a model over all GPUs.")] = False,
     cache_dir: Annotated[Path | None, typer.Option(help="Where packed checkpoints are kept.")] = None,
     speed: Annotated[bool, typer.Option(help="Also measure speed beside the full-precision model.")] = True,
     engine: Annotated[str, typer.Option(help="local, or ray: the cells are tasks of a Ray cluster.")] = "local",
@@ -71,9 +72,10 @@ def study(
             print(cell.name, cell.title)
         return
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    setup = Setup(device, _values(batch_size)[0], cache_dir, load=Load() if speed else None)
+    setup = Setup(device, _values(batch_size)[0], parallelize, cache_dir, load=Load() if speed else None)
+    chosen = _engine(engine, resources)
     remember(out, _presets(preset))
-    sweep(cells, partial(run_cell, setup=setup), out, _engine(engine, resources), RichWatcher())
+    sweep(cells, partial(run_cell, setup=setup), out, chosen, RichWatcher())
     _conclude(out, cells)
 
 

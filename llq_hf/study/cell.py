@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ..bench import Load, compare, disk_bytes, journalled, load_model, peak_memory, ratios
-from ..checkpoint import read_json
+from ..checkpoint import fetch, read_json
 from ..demo import calibration_for, resolve
 from ..errors import LLQError
 from ..method import Method
@@ -36,6 +36,7 @@ class Setup:
 
     device: str = "cpu"
     batch_size: int | str = 1
+    parallelize: bool = False  # spread the model over all GPUs that the cell sees
     cache: Path | None = None  # of packed checkpoints; default: that of lm-eval's `llq`
     offload: Path | None = None
     load: Load | None = None  # None: speed is not measured
@@ -58,7 +59,7 @@ def run_cell(cell: Cell, progress: Progress, setup: Setup) -> Record:
 
 
 def _fill(figures: dict[str, Any], cell: Cell, setup: Setup, progress: Progress) -> None:
-    path = resolve(cell.model)
+    base = path = str(fetch(resolve(cell.model), cell.revision))
     cost: dict[str, Any] = {}
     if cell.method != DENSE:
         folder, cost["quantize"] = _quantize(cell, setup, progress)
@@ -66,9 +67,9 @@ def _fill(figures: dict[str, Any], cell: Cell, setup: Setup, progress: Progress)
         figures["quantized"] = _quantized(folder)
     cost["disk_bytes"] = disk_bytes(path)
     progress.stage("evaluating")
-    figures["results"] = evaluate(path, cell, setup.device, setup.batch_size)
+    figures["results"] = evaluate(path, cell, setup.device, setup.batch_size, setup.parallelize)
     if setup.load is not None:
-        cost |= _speed(path, cell, setup.load, setup.device, progress)
+        cost |= _speed(path, base, setup.load, setup, progress)
     figures["cost"] = cost
 
 
@@ -146,12 +147,12 @@ def _quantized(folder: Path) -> dict[str, Any]:
     }
 
 
-def _speed(path: str, cell: Cell, load: Load, device: str, progress: Progress) -> dict[str, Any]:
+def _speed(path: str, base: str, load: Load, setup: Setup, progress: Progress) -> dict[str, Any]:
     """Speed of the model, and of the full-precision one beside it; why not, where both do not fit into memory."""
     try:
-        models = {"own": load_model(path, device)}
-        if cell.method != DENSE:
-            models["reference"] = load_model(resolve(cell.model), device)
+        models = {"own": load_model(path, setup.device, setup.parallelize)}
+        if path != base:
+            models["reference"] = load_model(base, setup.device, setup.parallelize)
         progress.stage("measuring", (load.rounds + 1) * len(models))
         found = compare(models, load, progress.advance)
     except (MemoryError, torch.OutOfMemoryError) as error:

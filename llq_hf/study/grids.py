@@ -8,10 +8,9 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
-from ..demo import MODELS
 from . import paper
 from .paper import Column, Row, Table
-from .plan import figure_for
+from .plan import figure_for, stand_ins
 from .record import DONE, Record
 
 BETTER, WORSE, SAME = "better", "worse", "same"
@@ -79,15 +78,27 @@ def amount(value: float) -> str:
 
 # --- all cells ------------------------------------------------------------------------------------------------------
 
-PERPLEXITY, ACCURACY = "token_perplexity", "acc"
+PERPLEXITY, ACCURACY = "perplexity", "accuracy"
+KINDS = {"token_perplexity": PERPLEXITY, "acc": ACCURACY, "accuracy": ACCURACY}  # of the metrics
 
 
 def headlines(records: Iterable[Record]) -> list[tuple[str, str]]:
-    """(task, metric) of what the records are judged by: perplexities, then accuracies, then what else there is."""
+    """(task, metric) of what the records are judged by: perplexities, then accuracies, then what else there is.
+
+    Within each, the tasks that were asked for come first, in that order.
+    """
+    records = list(records)
+    asked = [task for record in records for task in record.cell["tasks"]]
     found = {(task, metric) for r in records for task, metrics in r.results.items() for metric in metrics}
-    known = [pair for pair in found if pair[1] in (PERPLEXITY, ACCURACY)]
+    known = [pair for pair in found if pair[1] in KINDS]
     chosen = known or [pair for pair in found if "stderr" not in pair[1]]
-    return sorted(chosen, key=lambda pair: (pair[1] != PERPLEXITY, pair[1] != ACCURACY, pair[0].count("_"), pair))
+
+    def rank(pair: tuple[str, str]) -> tuple[Any, ...]:
+        place = asked.index(pair[0]) if pair[0] in asked else len(asked)
+        kind = KINDS.get(pair[1])
+        return (kind != PERPLEXITY, kind != ACCURACY, place, pair[0].count("_"), pair)
+
+    return sorted(chosen, key=rank)
 
 
 def overview(records: Sequence[Record]) -> list[Grid]:
@@ -106,16 +117,17 @@ def _overview(model: str, records: list[Record]) -> Grid:
 
 def _headline(pair: tuple[str, str]) -> str:
     task = pair[0].removeprefix("llq_").removesuffix("_ppl").removesuffix("_mc").replace("_", " ")
-    return f"{task} {'ppl' if pair[1] == PERPLEXITY else pair[1]}"
+    return f"{task} {'ppl' if KINDS.get(pair[1]) == PERPLEXITY else pair[1]}"
 
 
 def _overview_line(record: Record, columns: list[tuple[str, str]]) -> Line:
     options = ", ".join(f"{k}={v}" for k, v in record.cell["options"].items())
-    values = [Value(record.cell["method"]), Value(options), Value(record.cell["preset"])]
+    words = [record.cell["method"], options, record.cell["preset"]] if record.quantized else ["full precision", "", ""]
+    values = [Value(word) for word in words]
     for key, show in (("nominal_bits", bits), ("stored_bits", stored), ("whole_model_bits", stored)):
         values.append(figure(record, f"quantized.{key}", show))
     for task, metric in columns:
-        show, scale = (percent, 100.0) if metric == ACCURACY else (perplexity, 1.0)
+        show, scale = (percent, 100.0) if KINDS.get(metric) == ACCURACY else (perplexity, 1.0)
         values.append(figure(record, f"results.{task}.{metric}", show, scale))
     return Line(values)
 
@@ -130,44 +142,43 @@ def _order(record: Record) -> tuple[Any, ...]:
 
 
 def study_tables(records: Sequence[Record], asked: Sequence[str]) -> list[Grid]:
-    """The study's tables that have figures of ours: of the models they are of, and of a bundled model in their place
-    where the table was asked for (`asked`, names of presets)."""
-    models = {str(record.cell["model"]) for record in records}
-    found = []
-    for table in paper.tables().values():
-        real = models & set(table.models)
-        stand_ins = sorted(models & set(MODELS)) if table.preset in asked else []
-        if real or stand_ins:
-            found.append(_study_table(table, records, bool(real), stand_ins))
-    return found
+    """The study's tables that were asked for (`asked`, names of presets) or have figures of ours for a quantized row.
+
+    A bundled model stands in for a table's own only where that table was asked for.
+    """
+    bundled = sorted({str(record.cell["model"]) for record in records} & set(stand_ins()))
+    made = [(table, _study_table(table, records, bundled if table.preset in asked else [])) for table in _tables()]
+    return [grid for table, (grid, rows) in made if table.preset in asked or rows]
 
 
-def _study_table(table: Table, records: Sequence[Record], real: bool, stand_ins: list[str]) -> Grid:
+def _tables() -> list[Table]:
+    return list(paper.tables().values())
+
+
+def _study_table(table: Table, records: Sequence[Record], bundled: list[str]) -> tuple[Grid, int]:
+    """The table with our lines in it, and how many quantized rows have some."""
     identity = list(table.rows[0].identity)
     head = ["method", *identity, "", "stored bits", *(column.name for column in table.columns)]
-    lines = []
+    lines, rows = [], 0
     for row in table.rows:
         names = [Value(row.label), *(Value(str(row.identity[key])) for key in identity)]
         published = [Value(_printed(value, c)) for value, c in zip(table.published(row), table.columns, strict=True)]
         lines.append(Line([*names, Value("published"), Value(), *published], "published"))
-        blank = [Value()] * len(names)
         found = paper.matching(row, list(records))
-        if real:
-            lines += [Line([*blank, *values], "ours") for values in _ours(table, row, found)]
-        for record in found:
-            if record.cell["model"] in stand_ins:
-                lines.append(Line([*blank, *_stand_in(table, record)], "ours"))
-    notes = [f"Published: {table.source}.", *table.notes, *_stand_in_note(stand_ins)]
+        ours = [*_ours(table, row, found), *(_stand_in(table, r) for r in found if r.cell["model"] in bundled)]
+        ours = [values for values in ours if any(value.text for value in values[2:])]
+        lines += [Line([*(Value() for _ in names), *values], "ours") for values in ours]
+        rows += bool(ours) and any(record.quantized for record in found)
+    notes = [f"Published: {table.source}.", *table.notes, *_stand_in_note(bundled)]
     title = f"Table {table.number}. {table.title}"
-    return Grid(f"table{table.number}", title, head, lines, notes, words=len(identity) + 2)
+    return Grid(f"table{table.number}", title, head, lines, notes, words=len(identity) + 2), rows
 
 
-def _stand_in_note(stand_ins: list[str]) -> list[str]:
-    if not stand_ins:
-        return []
+def _stand_in_note(bundled: list[str]) -> list[str]:
     return [
-        f"{', '.join(stand_ins)} ran in place of the study's models, on its own task: one perplexity and one accuracy, "
-        "shown in the first column of their kind. They are figures of another model, so no difference is marked."
+        f"{model} ran in place of the study's models, on its own task {stand_ins()[model]['task']}; each figure stands "
+        "in the first column of its kind. It is a figure of another model, so no difference is marked."
+        for model in bundled
     ]
 
 
@@ -213,8 +224,10 @@ def _stand_in(table: Table, record: Record) -> list[Value]:
     values, shown = [Value(name), figure(record, "quantized.stored_bits", stored)], set()
     for column in table.columns:
         path = figure_for(record.cell["model"], column.figure)
-        show = amount if column.within is None else percent if column.better == "higher" else perplexity
-        values.append(Value() if path in shown else figure(record, path, show, column.scale))
+        share = column.better == "higher" and column.within is not None
+        show = amount if column.within is None else percent if share else perplexity
+        known = path is None or path in shown
+        values.append(Value() if known else figure(record, str(path), show, 100.0 if share else column.scale))
         shown.add(path)
     return values
 
@@ -226,8 +239,8 @@ def cost(records: Sequence[Record]) -> Grid:
     """Time, memory, size and speed of every finished cell."""
     done = sorted((r for r in records if r.status == DONE), key=lambda r: (r.cell["model"], *_order(r)))
     batches = sorted({b for r in done for b in (r.find("cost.own.speed") or {})}, key=int)
-    head = ["model", "cell", "quantized in (s)", "peak (MiB)", "on disk (MiB)", "loaded (MiB)"]
-    figures: list[tuple[str, float]] = [("cost.quantize.seconds", 1), ("cost.quantize.peak_bytes", 2**-20)]
+    head = ["model", "cell", "quantized in (s)", "memory (MiB)", "on disk (MiB)", "loaded (MiB)"]
+    figures: list[tuple[str, float]] = [("cost.quantize.seconds", 1), ("cost.quantize.added_bytes", 2**-20)]
     figures += [("cost.disk_bytes", 2**-20), ("cost.own.loaded_bytes", 2**-20)]
     for batch in batches:
         for phase in ("prefill", "decode"):
@@ -242,8 +255,8 @@ def cost(records: Sequence[Record]) -> Grid:
 
 
 COST_NOTES = [
-    "Quantized in: seconds of the run that made the checkpoint, calibration included. Peak: of the process on a CPU "
-    "(the libraries it has loaded included), allocated memory on a GPU.",
+    "Quantized in: seconds of the run that made the checkpoint, calibration included. Memory: what that run added at "
+    "its peak to what the process held before it, resident on a CPU, allocated on a GPU.",
     "x the time: over the full-precision model, which was timed in turn with this one in the same run; above 1 is "
     "slower. Medians of the rounds that the record lists.",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -15,16 +15,22 @@ from .plan import DENSE, Cell
 Results = dict[str, dict[str, Any]]
 
 
-def evaluate(path: str, cell: Cell, device: str, batch_size: int | str) -> Results:
-    """Task -> metric -> figure, of a packed checkpoint or (method none) a dense model, over all tasks of the cell."""
-    text = [task for task in cell.tasks if harness_of(task) == "lm_eval"]
+def evaluate(path: str, cell: Cell, device: str, batch_size: int | str, parallelize: bool = False) -> Results:
+    """Task -> metric -> figure, of a packed checkpoint or (method none) a dense model, over all tasks of the cell.
+
+    parallelize: lm-eval spreads the model over all GPUs it sees.
+    """
+    text = [task for task in cell.tasks if _harness_of(task) == "lm_eval"]
     image = [task for task in cell.tasks if task not in text]
     results: Results = {}
     if text:
-        results |= _lm_eval(path, cell, text, device, batch_size)
+        results |= _lm_eval(path, cell, text, {"device": device, "batch_size": batch_size, "parallelize": parallelize})
     if image:
         results |= _lmms_eval(path, cell, image, device, batch_size)
     return results
+
+
+_harness_of = cache(harness_of)  # it reads thousands of files
 
 
 @lru_cache(maxsize=4)
@@ -36,13 +42,13 @@ def _text_manager(metadata: str) -> Any:
     return TaskManager(metadata=json.loads(metadata))
 
 
-def _lm_eval(path: str, cell: Cell, tasks: list[str], device: str, batch_size: int | str) -> Results:
+def _lm_eval(path: str, cell: Cell, tasks: list[str], host: dict[str, Any]) -> Results:
     from lm_eval import simple_evaluate
 
     from ..lm_eval import LLQLM
 
-    options: dict[str, Any] = {"device": device, "batch_size": batch_size, "dtype": cell.dtype}
-    model = LLQLM(pretrained=path, method=DENSE if cell.method == DENSE else None, revision=cell.revision, **options)
+    method = {"method": DENSE} if cell.method == DENSE else {}
+    model = LLQLM(pretrained=path, dtype=cell.dtype, **method, **host)
     try:
         found = simple_evaluate(
             model=model,

@@ -21,13 +21,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
+from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from ..demo import MODELS
 from ..errors import LLQError
 from ..journal import fingerprint
 from ..method import nearest
@@ -115,23 +115,24 @@ def _expand(plan: Mapping[str, Any]) -> Iterator[Cell]:
             yield Cell(model=model, method=method, tasks=tasks, preset=preset, options=rest, seed=seed, **shared)
 
 
-# A bundled model speaks of its own small world only. In its cells this task stands in for those of the plan, and
-# in tables the figure of the same metric (metric -> task of the group) for theirs.
-STAND_IN_TASK = "llq_demo"
-STAND_INS = {"token_perplexity": "llq_demo_ppl", "acc": "llq_demo_mc"}
+@cache
+def stand_ins() -> dict[str, Any]:
+    """Bundled model -> {"task", "figures"}: see the file."""
+    found: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("stand_ins.yaml").read_text(encoding="utf-8"))
+    return found
 
 
 def tasks_for(model: str, tasks: Iterable[str]) -> tuple[str, ...]:
     """The tasks that a model's cells run for the tasks of a plan."""
-    return (STAND_IN_TASK,) if model in MODELS else tuple(tasks)
+    return (stand_ins()[model]["task"],) if model in stand_ins() else tuple(tasks)
 
 
-def figure_for(model: str, figure: str) -> str:
-    """Where in a model's record that figure stands, which is at `figure` in the records of other models."""
-    if model not in MODELS or not figure.startswith("results."):
+def figure_for(model: str, figure: str) -> str | None:
+    """Where in a model's record that figure stands, which is at `figure` in the records of others; None: nowhere."""
+    if model not in stand_ins() or not figure.startswith("results."):
         return figure
-    metric = figure.rpartition(".")[2]
-    return f"results.{STAND_INS.get(metric, STAND_IN_TASK)}.{metric}"
+    found: str | None = stand_ins()[model]["figures"].get(figure.rpartition(".")[2])
+    return found
 
 
 def load_plan(path: Path) -> dict[str, Any]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from .grids import ACCURACY, PERPLEXITY, headlines
+from ..methods import METHODS
+from .grids import ACCURACY, KINDS, PERPLEXITY, headlines
 from .record import DONE, Record
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ INK, MUTED, HAIR = "#1b2430", "#5b6675", "#d8dde3"
 # Colours that differ in lightness too, for print and for the colour-blind; markers tell apart what colours do not.
 COLOURS = ("#0b5c8a", "#c2410c", "#15803d", "#7e22ce", "#b45309", "#0e7490", "#be123c", "#4d7c0f", "#3730a3", "#71717a")
 MARKERS = "osD^vP*Xhd<>p"
+LOOKS = [(COLOURS[i % len(COLOURS)], marker) for i, marker in enumerate(MARKERS)]  # of the methods, in their order
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text: it is set in the page's font and can be searched
     "svg.hashsalt": "llq",  # the same records give the same bytes
@@ -72,7 +74,7 @@ def plots(records: Sequence[Record]) -> list[Plot]:
 
 def _of_model(records: list[Record], model: str) -> list[Plot]:
     made = [
-        *(quality(records, model, metric) for metric in (PERPLEXITY, ACCURACY)),
+        *(quality(records, model, kind) for kind in (PERPLEXITY, ACCURACY)),
         effort(records, model),
         speed(records, model),
         heat_map(records, model),
@@ -83,33 +85,57 @@ def _of_model(records: list[Record], model: str) -> list[Plot]:
 # --- quality against bits -------------------------------------------------------------------------------------------
 
 
-def quality(records: list[Record], model: str, metric: str) -> Plot | None:
-    """Perplexity or accuracy against stored bits, with the Pareto front."""
-    task = next((task for task, name in headlines(records) if name == metric), None)
-    points = _points(records, "quantized.stored_bits", f"results.{task}.{metric}")
+def quality(records: list[Record], model: str, kind: str) -> Plot | None:
+    """Perplexity or accuracy against stored bits, with the Pareto front; perplexities near the best from close by."""
+    path = _headline(records, kind)
+    points = _points(records, "quantized.stored_bits", path)
     if not points:
         return None
-    lower, name = metric == PERPLEXITY, "perplexity" if metric == PERPLEXITY else "accuracy (%)"
-    if not lower:
-        points = [Point(p.x, 100 * p.y, p.method, p.preset, p.label) for p in points]
-    figure, axes = _canvas()
-    _scatter(axes, points)
+    lower, name, task = kind == PERPLEXITY, kind if kind == PERPLEXITY else f"{kind} (%)", path.split(".")[1]
+    scale = 1 if lower else 100
+    points = [replace(p, y=scale * p.y) for p in points]
+    dense = _full_precision(records, path, scale)
     best = front(points, lower)
-    axes.step([p.x for p in best], [p.y for p in best], where="post", color=INK, linewidth=1, zorder=1)
-    for point in best:
-        axes.annotate(
-            point.label, (point.x, point.y), xytext=(4, -11 if lower else 6), textcoords="offset points", fontsize=8
-        )
-    _full_precision(axes, records, f"results.{task}.{metric}", 1 if lower else 100)
+    floor = min([p.y for p in points] + ([] if dense is None else [dense]))
+    near = [p for p in points if p.y <= NEAR * floor] if lower else []
+    figure, panels = _canvas(panels=2 if 1 < len(near) < len(points) else 1)
+    _quality_panel(panels[0], points, best, dense)
     if lower:
-        _log(axes, "y", [p.y for p in points])
-    axes.set_xlabel("stored bits per quantized weight")
-    axes.set_ylabel(f"{task} {name}")
+        _log(panels[0], "y", [p.y for p in points])
+    panels[0].set_ylabel(f"{task} {name}")
+    if len(panels) == 2:
+        _quality_panel(panels[1], near, [p for p in best if p in near], dense)
+        panels[1].set_title(
+            f"the same within {100 * NEAR - 100:.0f} % of the best", fontsize=10, color=MUTED, loc="left"
+        )
+    _legend(figure, panels[-1], points)
     caption = (
         f"{name.capitalize()} of {task} against the bits that the file really holds. The line is the Pareto front: no "
         f"cell with fewer stored bits is {'lower' if lower else 'higher'}. Filled: preset best; open: study."
     )
-    return Plot(f"{metric}-{model}", f"{model}: {name} against stored bits", caption, _svg(figure))
+    return Plot(f"{kind}-{model}", f"{model}: {name} against stored bits", caption, _svg(figure))
+
+
+NEAR = 1.15  # times the best perplexity: what the second panel shows
+
+
+def _quality_panel(axes: Axes, points: list[Point], best: list[Point], dense: float | None) -> None:
+    _scatter(axes, points)
+    axes.step([p.x for p in best], [p.y for p in best], where="post", color=INK, linewidth=1, zorder=1)
+    labelled = 0.0
+    for point in best:
+        if point.x > 1.1 * labelled:  # else it would lie over the last one
+            text = axes.annotate(
+                point.label, (point.x, point.y), (6, 6), textcoords="offset points", fontsize=8, zorder=4
+            )
+            text.set_bbox({"color": "white", "alpha": 0.8, "pad": 1})
+            labelled = point.x
+    if dense is not None:
+        _line(axes, dense, "full precision")
+    axes.set_xscale("log", base=2)
+    ticks = [t for t in (1, 1.5, 2, 3, 4, 6, 8) if min(p.x for p in points) / 1.3 < t < max(p.x for p in points) * 1.3]
+    axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
+    axes.set_xlabel("stored bits per quantized weight")
 
 
 def front(points: list[Point], lower: bool) -> list[Point]:
@@ -126,32 +152,38 @@ def front(points: list[Point], lower: bool) -> list[Point]:
 
 def effort(records: list[Record], model: str) -> Plot | None:
     """Perplexity against the seconds that quantization took."""
-    task = next((task for task, name in headlines(records) if name == PERPLEXITY), None)
-    points = _points(records, "cost.quantize.seconds", f"results.{task}.{PERPLEXITY}")
+    path = _headline(records, PERPLEXITY)
+    points = _points(records, "cost.quantize.seconds", path)
     if not points:
         return None
-    figure, axes = _canvas()
+    figure, (axes,) = _canvas()
     _scatter(axes, points)
-    _full_precision(axes, records, f"results.{task}.{PERPLEXITY}", 1)
+    dense = _full_precision(records, path, 1)
+    if dense is not None:
+        _line(axes, dense, "full precision")
     _log(axes, "x", [p.x for p in points])
     _log(axes, "y", [p.y for p in points])
     axes.set_xlabel("seconds to quantize, calibration included")
-    axes.set_ylabel(f"{task} perplexity")
-    return Plot(f"effort-{model}", f"{model}: perplexity against time", "Upper left: quick and bad.", _svg(figure))
+    axes.set_ylabel(f"{path.split('.')[1]} perplexity")
+    _legend(figure, axes, points)
+    caption = (
+        "Perplexity against the time that quantization took on the machine of the record; all widths of all methods."
+    )
+    return Plot(f"effort-{model}", f"{model}: perplexity against time", caption, _svg(figure))
 
 
 def speed(records: list[Record], model: str) -> Plot | None:
-    """Decode speed against memory, both over the full-precision model."""
+    """Decode time against memory, both over the full-precision model."""
     points = _points(records, "cost.ratios.loaded_bytes", "cost.ratios.speed.1.decode_seconds")
     if not points:
         return None
-    figure, axes = _canvas()
+    figure, (axes,) = _canvas()
     _scatter(axes, points)
-    axes.axhline(1, color=INK, linewidth=1, linestyle=(0, (4, 3)))
-    axes.text(1, 1, "full precision", transform=axes.get_yaxis_transform(), ha="right", va="bottom", fontsize=8)
+    _line(axes, 1, "full precision")
     _log(axes, "y", [*(p.y for p in points), 1])
     axes.set_xlabel("loaded memory, over full precision")
-    axes.set_ylabel("seconds per token at batch 1, over full precision")
+    axes.set_ylabel("seconds per token, batch 1,\nover full precision")
+    _legend(figure, axes, points)
     caption = "Decoding, packed model beside the full-precision one in the same run. Below the line is quicker."
     return Plot(f"speed-{model}", f"{model}: decode time against memory", caption, _svg(figure))
 
@@ -169,10 +201,10 @@ def heat_map(records: list[Record], model: str) -> Plot | None:
     names = [linear["name"] for linear in next(iter(rows.values()))]
     errors = [[linear.get("weight_error", math.nan) for linear in linears] for linears in rows.values()]
     shown = np.log10(np.clip(np.array([e for e in errors if len(e) == len(names)]), 1e-12, None))
-    figure, axes = _canvas(height=1.4 + 0.2 * len(shown))
+    figure, (axes,) = _canvas(height=1.4 + 0.17 * len(shown))
     axes.grid(False)
     image = axes.imshow(shown, aspect="auto", cmap="YlOrRd", interpolation="nearest")
-    axes.set_yticks(range(len(rows)), list(rows), fontsize=8)
+    axes.set_yticks(range(len(rows)), list(rows), fontsize=7.5)
     _name_linears(axes, names)
     bar = figure.colorbar(image, ax=axes, pad=0.01, fraction=0.03)
     bar.set_label("log10 of the relative squared error", fontsize=8)
@@ -203,6 +235,12 @@ def _name_linears(axes: Axes, names: list[str]) -> None:
 # --- shared ---------------------------------------------------------------------------------------------------------
 
 
+def _headline(records: list[Record], kind: str) -> str:
+    """Where the figure of this kind stands that the records are judged by."""
+    found = [f"results.{task}.{metric}" for task, metric in headlines(records) if KINDS.get(metric) == kind]
+    return found[0] if found else "results"
+
+
 def _points(records: list[Record], x: str, y: str) -> list[Point]:
     """Of the quantized cells that have both figures."""
     found = []
@@ -216,23 +254,28 @@ def _points(records: list[Record], x: str, y: str) -> list[Point]:
 
 
 def _scatter(axes: Axes, points: list[Point]) -> None:
-    for i, method in enumerate(sorted({p.method for p in points})):
-        colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
-        own = [p for p in points if p.method == method]
-        faces = [colour if p.preset == "best" else "white" for p in own]
-        for point, face in zip(own, faces, strict=True):
-            axes.plot(point.x, point.y, marker, color=colour, markerfacecolor=face, markersize=7, zorder=3)
+    for point in points:
+        colour, marker = LOOKS[list(METHODS).index(point.method) % len(LOOKS)]
+        face = colour if point.preset == "best" else "white"
+        axes.plot(point.x, point.y, marker, color=colour, markerfacecolor=face, markersize=6.5, zorder=3)
+
+
+def _legend(figure: Figure, axes: Axes, points: list[Point]) -> None:
+    """Every method that the plot shows, in the order of the methods."""
+    for method in sorted({p.method for p in points}, key=list(METHODS).index):
+        colour, marker = LOOKS[list(METHODS).index(method) % len(LOOKS)]
         axes.plot([], [], marker, color=colour, label=method)
-    axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), fontsize=9, handletextpad=0.2)
+    figure.legend(loc="outside right upper", fontsize=9, handletextpad=0.2)
 
 
-def _full_precision(axes: Axes, records: list[Record], path: str, scale: float) -> None:
-    value = next((r.find(path) for r in records if not r.quantized and r.find(path) is not None), None)
-    if value is not None:
-        axes.axhline(value * scale, color=INK, linewidth=1, linestyle=(0, (4, 3)))
-        axes.text(
-            1, value * scale, "full precision", transform=axes.get_yaxis_transform(), ha="right", va="top", fontsize=8
-        )
+def _full_precision(records: list[Record], path: str, scale: float) -> float | None:
+    found = [record.find(path) for record in records if not record.quantized and record.find(path) is not None]
+    return found[0] * scale if found else None
+
+
+def _line(axes: Axes, value: float, text: str) -> None:
+    axes.axhline(value, color=INK, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+    axes.text(1, value, text, transform=axes.get_yaxis_transform(), ha="right", va="bottom", fontsize=8)
 
 
 def _log(axes: Axes, name: str, values: list[float]) -> None:
@@ -248,11 +291,11 @@ def _log(axes: Axes, name: str, values: list[float]) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def _canvas(height: float = 4.2) -> tuple[Figure, Axes]:
+def _canvas(height: float = 4.2, panels: int = 1) -> tuple[Figure, list[Axes]]:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9.4, height), layout="constrained")
-    return figure, figure.subplots()
+    return figure, list(figure.subplots(1, panels, squeeze=False)[0])
 
 
 def _svg(figure: Figure) -> str:

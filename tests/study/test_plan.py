@@ -6,9 +6,10 @@ import pytest
 import yaml
 
 from llq_hf import LLQError
+from llq_hf.demo import MODELS
 from llq_hf.methods import METHODS
 from llq_hf.study.paper import plan_of, tables
-from llq_hf.study.plan import Cell, expand, load_plan
+from llq_hf.study.plan import Cell, expand, figure_for, load_plan, stand_ins
 
 PLAN = {
     "models": ["some/model"],
@@ -58,6 +59,10 @@ def test_a_fingerprint_is_for_ever() -> None:
 def test_a_bundled_model_is_asked_about_its_own_world() -> None:
     demo, other = (expand([{**PLAN, "models": [model]}])[0].tasks for model in ("demo", "some/model"))
     assert (demo, other) == (("llq_demo",), ("llq_wikitext2",))
+    assert set(MODELS) <= set(stand_ins())  # each has a task of its own
+    assert figure_for("demo", "results.llq_c4.token_perplexity") == "results.llq_demo_ppl.token_perplexity"
+    assert figure_for("demo", "results.chartqa.relaxed_overall") is None
+    assert figure_for("some/model", "results.llq_csqa.acc") == "results.llq_csqa.acc"
 
 
 @pytest.mark.parametrize(
