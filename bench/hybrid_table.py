@@ -2,7 +2,7 @@
 
     uv run python bench/hybrid_table.py [--out FILE.md] [--only WORDS] [--cache FOLDER]
 
-On the bundled demo model, CPU. KL(full precision || quantized) in nats per token, and perplexity, over 64 windows of
+On the bundled demo model, CPU. KL(full precision || quantized) in nats per token, and perplexity, over 16 windows of
 256 tokens of the held-out text, in fp32. Packed models stay in the cache folder, so that a run goes on where it was
 stopped.
 """
@@ -26,7 +26,7 @@ from llq_hf.packed import read_report
 from llq_hf.quantize import RunOptions
 from llq_hf.run import load_tokenizer
 
-WINDOW, WINDOWS = 256, 64
+WINDOW, WINDOWS = 256, 16
 WIDTHS = "gptq:2+gptq:3+gptq:4"
 
 
