@@ -30,30 +30,30 @@ QUIP = "+".join(f"quip:{bits}" for bits in (2, 3, 4))
 MIXED = QUIP + "+gptq:2:preset=best+gptq:3:preset=best"
 HALVES = "*.layers.0.*=quip:3+*.layers.1.*=quip:3+*=quip:2"
 ROWS: dict[str, dict[str, object]] = {
-    "GPTQ, 2 bits, groups of 64, `preset=best`": {"method": "gptq", "bits": 2, "group_size": 64, "preset": "best"},
+    "GPTQ, 2 bits, groups of 64, `preset=best`": {"name": "gptq", "bits": 2, "group_size": 64, "preset": "best"},
     "OmniQuant, 2 bits, groups of 64, `preset=best`": {
-        "method": "omniquant",
+        "name": "omniquant",
         "bits": 2,
         "group_size": 64,
         "preset": "best",
     },
-    "QuIP, 2 bits, `preset=best`": {"method": "quip", "bits": 2, "preset": "best"},
-    "SpinQuant, 2 bits, `preset=best`": {"method": "spinquant", "bits": 2, "preset": "best"},
-    "AWQ, 2 bits, `preset=best`": {"method": "awq", "bits": 2, "preset": "best"},
-    "EfficientQAT, 2 bits": {"method": "efficient_qat", "bits": 2},
+    "QuIP, 2 bits, `preset=best`": {"name": "quip", "bits": 2, "preset": "best"},
+    "SpinQuant, 2 bits, `preset=best`": {"name": "spinquant", "bits": 2, "preset": "best"},
+    "AWQ, 2 bits, `preset=best`": {"name": "awq", "bits": 2, "preset": "best"},
+    "EfficientQAT, 2 bits": {"name": "efficient_qat", "bits": 2},
     "EfficientQAT, 2 bits, `preset=best`, Block-AP alone": {
-        "method": "efficient_qat",
+        "name": "efficient_qat",
         "bits": 2,
         "preset": "best",
         "tune_epochs": 0,
     },
-    "EfficientQAT, 2 bits, `preset=best`": {"method": "efficient_qat", "bits": 2, "preset": "best"},
-    "QuIP, 2 bits": {"method": "quip", "bits": 2},
-    "QuIP, 3 bits": {"method": "quip", "bits": 3},
-    "QuIP, first half of the blocks 3 bits, others 2": {"method": "hybrid", "rules": HALVES},
-    "hybrid of QuIP, 2.548 bits": {"method": "hybrid", "bits": 2.548, "candidates": QUIP},
-    "hybrid of QuIP, 3.048 bits": {"method": "hybrid", "bits": 3.048, "candidates": QUIP},
-    "hybrid of QuIP and GPTQ, 2.548 bits": {"method": "hybrid", "bits": 2.548, "candidates": MIXED},
+    "EfficientQAT, 2 bits, `preset=best`": {"name": "efficient_qat", "bits": 2, "preset": "best"},
+    "QuIP, 2 bits": {"name": "quip", "bits": 2},
+    "QuIP, 3 bits": {"name": "quip", "bits": 3},
+    "QuIP, first half of the blocks 3 bits, others 2": {"name": "hybrid", "rules": HALVES},
+    "hybrid of QuIP, 2.548 bits": {"name": "hybrid", "bits": 2.548, "candidates": QUIP},
+    "hybrid of QuIP, 3.048 bits": {"name": "hybrid", "bits": 3.048, "candidates": QUIP},
+    "hybrid of QuIP and GPTQ, 2.548 bits": {"name": "hybrid", "bits": 2.548, "candidates": MIXED},
 }
 
 
