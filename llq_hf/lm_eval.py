@@ -2,6 +2,7 @@
 
     lm_eval --model llq --model_args method=quip,bits=2 --tasks llq_wikitext2
     lm_eval --model llq --model_args pretrained=FOLDER --tasks llq_csqa          a packed checkpoint is just evaluated
+    lm_eval --model llq --model_args pretrained=ADAPTER --tasks llq_csqa         an adapter, on the base it belongs to
     lm_eval --model llq --model_args method=none --tasks llq_study               the full-precision baseline
 
 `_startup` registers the class; results carry method, options, nominal and stored bits, and the fingerprint.
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from lm_eval.models.huggingface import HFLM
 
+from .adapters.folder import base_of, is_adapter
 from .checkpoint import fetch, read_json
 from .data import Calibration
 from .demo import calibration_for, resolve
@@ -59,7 +61,10 @@ class LLQLM(HFLM):  # type: ignore[misc]
                 raise LLQError(f"unknown option {name!r} in model_args{nearest(name, own | host | fields)}")
         chosen = {name: options.pop(name) for name in list(options) if name in fields and name not in host}
         self.llq_method: Method | None = None
-        path = pretrained = resolve(pretrained)
+        pretrained = resolve(pretrained)
+        if is_adapter(pretrained):
+            options["peft"], pretrained = pretrained, base_of(pretrained)
+        path = pretrained
         packed = _packed_config(pretrained, revision)
         if packed is not None:
             _agree(pretrained, packed, method, chosen)
@@ -89,11 +94,15 @@ class LLQLM(HFLM):  # type: ignore[misc]
         if self._quantized:
             check_quantized(self.model)
 
-    def _create_model(self, *args: Any, **kwargs: Any) -> None:
+    def _create_model(self, *args: Any, peft: str | None = None, **kwargs: Any) -> None:
         with warnings.catch_warnings():
             # lm-eval hands the checkpoint's own quantization_config back to from_pretrained, which warns about that.
             warnings.filterwarnings("ignore", message="You passed `quantization_config`")
             super()._create_model(*args, **kwargs)
+        if peft is not None:  # lm-eval's own way first resizes the embeddings where the tokenizer has other tokens
+            from peft import PeftModel
+
+            self._model: Any = PeftModel.from_pretrained(self._model, peft)
 
     def get_model_info(self) -> dict[str, Any]:
         """What lm-eval writes into the results file, with what was really scored."""
@@ -117,6 +126,7 @@ class LLQLM(HFLM):  # type: ignore[misc]
             "quantized_linears": len(linears),
             "calibration": config.calibration_used,
             "fingerprint": config.fingerprint,
+            "adapter": self.peft,
         }
         return info
 
