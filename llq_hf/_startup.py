@@ -52,23 +52,25 @@ def _on_lm_eval_tasks(module: "ModuleType") -> None:
 
 def _on_peft(module: "ModuleType") -> None:
     # An adapter of ours on a base it was not trained on is refused, however it is loaded.
-    _check_adapters(module.PeftModel, lambda model_id="", *rest, **options: model_id)
+    _check_adapters(module.PeftModel, lambda model_id=None, *rest, **options: model_id)
 
 
 def _on_transformers_peft(module: "ModuleType") -> None:
-    _check_adapters(module.PeftAdapterMixin, lambda peft_model_id="", *rest, **options: peft_model_id)
+    _check_adapters(module.PeftAdapterMixin, lambda peft_model_id=None, *rest, **options: peft_model_id)
 
 
-def _check_adapters(loader: type, folder_of: "Callable[..., str]") -> None:
+def _check_adapters(loader: type, folder_of: "Callable[..., object]") -> None:
     from functools import wraps
 
     original = loader.load_adapter  # type: ignore[attr-defined]
 
     @wraps(original)
     def load_adapter(self, *args, **options):  # type: ignore[no-untyped-def]
-        from llq_hf.adapters.folder import check_base
+        folder = folder_of(*args, **options)
+        if folder:  # None: tensors are given, not a folder
+            from llq_hf.adapters.folder import check_base
 
-        check_base(self, str(folder_of(*args, **options)))
+            check_base(self, str(folder))
         return original(self, *args, **options)
 
     loader.load_adapter = load_adapter  # type: ignore[attr-defined]

@@ -18,7 +18,9 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
+from llq_hf import cli
 from llq_hf.adapters import elastic, train
 from llq_hf.adapters.folder import base_of, is_adapter
 from llq_hf.data import Calibration
@@ -217,6 +219,17 @@ def test_two_processes_train_one_adapter(base: Path, data: Path, tmp_path: Path)
     assert note["after"]["loss"] == pytest.approx(one["after"]["loss"], rel=1e-2)
 
 
+def test_alpaca_on_a_model_of_stories(shared: Path, tmp_path: Path):
+    """The real data set, streamed, on a real model that was never told what an instruction is."""
+    base = tmp_path / "base"
+    quantize_checkpoint(str(shared / "models" / "stories260K"), base, build("nf4"), Calibration("demo"))
+    recipe = replace(RECIPE, rank=8, max_steps=12, micro_batch=4, streaming=True, answer_tokens=64, heldout=16)
+    alpaca = str(shared / "data" / "text" / "alpaca_data.json")
+    note = train.finetune(str(base), tmp_path / "out", alpaca, recipe, MACHINE)
+    assert sum(note["losses"][-4:]) < 0.95 * sum(note["losses"][:4])
+    assert note["after"]["loss"] < note["before"]["loss"]
+
+
 # --- the right base, and only it --------------------------------------------------------------------------------------
 
 
@@ -281,4 +294,45 @@ def test_recipes_are_checked(changes: dict[str, Any], words: str):
 def test_a_dense_base_is_refused(tiny_llama: Path, data: Path, tmp_path: Path):
     with pytest.raises(LLQError, match="quantization_config"):
         train.finetune(str(tiny_llama), tmp_path / "out", str(data), RECIPE, MACHINE)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_of_something_else_is_refused(base: Path, data: Path, tmp_path: Path):
+    (tmp_path / "model.safetensors").write_text("mine")
+    with pytest.raises(LLQError, match=r"not empty .model.safetensors."):
+        train.finetune(str(base), tmp_path, str(data), RECIPE, MACHINE)
+    with pytest.raises(LLQError, match="paged=True needs a GPU"):
+        train.finetune(str(base), tmp_path / "out", str(data), replace(RECIPE, paged=True), MACHINE)
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def llq(*words: object) -> str:
+    result = CliRunner().invoke(cli.app, ["finetune", *map(str, words)], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+SMALL = ["--rank", 4, "--max-steps", 2, "--heldout", 4, "--batch-size", 4, "--device", "cpu", "--no-recompute"]
+
+
+def test_a_dense_model_is_packed_first(tiny_llama: Path, data: Path, tmp_path: Path):
+    said = llq(tiny_llama, tmp_path / "out", "--method", "ir_qlora", "--bits", 3, "--data", data, *SMALL)
+    assert "right to the last token" in said
+    section = json.loads((tmp_path / "out" / "base" / "config.json").read_text())["quantization_config"]
+    assert (section["quant_method"], section["bits"], section["icq"]) == ("llq_nf4", 3, True)
+    note = json.loads((tmp_path / "out" / "llq_adapter.json").read_text())
+    assert note["identity"]["recipe"]["connections"]
+    assert note["base"]["fingerprint"] == section["fingerprint"]
+
+
+def test_what_the_command_cannot_do_is_said(base: Path, data: Path, tmp_path: Path):
+    for words, said in (
+        (["--method", "lora"], "unknown method 'lora'"),
+        (["--dtype", "int8"], "dtype='int8'"),
+        (["--save-steps", 0], "save_steps=0"),
+    ):
+        with pytest.raises(LLQError, match=said):
+            llq(base, tmp_path / "out", "--data", data, *words)
     assert not (tmp_path / "out").exists()

@@ -11,6 +11,7 @@ the attention mask, where theirs adds a token and resizes embeddings.
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import shutil
 from dataclasses import asdict, dataclass
@@ -41,7 +42,7 @@ from ..packed import write_json
 from ..quantize import Progress
 from ..run import load_tokenizer
 from . import elastic, rows
-from .folder import ADAPTER, NOTE, identity_of
+from .folder import ADAPTER, BASE, NOTE, identity_of
 
 IDENTITY, FINISHED = "identity.json", "trainer_state.json"  # Trainer writes its state as the last file of a checkpoint
 
@@ -131,6 +132,7 @@ def finetune(
     progress = progress or Progress()
     work = out.with_name(out.name + ".training")
     accumulation = recipe.accumulation(PartialState().num_processes)
+    _check(out, work, recipe, machine)
     progress.stage("loading the base")
     model, tokenizer = _load(base, machine)
     identity = _identity(model, data, recipe)
@@ -141,13 +143,15 @@ def finetune(
     progress.stage("reading rows")
     with PartialState().main_process_first():
         train_rows, heldout_rows = _rows(data, tokenizer, recipe, work)
-    trainer = _trainer(_adapted(model, base, recipe), tokenizer, train_rows, recipe, machine, work, accumulation)
+    model = _adapted(model, base, recipe)
+    progress.stage("scoring the base")  # through adapters that add nothing yet: Trainer takes no bare packed model
+    before = score(model, tokenizer, heldout_rows, machine)
+    trainer = _trainer(model, tokenizer, train_rows, recipe, machine, work, accumulation)
     trainer.add_callback(_Told(progress))
-    before = _score(trainer, tokenizer, heldout_rows, "scoring the base", progress)
-    set_seed(recipe.seed)  # the order of rows must not depend on what was scored
     trainer.train(resume_from_checkpoint=_last_checkpoint(work))
-    elastic.merge(trainer.model)
-    after = _score(trainer, tokenizer, heldout_rows, "scoring the adapter", progress)
+    elastic.merge(model)
+    progress.stage("scoring the adapter")
+    after = score(model, tokenizer, heldout_rows, machine)
     note = {
         "base": identity["base"],
         "identity": identity,
@@ -156,9 +160,17 @@ def finetune(
         "after": after,
     }
     if PartialState().is_main_process:
-        _write(trainer.model, out, work, note)
+        _write(model, out, work, note)
     PartialState().wait_for_everyone()
     return note
+
+
+def _check(out: Path, work: Path, recipe: Recipe, machine: Machine) -> None:
+    if recipe.paged and (machine.device == "cpu" or importlib.util.find_spec("bitsandbytes") is None):
+        raise LLQError("paged=True needs a GPU and bitsandbytes; install llq-hf[kernels], or leave it out")
+    others = [file.name for file in sorted(out.glob("*")) if not file.name.startswith(BASE)]
+    if out.is_file() or (others and not (out / NOTE).is_file() and not (work / IDENTITY).is_file()):
+        raise LLQError(f"{out} is not empty ({others[0] if others else 'a file'}) and no adapter; give another folder")
 
 
 def _load(base: str, machine: Machine) -> tuple[Any, Any]:
@@ -248,7 +260,6 @@ def _trainer(
         use_cpu=machine.device == "cpu",
         max_steps=recipe.max_steps,
         per_device_train_batch_size=recipe.micro_batch,
-        per_device_eval_batch_size=max(recipe.micro_batch, 8),
         gradient_accumulation_steps=accumulation,
         gradient_checkpointing=recipe.recompute,
         gradient_checkpointing_kwargs={"use_reentrant": False},
@@ -268,27 +279,33 @@ def _trainer(
         report_to="none",
     )
     padded = DataCollatorForSeq2Seq(tokenizer, padding=True)
-    trainer = Trainer(
-        model=model,
-        args=arguments,
-        train_dataset=train_rows,
-        data_collator=DataCollatorWithFlattening() if recipe.packing else padded,
-        compute_metrics=_right_answers,
-        preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(-1),
-    )
+    collator = DataCollatorWithFlattening() if recipe.packing else padded
+    return _silent(Trainer(model=model, args=arguments, train_dataset=train_rows, data_collator=collator))
+
+
+def _silent(trainer: Trainer) -> Trainer:
     for printer in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(printer)
     return trainer
 
 
-def _score(trainer: Trainer, tokenizer: Any, heldout: Any, stage: str, progress: Progress) -> dict[str, float]:
-    """Nats per token of the held-out answers, and the share of answers that are right to the last token."""
+def score(model: Any, tokenizer: Any, heldout: Any, machine: Machine) -> dict[str, float]:
+    """Nats per token of held-out answers (tokens as `rows` makes them), and the share that is right to the last token.
+
+    Right: every token of the answer, and the EOS after it, is the likeliest one. {} where nothing is held out.
+    """
     if len(heldout) == 0:
         return {}
-    progress.stage(stage)
-    training, trainer.data_collator = trainer.data_collator, DataCollatorForSeq2Seq(tokenizer, padding=True)
-    found = trainer.evaluate(heldout)
-    trainer.data_collator = training
+    trainer = Trainer(
+        model=model,
+        args=TrainingArguments(
+            use_cpu=machine.device == "cpu", per_device_eval_batch_size=16, disable_tqdm=True, report_to="none"
+        ),
+        data_collator=DataCollatorForSeq2Seq(tokenizer, padding=True),
+        compute_metrics=_right_answers,
+        preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(-1),
+    )
+    found = _silent(trainer).evaluate(heldout)
     return {"loss": found["eval_loss"], "accuracy": found["eval_right"]}
 
 

@@ -57,10 +57,7 @@ def finetune(
 
     Example: **llq finetune demo /tmp/demo-lora --data demo --max-steps 200 --rank 16**
     """
-    try:
-        from ..adapters import train
-    except ModuleNotFoundError as error:
-        raise LLQError(f"fine-tuning needs {error.name}; install llq-hf[peft]") from error
+    from ..adapters import train
     from ..progress import RichProgress
     from ..quantize import Progress
 
