@@ -207,7 +207,7 @@ def test_two_processes_train_one_adapter(base: Path, data: Path, tmp_path: Path)
     options = {"rank": 4, "alpha": 8, "max-steps": 3, "batch-size": 4, "micro-batch": 2, "heldout": 4}
     words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
     words += ["--learning-rate", "0.01", "--no-recompute", "--data", str(data)]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command += ["-m", "llq_hf", "finetune", str(base), str(tmp_path / "two"), *words]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)

@@ -104,6 +104,11 @@ class Machine:
     dtype: torch.dtype = torch.float32
     save_steps: int = 250
 
+    @property
+    def processes(self) -> PartialState:
+        """Those that train together. Whoever asks accelerate first must say that it is on CPUs, or each is alone."""
+        return PartialState(cpu=self.device == "cpu")
+
 
 def machine(device: str, dtype: str, save_steps: int) -> Machine:
     """From what a user says: "auto" is a GPU where there is one, and the model's usual bf16 there, fp32 on a CPU."""
@@ -117,10 +122,6 @@ def machine(device: str, dtype: str, save_steps: int) -> Machine:
     return Machine(device, dtypes[dtype], save_steps)
 
 
-def is_main_process() -> bool:
-    return bool(PartialState().is_main_process)
-
-
 def finetune(
     base: str, out: Path, data: str, recipe: Recipe, machine: Machine, progress: Progress | None = None
 ) -> dict[str, Any]:
@@ -131,17 +132,18 @@ def finetune(
     """
     progress = progress or Progress()
     work = out.with_name(out.name + ".training")
-    accumulation = recipe.accumulation(PartialState().num_processes)
+    processes = machine.processes
+    accumulation = recipe.accumulation(processes.num_processes)
     _check(out, work, recipe, machine)
     progress.stage("loading the base")
     model, tokenizer = _load(base, machine)
-    identity = _identity(model, data, recipe)
+    identity = _identity(model, data, recipe, processes.num_processes)
     if (out / NOTE).is_file() and (out / ADAPTER).is_file():
         _same(read_json(out / NOTE)["identity"], identity, out)
         return read_json(out / NOTE)
-    _begin(work, identity, out)
+    _begin(work, identity, out, processes)
     progress.stage("reading rows")
-    with PartialState().main_process_first():
+    with processes.main_process_first():
         train_rows, heldout_rows = _rows(data, tokenizer, recipe, work)
     model = _adapted(model, base, recipe)
     progress.stage("scoring the base")  # through adapters that add nothing yet: Trainer takes no bare packed model
@@ -159,9 +161,9 @@ def finetune(
         "before": before,
         "after": after,
     }
-    if PartialState().is_main_process:
+    if processes.is_main_process:
         _write(model, out, work, note)
-    PartialState().wait_for_everyone()
+    processes.wait_for_everyone()
     return note
 
 
@@ -189,11 +191,10 @@ def _load(base: str, machine: Machine) -> tuple[Any, Any]:
     return model.to(machine.device), tokenizer
 
 
-def _identity(model: nn.Module, data: str, recipe: Recipe) -> dict[str, Any]:
+def _identity(model: nn.Module, data: str, recipe: Recipe, processes: int) -> dict[str, Any]:
     """Everything that decides the adapter."""
     path = Path(data).expanduser()
     content = sha256_file(path) if path.is_file() else None
-    processes = PartialState().num_processes
     return {
         "base": identity_of(model),
         "data": {"source": data, "sha256": content},
@@ -211,16 +212,16 @@ def _same(begun: dict[str, Any], identity: dict[str, Any], out: Path) -> None:
         )
 
 
-def _begin(work: Path, identity: dict[str, Any], out: Path) -> None:
+def _begin(work: Path, identity: dict[str, Any], out: Path, processes: PartialState) -> None:
     """Note what is trained, or check that an interrupted run trained the same."""
     if (work / IDENTITY).is_file():
         _same(read_json(work / IDENTITY), identity, out)
         return
-    PartialState().wait_for_everyone()  # nobody writes before all have looked
-    if PartialState().is_main_process:
+    processes.wait_for_everyone()  # nobody writes before all have looked
+    if processes.is_main_process:
         work.mkdir(parents=True, exist_ok=True)
         write_json(work / IDENTITY, identity)
-    PartialState().wait_for_everyone()
+    processes.wait_for_everyone()
 
 
 def _rows(data: str, tokenizer: Any, recipe: Recipe, work: Path) -> tuple[Any, Any]:

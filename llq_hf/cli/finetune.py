@@ -15,7 +15,7 @@ from ..methods import METHODS, build
 from ..methods.nf4 import NF4
 from .app import app, console
 
-ADAPTERS = {"qlora": False, "ir_qlora": True}  # with IR-QLoRA's calibrated base and connections?
+ADAPTERS = {"qlora": False, "ir_qlora": True}  # whether base and adapters are IR-QLoRA's
 
 
 @app.command()
@@ -84,7 +84,7 @@ def finetune(
         seed=seed,
     )
     machine = train.machine(device, dtype, save_steps)
-    main_process = train.is_main_process()
+    main_process = machine.processes.is_main_process
     progress = RichProgress() if main_process else Progress()
     started = time.perf_counter()
     try:
