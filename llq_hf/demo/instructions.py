@@ -8,7 +8,7 @@ there comes from what the (quantized) base remembers, and from the adapter only 
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from .world import Person, _rng, _shuffled, world
+from .world import Person, seeded, shuffled, world
 
 HELDOUT_EVERY = 5  # every fifth person is asked about in held-out rows only
 
@@ -42,5 +42,5 @@ def people(split: str) -> list[Person]:
 def rows(split: str, seed: int = 0) -> Iterator[Question]:
     """Every question about every person of a split, once, in an order of its own."""
     asked = [(person, attribute, form) for person in people(split) for attribute in QUESTIONS for form in (0, 1)]
-    for person, attribute, form in _shuffled(_rng("instructions", split, seed), asked):
+    for person, attribute, form in shuffled(seeded("instructions", split, seed), asked):
         yield Question(QUESTIONS[attribute][form].format(person.name), f" {getattr(person, attribute)}.")
