@@ -21,6 +21,7 @@ LAYERS = [  # imports go one way: a module may import modules of its own row and
     {"preflight"},
     {"run"},
     {"hf", "progress", "inspection", "lm_tasks", "lmms_tasks"},
+    {"adapters"},
     {"scoring", "seeing"},
     {"modeling", "lm_eval", "lmms_eval", "bench"},
     {"study"},
