@@ -24,6 +24,7 @@ from .checkpoint import Checkpoint, Rewritten
 from .data import Calibration, ids_sha256
 from .errors import LLQError
 from .journal import FileState, Journal, fingerprint, sha256_file
+from .kernels import reference
 from .method import FORMAT_VERSION, Method
 from .packed import CONFIG, PackedFolder, finished_fingerprint, read_report
 from .preflight import estimate, problems_of
@@ -71,6 +72,7 @@ def quantize_checkpoint(
         progress.close()
 
 
+@reference()
 def prepare(
     model: str,
     method: Method,
@@ -117,6 +119,7 @@ def prepare(
     return Plan(checkpoint, skeleton, method, ids_NS, identity, run, dtype, estimates)
 
 
+@reference()
 def execute(plan: Plan, out: Path, progress: Progress) -> dict[str, Any]:
     """Run a plan into `out`; returns the report."""
     journal = None
