@@ -67,14 +67,20 @@ void multiply_floats(const Weight& weight, const Call& call) {
 // Rows from..to as `dtype`.
 template <typename Weight>
 void decode(const Weight& weight, int from, int to, Dtype dtype, void* out, int threads) {
+  const bool halves = dtype != F32 && weight.has_halves();
   over_rows(to - from, threads, [&](int first, int last) {
     static thread_local std::vector<float> row;
     static thread_local typename Weight::State state;
     row.resize(weight.columns());
     weight.read(state, from + first, from + last);
     for (int r = first; r < last; r++) {
+      uint8_t* to_row = (uint8_t*)out + (int64_t)r * weight.columns() * size_of(dtype);
+      if (halves) {
+        weight.decode_halves(state, from + r, from + first, dtype, (uint16_t*)to_row);
+        continue;
+      }
       weight.decode_row(state, from + r, from + first, row.data());
-      from_floats(row.data(), weight.columns(), dtype, (uint8_t*)out + (int64_t)r * weight.columns() * size_of(dtype));
+      from_floats(row.data(), weight.columns(), dtype, to_row);
     }
   });
 }

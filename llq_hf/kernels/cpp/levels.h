@@ -8,6 +8,7 @@
 #include <functional>
 
 #include "activations.h"
+#include "halves.h"
 #include "pool.h"
 
 // Mirrored by kernels/native.py.
@@ -43,18 +44,25 @@ struct LevelWeight {
   int columns() const { return w.columns; }
   const uint8_t* row(int r) const { return w.weight + r * w.row_bytes; }
 
-  // In the order of torch's operations, so that levels are the same to the last bit.
-  void read(State& s, int first, int last) const {
+  // Scales and means as floats; how many groups there are in these rows.
+  int64_t read_levels(State& s, int first, int last) const {
     const int64_t from = (int64_t)first * w.groups, count = (int64_t)(last - first) * w.groups;
     const auto dtype = (Dtype)w.dtype;
     const int scales = w.mean ? 4 : 2;
     s.scale.resize(count * scales);
-    s.table.resize(count * 8);
     to_floats((const uint8_t*)w.scale + from * scales * size_of(dtype), dtype, count * scales, s.scale.data());
     if (w.mean) {
       s.mean.resize(count * w.means);
       to_floats((const uint8_t*)w.mean + from * w.means * size_of(dtype), dtype, count * w.means, s.mean.data());
     }
+    return count;
+  }
+
+  // In the order of torch's operations, so that levels are the same to the last bit.
+  void read(State& s, int first, int last) const {
+    const int64_t count = read_levels(s, first, last);
+    const int scales = w.mean ? 4 : 2;
+    s.table.resize(count * 8);
     for (int64_t i = 0; i < count; i++) {
       float* t = s.table.data() + 8 * i;
       const float* a = s.scale.data() + scales * i;
@@ -75,21 +83,47 @@ struct LevelWeight {
 
   // What the bits of codes are multiplied with.
   void read_factors(State& s, int first, int last) const {
-    read(s, first, last);
-    const int64_t count = (int64_t)(last - first) * w.groups;
+    const int64_t count = read_levels(s, first, last);
     for (auto& factor : s.factor) factor.resize(count);
+    const float *a = s.scale.data(), *m = s.mean.data();
+    float *f0 = s.factor[0].data(), *f1 = s.factor[1].data(), *f2 = s.factor[2].data();
+    if (!w.mean) {
+      for (int64_t i = 0; i < count; i++) {
+        f0[i] = a[2 * i];
+        f1[i] = a[2 * i + 1];
+      }
+      return;
+    }
     s.plain.resize(count);
     s.own.resize(count);
+    float *f3 = s.factor[3].data(), *f4 = s.factor[4].data(), *plain = s.plain.data(), *own = s.own.data();
     for (int64_t i = 0; i < count; i++) {
-      const float* t = s.table.data() + 8 * i;
-      s.plain[i] = t[0];
-      s.factor[0][i] = t[1] - t[0];
-      s.factor[1][i] = t[2] - t[0];
-      s.factor[2][i] = (t[3] - t[2]) - (t[1] - t[0]);
-      s.own[i] = t[4];
-      s.factor[3][i] = t[5] - t[4];
-      s.factor[4][i] = t[6] - t[4];
+      plain[i] = m[i * w.means] - a[4 * i];
+      f0[i] = 2 * a[4 * i];
+      f1[i] = (m[i * w.means + 1] - a[4 * i + 1]) - plain[i];
+      f2[i] = 2 * (a[4 * i + 1] - a[4 * i]);
+      own[i] = m[i * w.means + w.means - 1] + (w.means == 4 ? m[i * w.means + 2] : 0) - a[4 * i + 2] - a[4 * i + 3];
+      f3[i] = 2 * a[4 * i + 3];
+      f4[i] = 2 * a[4 * i + 2];
     }
+  }
+
+  bool has_halves() const {
+#ifdef __AVX512VNNI__
+    return tail == 0;
+#else
+    return false;
+#endif
+  }
+
+  void decode_halves(const State& s, int r, int first, Dtype dtype, uint16_t* out) const {
+#ifdef __AVX512VNNI__
+    const float* tables = s.table.data() + (int64_t)(r - first) * w.groups * 8;
+    for (int k = 0; k < blocks; k++) {
+      const Floats table = _mm512_castps256_ps512(_mm256_loadu_ps(tables + 8 * group_of[k]));
+      pick<2>(row(r) + 32 * k, halves(table, table, dtype), salient.data() + k * BLOCK, out + k * BLOCK);
+    }
+#endif
   }
 
   void decode_row(const State& s, int r, int first, float* out) const {

@@ -21,6 +21,14 @@ inline uint16_t to_bf16(float v) {
   return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
 
+INLINE __m128i to_bf16(__m256 v) {
+  const __m256i bits = _mm256_castps_si256(v);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  __m256i up = _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
+  up = _mm256_blendv_epi8(up, _mm256_set1_epi32(0x7fc0), _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q)));
+  return _mm_packus_epi32(_mm256_castsi256_si128(up), _mm256_extracti128_si256(up, 1));
+}
+
 inline int64_t size_of(Dtype dtype) { return dtype == F32 ? 4 : 2; }
 
 inline void to_floats(const void* from, Dtype dtype, int64_t count, float* out) {
@@ -43,12 +51,14 @@ inline void to_floats(const void* from, Dtype dtype, int64_t count, float* out) 
 inline void from_floats(const float* from, int64_t count, Dtype dtype, void* out) {
   if (dtype == F32) {
     memcpy(out, from, count * 4);
-  } else if (dtype == BF16) {
-    uint16_t* p = (uint16_t*)out;
-    for (int64_t i = 0; i < count; i++) p[i] = to_bf16(from[i]);
+    return;
+  }
+  uint16_t* p = (uint16_t*)out;
+  int64_t i = 0;
+  if (dtype == BF16) {
+    for (; i + 8 <= count; i += 8) _mm_storeu_si128((__m128i*)(p + i), to_bf16(_mm256_loadu_ps(from + i)));
+    for (; i < count; i++) p[i] = to_bf16(from[i]);
   } else {
-    uint16_t* p = (uint16_t*)out;
-    int64_t i = 0;
     for (; i + 8 <= count; i += 8) _mm_storeu_si128((__m128i*)(p + i), _mm256_cvtps_ph(_mm256_loadu_ps(from + i), 0));
     for (; i < count; i++) p[i] = _cvtss_sh(from[i], 0);
   }

@@ -6,6 +6,7 @@
 #include <functional>
 
 #include "activations.h"
+#include "halves.h"
 #include "pool.h"
 
 // Mirrored by kernels/native.py.
@@ -160,6 +161,42 @@ struct UniformWeight {
   void read(State& state, int first, int last) const {
     if (state.size() < parts.size()) state.resize(parts.size());
     for (size_t i = 0; i < parts.size(); i++) state[i].read(parts[i].w, first, last);
+  }
+
+  // Whether decode_halves serves.
+  bool has_halves() const {
+#ifdef __AVX512VNNI__
+    for (const Part& part : parts) {
+      if (part.w.bits > MOST_LEVELS_BITS || part.tail) return false;
+      for (int g : part.group_of)
+        if (g < 0) return false;
+    }
+    return true;
+#else
+    return false;
+#endif
+  }
+
+  void decode_halves(const State& state, int r, int first, Dtype dtype, uint16_t* out) const {
+#ifdef __AVX512VNNI__
+    const Floats low = _mm512_set_ps(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0), high = add(low, set(16));
+    for (size_t i = 0; i < parts.size(); i++) {
+      const Part& part = parts[i];
+      const int64_t at = (int64_t)(r - first) * part.w.groups;
+      const float *scale = state[i].scale.data() + at, *zero = state[i].zero.data() + at;
+      with_bits(std::min(part.w.bits, MOST_LEVELS_BITS), [&](auto bits) {
+        Bytes levels = load(out);
+        for (int k = 0; k < part.blocks; k++) {
+          const int g = part.group_of[k];
+          if (k == 0 || g != part.group_of[k - 1]) {
+            const Floats s = set(scale[g]), z = set(zero[g]);
+            levels = halves(mul(sub(low, z), s), mul(sub(high, z), s), dtype);
+          }
+          pick<bits>(part.row(r) + (int64_t)k * 16 * bits, levels, nullptr, out + (int64_t)part.source(k) * BLOCK);
+        }
+      });
+    }
+#endif
   }
 
   void decode_row(const State& state, int r, int first, float* out) const {
