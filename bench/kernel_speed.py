@@ -2,10 +2,10 @@
 
     python bench/kernel_speed.py [--methods rtn:4,quip:2] [--shapes 4096x4096] [--batches 1,4,8,64,512] [--rounds 9]
 
-The whole linear counts: input scales, rotations and the preparation of activations. One thread against one, taking turns in
-one process; weights rotate over more than 128 MB, so that none is found in the cache. Seconds are the thread's own
-(time.thread_time): a shared machine's other work does not count as ours, though it takes memory bandwidth from both.
-Codes are random: speed does not depend on them.
+The whole linear counts: input scales, rotations and the preparation of activations. One thread against one, taking
+turns in one process; weights rotate over more than 128 MB, so that none is found in the cache. Seconds are the thread's
+own (time.thread_time): a shared machine's other work does not count as ours, though it takes memory bandwidth from
+both. Codes are random: speed does not depend on them.
 """
 
 from __future__ import annotations
@@ -52,11 +52,8 @@ def random_packed(method: Method, out_features: int, in_features: int) -> Packed
             packed[name] = torch.randint(0, 2**31 - 1, spec.shape, generator=random).to(spec.dtype)
     if "position" in packed:  # a list of positions: only one that belongs to a mask can be read
         positions = method._positions(out_features, in_features)  # type: ignore[attr-defined]
-        mask_N = torch.arange(positions.total) % (positions.total // positions.count) == 0
-        mask_N[: int(mask_N.sum()) - positions.count] = False
-        extra = positions.count - int(mask_N.sum())
-        mask_N[(~mask_N).nonzero()[:extra, 0]] = True
-        mask_N[mask_N.nonzero()[positions.count :, 0]] = False
+        mask_N = torch.zeros(positions.total, dtype=torch.bool)
+        mask_N[torch.randperm(positions.total, generator=random)[: positions.count]] = True
         packed.update(positions.pack(mask_N))
     return packed
 
