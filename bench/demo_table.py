@@ -54,6 +54,7 @@ ROWS: list[Row] = [
     *rows("BiLLM", "billm", (1.1,)),
     *best("BiLLM", "billm", (1.1,)),
     *(row for n in (8, 6, 4) for row in rows("SmoothQuant", "smoothquant", (n,), f"activations {n}")),
+    *best("SmoothQuant", "smoothquant", (8, 6, 4)),
     *(row for n in (6, 4) for row in rows("OmniQuant", "omniquant", (n,), f"activations {n}", a_bits=n, group_size=-1)),
     *(row for n in (8, 4) for row in rows("SpinQuant", "spinquant", (4,), f"activations {n}", a_bits=n)),
     *rows("SpinQuant", "spinquant", (4,), "activations and cache 4", a_bits=4, kv_bits=4),

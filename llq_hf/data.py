@@ -8,6 +8,7 @@ calibration    | text                                             | window
 `ptb`          | Penn Treebank train sentences joined by a space  | the same
 `c4`           | first C4 train shard                             | a random document of T > S, a place in it
 `demo`         | the bundled small world                          | as wikitext2
+`demo-vlm`     | questions and answers about the bundled drawings | as wikitext2
 a text file    | its documents joined by two newlines             | as wikitext2
 a `.npy` file  | int token ids `[N, S]`                           | its rows, as they are
 
@@ -43,7 +44,7 @@ from torch import Tensor
 
 from llq_hf.errors import LLQError
 
-CALIBRATION_SOURCES = ("wikitext2", "c4", "ptb", "demo")
+CALIBRATION_SOURCES = ("wikitext2", "c4", "ptb", "demo", "demo-vlm")
 EVALUATION_TEXTS = ("wikitext2", "c4", "c4_new", "ptb", "ptb_new", "demo")
 TEXT_SUFFIXES = (".txt", ".json", ".jsonl", ".parquet")
 
@@ -235,6 +236,13 @@ class Calibration:
             raise LLQError(f"source={self.source!r} names no calibration data; give {_sources()}.")
 
     @property
+    def has_images(self) -> bool:
+        """Whether it is image-text pairs (`pairs.py`) and not a text."""
+        path = Path(self.source).expanduser()
+        folder = path.is_dir() and path.suffix.lower() not in (*TEXT_SUFFIXES, ".npy")  # else a file by mistake
+        return folder or self.source.startswith("hub:")
+
+    @property
     def needs_tokenizer(self) -> bool:
         return Path(self.source).suffix.lower() != ".npy"
 
@@ -299,6 +307,10 @@ def _sampled_source(source: str, tokenizer: Any, samples: int, seqlen: int, seed
         text = "\n\n".join(_wikitext2("train", cure))
     elif source == "ptb":
         text = " ".join(_ptb("train", cure))
+    elif source == "demo-vlm":
+        from llq_hf.demo import drawings
+
+        text = drawings.calibration_text()
     else:
         from llq_hf.demo import world
 

@@ -1,25 +1,22 @@
-"""QuantizedLlama: a model class for those who want one; plain AutoModelForCausalLM loads the same files."""
+"""QuantizedLlama and QuantizedLlavaNext: model classes for those who want one; the auto classes load the same files."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, LlavaNextForConditionalGeneration
 
 from .errors import LLQError
 from .hf import CONFIGS
 from .methods import METHODS, method_type
 
 
-class QuantizedLlama(LlamaForCausalLM):  # type: ignore[misc]
-    """A Llama with packed low-bit weights.
+class _Quantized:
+    """from_pretrained that quantizes a dense model where a method is given; save_pretrained under the plain class."""
 
-    QuantizedLlama.from_pretrained("meta-llama/Meta-Llama-3-8B", method="quip", bits=2) quantizes a dense model;
-    QuantizedLlama.from_pretrained(folder or Hub id of a packed checkpoint) loads one. What it saves and pushes
-    is an ordinary LlamaForCausalLM checkpoint that AutoModelForCausalLM loads.
-    """
+    plain: ClassVar[type]
 
     @classmethod
     def from_pretrained(cls, model: str, *args: Any, method: str | None = None, **kwargs: Any) -> Any:
@@ -36,15 +33,37 @@ class QuantizedLlama(LlamaForCausalLM):  # type: ignore[misc]
             keys |= {"calibration", "calibration_samples", "calibration_seqlen", "calibration_seed"}
             options = {key: kwargs.pop(key) for key in list(kwargs) if key in keys}
             kwargs["quantization_config"] = CONFIGS[method](**options)
-        return super().from_pretrained(model, *args, **kwargs)
+        return super().from_pretrained(model, *args, **kwargs)  # type: ignore[misc]
 
     def save_pretrained(self, save_directory: Any, *args: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
-        """As LlamaForCausalLM: config.json names that class, so every loader finds its way."""
+        """config.json names the plain class, so every loader finds its way."""
         repo_id = kwargs.pop("repo_id", Path(save_directory).name)
-        super().save_pretrained(save_directory, *args, **kwargs)
+        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
         path = Path(save_directory) / "config.json"
         config = json.loads(path.read_text())
-        config["architectures"] = [LlamaForCausalLM.__name__]
+        config["architectures"] = [self.plain.__name__]
         path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         if push_to_hub:
-            self.push_to_hub(repo_id)
+            self.push_to_hub(repo_id)  # type: ignore[attr-defined]
+
+
+class QuantizedLlama(_Quantized, LlamaForCausalLM):  # type: ignore[misc]
+    """A Llama with packed low-bit weights.
+
+    QuantizedLlama.from_pretrained("meta-llama/Meta-Llama-3-8B", method="quip", bits=2) quantizes a dense model;
+    QuantizedLlama.from_pretrained(folder or Hub id of a packed checkpoint) loads one. What it saves and pushes
+    is an ordinary LlamaForCausalLM checkpoint that AutoModelForCausalLM loads.
+    """
+
+    plain = LlamaForCausalLM
+
+
+class QuantizedLlavaNext(_Quantized, LlavaNextForConditionalGeneration):  # type: ignore[misc]
+    """A LLaVA-Next whose language model has packed low-bit weights; vision tower and projector stay as they are.
+
+    QuantizedLlavaNext.from_pretrained("llava-hf/llama3-llava-next-8b-hf", method="gptq", bits=4) quantizes a dense
+    model; of a packed checkpoint it loads one. What it saves and pushes is an ordinary checkpoint that
+    AutoModelForImageTextToText loads.
+    """
+
+    plain = LlavaNextForConditionalGeneration

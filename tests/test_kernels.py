@@ -182,6 +182,7 @@ def test_codes_that_c_cannot_read_go_by_torch(isa: str):
         ("rtn", {"bits": 3}),
         ("gptq", {"bits": 4, "act_order": True}),
         ("awq", {"bits": 4}),
+        ("efficient_qat", {"bits": 2}),
         ("quip", {"bits": 2}),
         ("quip", {"bits": 2, "incoherence": False}),
         ("spinquant", {"bits": 4}),
