@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LAYERS = [  # imports go one way: a module may import modules of its own row and of rows above it
     {"errors", "bits", "demo", "harness"},
+    {"kernels"},
     {"grids", "stats", "rotations", "feedback", "refine", "activations", "arch"},
     {"residual"},
     {"method"},

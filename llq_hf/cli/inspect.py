@@ -23,8 +23,9 @@ def info(
 ) -> None:
     """What a packed checkpoint is: method, options, bits counted from its files, fingerprint, how each linear went."""
     from ..inspection import inspect_checkpoint
+    from ..kernels import describe
 
-    found = inspect_checkpoint(path)
+    found = {**inspect_checkpoint(path), "kernels": describe()}
     if as_json:
         print(json.dumps(found, indent=2))
         return
@@ -37,6 +38,7 @@ def info(
         "bytes",
         "quantized_linears",
         "fingerprint",
+        "kernels",
     ):
         value = found[key]
         table.add_row(key.replace("_", " "), f"{value:.4g}" if isinstance(value, float) else str(value))
