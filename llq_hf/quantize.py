@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from . import arch
 from .attention import install
 from .errors import LLQError
+from .kernels import reference
 from .linear import QuantLinear
 from .method import Method, Packed, PassListener, Rewrite, State, Step, stored_bits
 from .pairs import Pairs
@@ -77,6 +78,7 @@ def _errors(weight_OI: Tensor, restored_OI: Tensor, stat: Stat | None) -> dict[s
     return errors
 
 
+@reference()
 def quantize_model(
     model: nn.Module,
     method: Method,

@@ -24,6 +24,7 @@ from .checkpoint import Checkpoint, Rewritten
 from .data import Calibration, ids_sha256
 from .errors import LLQError
 from .journal import FileState, Journal, fingerprint, sha256_file
+from .kernels import reference
 from .loading import auto_class, module_names, sees
 from .method import FORMAT_VERSION, Method
 from .packed import CONFIG, PackedFolder, finished_fingerprint, read_report
@@ -73,6 +74,7 @@ def quantize_checkpoint(
         progress.close()
 
 
+@reference()
 def prepare(
     model: str,
     method: Method,
@@ -141,6 +143,7 @@ def calibration_data(
     return pairs, pairs.described()
 
 
+@reference()
 def execute(plan: Plan, out: Path, progress: Progress) -> dict[str, Any]:
     """Run a plan into `out`; returns the report."""
     journal = None

@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LAYERS = [  # imports go one way: a module may import modules of its own row and of rows above it
     {"errors", "bits", "demo", "harness"},
+    {"kernels"},
     {"grids", "stats", "rotations", "feedback", "refine", "activations", "arch"},
     {"residual"},
     {"method"},
@@ -20,7 +21,7 @@ LAYERS = [  # imports go one way: a module may import modules of its own row and
     {"quantize"},
     {"preflight"},
     {"run"},
-    {"hf", "progress", "inspection", "lm_tasks"},
+    {"hf", "progress", "inspection", "lm_tasks", "lmms_tasks"},
     {"adapters"},
     {"scoring", "seeing"},
     {"modeling", "lm_eval", "lmms_eval", "bench"},

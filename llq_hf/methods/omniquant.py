@@ -138,10 +138,9 @@ class OmniQuant(Method):
 
     def linear(self, x: Tensor, packed: Packed, bias: Tensor | None, out_features: int) -> Tensor:
         if not self.tokens.on:
-            return super().linear(x, packed, bias, out_features)
+            return self.grid.linear(x, packed, bias)
         z = x / packed["in_scale"].float() if "in_scale" in packed else x
-        weight_OI = self.grid.unpack(packed, x.shape[-1])
-        return F.linear(self.tokens(z).to(x.dtype), weight_OI.to(x.dtype), bias)
+        return self.grid.linear(self.tokens(z).to(x.dtype), packed, bias)
 
     # --- training ----------------------------------------------------------------------------------------------
 

@@ -167,8 +167,7 @@ class SpinQuant(Method):
         return hadamard(in_features, weight_OI.device).invert(weight_OI) if self.turns else weight_OI
 
     def linear(self, x: Tensor, packed: Packed, bias: Tensor | None, out_features: int) -> Tensor:
-        weight_OI = self.grid.unpack(packed, x.shape[-1])
-        return nn.functional.linear(self._input(x), weight_OI.to(x.dtype), bias)
+        return self.grid.linear(self._input(x), packed, bias)
 
     # --- the whole model --------------------------------------------------------------------------------------------
 

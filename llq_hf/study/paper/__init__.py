@@ -7,6 +7,7 @@ made it. Figures are as printed, misprints too: `notes` names the known ones.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -54,8 +55,8 @@ class Row:
         if self.cell["method"] not in METHODS:  # full precision
             return True
         options = {key: value for key, value in self.cell.items() if key != "method"}
-        asked: dict[str, Any] = build(self.cell["method"], record.cell["preset"], **options).to_dict()
-        return bool(asked == record.cell["config"])
+        asked = build(self.cell["method"], record.cell["preset"], **options).to_dict()
+        return bool(json.loads(json.dumps(asked)) == record.cell["config"])
 
 
 @dataclass(frozen=True, kw_only=True)
