@@ -8,10 +8,10 @@ from rich.console import Console
 from rich.markup import escape
 
 from ..errors import LLQError
-from . import bench, evaluate, inspect, kernels, quantize, show, study  # each adds its commands to `app`
+from . import bench, evaluate, finetune, inspect, kernels, quantize, show, study  # each adds its commands to `app`
 from .app import app
 
-__all__ = ["app", "bench", "evaluate", "inspect", "kernels", "main", "quantize", "show", "study"]
+__all__ = ["app", "bench", "evaluate", "finetune", "inspect", "kernels", "main", "quantize", "show", "study"]
 
 
 def main() -> None:

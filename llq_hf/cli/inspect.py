@@ -63,9 +63,9 @@ def print_served(records: list[dict[str, Any]]) -> None:
             served.setdefault(block, {})[linear] = record["served_by"]
     if served:
         columns = list(dict.fromkeys(linear for linears in served.values() for linear in linears))
-        table = Table("block", *(column.rpartition(".")[2] for column in columns))
+        table = Table("block", *(column.rpartition(".")[2].removesuffix("_proj") for column in columns))
         for block, linears in served.items():
-            table.add_row(block, *(linears.get(column, "") for column in columns))
+            table.add_row(block.rpartition(".")[2], *(linears.get(column, "") for column in columns))
         console.print(table)
 
 

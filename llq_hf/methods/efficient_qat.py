@@ -188,7 +188,7 @@ class EfficientQAT(Method):
                 with torch.enable_grad():
                     out_BSD = run_block(twin, data, one)
                     loss = F.mse_loss(out_BSD, data.targets(one).to(out_BSD)) / (rows.stop - rows.start)
-                    loss.backward()  # type: ignore[no-untyped-call]
+                    loss.backward()
                 total += loss.detach()
             optimizer.step()
             return total

@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -214,11 +214,3 @@ class RayCluster:
 
 def _ray_cell(cell: Cell, work: Work) -> Record:
     return work(cell, Progress())
-
-
-def summary(records: Iterable[Record]) -> dict[str, int]:
-    """Status -> how many."""
-    counts: dict[str, int] = {}
-    for record in records:
-        counts[record.status] = counts.get(record.status, 0) + 1
-    return counts

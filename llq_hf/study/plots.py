@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 INK, MUTED, HAIR = "#1b2430", "#5b6675", "#d8dde3"
 # Colours that differ in lightness too, for print and for the colour-blind; markers tell apart what colours do not.
 COLOURS = ("#0b5c8a", "#c2410c", "#15803d", "#7e22ce", "#b45309", "#0e7490", "#be123c", "#4d7c0f", "#3730a3", "#71717a")
-MARKERS = "osD^vP*Xhd<>p"
+MARKERS = "osD^vP*Xhd<>p8H"
 LOOKS = [(COLOURS[i % len(COLOURS)], marker) for i, marker in enumerate(MARKERS)]  # of the methods, in their order
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text: it is set in the page's font and can be searched

@@ -2,7 +2,7 @@
 
 key         | what
 fingerprint | of the cell
-cell        | what was asked for: model, method, preset, options, tasks, calibration, seed, ...
+cell        | what was asked for: model, method, preset, options (and in full: config), tasks, calibration, seed, ...
 status      | done, refused (the input makes no sense: `reason` is one sentence), failed (`reason`, and `trace`)
 quantized   | method, config, nominal_bits, stored_bits, whole_model_bits, bytes, fingerprint, errors of the `linears`
 results     | task -> metric -> figure
@@ -44,10 +44,8 @@ class Record:
 
     @classmethod
     def of(cls, cell: Cell, status: str, **figures: Any) -> Record:
-        cell_json = json.loads(json.dumps(asdict(cell)))  # tuples become lists, as they are read back
-        return cls(
-            cell=cell_json, fingerprint=cell.fingerprint, name=cell.name, title=cell.title, status=status, **figures
-        )
+        asked = json.loads(json.dumps({**asdict(cell), "config": cell.config}))  # tuples are lists, as they come back
+        return cls(cell=asked, fingerprint=cell.fingerprint, name=cell.name, title=cell.title, status=status, **figures)
 
     @property
     def stable(self) -> dict[str, Any]:
@@ -56,8 +54,9 @@ class Record:
 
     def find(self, path: str) -> Any:
         """The value at "results.llq_demo_ppl.token_perplexity"; None where there is none. Names may not hold dots."""
-        value: Any = asdict(self)
-        for key in path.split("."):
+        first, *rest = path.split(".")
+        value: Any = getattr(self, first, None)
+        for key in rest:
             value = value.get(key) if isinstance(value, dict) else None
         return value
 

@@ -32,7 +32,7 @@ def gptq(tiny_llama: Path, calibration_npy: Path, tmp_path_factory: pytest.TempP
         method="gptq",
         tasks=("llq_wikitext2",),
         options={"bits": 3},
-        calibration={"source": str(calibration_npy)},
+        calibration={"source": str(calibration_npy), "samples": 8},
         metadata={"text_file": str(text), "seqlen": 32},
     )
 

@@ -1,12 +1,13 @@
 """The study's tables (arXiv 2404.14047v3) as data: published figures, and the cells that make each row again.
 
 One YAML file a table. A row's `cell` is a method with its options, as in a plan; the report finds our figures for a row
-by building that method and comparing its whole config with the config of a record, so a row joins whichever plan made
-it. Figures are as printed, misprints too: `notes` names the known ones.
+by building that method and comparing its whole config with what a record was asked for, so a row joins whichever plan
+made it. Figures are as printed, misprints too: `notes` names the known ones.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -47,15 +48,15 @@ class Row:
     cell: Mapping[str, Any] | None  # None: a method that nothing here makes
 
     def made_by(self, record: Record) -> bool:
-        """Whether the record is of this row's method, with the options of its preset over nothing but the row's."""
+        """Whether the record is of this row's method, with the options of its preset and nothing over them but the
+        row's."""
         if self.cell is None or record.cell["method"] != self.cell["method"]:
             return False
-        if self.cell["method"] not in METHODS:  # full precision, or not here yet
-            return "quantized" not in record.quantized
+        if self.cell["method"] not in METHODS:  # full precision
+            return True
         options = {key: value for key, value in self.cell.items() if key != "method"}
-        method = build(self.cell["method"], record.cell["preset"], **options)
-        config = record.quantized.get("config", {})
-        return all(config.get(key) == value for key, value in method.to_dict().items())
+        asked = build(self.cell["method"], record.cell["preset"], **options).to_dict()
+        return bool(json.loads(json.dumps(asked)) == record.cell["config"])
 
 
 @dataclass(frozen=True, kw_only=True)
