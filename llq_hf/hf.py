@@ -66,6 +66,7 @@ class LLQConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.quantized_linears: int | None = stored.get("quantized_linears")
         self.digest: str | None = stored.get("digest")
         self.fingerprint: str | None = stored.get("fingerprint")
+        self.records: list[dict[str, Any]] = []  # per linear, where this process quantized them
         # In a checkpoint this is what the calibration was; for a dense model, what to calibrate on.
         self.calibration_used = calibration if isinstance(calibration, dict) else None
         source = calibration if isinstance(calibration, str) else "wikitext2"
@@ -151,7 +152,7 @@ class LLQQuantizer(HfQuantizer):  # type: ignore[misc]
                 used = {"ids_sha256": ids_sha256(ids), "samples": ids.shape[0], "seqlen": ids.shape[1]}
                 config.calibration_used = used
             records = quantize_model(model, config.method, ids)
-            config.quantized_linears = len(records)
+            config.quantized_linears, config.records = len(records), records
             config.digest = digest(config.method, len(records))
         for module in model.modules():
             if isinstance(module, QuantLinear):

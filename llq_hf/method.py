@@ -214,6 +214,11 @@ class Method(ABC):
         """What happens to queries, keys and values inside the quantized blocks."""
         return None
 
+    @property
+    def weight_only(self) -> bool:
+        """Whether a model of dense weights, those of `dequantize`, computes the same but for rounding of sums."""
+        return True
+
     def fitted(self, model: nn.Module) -> Self:
         """The method with the facts of `model` that it must know filled in; LLQError where it cannot serve the model.
 

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
+import shutil
+import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from transformers import LlamaForCausalLM
 
+from .checkpoint import fetch, origin
+from .demo import resolve
 from .errors import LLQError
-from .hf import CONFIGS
+from .hf import CONFIGS, check_quantized
+from .hub import prepare_upload, push
 from .methods import METHODS, method_type
+from .packed import REPORT, carry, write_json
 
 
 class QuantizedLlama(LlamaForCausalLM):  # type: ignore[misc]
@@ -48,3 +55,31 @@ class QuantizedLlama(LlamaForCausalLM):  # type: ignore[misc]
         path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         if push_to_hub:
             self.push_to_hub(repo_id)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool = False,
+        token: str | None = None,
+        base_model: str | None = None,
+        results: Iterable[Path] | None = None,
+    ) -> str:
+        """Upload the packed model, its tokenizer and its card, as `llq push` does a folder; returns the address.
+
+        base_model: Hub id of the base, where the model was loaded from a folder; results: see `card.make_card`.
+        """
+        source = fetch(resolve(str(self.name_or_path)), getattr(self.config, "_commit_hash", None))
+        config = check_quantized(self)
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch) / repo_id.rpartition("/")[2]
+            self.save_pretrained(folder)
+            carry(source, folder)
+            if (source / REPORT).is_file():  # it was loaded packed
+                shutil.copyfile(source / REPORT, folder / REPORT)
+            else:
+                drawn = config.calibration.described if config.calibration_used else None
+                made_from = {**origin(source), "calibration": drawn}
+                write_json(folder / REPORT, {"made_from": made_from, "linears": config.records, "bits": {}})
+            upload = prepare_upload(folder, repo_id, base=base_model, results=results)
+            return push(upload, private=private, token=token)

@@ -89,8 +89,13 @@ class PackedFolder:
             packed = {key: tensor.to(device) for key, tensor in self.packed(index, f"{prefix}.{name}").items()}
             arch.replace_module(block, name, QuantLinear.from_packed(method, linear, packed))
 
-    def finish(self, linears: list[dict[str, Any]], identity: dict[str, Any]) -> dict[str, Any]:
-        """Report, index, small files, and config.json as the last. Returns the report."""
+    def finish(
+        self, linears: list[dict[str, Any]], identity: dict[str, Any], made_from: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Report, index, small files, and config.json as the last. Returns the report.
+
+        made_from: by what names base and calibration went, which decides no byte of the tensors (see `origin`).
+        """
         weight_map: dict[str, str] = {}
         total_bytes = 0
         for file in (self.file(None), *(self.file(i) for i in range(len(self.prefixes)))):
@@ -100,6 +105,7 @@ class PackedFolder:
         report: dict[str, Any] = {
             "fingerprint": fingerprint(identity),
             "identity": identity,
+            "made_from": made_from,
             "linears": linears,
             "bits": self._bits(linears, total_bytes),
         }
@@ -108,10 +114,7 @@ class PackedFolder:
         index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
         write_json(self.path / REPORT, report)
         write_json(self.path / INDEX, index)
-        for pattern in CARRIED:
-            for file in self.base.path.glob(pattern):
-                if file.name not in (CONFIG, INDEX, REPORT) and file.is_file():
-                    shutil.copyfile(file, self.path / file.name)
+        carry(self.base.path, self.path)
         section = config_section(self.method, len(linears), identity["calibration"], report["fingerprint"])
         write_json(self.path / CONFIG, {**self.base.config, "quantization_config": section})
         return report
@@ -126,6 +129,14 @@ class PackedFolder:
             "whole_model": total_bytes * 8 / self.base.parameters,
             "bytes": total_bytes,
         }
+
+
+def carry(base: Path, out: Path) -> None:
+    """Copy the base's small files: tokenizer, generation defaults, licence."""
+    for pattern in CARRIED:
+        for file in base.glob(pattern):
+            if file.name not in (CONFIG, INDEX, REPORT) and file.is_file():
+                shutil.copyfile(file, out / file.name)
 
 
 def config_section(

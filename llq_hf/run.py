@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from . import arch
-from .checkpoint import Checkpoint, Rewritten
+from .checkpoint import Checkpoint, Rewritten, origin
 from .data import Calibration, ids_sha256
 from .errors import LLQError
 from .journal import FileState, Journal, fingerprint, sha256_file
@@ -43,6 +43,7 @@ class Plan:
     method: Method
     ids_NS: Tensor | None
     identity: dict[str, Any]
+    made_from: dict[str, Any]
     run: RunOptions
     dtype: torch.dtype
     estimates: dict[str, float]
@@ -111,10 +112,11 @@ def prepare(
         "dtype": str(dtype).removeprefix("torch."),
         "device": torch.device(run.device).type,
     }
+    made_from = {**origin(checkpoint.path), "calibration": calibration.described if described else None}
     source = Rewritten.of(checkpoint, method.rewrite(skeleton, {}))
     estimates = estimate(source, skeleton, method, ids_NS, dtype, run, out, progress)
     progress.estimates(estimates)
-    return Plan(checkpoint, skeleton, method, ids_NS, identity, run, dtype, estimates)
+    return Plan(checkpoint, skeleton, method, ids_NS, identity, made_from, run, dtype, estimates)
 
 
 def execute(plan: Plan, out: Path, progress: Progress) -> dict[str, Any]:
@@ -188,7 +190,7 @@ def _write(plan: Plan, out: Path, journal: Journal, progress: Progress) -> dict[
         raise LLQError(
             f"{len(linears)} linears were quantized, {expected} should have been; delete {journal.path} and start anew"
         )
-    report = folder.finish(linears, plan.identity)
+    report = folder.finish(linears, plan.identity, plan.made_from)
     FileState.clear(out, kind="tuned")
     return report
 

@@ -20,6 +20,8 @@ LAYERS = [  # imports go one way: a module may import modules of its own row and
     {"preflight"},
     {"run"},
     {"hf", "progress", "inspection", "lm_tasks"},
+    {"card"},
+    {"hub"},
     {"modeling", "lm_eval", "cli"},
 ]
 

@@ -108,6 +108,10 @@ class OmniQuant(Method):
         return self.let and self.tokens.on
 
     @property
+    def weight_only(self) -> bool:
+        return not self.tokens.on
+
+    @property
     def flow(self) -> Flow:
         return Flow.BOTH
 

@@ -80,6 +80,10 @@ class SmoothQuant(Method):
         return TokenQuant(self.a_bits or self.bits)
 
     @property
+    def weight_only(self) -> bool:
+        return not self.tokens.on
+
+    @property
     def flow(self) -> Flow:
         return Flow.DENSE
 

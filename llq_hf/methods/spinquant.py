@@ -115,6 +115,10 @@ class SpinQuant(Method):
         key, value = TokenQuant(self.kv_bits, False, zero_inside=True), TokenQuant(self.kv_bits, False)
         return Attention(key=key, value=value, joint_key=not self.key_heads, hadamard=True)
 
+    @property
+    def weight_only(self) -> bool:
+        return not self.token_quant.on and self.attention is None
+
     def _input(self, x: Tensor) -> Tensor:
         """What the stored weight is multiplied with."""
         if self.turns:
