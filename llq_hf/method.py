@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from .activations import Attention
 from .errors import LLQError
-from .grids import Spec
+from .grids import Affine, Spec
 from .stats import Stat
 
 FORMAT_VERSION = 1
@@ -188,6 +188,10 @@ class Method(ABC):
         """y [..., O] of x [..., I]. Override where the input is transformed instead of the weight."""
         weight_OI = self.dequantize(packed, out_features, x.shape[-1])
         return nn.functional.linear(x, weight_OI.to(x.dtype), bias)
+
+    def affine(self, packed: Packed, out_features: int, in_features: int) -> Affine:
+        """The linear as codes on uniform grids, for formats of others; LLQError where it is nothing so simple."""
+        raise LLQError(f"{self.name} stores no uniform grid of codes per group, which is all that such formats hold")
 
     # --- with sensible defaults ----------------------------------------------------------------------------------
 

@@ -96,12 +96,7 @@ class PackedFolder:
 
         made_from: by what names base and calibration went, which decides no byte of the tensors (see `origin`).
         """
-        weight_map: dict[str, str] = {}
-        total_bytes = 0
-        for file in (self.file(None), *(self.file(i) for i in range(len(self.prefixes)))):
-            for name, spec in header(file).items():
-                weight_map[name] = file.name
-                total_bytes += spec.nbytes
+        total_bytes = self.save_index()
         report: dict[str, Any] = {
             "fingerprint": fingerprint(identity),
             "identity": identity,
@@ -111,13 +106,23 @@ class PackedFolder:
         }
         if isinstance(self.base, Rewritten):
             report["rewrite"] = dict(self.base.rewrite.notes)
-        index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
         write_json(self.path / REPORT, report)
-        write_json(self.path / INDEX, index)
         carry(self.base.path, self.path)
         section = config_section(self.method, len(linears), identity["calibration"], report["fingerprint"])
         write_json(self.path / CONFIG, {**self.base.config, "quantization_config": section})
         return report
+
+    def save_index(self) -> int:
+        """Write the index of all files; bytes of all tensors."""
+        weight_map: dict[str, str] = {}
+        total_bytes = 0
+        for file in (self.file(None), *(self.file(i) for i in range(len(self.prefixes)))):
+            for name, spec in header(file).items():
+                weight_map[name] = file.name
+                total_bytes += spec.nbytes
+        index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+        write_json(self.path / INDEX, index)
+        return total_bytes
 
     def _bits(self, linears: list[dict[str, Any]], total_bytes: int) -> dict[str, float]:
         """Nominal bits, stored bits per quantized weight, and bits per parameter of the whole model."""

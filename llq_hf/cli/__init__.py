@@ -8,10 +8,10 @@ from rich.console import Console
 from rich.markup import escape
 
 from ..errors import LLQError
-from . import evaluate, inspect, push, quantize  # each adds its commands to `app`
+from . import evaluate, export, inspect, push, quantize  # each adds its commands to `app`
 from .app import app
 
-__all__ = ["app", "evaluate", "inspect", "main", "push", "quantize"]
+__all__ = ["app", "evaluate", "export", "inspect", "main", "push", "quantize"]
 
 
 def main() -> None:

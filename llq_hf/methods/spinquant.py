@@ -37,7 +37,7 @@ from .. import arch
 from ..activations import OFF, Attention, TokenQuant
 from ..errors import LLQError
 from ..feedback import solve
-from ..grids import Spec, Uniform
+from ..grids import Affine, Spec, Uniform
 from ..method import Job, Method, Packed, PassListener, Rewrite
 from ..residual import Residual, Turn, Turned, residual_of
 from ..rotations import cayley_step, hadamard, nearest_orthogonal
@@ -169,6 +169,11 @@ class SpinQuant(Method):
     def dequantize(self, packed: Packed, out_features: int, in_features: int) -> Tensor:
         weight_OI = self.grid.unpack(packed, in_features)
         return hadamard(in_features, weight_OI.device).invert(weight_OI) if self.turns else weight_OI
+
+    def affine(self, packed: Packed, out_features: int, in_features: int) -> Affine:
+        if self.turns:
+            raise LLQError(f"{self.name} turns the input of down_proj while the model runs; quantize with r4=False")
+        return self.grid.affine(packed, in_features)
 
     def linear(self, x: Tensor, packed: Packed, bias: Tensor | None, out_features: int) -> Tensor:
         weight_OI = self.grid.unpack(packed, x.shape[-1])
