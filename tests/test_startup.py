@@ -204,7 +204,9 @@ def test_contents_of_the_wheel(wheel):
         "llq_hf",
         "llq_hf_startup.pth",
         "llq_hf_startup.start",
+        "optimum",
     }
+    assert [name for name in names if name.startswith("optimum/")] == ["optimum/commands/register/register_llq.py"]
 
 
 def test_both_start_up_files_say_the_same(wheel):
