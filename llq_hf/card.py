@@ -155,6 +155,7 @@ def _command(method: Method, base: str, name: str, made_from: dict[str, Any], id
         words += ["--calibration", drawn["source"]]
     if made_from["revision"]:
         words += ["--revision", made_from["revision"]]
+    words += ["--shards", identity["shards"]] if "shards" in identity else []
     words += ["--dtype", identity["dtype"], "--device", identity["device"]]
     return shlex.join(map(str, words))
 

@@ -219,6 +219,11 @@ class Method(ABC):
         return None
 
     @property
+    def shares_out(self) -> bool:
+        """Whether each linear is solved from its statistics alone, so that several processes can share them out."""
+        return type(self).quantize_block is Method.quantize_block and not self.learns and not self.tunes
+
+    @property
     def weight_only(self) -> bool:
         """Whether a model of dense weights, those of `dequantize`, computes the same but for rounding of sums."""
         return True

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from . import arch
 from .checkpoint import Checkpoint, Rewritten, origin
 from .data import Calibration, ids_sha256
+from .distributed import edges_of
 from .errors import LLQError
 from .journal import FileState, Journal, fingerprint, sha256_file
 from .method import FORMAT_VERSION, Method
@@ -98,10 +99,15 @@ def prepare(
         more = f" (and {len(problems) - 8} more)" if len(problems) > 8 else ""
         raise LLQError(f"{model} cannot be quantized: " + "; ".join(problems[:8]) + more)
     ids_NS, described = None, None
+    if run.team.size > 1 and not method.shares_out:
+        raise LLQError(
+            f"{method.name} reads activations or trains while it quantizes, which processes cannot share; run it in one"
+        )
     if method.reads_data:
         progress.stage("tokenizing the calibration data")
         tokenizer = load_tokenizer(checkpoint.path) if calibration.needs_tokenizer else None
         ids_NS = calibration.ids(tokenizer, skeleton.config.vocab_size)
+        run.team.own(edges_of(len(ids_NS), run.shards))
         described = {"ids_sha256": ids_sha256(ids_NS), "samples": ids_NS.shape[0], "seqlen": ids_NS.shape[1]}
     identity = {
         "format_version": FORMAT_VERSION,
@@ -111,6 +117,7 @@ def prepare(
         "calibration": described,
         "dtype": str(dtype).removeprefix("torch."),
         "device": torch.device(run.device).type,
+        **({"shards": run.shards} if described and run.shards > 1 else {}),
     }
     made_from = {**origin(checkpoint.path), "calibration": calibration.described if described else None}
     source = Rewritten.of(checkpoint, method.rewrite(skeleton, {}))
@@ -120,17 +127,23 @@ def prepare(
 
 
 def execute(plan: Plan, out: Path, progress: Progress) -> dict[str, Any]:
-    """Run a plan into `out`; returns the report."""
+    """Run a plan into `out`; returns the report. Of a team's processes the leader writes, the others compute along."""
+    if not plan.run.team.leads:
+        return _follow(plan, out, progress)
     journal = None
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(out.with_name(out.name + ".lock")):  # a second process waits, then finds the work done
             if finished_fingerprint(out) == plan.fingerprint:
                 if not Journal.damaged(out):
+                    plan.run.team.tell(None)
                     return read_report(out)
                 (out / CONFIG).unlink()  # not a whole checkpoint until the damaged blocks are done again
             journal = Journal.open(out, plan.identity)
-            return _write(plan, out, journal, progress)
+            plan.run.team.tell(sorted(journal.blocks))
+            report = _write(plan, out, journal, progress)
+            plan.run.team.tell(None)
+            return report
     except (OSError, SafetensorError) as error:
         if journal is None:
             raise LLQError(f"{out} cannot be written ({error}); give another folder, or free some space") from error
@@ -179,9 +192,11 @@ def _write(plan: Plan, out: Path, journal: Journal, progress: Progress) -> dict[
         offload=plan.run.offload,
         on_block=on_block,
         state_of=lambda index: FileState(out, plan.fingerprint, index),
+        shards=plan.run.shards,
+        team=plan.run.team,
     )
     for step in todo:
-        pending += quantize_step(step, plan.method)
+        pending += quantize_step(step, plan.method, plan.run.team)
     if plan.method.tunes:
         _tune(plan, out, folder, journal, progress)
     linears = journal.linears()
@@ -193,6 +208,33 @@ def _write(plan: Plan, out: Path, journal: Journal, progress: Progress) -> dict[
     report = folder.finish(linears, plan.identity, plan.made_from)
     FileState.clear(out, kind="tuned")
     return report
+
+
+def _follow(plan: Plan, out: Path, progress: Progress) -> dict[str, Any]:
+    """What a process of a team does that does not lead: the same walk, its share of the work, no files."""
+    done = plan.run.team.tell(None)
+    if done is None:
+        return read_report(out)
+    rewrite = plan.method.rewrite(plan.skeleton, {})
+    source = Rewritten.of(plan.checkpoint, rewrite, plan.dtype)
+    blocks = StreamedBlocks(source, plan.skeleton, plan.dtype, torch.device(plan.run.device))
+    folder = PackedFolder(out, Rewritten.of(plan.checkpoint, rewrite), blocks.prefixes, plan.method)
+    todo = steps(
+        blocks,
+        plan.method,
+        plan.ids_NS,
+        progress,
+        done=len(done),
+        restore=folder.restore_block,
+        finished=lambda index: index in done,
+        offload=plan.run.offload,
+        shards=plan.run.shards,
+        team=plan.run.team,
+    )
+    for step in todo:
+        quantize_step(step, plan.method, plan.run.team)
+    plan.run.team.tell(None)  # until the leader has written all
+    return read_report(out)
 
 
 def _tune(plan: Plan, out: Path, folder: PackedFolder, journal: Journal, progress: Progress) -> None:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from . import arch
 from .attention import install
 from .checkpoint import Checkpoint
+from .distributed import Stats, Team, batches_of, edges_of
 from .errors import LLQError
 from .method import Flow, Method, PassListener, State, Step
 from .stats import Stat
@@ -125,9 +126,20 @@ class Activations:
 class Stream:
     """The calibration set on its way through the blocks: its activations and the keyword arguments every block gets."""
 
-    def __init__(self, blocks: Blocks, ids_NS: Tensor, offload: Path | None, listener: PassListener) -> None:
+    def __init__(
+        self,
+        blocks: Blocks,
+        ids_NS: Tensor,
+        offload: Path | None,
+        listener: PassListener,
+        shards: int = 1,
+        team: Team | None = None,
+    ) -> None:
+        self.team = team or Team()
+        edges = self.team.own(edges_of(len(ids_NS), shards))
+        ids_NS = ids_NS[edges[0] : edges[-1]]  # of several processes, each holds its own
         self.count, self.length = ids_NS.shape
-        self.size = max(1, BATCH_TOKENS // self.length)
+        self.shards = batches_of([edge - edges[0] for edge in edges], max(1, BATCH_TOKENS // self.length))
         self.listener = listener
         self._kwargs: dict[int, dict[str, Any]] = {}  # by batch size: masks have a batch axis
         decoder = blocks.decoder()
@@ -152,7 +164,7 @@ class Stream:
         return twin
 
     def batches(self) -> list[slice]:
-        return [slice(start, min(start + self.size, self.count)) for start in range(0, self.count, self.size)]
+        return [rows for batches in self.shards for rows in batches]
 
     def inputs(self, rows: slice) -> tuple[Tensor, dict[str, Any]]:
         hidden_BSD = self.activations[rows].to(self.device)
@@ -166,14 +178,28 @@ class Stream:
 
         dense: the full-precision block and its stream, which paired statistics look at beside this one.
         """
+        self.listener.stage("statistics", self.count)
+        shares = (self._observe(block, groups, observes, dense, batches) for batches in self.shards)
+        found = self.team.reduced(shares)
+        return {name: found[group[0]] for group in groups for name in group}
+
+    def _observe(
+        self,
+        block: nn.Module,
+        groups: list[list[str]],
+        observes: type[Stat],
+        dense: Dense | None,
+        batches: list[slice],
+    ) -> Stats:
+        """Statistics of some batches, by the first linear of each group."""
         linears = arch.block_linears(block)
-        stats: dict[str, Stat] = {}
+        stats: Stats = {}
         handles, sequences = [], 0
         beside = dense is not None and observes.paired
         dense_inputs: dict[str, Tensor] = {}
         for group in groups:
             stat = observes(linears[group[0]].in_features, self.device)
-            stats.update(dict.fromkeys(group, stat))
+            stats[group[0]] = stat
 
             def hook(module: nn.Module, args: tuple[Tensor, ...], stat: Stat = stat, name: str = group[0]) -> None:
                 stat.update(args[0].flatten(0, -2), sequences)
@@ -186,9 +212,8 @@ class Stream:
             handles.append(linears[group[0]].register_forward_pre_hook(hook))
             if dense is not None and beside:
                 handles.append(dense.block.get_submodule(group[0]).register_forward_pre_hook(dense_hook))
-        self.listener.stage("statistics", self.count)
         try:
-            for rows in self.batches():
+            for rows in batches:
                 hidden_BSD, kwargs = self.inputs(rows)
                 sequences = len(hidden_BSD)
                 if dense is not None and beside:
@@ -299,16 +324,20 @@ def walk(
     listener: PassListener | None = None,
     on_linear: Callable[[str], None] = lambda name: None,
     state_of: Callable[[int], State] = lambda index: State(),
+    shards: int = 1,
+    team: Team | None = None,
 ) -> Iterator[Step]:
     """Yield the steps of every block not `finished`; `on_block` is called when a block's last step was consumed.
 
     A finished block (of a resumed run) is only passed through: `restore` puts its packed linears in place. Without
-    calibration no data is needed and nothing is run.
+    calibration no data is needed and nothing is run. shards, team: see `distributed`.
     """
     if method.calibrated and ids_NS is None:
         raise LLQError("this method needs calibration data")
     listener = listener or PassListener()
-    stream = Stream(blocks, ids_NS, offload, listener) if method.calibrated and ids_NS is not None else None
+    stream = None
+    if method.calibrated and ids_NS is not None:
+        stream = Stream(blocks, ids_NS, offload, listener, shards, team)
     beside = stream.copy(offload) if stream is not None and method.flow is Flow.BOTH else None
     last = len(blocks.prefixes) - 1
     for index, prefix in enumerate(blocks.prefixes):

@@ -14,7 +14,7 @@ LAYERS = [  # imports go one way: a module may import modules of its own row and
     {"residual"},
     {"method"},
     {"methods"},
-    {"linear", "attention", "checkpoint", "data", "journal"},
+    {"linear", "attention", "checkpoint", "data", "journal", "distributed"},
     {"walk", "packed"},
     {"quantize"},
     {"preflight"},
