@@ -1,13 +1,15 @@
 """llq-hf: low-bit LLaMA models for real. Imported at every interpreter start, so it imports nothing; names come lazily.
 
-Public: QuantizedLlama, build (a method by name), quantize_checkpoint, quantize_model, Calibration, LLQError, and one
-configuration type per method (RTNConfig, GPTQConfig, QuIPConfig, ...) for `from_pretrained(quantization_config=...)`.
+Public: QuantizedLlama, QuantizedLlavaNext, build (a method by name), quantize_checkpoint, quantize_model, Calibration,
+LLQError, and one configuration type per method (RTNConfig, GPTQConfig, QuIPConfig, ...) for
+`from_pretrained(quantization_config=...)`.
 """
 
 _WHERE = {
     "Calibration": "data",
     "LLQError": "errors",
     "QuantizedLlama": "modeling",
+    "QuantizedLlavaNext": "modeling",
     "build": "methods",
     "quantize_checkpoint": "run",
     "quantize_model": "quantize",

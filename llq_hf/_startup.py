@@ -2,8 +2,8 @@
 
 It puts a finder on sys.meta_path that finds nothing itself: when one of the modules in `HOOKS` is imported by
 somebody, the real finders do their work and a short callback runs right after. That is how lm-eval learns of the
-model `llq` and of our tasks, and transformers of our quantization configs, with no flag and no import. LLQ_DISABLE=1
-switches it off.
+model `llq`, lm-eval and lmms-eval of our tasks, and transformers of our quantization configs, with no flag and no
+import. LLQ_DISABLE=1 switches it off.
 """
 
 import sys
@@ -50,6 +50,72 @@ def _on_lm_eval_tasks(module: "ModuleType") -> None:
     module.TaskIndex.build = staticmethod(build)
 
 
+def _on_peft(module: "ModuleType") -> None:
+    # An adapter of ours on a base it was not trained on is refused, however it is loaded.
+    _check_adapters(module.PeftModel, lambda model_id=None, *rest, **options: model_id)
+
+
+def _on_transformers_peft(module: "ModuleType") -> None:
+    _check_adapters(module.PeftAdapterMixin, lambda peft_model_id=None, *rest, **options: peft_model_id)
+
+
+def _check_adapters(loader: type, folder_of: "Callable[..., object]") -> None:
+    from functools import wraps
+
+    original = loader.load_adapter  # type: ignore[attr-defined]
+
+    @wraps(original)
+    def load_adapter(self, *args, **options):  # type: ignore[no-untyped-def]
+        folder = folder_of(*args, **options)
+        if folder:  # None: tensors are given, not a folder
+            from llq_hf.adapters.folder import check_base
+
+            check_base(self, str(folder))
+        return original(self, *args, **options)
+
+    loader.load_adapter = load_adapter  # type: ignore[attr-defined]
+
+
+def _on_lmms_eval_tasks(module: "ModuleType") -> None:
+    original = module.TaskManager.initialize_tasks
+
+    def initialize_tasks(self, include_path=None, include_defaults=True):  # type: ignore[no-untyped-def]
+        paths = [include_path] if isinstance(include_path, str) else list(include_path or [])
+        if include_defaults:  # earlier folders win
+            paths.append(str(tasks_folder("lmms_eval")))
+        return original(self, include_path=paths, include_defaults=include_defaults)
+
+    module.TaskManager.initialize_tasks = initialize_tasks
+
+
+def _on_lmms_eval_evaluator(module: "ModuleType") -> None:
+    _wrap(module, "evaluate", "carrying_llq")
+    _wrap(module, "simple_evaluate", "failing_loudly")  # of `python -m lmms_eval`, whose main module is not imported
+
+
+def _on_lmms_eval_main(module: "ModuleType") -> None:
+    _wrap(module, "cli_evaluate_single", "failing_loudly")
+
+
+def _wrap(module: "ModuleType", name: str, wrapper: str) -> None:
+    """Put a wrapper of lmms_eval.py, which is imported when it is called, around a function of `module`."""
+    original = module.__dict__[name]
+
+    def wrapped(*args, **kwargs):  # type: ignore[no-untyped-def]
+        from llq_hf import lmms_eval
+
+        return getattr(lmms_eval, wrapper)(original)(*args, **kwargs)
+
+    module.__dict__[name] = wrapped
+
+
+def lmms_eval_models():  # type: ignore[no-untyped-def]
+    """Entry point `lmms_eval.models`: here, since it is loaded whichever model lmms-eval runs."""
+    from lmms_eval.models.registry_v2 import ModelManifest
+
+    return ModelManifest(model_id="llq", simple_class_path="llq_hf.lmms_eval.LLQ")
+
+
 def tasks_folder(harness: str):  # type: ignore[no-untyped-def]
     """Folder of our task YAMLs: inside the wheel, or beside the package in a checkout."""
     from pathlib import Path
@@ -61,9 +127,14 @@ def tasks_folder(harness: str):  # type: ignore[no-untyped-def]
 
 HOOKS = {
     "transformers.quantizers.auto": _on_transformers,
+    "transformers.integrations.peft": _on_transformers_peft,
+    "peft.peft_model": _on_peft,
     "lm_eval.models": _on_lm_eval_models,
     "lm_eval.models.huggingface": _on_lm_eval_huggingface,
     "lm_eval.tasks._index": _on_lm_eval_tasks,
+    "lmms_eval.tasks": _on_lmms_eval_tasks,
+    "lmms_eval.evaluator": _on_lmms_eval_evaluator,
+    "lmms_eval.__main__": _on_lmms_eval_main,
 }
 
 

@@ -6,8 +6,8 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +30,16 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """`files`: tensor name -> file that holds it; `specs`: tensor name -> shape and dtype, from the headers alone."""
+    """`files`: tensor name -> file that holds it; `specs`: tensor name -> shape and dtype, from the headers alone.
+
+    Names are those in the files until `named` gives every tensor the name it has in the model.
+    """
 
     path: Path
     files: dict[str, Path]
     specs: dict[str, Spec]
     config: dict[str, Any]
+    stored: Mapping[str, str] = field(default_factory=dict, kw_only=True)  # name -> name in its file, once `named`
 
     @classmethod
     def open(cls, model: str, revision: str | None = None) -> Checkpoint:
@@ -51,6 +55,18 @@ class Checkpoint:
             raise LLQError(f"{path / INDEX} lists {missing[0]!r}, but {files[missing[0]].name} does not hold it")
         return cls(path, files, {name: specs[name] for name in files}, config)
 
+    def named(self, names: Mapping[str, str]) -> Checkpoint:
+        """The same with other names (new name -> name in the file, for every tensor)."""
+        files = {name: self.files[stored] for name, stored in names.items()}
+        specs = {name: self.specs[stored] for name, stored in names.items()}
+        return replace(self, files=files, specs=specs, stored=names)
+
+    def in_file(self, name: str) -> str:
+        """What a tensor of the model is called in files of this layout: parts of a linear lie beside its weight."""
+        module, _, key = name.rpartition(".")
+        beside = self.stored.get(f"{module}.weight")
+        return self.stored.get(name, name if beside is None else beside.removesuffix("weight") + key)
+
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Copies of the named tensors. Files are closed again: a mapping left open counts as resident memory."""
         by_file: dict[Path, list[str]] = {}
@@ -63,7 +79,7 @@ class Checkpoint:
         tensors: dict[str, Tensor] = {}
         for file, wanted in by_file.items():
             with safe_open(file, framework="pt") as handle:
-                tensors.update({name: handle.get_tensor(name).clone() for name in wanted})
+                tensors.update({name: handle.get_tensor(self.in_file(name)).clone() for name in wanted})
         return tensors
 
     def scan(self, on_tensor: Callable[[int, int], None] = lambda done, total: None) -> tuple[str, list[str]]:
@@ -107,7 +123,8 @@ class Rewritten(Checkpoint):
         copies = rewrite.untied
         files = {**base.files, **{name: base.files[source] for name, source in copies.items()}}
         specs = {**base.specs, **{name: base.specs[source] for name, source in copies.items()}}
-        return cls(base.path, files, specs, untied_config(base.config) if copies else base.config, base, rewrite, dtype)
+        config = untied_config(base.config) if copies else base.config
+        return cls(base.path, files, specs, config, base, rewrite, dtype, stored=base.stored)
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         return {

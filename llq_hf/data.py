@@ -8,6 +8,7 @@ calibration    | text                                             | window
 `ptb`          | Penn Treebank train sentences joined by a space  | the same
 `c4`           | first C4 train shard                             | a random document of T > S, a place in it
 `demo`         | the bundled small world                          | as wikitext2
+`demo-vlm`     | questions and answers about the bundled drawings | as wikitext2
 a text file    | its documents joined by two newlines             | as wikitext2
 a `.npy` file  | int token ids `[N, S]`                           | its rows, as they are
 
@@ -31,7 +32,7 @@ import hashlib
 import json
 import random
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -43,7 +44,7 @@ from torch import Tensor
 
 from llq_hf.errors import LLQError
 
-CALIBRATION_SOURCES = ("wikitext2", "c4", "ptb", "demo")
+CALIBRATION_SOURCES = ("wikitext2", "c4", "ptb", "demo", "demo-vlm")
 EVALUATION_TEXTS = ("wikitext2", "c4", "c4_new", "ptb", "ptb_new", "demo")
 TEXT_SUFFIXES = (".txt", ".json", ".jsonl", ".parquet")
 
@@ -66,14 +67,13 @@ def read_texts(path: Path) -> list[str]:
     suffix = path.suffix.lower()
     if suffix == ".parquet":
         texts = _parquet_texts(path)
+    elif suffix == ".txt":
+        texts = [_read_utf8(path)]
+    elif suffix == ".json":
+        texts = [_text_of(value, f"Entry {index} of {path}") for index, value in enumerate(read_json_list(path))]
     else:
-        content = _read_utf8(path)
-        if suffix == ".txt":
-            texts = [content]
-        elif suffix == ".json":
-            texts = _json_texts(content, path)
-        else:
-            texts = [_text_of(value, f"Line {line} of {path}") for line, value in _json_lines(content, path)]
+        lines = json_lines(_read_utf8(path).split("\n"), path)  # splitlines() cuts at U+2028 too
+        texts = [_text_of(value, f"Line {line} of {path}") for line, value in lines]
     if not any(text.strip() for text in texts):
         raise LLQError(f"{path} holds no text; give a file with at least one document that is not blank.")
     return texts
@@ -83,10 +83,10 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     """The objects of a `.jsonl` file or the rows of a `.parquet` file, as dictionaries; at least one."""
     path = _existing_file(path, (".jsonl", ".parquet"))
     if path.suffix.lower() == ".parquet":
-        records: list[Any] = _read_parquet(path).to_pylist()
+        records: list[Any] = open_parquet(path).read().to_pylist()
     else:
         records = []
-        for line, value in _json_lines(_read_utf8(path), path):
+        for line, value in json_lines(_read_utf8(path).split("\n"), path):
             if not isinstance(value, dict):
                 raise LLQError(f"Line {line} of {path} is {type(value).__name__}, not a JSON object; write objects.")
             records.append(value)
@@ -115,7 +115,9 @@ def _read_utf8(path: Path) -> str:
         raise LLQError(f"{path} cannot be read ({error.strerror}); check its permissions.") from error
 
 
-def _json_texts(content: str, path: Path) -> list[str]:
+def read_json_list(path: Path) -> list[Any]:
+    """The list that a `.json` file holds; LLQError names the line that is not JSON."""
+    content = _read_utf8(path)
     if not content.strip():
         raise LLQError(f"{path} is empty; give a file with at least one document.")
     try:
@@ -127,20 +129,20 @@ def _json_texts(content: str, path: Path) -> list[str]:
         ) from error
     if not isinstance(values, list):
         raise LLQError(f"{path} holds a JSON {type(values).__name__}, not a list; write a list of documents.")
-    return [_text_of(value, f"Entry {index} of {path}") for index, value in enumerate(values)]
-
-
-def _json_lines(content: str, path: Path) -> list[tuple[int, Any]]:
-    """(line number from 1, value) of every line that is not blank."""
-    values = []
-    for number, line in enumerate(content.split("\n"), start=1):  # splitlines() cuts at U+2028 too
-        if not line.strip():
-            continue
-        try:
-            values.append((number, json.loads(line)))
-        except json.JSONDecodeError as error:
-            raise LLQError(f"Line {number} of {path} is not valid JSON ({error.msg}); mend that line.") from error
     return values
+
+
+def json_lines(lines: Iterable[str], path: Path) -> Iterator[tuple[int, Any]]:
+    """(line number from 1, value) of every line that is not blank, one at a time."""
+    number = 0
+    try:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                yield number, json.loads(line)
+    except json.JSONDecodeError as error:
+        raise LLQError(f"Line {number} of {path} is not valid JSON ({error.msg}); mend that line.") from error
+    except UnicodeDecodeError as error:
+        raise LLQError(f"{path} is not UTF-8 text (after line {number}); save it as UTF-8.") from error
 
 
 def _text_of(value: Any, where: str) -> str:
@@ -154,17 +156,18 @@ def _text_of(value: Any, where: str) -> str:
     return text
 
 
-def _read_parquet(path: Path) -> Any:
+def open_parquet(path: Path) -> Any:
+    """A `pyarrow.parquet.ParquetFile`, from which rows can be read batch by batch."""
     import pyarrow.parquet  # type: ignore[import-untyped]
 
     try:
-        return pyarrow.parquet.read_table(path)
+        return pyarrow.parquet.ParquetFile(path)
     except (OSError, ValueError) as error:  # pyarrow's ArrowInvalid is a ValueError
         raise LLQError(f"{path} is not a readable parquet file ({error}); write it anew.") from error
 
 
 def _parquet_texts(path: Path) -> list[str]:
-    table = _read_parquet(path)
+    table = open_parquet(path).read()
     strings = [field.name for field in table.schema if str(field.type) in ("string", "large_string", "string_view")]
     name = "text" if "text" in strings else strings[0] if len(strings) == 1 else None
     if name is None:
@@ -233,6 +236,13 @@ class Calibration:
             raise LLQError(f"seed={self.seed!r} cannot seed the calibration draws; give an integer that is 0 or more.")
         if not isinstance(self.source, str) or not self.source:
             raise LLQError(f"source={self.source!r} names no calibration data; give {_sources()}.")
+
+    @property
+    def has_images(self) -> bool:
+        """Whether it is image-text pairs (`pairs.py`) and not a text."""
+        path = Path(self.source).expanduser()
+        folder = path.is_dir() and path.suffix.lower() not in (*TEXT_SUFFIXES, ".npy")  # else a file by mistake
+        return folder or self.source.startswith("hub:")
 
     @property
     def needs_tokenizer(self) -> bool:
@@ -305,6 +315,10 @@ def _sampled_source(source: str, tokenizer: Any, samples: int, seqlen: int, seed
         text = "\n\n".join(_wikitext2("train", cure))
     elif source == "ptb":
         text = " ".join(_ptb("train", cure))
+    elif source == "demo-vlm":
+        from llq_hf.demo import drawings
+
+        text = drawings.calibration_text()
     else:
         from llq_hf.demo import world
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from . import bits as bitpack
 from .errors import LLQError
+from .kernels import Part, UniformCodes, product
 
 _TINY_SCALE = 2.0**-24  # the smallest fp16 above zero: a smaller scale would be stored as 0 and divide by zero
 
@@ -252,6 +253,20 @@ class Uniform:
             return Grid(scale_OG, torch.full_like(scale_OG, self._centre))
         zero_OG = bitpack.unpack(packed["zero"], self.bits, scale_OG.numel()).view_as(scale_OG)
         return Grid(scale_OG, zero_OG.float())
+
+    # --- multiplying ---------------------------------------------------------------------------------------------
+
+    def readable(self, packed: dict[str, Tensor], in_features: int) -> UniformCodes:
+        """The tensors of `layout` as kernels read them."""
+        size = in_features if self.group_size == -1 else self.group_size
+        zero = self._centre if self.sym else packed["zero"]
+        parts = (Part(self.bits, in_features),)
+        return UniformCodes(packed["weight"], in_features, parts, packed["scale"], zero, size, self.bits)
+
+    def linear(self, x: Tensor, packed: dict[str, Tensor], bias: Tensor | None) -> Tensor:
+        """F.linear with the weight that `unpack` gives."""
+        in_features = x.shape[-1]
+        return product(x, self.readable(packed, in_features), lambda: self.unpack(packed, in_features), bias)
 
 
 def joined(grids: Sequence[Grid]) -> Grid:

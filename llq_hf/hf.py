@@ -23,14 +23,15 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from . import arch
 from .attention import install
 from .checkpoint import header
-from .data import Calibration, ids_sha256
+from .data import Calibration
 from .errors import LLQError
 from .linear import QuantLinear
+from .loading import module_names
 from .method import FORMAT_VERSION, Method
 from .methods import METHODS
 from .packed import config_section, digest
-from .quantize import quantize_model
-from .run import load_tokenizer
+from .quantize import Progress, quantize_model, settled
+from .run import calibration_data
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -116,7 +117,7 @@ class LLQQuantizer(HfQuantizer):  # type: ignore[misc]
             quantization_config.check_stored()
 
     def _process_model_before_weight_loading(
-        self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
         if not self.pre_quantized:
             return
@@ -143,15 +144,12 @@ class LLQQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         config = self.quantization_config
         if not self.pre_quantized:
-            ids, config.method = None, config.method.fitted(model)
-            if config.method.reads_data:
-                tokenizer = config.tokenizer
-                if tokenizer is None and config.calibration.needs_tokenizer:
-                    tokenizer = load_tokenizer(Path(str(model.name_or_path)))
-                ids = config.calibration.ids(tokenizer, model.config.vocab_size)
-                used = {"ids_sha256": ids_sha256(ids), "samples": ids.shape[0], "seqlen": ids.shape[1]}
-                config.calibration_used = used
-            records = quantize_model(model, config.method, ids)
+            config.method, path = config.method.fitted(model), Path(str(model.name_or_path))
+            data, config.calibration_used = calibration_data(
+                config.calibration, config.method, model.config, path, Progress(), config.tokenizer
+            )
+            config.method, learned = settled(model, config.method, data)
+            records = quantize_model(model, config.method, data, learned=learned)
             config.quantized_linears, config.records = len(records), records
             config.digest = digest(config.method, len(records))
         for module in model.modules():
@@ -167,7 +165,7 @@ class LLQQuantizer(HfQuantizer):  # type: ignore[misc]
         return True  # with adapters: the packed weights themselves are frozen
 
 
-def _check_files(model: nn.Module, files: list[str]) -> None:
+def _check_files(model: PreTrainedModel, files: list[str]) -> None:
     """Every tensor of every QuantLinear is in the files, with its shape and dtype; else LLQError, before any is loaded.
 
     transformers fills a missing buffer with whatever memory holds and only warns.
@@ -175,6 +173,7 @@ def _check_files(model: nn.Module, files: list[str]) -> None:
     found: dict[str, Any] = {}
     for file in files:
         found.update(header(Path(file)))
+    found = {name: found[stored] for name, stored in module_names(model, found).items()}
     for name, module in model.named_modules():
         if not isinstance(module, QuantLinear) or not found:
             continue

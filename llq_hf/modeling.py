@@ -1,4 +1,4 @@
-"""QuantizedLlama: a model class for those who want one; plain AutoModelForCausalLM loads the same files."""
+"""QuantizedLlama and QuantizedLlavaNext: model classes for those who want one; the auto classes load the same files."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import shutil
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, LlavaNextForConditionalGeneration
 
 from .checkpoint import fetch, origin
 from .demo import resolve
@@ -20,13 +20,10 @@ from .methods import METHODS, method_type
 from .packed import REPORT, carry, write_json
 
 
-class QuantizedLlama(LlamaForCausalLM):  # type: ignore[misc]
-    """A Llama with packed low-bit weights.
+class _Quantized:
+    """from_pretrained that quantizes a dense model where a method is given; save_pretrained under the plain class."""
 
-    QuantizedLlama.from_pretrained("meta-llama/Meta-Llama-3-8B", method="quip", bits=2) quantizes a dense model;
-    QuantizedLlama.from_pretrained(folder or Hub id of a packed checkpoint) loads one. What it saves and pushes
-    is an ordinary LlamaForCausalLM checkpoint that AutoModelForCausalLM loads.
-    """
+    plain: ClassVar[type]
 
     @classmethod
     def from_pretrained(cls, model: str, *args: Any, method: str | None = None, **kwargs: Any) -> Any:
@@ -43,15 +40,15 @@ class QuantizedLlama(LlamaForCausalLM):  # type: ignore[misc]
             keys |= {"calibration", "calibration_samples", "calibration_seqlen", "calibration_seed"}
             options = {key: kwargs.pop(key) for key in list(kwargs) if key in keys}
             kwargs["quantization_config"] = CONFIGS[method](**options)
-        return super().from_pretrained(model, *args, **kwargs)
+        return super().from_pretrained(model, *args, **kwargs)  # type: ignore[misc]
 
     def save_pretrained(self, save_directory: Any, *args: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
-        """As LlamaForCausalLM: config.json names that class, so every loader finds its way."""
+        """config.json names the plain class, so every loader finds its way."""
         repo_id = kwargs.pop("repo_id", Path(save_directory).name)
-        super().save_pretrained(save_directory, *args, **kwargs)
+        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
         path = Path(save_directory) / "config.json"
         config = json.loads(path.read_text())
-        config["architectures"] = [LlamaForCausalLM.__name__]
+        config["architectures"] = [self.plain.__name__]
         path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         if push_to_hub:
             self.push_to_hub(repo_id)
@@ -69,8 +66,9 @@ class QuantizedLlama(LlamaForCausalLM):  # type: ignore[misc]
 
         base_model: Hub id of the base, where the model was loaded from a folder; results: see `card.make_card`.
         """
-        source = fetch(resolve(str(self.name_or_path)), getattr(self.config, "_commit_hash", None))
-        config = check_quantized(self)
+        model: Any = self
+        source = fetch(resolve(str(model.name_or_path)), getattr(model.config, "_commit_hash", None))
+        config = check_quantized(model)
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch) / repo_id.rpartition("/")[2]
             self.save_pretrained(folder)
@@ -83,3 +81,25 @@ class QuantizedLlama(LlamaForCausalLM):  # type: ignore[misc]
                 write_json(folder / REPORT, {"made_from": made_from, "linears": config.records, "bits": {}})
             upload = prepare_upload(folder, repo_id, base=base_model, results=results)
             return push(upload, private=private, token=token)
+
+
+class QuantizedLlama(_Quantized, LlamaForCausalLM):  # type: ignore[misc]
+    """A Llama with packed low-bit weights.
+
+    QuantizedLlama.from_pretrained("meta-llama/Meta-Llama-3-8B", method="quip", bits=2) quantizes a dense model;
+    QuantizedLlama.from_pretrained(folder or Hub id of a packed checkpoint) loads one. What it saves and pushes
+    is an ordinary LlamaForCausalLM checkpoint that AutoModelForCausalLM loads.
+    """
+
+    plain = LlamaForCausalLM
+
+
+class QuantizedLlavaNext(_Quantized, LlavaNextForConditionalGeneration):  # type: ignore[misc]
+    """A LLaVA-Next whose language model has packed low-bit weights; vision tower and projector stay as they are.
+
+    QuantizedLlavaNext.from_pretrained("llava-hf/llama3-llava-next-8b-hf", method="gptq", bits=4) quantizes a dense
+    model; of a packed checkpoint it loads one. What it saves and pushes is an ordinary checkpoint that
+    AutoModelForImageTextToText loads.
+    """
+
+    plain = LlavaNextForConditionalGeneration

@@ -53,7 +53,7 @@ class PackedFolder:
         return [name for name in sorted(self.base.files) if not name.startswith(inside)]
 
     def save_rest(self) -> None:
-        save(self.base.read(self.base_names(None)), self.file(None))
+        self._save(self.base.read(self.base_names(None)), self.file(None))
 
     def save_block(self, index: int, block: nn.Module) -> Path:
         """Write packed tensors of the block's quantized linears, and the base's own bytes of everything else in it."""
@@ -63,22 +63,28 @@ class PackedFolder:
                 replaced.add(f"{prefix}.{name}.weight")
                 tensors.update({f"{prefix}.{name}.{key}": t.cpu() for key, t in module.packed().items()})
         tensors.update(self.base.read(name for name in self.base_names(index) if name not in replaced))
-        save(tensors, self.file(index))
+        self._save(tensors, self.file(index))
         return self.file(index)
+
+    def _save(self, tensors: dict[str, Tensor], path: Path) -> None:
+        """Under the names that the base's files have."""
+        save({self.base.in_file(name): tensor for name, tensor in tensors.items()}, path)
 
     def tune_block(self, index: int, tuned: dict[str, Tensor], before: Callable[[Path], None]) -> None:
         """Put tuned tensors into the file of a finished block; `before` is called with the draft of the new file."""
         tensors = load_file(self.file(index))
-        tensors |= {name: tuned[name] for name in tensors if name in tuned}
+        found = {self.base.in_file(name): tensor for name, tensor in tuned.items()}
+        tensors |= {name: found[name] for name in tensors if name in found}
         draft = _draft(tensors, self.file(index))
         before(draft)
         _settle(draft, self.file(index))
 
     def packed(self, index: int, linear: str) -> dict[str, Tensor]:
         """The stored tensors of a linear (full name) of a finished block."""
+        prefix = self.base.in_file(f"{linear}.weight").removesuffix("weight")
         with safe_open(self.file(index), framework="pt") as file:
-            names = [name for name in file.keys() if name.startswith(linear + ".")]  # noqa: SIM118 (not a dict)
-            tensors = {name.removeprefix(linear + "."): file.get_tensor(name).clone() for name in names}
+            names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118 (not a dict)
+            tensors = {name.removeprefix(prefix): file.get_tensor(name).clone() for name in names}
         return {key: tensor for key, tensor in tensors.items() if key != "bias"}
 
     def restore_block(self, index: int, block: nn.Module) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import resource
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,10 +25,13 @@ from .data import Calibration, ids_sha256
 from .distributed import edges_of
 from .errors import LLQError
 from .journal import FileState, Journal, fingerprint, sha256_file
+from .kernels import reference
+from .loading import auto_class, module_names, sees
 from .method import FORMAT_VERSION, Method
 from .packed import CONFIG, PackedFolder, finished_fingerprint, read_report
+from .pairs import Pairs, read_pairs
 from .preflight import estimate, problems_of
-from .quantize import Progress, RunOptions, learn, quantize_step, record_tuned, shared_copy, steps, tune
+from .quantize import Progress, RunOptions, learn, quantize_step, record_tuned, shared_copy, steps, token_ids, tune
 from .walk import StreamedBlocks
 
 if TYPE_CHECKING:
@@ -42,7 +45,7 @@ class Plan:
     checkpoint: Checkpoint
     skeleton: PreTrainedModel
     method: Method
-    ids_NS: Tensor | None
+    data: Tensor | Pairs | None  # token ids [N, S], or image-text pairs
     identity: dict[str, Any]
     made_from: dict[str, Any]
     run: RunOptions
@@ -73,6 +76,7 @@ def quantize_checkpoint(
         progress.close()
 
 
+@reference()
 def prepare(
     model: str,
     method: Method,
@@ -91,24 +95,23 @@ def prepare(
     method = method.fitted(skeleton)
     dtype = _dtype(run.dtype, skeleton)
     _check_device(run.device)
-    problems = problems_of(checkpoint, skeleton, method)
     progress.stage("hashing the base model", len(checkpoint.files))
     base, not_finite = checkpoint.scan(lambda done, total: progress.advance())
+    checkpoint = checkpoint.named(module_names(skeleton, checkpoint.files))
+    problems = problems_of(checkpoint, skeleton, method)
     problems += [f"{name} holds NaN or infinity" for name in not_finite]
     if problems:
         more = f" (and {len(problems) - 8} more)" if len(problems) > 8 else ""
         raise LLQError(f"{model} cannot be quantized: " + "; ".join(problems[:8]) + more)
-    ids_NS, described = None, None
     if run.team.size > 1 and not method.shares_out:
         raise LLQError(
             f"{method.name} reads activations or trains while it quantizes, which processes cannot share; run it in one"
         )
-    if method.reads_data:
-        progress.stage("tokenizing the calibration data")
-        tokenizer = load_tokenizer(checkpoint.path) if calibration.needs_tokenizer else None
-        ids_NS = calibration.ids(tokenizer, skeleton.config.vocab_size)
-        run.team.own(edges_of(len(ids_NS), run.shards))
-        described = {"ids_sha256": ids_sha256(ids_NS), "samples": ids_NS.shape[0], "seqlen": ids_NS.shape[1]}
+    data, described = calibration_data(calibration, method, skeleton.config, checkpoint.path, progress)
+    if isinstance(data, Pairs) and run.shards > 1:
+        raise LLQError(f"shards={run.shards}: image-text pairs of different lengths are not shared out; give 1")
+    if data is not None:
+        run.team.own(edges_of(len(data), run.shards))
     identity = {
         "format_version": FORMAT_VERSION,
         "base_sha256": base,
@@ -121,11 +124,38 @@ def prepare(
     }
     made_from = {**origin(checkpoint.path), "calibration": calibration.described if described else None}
     source = Rewritten.of(checkpoint, method.rewrite(skeleton, {}))
-    estimates = estimate(source, skeleton, method, ids_NS, dtype, run, out, progress)
+    estimates = estimate(source, skeleton, method, data, dtype, run, out, progress)
     progress.estimates(estimates)
-    return Plan(checkpoint, skeleton, method, ids_NS, identity, made_from, run, dtype, estimates)
+    return Plan(checkpoint, skeleton, method, data, identity, made_from, run, dtype, estimates)
 
 
+def calibration_data(
+    calibration: Calibration, method: Method, config: Any, path: Path, progress: Progress, tokenizer: Any = None
+) -> tuple[Tensor | Pairs | None, dict[str, Any] | None]:
+    """(token ids [N, S] or pairs, what a checkpoint says about them) for a method that reads any.
+
+    config, path: the model's; tokenizer: another one than lies there. LLQError where data, model and method do not fit.
+    """
+    if not method.reads_data:
+        return None, None
+    text_config = config.get_text_config()
+    if not calibration.has_images:
+        progress.stage("tokenizing the calibration data")
+        if tokenizer is None and calibration.needs_tokenizer:
+            tokenizer = load_tokenizer(path)
+        ids_NS = calibration.ids(tokenizer, text_config.vocab_size)
+        return ids_NS, {"ids_sha256": ids_sha256(ids_NS), "samples": ids_NS.shape[0], "seqlen": ids_NS.shape[1]}
+    if not sees(config):
+        raise LLQError(f"{calibration.source} holds images and {path} takes none; calibrate on text")
+    if method.learns or method.tunes:
+        raise LLQError(f"{method.name} trains the whole model, on token ids; calibrate it on text")
+    pairs = read_pairs(calibration.source, load_processor(path), calibration.samples, calibration.seed)
+    progress.stage("reading the calibration images", len(pairs))
+    pairs = pairs.measured(text_config.max_position_embeddings, progress.advance)
+    return pairs, pairs.described()
+
+
+@reference()
 def execute(plan: Plan, out: Path, progress: Progress) -> dict[str, Any]:
     """Run a plan into `out`; returns the report. Of a team's processes the leader writes, the others compute along."""
     if not plan.run.team.leads:
@@ -156,7 +186,9 @@ def execute(plan: Plan, out: Path, progress: Progress) -> dict[str, Any]:
 
 
 def _write(plan: Plan, out: Path, journal: Journal, progress: Progress) -> dict[str, Any]:
-    rewrite = plan.method.rewrite(plan.skeleton, _learned(plan, out, progress))
+    learned = _learned(plan, out, progress)
+    plan = replace(plan, method=plan.method.taught(learned))
+    rewrite = plan.method.rewrite(plan.skeleton, learned)
     source = Rewritten.of(plan.checkpoint, rewrite, plan.dtype)
     blocks = StreamedBlocks(source, plan.skeleton, plan.dtype, torch.device(plan.run.device))
     folder = PackedFolder(out, Rewritten.of(plan.checkpoint, rewrite), blocks.prefixes, plan.method)
@@ -184,7 +216,7 @@ def _write(plan: Plan, out: Path, journal: Journal, progress: Progress) -> dict[
     todo = steps(
         blocks,
         plan.method,
-        plan.ids_NS,
+        plan.data,
         progress,
         done=len(journal.blocks),
         restore=folder.restore_block,
@@ -222,7 +254,7 @@ def _follow(plan: Plan, out: Path, progress: Progress) -> dict[str, Any]:
     todo = steps(
         blocks,
         plan.method,
-        plan.ids_NS,
+        plan.data,
         progress,
         done=len(done),
         restore=folder.restore_block,
@@ -245,14 +277,14 @@ def _tune(plan: Plan, out: Path, folder: PackedFolder, journal: Journal, progres
     result = FileState(out, plan.fingerprint, "model", kind="tuned")
     tuned = result.load()
     if tuned is None:
-        from transformers import AutoModelForCausalLM
-
         progress.stage("loading the model")
-        teacher = AutoModelForCausalLM.from_pretrained(plan.checkpoint.path, dtype=plan.dtype).to(plan.run.device)
+        teacher = _whole_model(plan)
         student = shared_copy(teacher)
         for index, prefix in enumerate(folder.prefixes):
             folder.restore_block(index, student.get_submodule(prefix))
-        tuned = tune(student, teacher, plan.method, plan.ids_NS, progress, FileState(out, plan.fingerprint, "model"))
+        tuned = tune(
+            student, teacher, plan.method, token_ids(plan.data), progress, FileState(out, plan.fingerprint, "model")
+        )
         result.save(tuned)
         FileState.clear(out)
     for index, line in sorted(journal.blocks.items()):
@@ -281,12 +313,15 @@ def _learned(plan: Plan, out: Path, progress: Progress) -> dict[str, Tensor]:
     state = FileState(out, plan.fingerprint, "model", kind="learned")
     found = state.load()
     if found is None:
-        from transformers import AutoModelForCausalLM
-
-        model = AutoModelForCausalLM.from_pretrained(plan.checkpoint.path, dtype=plan.dtype).to(plan.run.device)
-        found = learn(model.eval(), plan.method, plan.ids_NS, progress)
+        found = learn(_whole_model(plan).eval(), plan.method, token_ids(plan.data), progress)
         state.save(found)
     return found
+
+
+def _whole_model(plan: Plan) -> PreTrainedModel:
+    """The dense model in memory."""
+    kind = auto_class(plan.skeleton.config)
+    return kind.from_pretrained(plan.checkpoint.path, dtype=plan.dtype).to(plan.run.device)
 
 
 def peak_bytes() -> int:
@@ -298,14 +333,14 @@ def peak_bytes() -> int:
 
 def build_skeleton(checkpoint: Checkpoint) -> PreTrainedModel:
     """The model of the checkpoint's config on the meta device: shapes, no memory."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
     except Exception as error:  # transformers and the Hub client validate with a dozen types
         raise LLQError(f"{checkpoint.path / 'config.json'} describes no model: {one_line(error)}") from error
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+        return auto_class(config).from_config(config)
 
 
 def load_tokenizer(path: Path) -> Any:
@@ -318,6 +353,19 @@ def load_tokenizer(path: Path) -> Any:
             f"{path} has no tokenizer that can be loaded ({one_line(error)}); put the model's there, or calibrate on a "
             ".npy file of token ids"
         ) from error
+
+
+def load_processor(path: str | Path, revision: str | None = None) -> Any:
+    """Tokenizer and image processor of a model that sees; LLQError where they, or the chat template, are not there."""
+    from transformers import AutoProcessor
+
+    try:
+        processor = AutoProcessor.from_pretrained(path, revision=revision, trust_remote_code=False)
+    except Exception as error:  # as above
+        raise LLQError(f"{path} has no processor that can be loaded ({one_line(error)})") from error
+    if not getattr(processor, "chat_template", None):
+        raise LLQError(f"{path} has no chat template; put the base model's chat_template.jinja there")
+    return processor
 
 
 def one_line(error: Exception) -> str:
@@ -335,7 +383,7 @@ def _check_device(name: str) -> None:
 
 def _dtype(name: str | None, skeleton: PreTrainedModel) -> torch.dtype:
     if name in (None, "auto"):
-        found = getattr(skeleton.config, "dtype", None)
+        found = getattr(skeleton.config, "dtype", None) or getattr(skeleton.config.get_text_config(), "dtype", None)
         return found if isinstance(found, torch.dtype) else torch.float32
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         if str(dtype) == f"torch.{name}":

@@ -27,6 +27,11 @@ TEXT = (
     "the old king of the hill had a small red fox and the fox had a secret name. every day the fox ran over the hill "
     "to see the river, and every night the king asked: where were you, small fox? at the river, said the fox.\n"
 )
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] }}: {% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<image>\n{% else %}{{ part['text'] }}{% endif %}{% endfor %}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
 
 torch.set_num_threads(1)  # tensors here are tiny: on a busy machine a second thread makes them 10 times slower
 
@@ -84,6 +89,60 @@ def make_tokenizer(folder: Path) -> None:
     tokenizer.train_from_iterator([TEXT] * 4, trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>")
     fast.save_pretrained(folder)
+
+
+def make_llava(folder: Path, tied: bool = False) -> Path:
+    """A random LLaVA-Next in `folder`: sizes of `make_llama`, a CLIP tower of 28 pixels, tokenizer, processor."""
+    import transformers
+
+    make_tokenizer(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["<image>"], special_tokens=True)
+    tower = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 2}
+    options: dict[str, object] = {
+        "hidden_size": 96,
+        "intermediate_size": 172,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": 2048,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+    }
+    config = transformers.LlavaNextConfig(
+        vision_config=transformers.CLIPVisionConfig(image_size=28, patch_size=14, **tower),
+        text_config=transformers.LlamaConfig(**options),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        image_grid_pinpoints=[[28, 56], [56, 28], [56, 56]],
+        tie_word_embeddings=tied,
+    )
+    torch.manual_seed(0)
+    model = transformers.LlavaNextForConditionalGeneration(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape) * parameter.shape[-1] ** -0.5 + (parameter.ndim == 1))
+    model.save_pretrained(folder)
+    pictures = transformers.LlavaNextImageProcessor(
+        image_grid_pinpoints=config.image_grid_pinpoints,
+        size={"shortest_edge": 28},
+        crop_size={"height": 28, "width": 28},
+    )
+    transformers.LlavaNextProcessor(
+        image_processor=pictures,
+        tokenizer=tokenizer,
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        chat_template=CHAT_TEMPLATE,
+        num_additional_image_tokens=1,
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a tiny random LLaVA-Next checkpoint in fp32, under the Hub's tensor names."""
+    return make_llava(tmp_path_factory.mktemp("tiny_llava"))
 
 
 @pytest.fixture(scope="session")

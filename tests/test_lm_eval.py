@@ -23,7 +23,7 @@ def options(calibration_npy: Path, tmp_path: Path) -> dict[str, object]:
 
 def test_quantizes_once_and_reuses(tiny_llama: Path, options: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     first = LLQLM(pretrained=str(tiny_llama), method="gptq", bits=3, **options)
-    monkeypatch.setattr("llq_hf.lm_eval.execute", lambda *a: pytest.fail("quantized again"))
+    monkeypatch.setattr("llq_hf.scoring.execute", lambda *a: pytest.fail("quantized again"))
     second = LLQLM(pretrained=str(tiny_llama), method="gptq", bits=3, **options)
     ids = torch.arange(20)[None]
     assert torch.equal(first.model(ids).logits, second.model(ids).logits)

@@ -1,13 +1,18 @@
-"""QuantizedLlama: from a dense model, from a packed one, and what it saves and pushes."""
+"""QuantizedLlama and QuantizedLlavaNext: from a dense model, from a packed one, and what it saves and pushes."""
 
 import json
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    LlamaForCausalLM,
+    LlavaNextForConditionalGeneration,
+)
 
-from llq_hf import LLQError, QuantizedLlama
+from llq_hf import LLQError, QuantizedLlama, QuantizedLlavaNext
 from llq_hf.hf import check_quantized
 
 
@@ -50,3 +55,14 @@ def test_a_method_and_a_config_are_refused(tiny_llama: Path) -> None:
 
     with pytest.raises(LLQError, match="not both"):
         QuantizedLlama.from_pretrained(tiny_llama, method="rtn", quantization_config=RTNConfig(bits=4))
+
+
+def test_llava_next_quantizes_saves_and_loads(tiny_llava: Path, calibration_npy: Path, tmp_path: Path) -> None:
+    model = QuantizedLlavaNext.from_pretrained(tiny_llava, method="gptq", bits=3, calibration=str(calibration_npy))
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["architectures"] == ["LlavaNextForConditionalGeneration"]
+    ids = torch.arange(12)[None]
+    for kind in (AutoModelForImageTextToText, QuantizedLlavaNext, LlavaNextForConditionalGeneration):
+        again = kind.from_pretrained(tmp_path)
+        assert check_quantized(again).quantized_linears == 14
+        assert torch.equal(again(ids).logits, model(ids).logits)

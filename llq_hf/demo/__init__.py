@@ -1,9 +1,10 @@
-"""The bundled demo model: a Llama of 3.7 million parameters that was really trained, and the code that made it.
+"""The bundled demo models: a Llama of 3.7 million parameters and a small LLaVA-Next, and the code that made them.
 
 Every feature of this package can be tried in seconds, offline, on a model whose best possible score is known:
 ``world.py`` invents a small world and reports the exact entropy of what it tells; ``train.py`` trains a tokenizer and a
-Llama-3-style model on it; ``llama/`` is the result, an ordinary Hugging Face folder. Random weights would not do: they
-survive any rounding, as there is nothing in them to lose.
+Llama-3-style model on it; ``llama/`` is the result, an ordinary Hugging Face folder. In the same way ``drawings.py``
+draws pictures and asks questions about them, ``train_vlm.py`` trains a model that sees, and ``vlm/`` is the result.
+Random weights would not do: they survive any rounding, as there is nothing in them to lose.
 
 Importing this module imports nothing heavy.
 """
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from ..data import Calibration
 
-MODELS: dict[str, Path] = {"demo": Path(__file__).parent / "llama"}
+MODELS: dict[str, Path] = {"demo": Path(__file__).parent / "llama", "demo-vlm": Path(__file__).parent / "vlm"}
 
 
 def resolve(model: str) -> str:
@@ -25,12 +26,15 @@ def resolve(model: str) -> str:
 def calibration_for(
     model: str, source: str | None, samples: int | None, seqlen: int | None, seed: int = 0
 ) -> "Calibration":
-    """The calibration of a run; what the user left open is the study's setting, or the bundled model's own text."""
+    """The calibration of a run; what the user left open is the study's setting, or the bundled model's own text.
+
+    The text of a bundled model is the calibration source that has its name.
+    """
     from ..data import Calibration
 
-    bundled = resolve(model) in {str(folder) for folder in MODELS.values()}
+    bundled = next((name for name, folder in MODELS.items() if resolve(model) == str(folder)), None)
     return Calibration(
-        source=source or ("demo" if bundled else "wikitext2"),
+        source=source or bundled or "wikitext2",
         samples=128 if samples is None else samples,
         seqlen=(256 if bundled else 2048) if seqlen is None else seqlen,
         seed=seed,

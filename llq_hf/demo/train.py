@@ -22,7 +22,7 @@ prompt after ``<|begin_of_text|>``, and a perplexity window that starts in mid-s
 import math
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -34,7 +34,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from llq_hf.demo import world
 
@@ -68,8 +68,13 @@ class Recipe:
 # Tokenizer
 
 
-def make_tokenizer(recipe: Recipe) -> PreTrainedTokenizerFast:
-    """Byte-level BPE in the style of Llama-3, but each digit is a token: sums are then easier."""
+def make_tokenizer(
+    recipe: Recipe, texts: Iterable[str] | None = None, special: Sequence[str] = ()
+) -> PreTrainedTokenizerFast:
+    """Byte-level BPE in the style of Llama-3, but each digit is a token: sums are then easier.
+
+    texts: what it is trained on; the world's by default. special: tokens that no text is split into.
+    """
     tokenizer = Tokenizer(models.BPE())
     words = Regex(r"\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -81,11 +86,11 @@ def make_tokenizer(recipe: Recipe) -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=recipe.vocab_size,
-        special_tokens=[BOS, EOS],
+        special_tokens=[BOS, EOS, *special],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator((d.text for d in world.documents("train", 20000)), trainer)
+    tokenizer.train_from_iterator(texts or (d.text for d in world.documents("train", 20000)), trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, tokenizer.token_to_id(BOS))]
     )
@@ -168,6 +173,14 @@ def loss_of(model: nn.Module, ids_BT: Tensor) -> Tensor:
     return F.cross_entropy(logits_BTV.flatten(0, 1).float(), ids_BT[:, 1:].flatten())
 
 
+def schedule(step: int, progress: float, recipe: Recipe) -> float:
+    """Share of the learning rate: warm-up, then cosine down to a tenth of a percent.
+
+    The last steps polish, and weights that still jitter round badly.
+    """
+    return min(1.0, (step + 1) / recipe.warmup_steps) * max(1e-3, 0.5 * (1 + math.cos(math.pi * progress)))
+
+
 def train(
     out: Path, recipe: Recipe, minutes: float = math.inf, save_every: int = 500, compiled: bool = True
 ) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
@@ -188,10 +201,8 @@ def train(
             progress = max(step / recipe.steps, (time.monotonic() - began) / (60 * minutes))
             if progress >= 1:
                 break
-            # Cosine to a tenth of a percent: the last steps polish, and weights that still jitter round badly.
-            scale = min(1.0, (step + 1) / recipe.warmup_steps) * max(1e-3, 0.5 * (1 + math.cos(math.pi * progress)))
             for group in optimizer.param_groups:
-                group["lr"] = recipe.learning_rate * scale
+                group["lr"] = recipe.learning_rate * schedule(step, progress, recipe)
             with torch.autocast("cpu", dtype=torch.bfloat16):
                 loss = step_loss(model, ids_BT)
             loss.backward()
@@ -210,7 +221,7 @@ def train(
 
 
 @torch.no_grad()
-def spread_channels(model: LlamaForCausalLM, recipe: Recipe) -> None:
+def spread_channels(model: PreTrainedModel, recipe: Recipe) -> None:
     """Give the channels unequal scales, as in large models, without changing what is computed by a single bit.
 
     Large LLaMAs have a few channels with far larger activations, and others with far larger weights; that is
@@ -224,7 +235,7 @@ def spread_channels(model: LlamaForCausalLM, recipe: Recipe) -> None:
     def powers(channels: int) -> Tensor:
         return 2.0 ** (torch.randn(channels, generator=generator) * recipe.channel_spread).round()
 
-    for block in model.model.layers:
+    for block in model.get_decoder().layers:
         attention, mlp = block.self_attn, block.mlp
         inputs = {
             block.input_layernorm: (attention.q_proj, attention.k_proj, attention.v_proj),

@@ -139,42 +139,42 @@ class Chooser(Protocol):
         ...
 
 
-def _rng(*key: object) -> random.Random:
+def seeded(*key: object) -> random.Random:
     """A generator for a key. SHA-256, because `hash` of a string changes from run to run."""
     digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
     return random.Random(int.from_bytes(digest[:8], "big"))
 
 
-def _one_of(rng: random.Random, options: Sequence[T]) -> T:
+def one_of(rng: random.Random, options: Sequence[T]) -> T:
     return options[int(rng.random() * len(options))]
 
 
-def _shuffled(rng: random.Random, items: Sequence[T]) -> list[T]:
+def shuffled(rng: random.Random, items: Sequence[T]) -> list[T]:
     return [item for _, _, item in sorted((rng.random(), i, item) for i, item in enumerate(items))]
 
 
 @cache
 def world() -> World:
     """The facts, the same in every process and every Python."""
-    rng = _rng("world", WORLD_SEED)
-    towns = tuple(Town(name, _one_of(rng, RIVERS), _one_of(rng, CROPS), _one_of(rng, COLOURS)) for name in TOWNS)
+    rng = seeded("world", WORLD_SEED)
+    towns = tuple(Town(name, one_of(rng, RIVERS), one_of(rng, CROPS), one_of(rng, COLOURS)) for name in TOWNS)
     # First and last names recur in many people: only the pair names a person, as in real text.
-    pairs = _shuffled(rng, [f"{first} {last}" for first in FIRST_NAMES for last in LAST_NAMES])
+    pairs = shuffled(rng, [f"{first} {last}" for first in FIRST_NAMES for last in LAST_NAMES])
     names = pairs[:PEOPLE]
     people = []
     for name in names:
-        friend = _one_of(rng, [other for other in names if other != name])
+        friend = one_of(rng, [other for other in names if other != name])
         people.append(
             Person(
                 name=name,
-                town=_one_of(rng, TOWNS),
-                craft=_one_of(rng, CRAFTS),
+                town=one_of(rng, TOWNS),
+                craft=one_of(rng, CRAFTS),
                 friend=friend,
-                pet=_one_of(rng, PETS),
-                pet_colour=_one_of(rng, COLOURS),
-                dish=_one_of(rng, DISHES),
-                instrument=_one_of(rng, INSTRUMENTS),
-                fear=_one_of(rng, FEARS),
+                pet=one_of(rng, PETS),
+                pet_colour=one_of(rng, COLOURS),
+                dish=one_of(rng, DISHES),
+                instrument=one_of(rng, INSTRUMENTS),
+                fear=one_of(rng, FEARS),
                 age=20 + int(rng.random() * 60),
             )
         )
@@ -326,13 +326,18 @@ def _sampler(rng: random.Random) -> Chooser:
     return choose
 
 
-def _stream(split: str, seed: int) -> Iterator[Document]:
+def of_split(text: str, split: str) -> bool:
+    """Whether the hash of a text puts it into this split; every text belongs to exactly one."""
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}: choose from {', '.join(SPLITS)}")
-    choose = _sampler(_rng("documents", split, seed))
+    return hashlib.sha256(text.encode()).digest()[0] % 8 in SPLITS[split]
+
+
+def _stream(split: str, seed: int) -> Iterator[Document]:
+    choose = _sampler(seeded("documents", split, seed))
     while True:
         document = tell(choose)
-        if hashlib.sha256(document.text.encode()).digest()[0] % 8 in SPLITS[split]:
+        if of_split(document.text, split):
             yield document
 
 
@@ -344,7 +349,7 @@ def documents(split: str, count: int, seed: int = 0) -> list[Document]:
 
 def questions(count: int, seed: int = 0) -> list[Question]:
     """Four-way multiple choice about the facts; the wrong answers are true of somebody else."""
-    rng = _rng("questions", seed)
+    rng = seeded("questions", seed)
     return [_question(rng) for _ in range(count)]
 
 
@@ -352,12 +357,12 @@ def _question(rng: random.Random) -> Question:
     of_town = rng.random() < 0.1
     forms = TOWN_FORMS if of_town else PERSON_FORMS
     subjects: Sequence[Person | Town] = world().towns if of_town else world().people
-    attribute = _one_of(rng, list(forms))
-    subject = _one_of(rng, subjects)
-    query = _one_of(rng, forms[attribute]).format(subject.name)
+    attribute = one_of(rng, list(forms))
+    subject = one_of(rng, subjects)
+    query = one_of(rng, forms[attribute]).format(subject.name)
     truth = str(getattr(subject, attribute))
     others = sorted({str(getattr(other, attribute)) for other in subjects} - {truth, subject.name})
-    choices = _shuffled(rng, [truth, *_shuffled(rng, others)[:3]])
+    choices = shuffled(rng, [truth, *shuffled(rng, others)[:3]])
     return Question(query, [f" {choice}" for choice in choices], choices.index(truth))
 
 

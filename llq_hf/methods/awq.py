@@ -269,7 +269,7 @@ class AWQ(Method):
 
     def linear(self, x: Tensor, packed: Packed, bias: Tensor | None, out_features: int) -> Tensor:
         z = (x / packed["in_scale"].float()).to(x.dtype)
-        return nn.functional.linear(z, self.grid.unpack(packed, x.shape[-1]).to(x.dtype), bias)
+        return self.grid.linear(z, packed, bias)
 
 
 def _trace_loss(H_II: Tensor) -> Callable[[Weights, Weights], float]:

@@ -23,7 +23,6 @@ Storage (G = ceil(I / group_size) groups)
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -35,8 +34,10 @@ from ..bits import pack, packed_words, unpack
 from ..errors import LLQError
 from ..feedback import by_columns
 from ..grids import Spec
+from ..kernels import LevelCodes, product
 from ..method import Job, Method, Packed, PassListener, State
 from ..stats import Hessian, Stat, factorize, revive_dead
+from ..training import ScaledLinear, Schedule, grouped, scaled_linears
 
 _TINY = 2.0**-14  # the smallest normal fp16: scales below it are stored with less than 11 bits
 
@@ -127,6 +128,11 @@ class DBLLM(Method):
     def dequantize(self, packed: Packed, out_features: int, in_features: int) -> Tensor:
         return restored(packed["weight"], packed["scale"].float(), in_features, self._size(in_features))
 
+    def linear(self, x: Tensor, packed: Packed, bias: Tensor | None, out_features: int) -> Tensor:
+        in_features = x.shape[-1]
+        stored = LevelCodes(packed["weight"], in_features, packed["scale"], self._size(in_features))
+        return product(x, stored, lambda: self.dequantize(packed, out_features, in_features), bias)
+
     def _size(self, in_features: int) -> int:
         return in_features if self.group_size == -1 else self.group_size
 
@@ -159,54 +165,13 @@ class DBLLM(Method):
     def tune(
         self, student: nn.Module, teacher: nn.Module, ids_NS: Tensor, listener: PassListener, state: State
     ) -> Packed:
-        duals = {}
-        for name, module in list(student.named_modules()):
-            if isinstance(module, nn.Linear) and getattr(module, "method", None) == self:
-                duals[name] = DualLinear(module, self._size(module.in_features))
-                owner, _, attribute = name.rpartition(".")
-                setattr(student.get_submodule(owner), attribute, duals[name])
-        student.requires_grad_(False)
+        duals = scaled_linears(student, self, lambda module: DualLinear(module, self._size(module.in_features)))
         if self.generated:
             ids_NS = self._written(teacher, ids_NS, listener)
-        self._distill(student, teacher, [module.factor for module in duals.values()], ids_NS, listener, state)
+        schedule = Schedule(self.steps, self.batch, self.lr, self.seed)
+        schedule.run(list(duals.values()), lambda ids_BS: self._loss(student, teacher, ids_BS), ids_NS, listener, state)
         dtype = torch.float16 if self.scale_bits == 16 else torch.float32
         return {f"{name}.scale": self._stored(m.scale().detach()).to(dtype).cpu() for name, m in duals.items()}
-
-    def _distill(
-        self,
-        student: nn.Module,
-        teacher: nn.Module,
-        factors: list[nn.Parameter],
-        ids_NS: Tensor,
-        listener: PassListener,
-        state: State,
-    ) -> None:
-        for factor in factors:
-            factor.requires_grad_(True)
-        optimizer = torch.optim.AdamW(factors, lr=self.lr, weight_decay=0.0)
-        training = Training(factors, optimizer)
-        done = training.load(state)
-        listener.stage("distilling into the scales", self.steps)
-        listener.advance(done)
-        for step, rows_BS in enumerate(self._batches(ids_NS)):
-            if step < done:
-                continue
-            optimizer.param_groups[0]["lr"] = self.lr * (1 + math.cos(math.pi * step / self.steps)) / 2
-            optimizer.zero_grad()
-            for part_BS in torch.split(rows_BS, max(1, 2048 // ids_NS.shape[1])):  # logits of a whole batch may not fit
-                loss = self._loss(student, teacher, part_BS) * len(part_BS) / len(rows_BS)
-                if not torch.isfinite(loss):
-                    raise LLQError(
-                        f"the distillation loss is {float(loss)} in step {step}; give a smaller lr than {self.lr}"
-                    )
-                loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            with torch.no_grad():
-                for factor in factors:
-                    factor.clamp_(1 / 16, 16)
-            listener.advance(1)
-            if (step + 1) % 32 == 0 and step + 1 < self.steps:
-                training.save(state, step + 1)
 
     def _loss(self, student: nn.Module, teacher: nn.Module, ids_BS: Tensor) -> Tensor:
         """CE(labels) + dad * mean_t H_t**gamma CE(teacher, student)_t, in nats."""
@@ -222,15 +187,6 @@ class DBLLM(Method):
             cross_BS = -(chance_BSV * student_BSV).sum(-1)
             loss = loss + self.dad * (entropy_BS.clamp_min(1e-6) ** self.gamma * cross_BS).mean()
         return loss
-
-    def _batches(self, ids_NS: Tensor) -> Iterator[Tensor]:
-        """`steps` batches of rows: every epoch in an order of its own, the same in every run."""
-        random, rows = torch.Generator().manual_seed(self.seed), torch.empty(0, dtype=torch.long)
-        for _ in range(self.steps):
-            while len(rows) < self.batch:
-                rows = torch.cat([rows, torch.randperm(len(ids_NS), generator=random)])
-            yield ids_NS[rows[: self.batch].to(ids_NS.device)]
-            rows = rows[self.batch :]
 
     @torch.no_grad()
     def _written(self, teacher: nn.Module, ids_NS: Tensor, listener: PassListener) -> Tensor:
@@ -278,30 +234,6 @@ def dual(weight_OGg: Tensor, scale_OG2: Tensor) -> Tensor:
     return first * scale_OG2[..., :1] + second * scale_OG2[..., 1:]
 
 
-def grouped(matrix_OI: Tensor, size: int) -> Tensor:
-    """[O, I] -> [O, G, size]; a last group that is shorter is filled up with zeros."""
-    return F.pad(matrix_OI, (0, -matrix_OI.shape[1] % size)).view(len(matrix_OI), -1, size)
-
-
-class _Dual(torch.autograd.Function):
-    """x W^^T with the gradient of x and of the scales; W^ is made again for the way back, not kept."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, words_OW: Tensor, scale_OG2: Tensor, size: int) -> Tensor:
-        ctx.save_for_backward(x, words_OW, scale_OG2)
-        ctx.size = size
-        return F.linear(x, restored(words_OW, scale_OG2, x.shape[-1], size).to(x.dtype))
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x, words_OW, scale_OG2 = ctx.saved_tensors
-        weight_OI = restored(words_OW, scale_OG2, x.shape[-1], ctx.size).to(x.dtype)
-        gradient_OGg = grouped((gradients[0].flatten(0, -2).T @ x.flatten(0, -2)).float(), ctx.size)
-        codes_OGg = grouped(unpack(words_OW, 2, x.shape[-1]), ctx.size)
-        scale_gradients = [(gradient_OGg * plane).sum(-1) for plane in (codes_OGg & 1, codes_OGg >> 1)]
-        return gradients[0] @ weight_OI, None, torch.stack(scale_gradients, dim=-1), None
-
-
 def restored(words_OW: Tensor, scale_OG2: Tensor, in_features: int, size: int) -> Tensor:
     """fp32 weight [O, I] of packed codes."""
     codes_OGg = grouped(unpack(words_OW, 2, in_features), size)
@@ -309,51 +241,16 @@ def restored(words_OW: Tensor, scale_OG2: Tensor, in_features: int, size: int) -
     return weight_OGg.flatten(1)[:, :in_features]
 
 
-class DualLinear(nn.Module):
+class DualLinear(ScaledLinear):
     """A packed linear whose scales are trained, as factors of what they are."""
 
-    def __init__(self, packed: nn.Linear, size: int) -> None:
-        super().__init__()
-        self.words, self.bias, self.size = packed.weight, packed.bias, size
-        scale: Any = packed.scale
-        self.start: Tensor = scale.float()
-        self.factor = nn.Parameter(torch.ones_like(self.start))
+    def __init__(self, packed: Any, size: int) -> None:
+        start_OG2 = packed.scale.float()
+        super().__init__(packed, size, start_OG2, start_OG2)
 
-    def scale(self) -> Tensor:
-        return self.start * self.factor
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = _Dual.apply(x, self.words, self.scale(), self.size)  # type: ignore[no-untyped-call]
-        return y if self.bias is None else y + self.bias
-
-
-class Training(NamedTuple):
-    """What a killed training goes on from."""
-
-    factors: list[nn.Parameter]
-    optimizer: torch.optim.Optimizer
-
-    def save(self, state: State, step: int) -> None:
-        moments = self.optimizer.state
-        tensors = {"step": torch.tensor(step)}
-        for i, factor in enumerate(self.factors):
-            tensors |= {f"{i}.factor": factor.detach()}
-            tensors |= {f"{i}.{key}": moments[factor][key] for key in ("step", "exp_avg", "exp_avg_sq")}
-        state.save({name: tensor.cpu() for name, tensor in tensors.items()})
-
-    def load(self, state: State) -> int:
-        """The step to go on with; 0 where nothing was kept."""
-        saved = state.load()
-        if saved is None:
-            return 0
-        with torch.no_grad():
-            for i, factor in enumerate(self.factors):
-                factor.copy_(saved[f"{i}.factor"])
-                self.optimizer.state[factor] = {
-                    key: saved[f"{i}.{key}"].to(factor.device if key != "step" else "cpu")
-                    for key in ("step", "exp_avg", "exp_avg_sq")
-                }
-        return int(saved["step"])
+    def bases(self, in_features: int) -> list[Tensor]:
+        codes_OI = unpack(self.words, 2, in_features)
+        return [codes_OI & 1, codes_OI >> 1]
 
 
 def sampled(model: nn.Module, ids_BS: Tensor, length: int, random: torch.Generator) -> Tensor:

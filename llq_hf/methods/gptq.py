@@ -35,7 +35,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import LLQError
 from ..feedback import BLOCK, Solution, drift, group_aware_order, solve
@@ -175,7 +175,6 @@ class GPTQ(Method):
         return self.grid.affine(packed, in_features)
 
     def linear(self, x: Tensor, packed: Packed, bias: Tensor | None, out_features: int) -> Tensor:
-        if not self._keeps_order:
-            return super().linear(x, packed, bias, out_features)
-        weight_OI = self.grid.unpack(packed, x.shape[-1])  # gather x, not the weight
-        return nn.functional.linear(x[..., packed["order"].long()], weight_OI.to(x.dtype), bias)
+        if self._keeps_order:
+            x = x[..., packed["order"].long()]  # gather x, not the weight
+        return self.grid.linear(x, packed, bias)

@@ -51,6 +51,7 @@ from ..errors import LLQError
 from ..grids import Affine, Grid, Spec, Uniform
 from ..method import BlockData, Flow, Method, Packed, Step
 from ..stats import AbsMax
+from ..training import Trained, run_block, train_block
 
 INITIAL_LOGIT = 4.0  # sigmoid(4) = 0.982: clips a little from the start
 SEARCHED = [0.998, *(1 - i / 20 for i in range(1, 15))]  # shares of a range's end: down to 0.3
@@ -69,6 +70,7 @@ class OmniQuant(Method):
     name: ClassVar[str] = "omniquant"
     title: ClassVar[str] = "OmniQuant (Shao et al. 2024)"
     best: ClassVar[dict[str, Any]] = {"aug_loss": True, "search_range": True, "rounding_lr": 5e-3, "decay": True}
+    training_copies: ClassVar[int] = 5  # twin, weights, learned rounding and its gradients, one in the forward pass
     divides_input: ClassVar[bool] = True
 
     bits: int = 4
@@ -143,10 +145,9 @@ class OmniQuant(Method):
 
     def linear(self, x: Tensor, packed: Packed, bias: Tensor | None, out_features: int) -> Tensor:
         if not self.tokens.on:
-            return super().linear(x, packed, bias, out_features)
+            return self.grid.linear(x, packed, bias)
         z = x / packed["in_scale"].float() if "in_scale" in packed else x
-        weight_OI = self.grid.unpack(packed, x.shape[-1])
-        return F.linear(self.tokens(z).to(x.dtype), weight_OI.to(x.dtype), bias)
+        return self.grid.linear(self.tokens(z).to(x.dtype), packed, bias)
 
     # --- training ----------------------------------------------------------------------------------------------
 
@@ -446,29 +447,18 @@ class _Training:
         self.rates = method.lwc_lr, method.let_lr
         groups = [{"params": p, "lr": rate} for p, rate in zip((clips, scales), self.rates, strict=True)]
         self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
-        self.steps = method.epochs * self.data.count
 
     def run(self) -> list[float]:
         """Train, or go on where an interrupted run was; the mean loss of each epoch."""
-        step, count = self.step, self.data.count
-        losses = self._restored(step.state.load())
-        dense = _dense_outputs(step) if self.method.aug_loss and len(losses) < self.method.epochs else []
-        step.listener.stage("training", self.steps)
-        step.listener.advance(len(losses) * count)
-        for epoch in range(len(losses), self.method.epochs):
-            total = torch.zeros((), device=self.parameters[0].device)
-            for i in range(count):
-                left = 1 - (epoch * count + i) / self.steps
-                total += self._descend(i, dense[i] if dense else None, left)
-                step.listener.advance(1)
-            losses.append(float(total) / count)
-            if not math.isfinite(losses[-1]):  # looked at once an epoch: every look would make a GPU wait
-                raise LLQError(
-                    f"{self.method.name}: the training loss of {step.prefix} is not finite in epoch {epoch + 1}; lower "
-                    "lwc_lr or let_lr, or run in float32"
-                )
-            step.state.save(self._snapshot(losses))
-        return losses
+        dense = _dense_outputs(self.step) if self.method.aug_loss and self.method.epochs else []
+
+        def descend(rows: slice, done: float) -> Tensor:
+            return self._descend(rows.start, dense[rows.start] if dense else None, 1 - done)
+
+        trained = Trained(self.parameters, self.optimizer)
+        return train_block(
+            self.step, trained, self.method.epochs, 1, descend, "lower lwc_lr or let_lr, or run in float32"
+        )
 
     def _descend(self, i: int, dense_BSD: Tensor | None, left: float) -> Tensor:
         """A step against the gradients on sequence i; the loss before it. left: falls from 1 to 0 over the training."""
@@ -491,40 +481,10 @@ class _Training:
             drift.sub_(drift.grad.sign_(), alpha=self.method.rounding_lr * left).clamp_(-0.5, 0.5)
         return loss.detach()
 
-    def _snapshot(self, losses: list[float]) -> dict[str, Tensor]:
-        """Everything that the training goes on from."""
-        tensors = {"losses": torch.tensor(losses, dtype=torch.float64)}
-        for i, parameter in enumerate(self.parameters):
-            tensors[f"{i}"] = parameter.detach()
-            tensors.update({f"{i}.{key}": t for key, t in self.optimizer.state.get(parameter, {}).items()})
-        return tensors
-
-    def _restored(self, saved: dict[str, Tensor] | None) -> list[float]:
-        """Put a snapshot back; the losses of the epochs done, [] where there is none."""
-        if saved is None:
-            return []
-        for i, parameter in enumerate(self.parameters):
-            parameter.copy_(saved[f"{i}"])
-            own = {key.removeprefix(f"{i}."): t for key, t in saved.items() if key.startswith(f"{i}.")}
-            if own:
-                self.optimizer.state[parameter] = {key: t.to(parameter.device) for key, t in own.items()}
-        losses: list[float] = saved["losses"].tolist()
-        return losses
-
 
 def _run(block: nn.Module, data: BlockData, i: int) -> Tensor:
     """fp32 output [1, S, D] of an fp32 block on the quantized inputs of sequence i."""
-    hidden_BSD, kwargs = data.inputs(slice(i, i + 1))
-    return first_output(block(hidden_BSD.float(), **_in_fp32(kwargs)))
-
-
-def _in_fp32(value: Any) -> Any:
-    """Masks and rotary tables, wherever they are, in fp32."""
-    if isinstance(value, Tensor):
-        return value.float() if value.is_floating_point() else value
-    if isinstance(value, dict):
-        return {key: _in_fp32(inner) for key, inner in value.items()}
-    return tuple(map(_in_fp32, value)) if isinstance(value, tuple) else value
+    return run_block(block, data, slice(i, i + 1))
 
 
 def _dense_outputs(step: Step) -> list[Tensor]:

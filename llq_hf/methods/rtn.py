@@ -64,3 +64,6 @@ class RTN(Method):
 
     def affine(self, packed: Packed, out_features: int, in_features: int) -> Affine:
         return self.grid.affine(packed, in_features)
+
+    def linear(self, x: Tensor, packed: Packed, bias: Tensor | None, out_features: int) -> Tensor:
+        return self.grid.linear(x, packed, bias)

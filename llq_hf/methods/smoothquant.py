@@ -139,8 +139,7 @@ class SmoothQuant(Method):
     def linear(self, x: Tensor, packed: Packed, bias: Tensor | None, out_features: int) -> Tensor:
         z = x / packed["in_scale"].float() if self.smooth else x
         if not self.tokens.on:
-            weight_OI = self.grid.unpack(packed, x.shape[-1])
-            return nn.functional.linear(z.to(x.dtype), weight_OI.to(x.dtype), bias)
+            return self.grid.linear(z.to(x.dtype), packed, bias)
         if self._integers(x, out_features):
             y = self._integer_product(z, packed)
         else:  # products and sums of codes, in fp32 whatever the model's dtype

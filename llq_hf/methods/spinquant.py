@@ -176,8 +176,7 @@ class SpinQuant(Method):
         return self.grid.affine(packed, in_features)
 
     def linear(self, x: Tensor, packed: Packed, bias: Tensor | None, out_features: int) -> Tensor:
-        weight_OI = self.grid.unpack(packed, x.shape[-1])
-        return nn.functional.linear(self._input(x), weight_OI.to(x.dtype), bias)
+        return self.grid.linear(self._input(x), packed, bias)
 
     # --- the whole model --------------------------------------------------------------------------------------------
 

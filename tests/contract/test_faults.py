@@ -86,6 +86,8 @@ OWN_FAULTS: Mapping[str, dict[str, Fault]] = {  # where a method stores more; a 
     },
     "smoothquant": {"input scales doubled": tensor_through("in_scale", lambda t: t * 2)},
     "omniquant": {"zero points shifted": tensor_through("zero", lambda t: t.roll(1, dims=0))},
+    "hybrid": {"zero points shifted": tensor_through("zero", lambda t: t.roll(1, dims=0))},
+    "efficient_qat": {"zero points shifted": tensor_through("zero", lambda t: t.roll(1, dims=0))},
     "slim_llm": {
         "scale doubled": tensor_through("scale", lambda t: t * 2),
         "scale halved": tensor_through("scale", lambda t: t / 2),
@@ -95,6 +97,13 @@ OWN_FAULTS: Mapping[str, dict[str, Fault]] = {  # where a method stores more; a 
         "zero points shifted": tensor_through("zero", lambda t: t.roll(1, dims=0)),
         "widths reversed": tensor_through("widths", lambda t: t.flip(0)),
     },
+    "nf4": {
+        "words shifted by one": tensor_through("weight", lambda t: t.roll(1, dims=0)),
+        "codes mirrored": tensor_through("weight", torch.bitwise_not),
+        "scales doubled": tensor_through("scale_absmax", lambda t: t * 40),
+        "mean of the scales doubled": tensor_through("scale_mean", lambda t: t * 2),
+        "shifts mirrored": tensor_through("tau", lambda t: 255 - t),
+    },
 }
 
 
@@ -103,6 +112,7 @@ def applicable() -> list[Any]:
     for case in CASES:
         layout = case.build(case.near(BITS)).layout(checks.OUT, checks.IN)
         needs = {"zero": "zero points", "order": "order", "seeds": ("sides", "another"), "in_scale": "input"}
+        needs |= {"tau": "shifts", "scale_absmax": "scales", "scale_mean": "mean of"}
         generic = STORED_FAULTS if case.uniform else {}
         for words, fault in {**generic, **OWN_FAULTS[case.method]}.items():
             absent = [name for name, start in needs.items() if words.startswith(start) and name not in layout]

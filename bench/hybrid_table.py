@@ -1,0 +1,108 @@
+"""The tables of README on trained grids and hybrid allocation: KL from full precision and perplexity, per stored bit.
+
+    uv run python bench/hybrid_table.py [--out FILE.md] [--only WORDS] [--cache FOLDER]
+
+On the bundled demo model, CPU. KL(full precision || quantized) in nats per token, and perplexity, over 16 windows of
+256 tokens of the held-out text, in fp32. Packed models stay in the cache folder, so that a run goes on where it was
+stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from llq_hf.demo import calibration_for, resolve, world
+from llq_hf.demo.train import ids_of
+from llq_hf.lm_eval import cached
+from llq_hf.methods import build
+from llq_hf.packed import read_report
+from llq_hf.quantize import RunOptions
+from llq_hf.run import load_tokenizer
+
+WINDOW, WINDOWS = 256, 16
+WIDTHS = "gptq:2+gptq:3+gptq:4"
+
+
+def halves(more: int, fewer: int) -> str:
+    """Rules that give the first half of the demo model's blocks more bits."""
+    return f"*.layers.0.*=gptq:{more}+*.layers.1.*=gptq:{more}+*=gptq:{fewer}"
+
+
+BEST: dict[str, object] = {"bits": 2, "preset": "best"}
+ROWS: dict[str, dict[str, object]] = {
+    "SpinQuant, 2 bits, `preset=best`": {"name": "spinquant", **BEST},
+    "QuIP, 2 bits, `preset=best`": {"name": "quip", **BEST},
+    "AWQ, 2 bits, `preset=best`": {"name": "awq", **BEST},
+    "GPTQ, 2 bits, groups of 64, `preset=best`": {"name": "gptq", "group_size": 64, **BEST},
+    "OmniQuant, 2 bits, groups of 64, `preset=best`": {"name": "omniquant", "group_size": 64, **BEST},
+    "EfficientQAT, 2 bits": {"name": "efficient_qat", "bits": 2},
+    "EfficientQAT, 2 bits, `preset=best`, Block-AP alone": {"name": "efficient_qat", "tune_epochs": 0, **BEST},
+    "EfficientQAT, 2 bits, `preset=best`": {"name": "efficient_qat", **BEST},
+    "GPTQ, 2 bits": {"name": "gptq", "bits": 2},
+    "GPTQ, 3 bits": {"name": "gptq", "bits": 3},
+    "GPTQ, first half of the blocks 3 bits, the others 2": {"name": "hybrid", "rules": halves(3, 2)},
+    "GPTQ, first half of the blocks 4 bits, the others 3": {"name": "hybrid", "rules": halves(4, 3)},
+    "hybrid of GPTQ, 2.645 bits": {"name": "hybrid", "bits": 2.645, "candidates": WIDTHS},
+    "hybrid of GPTQ, 3.148 bits": {"name": "hybrid", "bits": 3.1485, "candidates": WIDTHS},
+    "hybrid of GPTQ, 3.652 bits": {"name": "hybrid", "bits": 3.653, "candidates": WIDTHS},
+}
+
+
+@cache
+def full_precision() -> nn.Module:
+    model: nn.Module = AutoModelForCausalLM.from_pretrained(resolve("demo"), dtype=torch.float32).eval()
+    return model
+
+
+@cache
+def text_ids() -> Tensor:
+    return ids_of(load_tokenizer(Path(resolve("demo"))), world.heldout_text())
+
+
+@torch.no_grad()
+def measured(model: nn.Module) -> tuple[float, float]:
+    """KL(full precision || model) in nats per token, and perplexity."""
+    divergence = nats = 0.0
+    for ids_BS in text_ids()[: WINDOW * WINDOWS].view(-1, WINDOW).split(16):
+        p_BSV, q_BSV = (each(ids_BS).logits.log_softmax(-1) for each in (full_precision(), model))
+        divergence += float((p_BSV.exp() * (p_BSV - q_BSV)).sum(-1).mean()) * len(ids_BS)
+        nats -= float(q_BSV[:, :-1].gather(-1, ids_BS[:, 1:, None]).mean()) * len(ids_BS)
+    return divergence / WINDOWS, math.exp(nats / WINDOWS)
+
+
+def line(name: str, options: dict[str, object], root: Path) -> str:
+    """A row of the table."""
+    method = build(**options)  # type: ignore[arg-type]
+    data = calibration_for("demo", None, None, None)
+    folder = cached(resolve("demo"), method, data, RunOptions(dtype="float32"), root)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    stored = read_report(folder)["bits"]["stored"]
+    divergence, perplexity = measured(model)
+    return f"| {name} | {stored:.3f} | {divergence:.4f} | {perplexity:.3f} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, help="also write the table here")
+    parser.add_argument("--only", default="", help="rows whose name contains this")
+    parser.add_argument("--cache", type=Path, default=Path("/tmp/llq-hybrid-table"), help="where packed models stay")
+    args = parser.parse_args()
+    lines = ["| | stored bits | KL | perplexity |", "|---|---|---|---|"]
+    print("\n".join(lines), flush=True)
+    for name, options in ROWS.items():
+        if args.only in name:
+            lines.append(line(name, options, args.cache))
+            print(lines[-1], flush=True)
+    if args.out is not None:
+        args.out.write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,323 @@
+"""NF4: NormalFloat of 2 to 4 bits, the base of QLoRA (Dettmers et al. 2023); with `icq` of IR-QLoRA (Qin et al. 2024).
+
+The matrix, read row by row, is cut into blocks of 64 weights. A block is divided by its largest magnitude, and every
+weight takes the nearest of 2**bits levels that lie at quantiles of a normal distribution, zero among them. The blocks'
+scales are themselves stored in 8 bits, 256 of them to one fp32 (`double_quant`). No data.
+
+`icq` (information calibration quantization) shifts each block by tau before it is coded: of 2 `tau_steps` + 1 shifts
+around the median the one whose codes have the most entropy. tau is stored beside the codes, in 8 bits; the authors
+derive it anew at every load, from a full-precision model and a `tau_steps` that has to be the same.
+
+Storage (N = O I weights, B = ceil(N / 64) blocks, S = ceil(B / 256) super-blocks)
+    name          shape                 dtype   bits per weight
+    weight        [N * bits / 32]       int32   bits
+    scale         [B]                   uint8   8 / 64 (fp32, 32 / 64, without double_quant)
+    scale_absmax  [S]                   fp32    32 / (64 * 256)     only with double_quant, as the next
+    scale_mean    [1]                   fp32    32 / N
+    tau           [B]                   uint8   8 / 64              only with icq, as the next
+    tau_absmax    [S]                   fp32    32 / (64 * 256)
+4 bits store 4.127, with icq 4.254. Codes of 4 bits lie in the very bytes of bitsandbytes (the first of two in the high
+half), so that its kernels read them where they are; `linear` uses them where bitsandbytes is installed.
+
+Codes, scales and mean equal bitsandbytes' bit for bit, with two exceptions. A block of zeros gets the code of zero
+(theirs divides by zero). And 8-bit codes are the nearest always, as in its CUDA kernels; its CPU kernel rounds to 65536
+points first, which moves about one scale in 700 by a code. 2 and 3 bits, which the papers mention and nobody
+published, use the same construction of levels. `preset="best"` searches each block's range for the least squared
+error, chooses codes for the scales and shifts as stored, and takes the smallest of equally good shifts (theirs the most
+negative).
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..bits import pack, packed_words, unpack
+from ..errors import LLQError
+from ..grids import Spec
+from ..method import Job, Method, Packed
+from ..stats import Stat
+
+SUPER = 256  # blocks whose scales (or shifts) share an fp32 number
+CHUNK = 2**21  # weights whose shifts are searched at a time: bounds memory
+SHRINKS = 32  # ranges tried by search_range, 1.00 down to 0.38
+KERNEL_BLOCKS = (64, 128, 256, 512, 1024, 2048, 4096)  # that bitsandbytes has kernels for
+
+# The published levels, and the points where its kernels go from one to the next: midpoints, some an ulp off.
+NF4_LEVELS = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+NF4_BOUNDS = (
+    -0.8480964, -0.61063293, -0.45999527, -0.33967943, -0.23460741, -0.13791173, -0.04552502, 0.03979015, 0.12025525,
+    0.20352125, 0.29201377, 0.38931254, 0.50166342, 0.64278692, 0.86147842,
+)  # fmt: skip
+
+
+@cache
+def levels(bits: int) -> tuple[Tensor, Tensor]:
+    """The values of the codes [2**bits], ascending, and the bounds between neighbours [2**bits - 1]."""
+    if bits == 4:
+        return torch.tensor(NF4_LEVELS), torch.tensor(NF4_BOUNDS)
+    half = 2 ** (bits - 1)
+    tail = _tail(bits)
+    positive, negative = (torch.special.ndtri(_line(tail, n)[:-1]) for n in (half + 1, half))
+    values = torch.cat([-negative, torch.zeros(1, dtype=torch.float64), positive.flip(0)]).float()
+    values /= values.max()
+    return values, (values[1:] + values[:-1]) / 2
+
+
+def _tail(bits: int) -> float:
+    """The probability at which the outermost level lies, to the digits of the published 0.9677083 of 4 bits."""
+    return float(round(1 - (1 / (2 * (2**bits - 1)) + 1 / (2 * 2**bits)) / 2, 7))
+
+
+def _line(start: float, count: int) -> Tensor:
+    return torch.linspace(start, 0.5, count, dtype=torch.float64)
+
+
+@cache
+def dynamic_levels() -> tuple[Tensor, Tensor]:
+    """bitsandbytes' signed "dynamic" 8-bit map: 256 values, finer towards zero; and the bounds between them."""
+    values = [0.0, 1.0]
+    for exponent in range(7):
+        edges = torch.linspace(0.1, 1, 2**exponent + 1)
+        middles = (10 ** (exponent - 6) * ((edges[:-1] + edges[1:]) / 2)).tolist()
+        values += middles + [-value for value in middles]
+    values_256 = torch.tensor(sorted(values))
+    return values_256, (values_256[1:] + values_256[:-1]) / 2
+
+
+class Eight:
+    """Numbers [B] in 8 bits: a code of the dynamic map for each, times the largest magnitude of 256 neighbours."""
+
+    @staticmethod
+    def encode(values_B: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes uint8 [B] and absmax fp32 [S]."""
+        padded_SK = _rows(values_B, SUPER)
+        absmax_S = padded_SK.abs().amax(1)
+        bounds = dynamic_levels()[1].to(values_B.device)
+        codes_SK = torch.bucketize(padded_SK * _inverse(absmax_S)[:, None], bounds)
+        return codes_SK.flatten()[: len(values_B)].to(torch.uint8), absmax_S
+
+    @staticmethod
+    def decode(codes_B: Tensor, absmax_S: Tensor) -> Tensor:
+        absmax_B = absmax_S.repeat_interleave(SUPER)[: len(codes_B)]
+        return dynamic_levels()[0].to(codes_B.device)[codes_B.int()] * absmax_B
+
+
+@dataclass(frozen=True, kw_only=True)
+class NF4(Method):
+    """double_quant: scales in 8 bits; icq: shift each block by a stored tau, found among 2 tau_steps + 1 shifts within
+    tau_range (in sigmas of a block's levels) of the median; nearest_shift: the smallest of equally good ones;
+    search_range: shrink each block's range to the least squared error.
+    """
+
+    name: ClassVar[str] = "nf4"
+    title: ClassVar[str] = "NormalFloat (Dettmers et al. 2023)"
+    bits_range: ClassVar[range] = range(2, 5)
+    best: ClassVar[dict[str, Any]] = {"search_range": True, "nearest_shift": True}
+
+    bits: int = 4
+    block_size: int = 64
+    double_quant: bool = True
+    search_range: bool = False
+    icq: bool = False
+    tau_range: float = 0.1
+    tau_steps: int = 100
+    nearest_shift: bool = False
+
+    def check(self) -> None:
+        if self.block_size < 2:
+            raise LLQError(f"block_size={self.block_size} must be at least 2 weights")
+        if not 0 < self.tau_range < 1:
+            raise LLQError(f"tau_range={self.tau_range} must lie between 0 and 1")
+        if not 1 <= self.tau_steps <= 10_000:
+            raise LLQError(f"tau_steps={self.tau_steps} must lie in 1..10000")
+
+    def layout(self, out_features: int, in_features: int) -> dict[str, Spec]:
+        weights = out_features * in_features
+        blocks = -(-weights // self.block_size)
+        supers = -(-blocks // SUPER)
+        words = -(-weights // 8) if self.bits == 4 else packed_words(weights, self.bits)
+        layout = {"weight": Spec((words,), torch.int32)}
+        if self.double_quant:
+            layout["scale"] = Spec((blocks,), torch.uint8)
+            layout["scale_absmax"] = Spec((supers,), torch.float32)
+            layout["scale_mean"] = Spec((1,), torch.float32)
+        else:
+            layout["scale"] = Spec((blocks,), torch.float32)
+        if self.icq:
+            layout["tau"] = Spec((blocks,), torch.uint8)
+            layout["tau_absmax"] = Spec((supers,), torch.float32)
+        return layout
+
+    # --- quantizing ----------------------------------------------------------------------------------------------
+
+    def quantize(self, weight_OI: Tensor, stat: Stat | None, job: Job) -> Packed:
+        weight_BK = _rows(weight_OI.flatten(), self.block_size)
+        packed: Packed = {}
+        if self.icq:
+            weight_BK, packed = self._shifted(weight_OI.flatten(), weight_BK)
+        scale_B = self._searched(weight_BK) if self.search_range else weight_BK.abs().amax(1)
+        packed |= self._pack_scales(scale_B)
+        codes_BK = self._codes(weight_BK, self._scales(packed) if self.search_range else scale_B)
+        return {"weight": self._pack_codes(codes_BK.flatten()[: weight_OI.numel()]), **packed}
+
+    def _codes(self, weight_BK: Tensor, scale_B: Tensor) -> Tensor:
+        """Nearest codes; times the reciprocal, as bitsandbytes does, because a division rounds otherwise."""
+        bounds = levels(self.bits)[1].to(weight_BK.device)
+        return torch.bucketize(weight_BK * _inverse(scale_B)[:, None], bounds, out_int32=True)
+
+    def _searched(self, weight_BK: Tensor) -> Tensor:
+        """The scale of each block, of `SHRINKS` shrunken ones, whose codes have the least squared error."""
+        values = levels(self.bits)[0].to(weight_BK.device)
+        full_B = weight_BK.abs().amax(1)
+        best_B, least_B = full_B, torch.full_like(full_B, torch.inf)
+        for step in range(SHRINKS):
+            scale_B = full_B * (1 - step / 50)
+            restored_BK = values[self._codes(weight_BK, scale_B)] * scale_B[:, None]
+            error_B = (restored_BK - weight_BK).square_().sum(1)
+            best_B = torch.where(error_B < least_B, scale_B, best_B)
+            least_B = torch.minimum(error_B, least_B)
+        return best_B
+
+    def _pack_scales(self, scale_B: Tensor) -> Packed:
+        if not self.double_quant:
+            return {"scale": scale_B}
+        mean_1 = scale_B.mean().reshape(1)
+        codes_B, absmax_S = Eight.encode(scale_B - mean_1)
+        return {"scale": codes_B, "scale_absmax": absmax_S, "scale_mean": mean_1}
+
+    def _scales(self, packed: Packed) -> Tensor:
+        """fp32 [B], as stored."""
+        if not self.double_quant:
+            return packed["scale"]
+        return Eight.decode(packed["scale"], packed["scale_absmax"]) + packed["scale_mean"]
+
+    def _pack_codes(self, codes_N: Tensor) -> Tensor:
+        if self.bits != 4:
+            return pack(codes_N, self.bits)
+        pairs = torch.nn.functional.pad(codes_N.to(torch.uint8), (0, -len(codes_N) % 8)).view(-1, 2)
+        return (pairs[:, 0] << 4 | pairs[:, 1]).contiguous().view(torch.int32)
+
+    def _unpack_codes(self, weight: Tensor, weights: int) -> Tensor:
+        """int32 [N], to index levels with."""
+        if self.bits != 4:
+            return unpack(weight, self.bits, weights).int()
+        as_bytes = weight.contiguous().view(torch.uint8).int()
+        return torch.stack([as_bytes >> 4, as_bytes & 15], dim=1).flatten()[:weights]
+
+    # --- information calibration -----------------------------------------------------------------------------------
+
+    def _shifted(self, weight_N: Tensor, weight_BK: Tensor) -> tuple[Tensor, Packed]:
+        """(weights less their block's tau, tau as stored); tau unrounded, as theirs is, unless ranges are searched."""
+        whole = len(weight_N) // self.block_size
+        taus = [self._taus(part) for part in torch.split(weight_BK[:whole], max(CHUNK // self.block_size, 1))]
+        if whole < len(weight_BK):  # a short last block: its padding takes no part
+            taus.append(self._taus(weight_N[whole * self.block_size :][None]))
+        tau_B = torch.cat(taus)
+        codes_B, absmax_S = Eight.encode(tau_B)
+        if self.search_range:
+            tau_B = Eight.decode(codes_B, absmax_S)
+        shifted_N = (weight_BK - tau_B[:, None]).flatten()[: len(weight_N)]
+        return _rows(shifted_N, self.block_size), {"tau": codes_B, "tau_absmax": absmax_S}
+
+    def _taus(self, weight_BK: Tensor) -> Tensor:
+        """tau [B] of the most entropy. Sorted weights stay sorted when shifted: codes are counted by binary search."""
+        ordered_BK = weight_BK.sort(1).values
+        median_B = ordered_BK[:, (ordered_BK.shape[1] - 1) // 2]  # the lower one
+        reach_B = torch.maximum(ordered_BK[:, -1] - median_B, median_B - ordered_BK[:, 0])
+        best_B, most_B = median_B, torch.full_like(median_B, -1)
+        for shift in self._shifts():
+            tau_B = median_B + shift * reach_B
+            entropy_B = self._entropy(ordered_BK - tau_B[:, None])
+            best_B = torch.where(entropy_B > most_B, tau_B, best_B)
+            most_B = torch.maximum(entropy_B, most_B)
+        return best_B
+
+    def _shifts(self) -> list[float]:
+        """In the order in which equally good ones win: from the most negative one up, or from zero outwards."""
+        reach = self.tau_range / float(torch.special.ndtri(torch.tensor(_tail(self.bits), dtype=torch.float64)))
+        shifts: list[float] = torch.linspace(-reach, reach, 2 * self.tau_steps + 1).tolist()
+        return sorted(shifts, key=abs) if self.nearest_shift else shifts
+
+    def _entropy(self, ordered_BK: Tensor) -> Tensor:
+        """Bits per code [B] of blocks in ascending order."""
+        size, bounds = ordered_BK.shape[1], levels(self.bits)[1].to(ordered_BK.device)
+        scale_B = torch.maximum(ordered_BK[:, -1], -ordered_BK[:, 0])
+        normal_BK = ordered_BK * _inverse(scale_B)[:, None]
+        below = torch.searchsorted(normal_BK, bounds.expand(len(normal_BK), -1).contiguous(), right=True)
+        counts = torch.nn.functional.pad(below, (1, 0)).diff(append=below.new_full((len(below), 1), size))
+        if self.nearest_shift:  # in order of size: the same counts in another order are exactly as good
+            counts = counts.sort(1).values
+        return -sum(_plogp(size, counts.device)[counts].unbind(1), start=torch.zeros_like(scale_B))
+
+    # --- use ---------------------------------------------------------------------------------------------------------
+
+    def dequantize(self, packed: Packed, out_features: int, in_features: int) -> Tensor:
+        weights = out_features * in_features
+        values = levels(self.bits)[0].to(packed["weight"].device)
+        weight_BK = _rows(values[self._unpack_codes(packed["weight"], weights)], self.block_size)
+        weight_BK *= self._scales(packed)[:, None]
+        if self.icq:
+            weight_BK += Eight.decode(packed["tau"], packed["tau_absmax"])[:, None]
+        return weight_BK.flatten()[:weights].view(out_features, in_features)
+
+    def linear(self, x: Tensor, packed: Packed, bias: Tensor | None, out_features: int) -> Tensor:
+        kernels = _bitsandbytes() if self._has_kernel(x) else None
+        if kernels is None:
+            return super().linear(x, packed, bias, out_features)
+        codes = packed["weight"].view(torch.uint8)[: -(-out_features * x.shape[-1] // 2), None]
+        state = kernels.functional.QuantState(
+            absmax=self._scales(packed),
+            shape=torch.Size((out_features, x.shape[-1])),
+            dtype=x.dtype,
+            blocksize=self.block_size,
+            quant_type="nf4",
+            code=levels(4)[0].to(x.device),
+        )
+        if not self.icq:
+            y: Tensor = kernels.matmul_4bit(x, codes.t(), quant_state=state, bias=bias)
+            return y
+        weight_OI = kernels.functional.dequantize_4bit(codes, state)
+        tau_B1 = Eight.decode(packed["tau"], packed["tau_absmax"])[:, None].to(x.dtype)
+        weight_OI = (weight_OI.view(-1, self.block_size) + tau_B1).view(out_features, -1)
+        return torch.nn.functional.linear(x, weight_OI, bias)
+
+    def _has_kernel(self, x: Tensor) -> bool:
+        """Whether bitsandbytes serves this layout and these inputs; a width that blocks divide keeps blocks in rows."""
+        whole = self.bits == 4 and self.block_size in KERNEL_BLOCKS and x.shape[-1] % self.block_size == 0
+        return whole and x.is_cuda and x.numel() > 0
+
+
+@cache
+def _bitsandbytes() -> Any:
+    """The package, or None where it is not installed."""
+    return importlib.import_module("bitsandbytes") if importlib.util.find_spec("bitsandbytes") else None
+
+
+def _rows(values_N: Tensor, size: int) -> Tensor:
+    """[ceil(N / size), size], the last row filled up with zeros."""
+    if len(values_N) % size == 0:
+        return values_N.reshape(-1, size)
+    return torch.nn.functional.pad(values_N, (0, -len(values_N) % size)).view(-1, size)
+
+
+def _inverse(scale_B: Tensor) -> Tensor:
+    """1 / scale; 0 for blocks of zeros, all of whose weights then get the code of zero."""
+    return torch.where(scale_B == 0, 0.0, 1 / scale_B)
+
+
+@cache
+def _plogp(size: int, device: torch.device) -> Tensor:
+    """p log2 p for counts 0..size out of `size`."""
+    share = torch.arange(size + 1, dtype=torch.float32, device=device) / size
+    return torch.where(share == 0, 0.0, share * torch.log2(share))
