@@ -42,7 +42,7 @@ def test_two_processes_make_the_bytes_of_one(tiny_llama, calibration_npy, tmp_pa
     method, calibration = build("gptq", **METHOD), Calibration(str(calibration_npy), samples=8)
     one, two, plain = tmp_path / "one", tmp_path / "two", tmp_path / "plain"
     quantize_checkpoint(str(tiny_llama), one, method, calibration, RunOptions(shards=2))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command = ["-m", "llq_hf", "quantize", str(tiny_llama), str(two), "--method", "gptq", "--bits", "3"]
     command += ["--group-size", "32", "--calibration", str(calibration_npy), "--calibration-samples", "8"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
