@@ -307,6 +307,8 @@ def score(model: Any, tokenizer: Any, heldout: Any, machine: Machine) -> dict[st
         preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(-1),
     )
     found = _silent(trainer).evaluate(heldout)
+    # accelerate marks what it prepared to be scored, and would then not wrap it to be trained by several processes
+    vars(model).pop("_is_accelerate_prepared", None)
     return {"loss": found["eval_loss"], "accuracy": found["eval_right"]}
 
 
