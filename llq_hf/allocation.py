@@ -11,9 +11,9 @@ with y the outputs and x the inputs of the linear and L the loss of a sequence u
 (the true Fisher; output and input seen as independent, as K-FAC does). The D of different linears are added, and an
 exact knapsack over bits finds the least total. No perplexity is measured, nothing is tried out.
 
-Known to fail: on the demo model with RTN's widths the allocation is far worse than uniform widths (README). Its first
-blocks score too low; unproven guess: their errors add up over the tokens of a sequence, which the independence above
-denies.
+Known to fail: on the demo model with RTN's widths the allocation is far worse than uniform widths (README). The
+independence above is part of it: with each sequence's whole weight gradient, <G, dW>^2, KL at 4.156 bits fell from
+0.150 to 0.052 in a trial, still above 0.016 of uniform 4 bits. Errors of 2 bits are probably beyond the second order.
 """
 
 from __future__ import annotations
