@@ -47,6 +47,8 @@ ROWS: list[Row] = [
     *best("QuIP", "quip", (8, 4, 3, 2)),
     *rows("SliM-LLM", "slim_llm", (4, 3, 2)),
     *best("SliM-LLM", "slim_llm", (4, 3, 2)),
+    *rows("EfficientQAT", "efficient_qat", (4, 3, 2)),
+    *best("EfficientQAT", "efficient_qat", (4, 3, 2)),
     *rows("DB-LLM", "db_llm", (2,)),
     *best("DB-LLM", "db_llm", (2,)),
     *rows("PB-LLM", "pb_llm", (2.0, 1.7)),

@@ -2,14 +2,15 @@
 
     uv run python bench/hybrid_table.py [--out FILE.md] [--only WORDS] [--cache FOLDER]
 
-On the bundled demo model, CPU. KL(full precision || quantized) is in nats per token over 64 windows of 256 tokens of
-the held-out text, perplexity over all of it, both in fp32. Packed models stay in the cache folder, so that a run goes
-on where it was stopped.
+On the bundled demo model, CPU. KL(full precision || quantized) in nats per token, and perplexity, over 16 windows of
+256 tokens of the held-out text, in fp32. Packed models stay in the cache folder, so that a run goes on where it was
+stopped.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 from functools import cache
 from pathlib import Path
 
@@ -18,42 +19,38 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from llq_hf.demo import calibration_for, resolve, world
-from llq_hf.demo.train import ids_of, perplexity
+from llq_hf.demo.train import ids_of
 from llq_hf.lm_eval import cached
 from llq_hf.methods import build
 from llq_hf.packed import read_report
 from llq_hf.quantize import RunOptions
 from llq_hf.run import load_tokenizer
 
-WINDOW, WINDOWS = 256, 64
-QUIP = "+".join(f"quip:{bits}" for bits in (2, 3, 4))
-MIXED = QUIP + "+gptq:2:preset=best+gptq:3:preset=best"
-HALVES = "*.layers.0.*=quip:3+*.layers.1.*=quip:3+*=quip:2"
+WINDOW, WINDOWS = 256, 16
+WIDTHS = "rtn:2+rtn:3+rtn:4+rtn:5+rtn:6+rtn:8"
+
+
+def halves(more: int, fewer: int) -> str:
+    """Rules that give the first half of the demo model's blocks more bits."""
+    return f"*.layers.0.*=rtn:{more}+*.layers.1.*=rtn:{more}+*=rtn:{fewer}"
+
+
+BEST: dict[str, object] = {"bits": 2, "preset": "best"}
 ROWS: dict[str, dict[str, object]] = {
-    "GPTQ, 2 bits, groups of 64, `preset=best`": {"name": "gptq", "bits": 2, "group_size": 64, "preset": "best"},
-    "OmniQuant, 2 bits, groups of 64, `preset=best`": {
-        "name": "omniquant",
-        "bits": 2,
-        "group_size": 64,
-        "preset": "best",
-    },
-    "QuIP, 2 bits, `preset=best`": {"name": "quip", "bits": 2, "preset": "best"},
-    "SpinQuant, 2 bits, `preset=best`": {"name": "spinquant", "bits": 2, "preset": "best"},
-    "AWQ, 2 bits, `preset=best`": {"name": "awq", "bits": 2, "preset": "best"},
+    "SpinQuant, 2 bits, `preset=best`": {"name": "spinquant", **BEST},
+    "QuIP, 2 bits, `preset=best`": {"name": "quip", **BEST},
+    "AWQ, 2 bits, `preset=best`": {"name": "awq", **BEST},
+    "GPTQ, 2 bits, groups of 64, `preset=best`": {"name": "gptq", "group_size": 64, **BEST},
+    "OmniQuant, 2 bits, groups of 64, `preset=best`": {"name": "omniquant", "group_size": 64, **BEST},
     "EfficientQAT, 2 bits": {"name": "efficient_qat", "bits": 2},
-    "EfficientQAT, 2 bits, `preset=best`, Block-AP alone": {
-        "name": "efficient_qat",
-        "bits": 2,
-        "preset": "best",
-        "tune_epochs": 0,
-    },
-    "EfficientQAT, 2 bits, `preset=best`": {"name": "efficient_qat", "bits": 2, "preset": "best"},
-    "QuIP, 2 bits": {"name": "quip", "bits": 2},
-    "QuIP, 3 bits": {"name": "quip", "bits": 3},
-    "QuIP, first half of the blocks 3 bits, others 2": {"name": "hybrid", "rules": HALVES},
-    "hybrid of QuIP, 2.548 bits": {"name": "hybrid", "bits": 2.548, "candidates": QUIP},
-    "hybrid of QuIP, 3.048 bits": {"name": "hybrid", "bits": 3.048, "candidates": QUIP},
-    "hybrid of QuIP and GPTQ, 2.548 bits": {"name": "hybrid", "bits": 2.548, "candidates": MIXED},
+    "EfficientQAT, 2 bits, `preset=best`, Block-AP alone": {"name": "efficient_qat", "tune_epochs": 0, **BEST},
+    "EfficientQAT, 2 bits, `preset=best`": {"name": "efficient_qat", **BEST},
+    "RTN, 3 bits": {"name": "rtn", "bits": 3},
+    "RTN, 4 bits": {"name": "rtn", "bits": 4},
+    "RTN, first half of the blocks 4 bits, the others 3": {"name": "hybrid", "rules": halves(4, 3)},
+    "hybrid of RTN, 3.148 bits": {"name": "hybrid", "bits": 3.1485, "candidates": WIDTHS},
+    "hybrid of RTN, 3.652 bits": {"name": "hybrid", "bits": 3.6525, "candidates": WIDTHS},
+    "hybrid of RTN, 4.156 bits": {"name": "hybrid", "bits": 4.1565, "candidates": WIDTHS},
 }
 
 
@@ -69,13 +66,14 @@ def text_ids() -> Tensor:
 
 
 @torch.no_grad()
-def divergence(model: nn.Module) -> float:
-    """KL(full precision || model) in nats per token."""
-    total = 0.0
+def measured(model: nn.Module) -> tuple[float, float]:
+    """KL(full precision || model) in nats per token, and perplexity."""
+    divergence = nats = 0.0
     for ids_BS in text_ids()[: WINDOW * WINDOWS].view(-1, WINDOW).split(16):
-        p, q = (each(ids_BS).logits.log_softmax(-1) for each in (full_precision(), model))
-        total += float((p.exp() * (p - q)).sum(-1).mean()) * len(ids_BS)
-    return total / WINDOWS
+        p_BSV, q_BSV = (each(ids_BS).logits.log_softmax(-1) for each in (full_precision(), model))
+        divergence += float((p_BSV.exp() * (p_BSV - q_BSV)).sum(-1).mean()) * len(ids_BS)
+        nats -= float(q_BSV[:, :-1].gather(-1, ids_BS[:, 1:, None]).mean()) * len(ids_BS)
+    return divergence / WINDOWS, math.exp(nats / WINDOWS)
 
 
 def line(name: str, options: dict[str, object], root: Path) -> str:
@@ -85,7 +83,8 @@ def line(name: str, options: dict[str, object], root: Path) -> str:
     folder = cached(resolve("demo"), method, data, RunOptions(dtype="float32"), root)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     stored = read_report(folder)["bits"]["stored"]
-    return f"| {name} | {stored:.3f} | {divergence(model):.4f} | {perplexity(model, text_ids(), WINDOW):.4f} |"
+    divergence, perplexity = measured(model)
+    return f"| {name} | {stored:.3f} | {divergence:.4f} | {perplexity:.3f} |"
 
 
 def main() -> None:

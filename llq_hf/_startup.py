@@ -50,6 +50,32 @@ def _on_lm_eval_tasks(module: "ModuleType") -> None:
     module.TaskIndex.build = staticmethod(build)
 
 
+def _on_peft(module: "ModuleType") -> None:
+    # An adapter of ours on a base it was not trained on is refused, however it is loaded.
+    _check_adapters(module.PeftModel, lambda model_id=None, *rest, **options: model_id)
+
+
+def _on_transformers_peft(module: "ModuleType") -> None:
+    _check_adapters(module.PeftAdapterMixin, lambda peft_model_id=None, *rest, **options: peft_model_id)
+
+
+def _check_adapters(loader: type, folder_of: "Callable[..., object]") -> None:
+    from functools import wraps
+
+    original = loader.load_adapter  # type: ignore[attr-defined]
+
+    @wraps(original)
+    def load_adapter(self, *args, **options):  # type: ignore[no-untyped-def]
+        folder = folder_of(*args, **options)
+        if folder:  # None: tensors are given, not a folder
+            from llq_hf.adapters.folder import check_base
+
+            check_base(self, str(folder))
+        return original(self, *args, **options)
+
+    loader.load_adapter = load_adapter  # type: ignore[attr-defined]
+
+
 def _on_lmms_eval_tasks(module: "ModuleType") -> None:
     original = module.TaskManager.initialize_tasks
 
@@ -101,6 +127,8 @@ def tasks_folder(harness: str):  # type: ignore[no-untyped-def]
 
 HOOKS = {
     "transformers.quantizers.auto": _on_transformers,
+    "transformers.integrations.peft": _on_transformers_peft,
+    "peft.peft_model": _on_peft,
     "lm_eval.models": _on_lm_eval_models,
     "lm_eval.models.huggingface": _on_lm_eval_huggingface,
     "lm_eval.tasks._index": _on_lm_eval_tasks,

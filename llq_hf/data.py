@@ -32,7 +32,7 @@ import hashlib
 import json
 import random
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -67,14 +67,13 @@ def read_texts(path: Path) -> list[str]:
     suffix = path.suffix.lower()
     if suffix == ".parquet":
         texts = _parquet_texts(path)
+    elif suffix == ".txt":
+        texts = [_read_utf8(path)]
+    elif suffix == ".json":
+        texts = [_text_of(value, f"Entry {index} of {path}") for index, value in enumerate(read_json_list(path))]
     else:
-        content = _read_utf8(path)
-        if suffix == ".txt":
-            texts = [content]
-        elif suffix == ".json":
-            texts = _json_texts(content, path)
-        else:
-            texts = [_text_of(value, f"Line {line} of {path}") for line, value in _json_lines(content, path)]
+        lines = json_lines(_read_utf8(path).split("\n"), path)  # splitlines() cuts at U+2028 too
+        texts = [_text_of(value, f"Line {line} of {path}") for line, value in lines]
     if not any(text.strip() for text in texts):
         raise LLQError(f"{path} holds no text; give a file with at least one document that is not blank.")
     return texts
@@ -84,10 +83,10 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     """The objects of a `.jsonl` file or the rows of a `.parquet` file, as dictionaries; at least one."""
     path = _existing_file(path, (".jsonl", ".parquet"))
     if path.suffix.lower() == ".parquet":
-        records: list[Any] = _read_parquet(path).to_pylist()
+        records: list[Any] = open_parquet(path).read().to_pylist()
     else:
         records = []
-        for line, value in _json_lines(_read_utf8(path), path):
+        for line, value in json_lines(_read_utf8(path).split("\n"), path):
             if not isinstance(value, dict):
                 raise LLQError(f"Line {line} of {path} is {type(value).__name__}, not a JSON object; write objects.")
             records.append(value)
@@ -116,7 +115,9 @@ def _read_utf8(path: Path) -> str:
         raise LLQError(f"{path} cannot be read ({error.strerror}); check its permissions.") from error
 
 
-def _json_texts(content: str, path: Path) -> list[str]:
+def read_json_list(path: Path) -> list[Any]:
+    """The list that a `.json` file holds; LLQError names the line that is not JSON."""
+    content = _read_utf8(path)
     if not content.strip():
         raise LLQError(f"{path} is empty; give a file with at least one document.")
     try:
@@ -128,20 +129,20 @@ def _json_texts(content: str, path: Path) -> list[str]:
         ) from error
     if not isinstance(values, list):
         raise LLQError(f"{path} holds a JSON {type(values).__name__}, not a list; write a list of documents.")
-    return [_text_of(value, f"Entry {index} of {path}") for index, value in enumerate(values)]
-
-
-def _json_lines(content: str, path: Path) -> list[tuple[int, Any]]:
-    """(line number from 1, value) of every line that is not blank."""
-    values = []
-    for number, line in enumerate(content.split("\n"), start=1):  # splitlines() cuts at U+2028 too
-        if not line.strip():
-            continue
-        try:
-            values.append((number, json.loads(line)))
-        except json.JSONDecodeError as error:
-            raise LLQError(f"Line {number} of {path} is not valid JSON ({error.msg}); mend that line.") from error
     return values
+
+
+def json_lines(lines: Iterable[str], path: Path) -> Iterator[tuple[int, Any]]:
+    """(line number from 1, value) of every line that is not blank, one at a time."""
+    number = 0
+    try:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                yield number, json.loads(line)
+    except json.JSONDecodeError as error:
+        raise LLQError(f"Line {number} of {path} is not valid JSON ({error.msg}); mend that line.") from error
+    except UnicodeDecodeError as error:
+        raise LLQError(f"{path} is not UTF-8 text (after line {number}); save it as UTF-8.") from error
 
 
 def _text_of(value: Any, where: str) -> str:
@@ -155,17 +156,18 @@ def _text_of(value: Any, where: str) -> str:
     return text
 
 
-def _read_parquet(path: Path) -> Any:
+def open_parquet(path: Path) -> Any:
+    """A `pyarrow.parquet.ParquetFile`, from which rows can be read batch by batch."""
     import pyarrow.parquet  # type: ignore[import-untyped]
 
     try:
-        return pyarrow.parquet.read_table(path)
+        return pyarrow.parquet.ParquetFile(path)
     except (OSError, ValueError) as error:  # pyarrow's ArrowInvalid is a ValueError
         raise LLQError(f"{path} is not a readable parquet file ({error}); write it anew.") from error
 
 
 def _parquet_texts(path: Path) -> list[str]:
-    table = _read_parquet(path)
+    table = open_parquet(path).read()
     strings = [field.name for field in table.schema if str(field.type) in ("string", "large_string", "string_view")]
     name = "text" if "text" in strings else strings[0] if len(strings) == 1 else None
     if name is None:
@@ -245,6 +247,12 @@ class Calibration:
     @property
     def needs_tokenizer(self) -> bool:
         return Path(self.source).suffix.lower() != ".npy"
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """The draw, as a card tells of it: a file by its name only."""
+        name = self.source if self.source in CALIBRATION_SOURCES else Path(self.source).name
+        return {"source": name, "samples": self.samples, "seqlen": self.seqlen, "seed": self.seed}
 
     def ids(self, tokenizer: Any, vocab_size: int | None = None) -> Tensor:
         """int64 `[N, S]`; see `calibration_ids`."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,7 @@ class QuantLinear(nn.Linear):
         nn.Module.__init__(self)  # not nn.Linear's: it would allocate the dense weight
         self.method, self.in_features, self.out_features = method, in_features, out_features
         self.layout = checked_layout(method, out_features, in_features)
+        self._number = number_of(method)
         for name, spec in self.layout.items():
             empty = torch.empty(spec.shape, dtype=spec.dtype, device=device)
             if name == "weight":
@@ -66,6 +68,10 @@ class QuantLinear(nn.Linear):
         return self.method.dequantize(self.packed(), self.out_features, self.in_features)
 
     def forward(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling() and not (x.requires_grad and torch.is_grad_enabled()):
+            stored = [getattr(self, name) for name in self.layout]
+            y: Tensor = compiled_linear(x, stored, ",".join(self.layout), self.bias, self._number, self.out_features)
+            return y
         return self.method.linear(x, self.packed(), self.bias, self.out_features)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
@@ -82,6 +88,32 @@ class QuantLinear(nn.Linear):
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {self.method}"
+
+
+# --- one operator for torch.compile --------------------------------------------------------------------------------
+
+_NUMBERED: list[Method] = []  # what the operator's `method` stands for, in this process
+
+
+@cache
+def number_of(method: Method) -> int:
+    """An integer for a method: all that an operator can be given."""
+    _NUMBERED.append(method)
+    return len(_NUMBERED) - 1
+
+
+@torch.library.custom_op("llq::linear", mutates_args=())
+def compiled_linear(
+    x: Tensor, stored: Sequence[Tensor], names: str, bias: Tensor | None, method: int, out_features: int
+) -> Tensor:
+    """`Method.linear` as one node of a graph: whatever a method does with its tensors, nothing breaks the graph."""
+    packed = dict(zip(names.split(","), stored, strict=True))
+    return _NUMBERED[method].linear(x, packed, bias, out_features).contiguous()
+
+
+@compiled_linear.register_fake
+def _(x: Tensor, stored: Sequence[Tensor], names: str, bias: Tensor | None, method: int, out_features: int) -> Tensor:
+    return x.new_empty(*x.shape[:-1], out_features)
 
 
 def checked_layout(method: Method, out_features: int, in_features: int) -> dict[str, Spec]:

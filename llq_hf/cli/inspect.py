@@ -23,8 +23,9 @@ def info(
 ) -> None:
     """What a packed checkpoint is: method, options, bits counted from its files, fingerprint, how each linear went."""
     from ..inspection import inspect_checkpoint
+    from ..kernels import describe
 
-    found = inspect_checkpoint(path)
+    found = {**inspect_checkpoint(path), "kernels": describe()}
     if as_json:
         print(json.dumps(found, indent=2))
         return
@@ -37,6 +38,7 @@ def info(
         "bytes",
         "quantized_linears",
         "fingerprint",
+        "kernels",
     ):
         value = found[key]
         table.add_row(key.replace("_", " "), f"{value:.4g}" if isinstance(value, float) else str(value))
@@ -61,9 +63,9 @@ def print_served(records: list[dict[str, Any]]) -> None:
             served.setdefault(block, {})[linear] = record["served_by"]
     if served:
         columns = list(dict.fromkeys(linear for linears in served.values() for linear in linears))
-        table = Table("block", *(column.rpartition(".")[2] for column in columns))
+        table = Table("block", *(column.rpartition(".")[2].removesuffix("_proj") for column in columns))
         for block, linears in served.items():
-            table.add_row(block, *(linears.get(column, "") for column in columns))
+            table.add_row(block.rpartition(".")[2], *(linears.get(column, "") for column in columns))
         console.print(table)
 
 

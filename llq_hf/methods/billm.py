@@ -43,6 +43,7 @@ from ..bits import pack, packed_words, unpack
 from ..errors import LLQError
 from ..feedback import by_blocks
 from ..grids import Spec
+from ..kernels import LevelCodes, product
 from ..method import Flow, Job, Method, Packed
 from ..refine import Objective, descend, refit_levels
 from ..stats import PairedHessian, Stat, factorize, revive_dead
@@ -216,6 +217,13 @@ class BiLLM(Method):
             mean_OG4 = torch.cat([mean_OG4[..., :2], torch.zeros_like(both), both], dim=-1)
         codes_OI, salient_I = unpack(packed["weight"], 2, in_features), unpack(packed["salient"], 1, in_features)
         return look_up(packed["scale"].float(), mean_OG4, codes_OI, salient_I, self.block_size)
+
+    def linear(self, x: Tensor, packed: Packed, bias: Tensor | None, out_features: int) -> Tensor:
+        in_features = x.shape[-1]
+        stored = LevelCodes(
+            packed["weight"], in_features, packed["scale"], self.block_size, packed["mean"], packed["salient"]
+        )
+        return product(x, stored, lambda: self.dequantize(packed, out_features, in_features), bias)
 
 
 class Code(NamedTuple):

@@ -34,6 +34,7 @@ from ..bits import pack, packed_words, unpack
 from ..errors import LLQError
 from ..feedback import by_columns
 from ..grids import Spec
+from ..kernels import LevelCodes, product
 from ..method import Job, Method, Packed, PassListener, State
 from ..stats import Hessian, Stat, factorize, revive_dead
 from ..training import ScaledLinear, Schedule, grouped, scaled_linears
@@ -126,6 +127,11 @@ class DBLLM(Method):
 
     def dequantize(self, packed: Packed, out_features: int, in_features: int) -> Tensor:
         return restored(packed["weight"], packed["scale"].float(), in_features, self._size(in_features))
+
+    def linear(self, x: Tensor, packed: Packed, bias: Tensor | None, out_features: int) -> Tensor:
+        in_features = x.shape[-1]
+        stored = LevelCodes(packed["weight"], in_features, packed["scale"], self._size(in_features))
+        return product(x, stored, lambda: self.dequantize(packed, out_features, in_features), bias)
 
     def _size(self, in_features: int) -> int:
         return in_features if self.group_size == -1 else self.group_size

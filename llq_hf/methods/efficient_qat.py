@@ -125,6 +125,9 @@ class EfficientQAT(Method):
     def dequantize(self, packed: Packed, out_features: int, in_features: int) -> Tensor:
         return self.grid.unpack(packed, in_features)
 
+    def linear(self, x: Tensor, packed: Packed, bias: Tensor | None, out_features: int) -> Tensor:
+        return self.grid.linear(x, packed, bias)
+
     # --- Block-AP ------------------------------------------------------------------------------------------------
 
     def quantize_block(self, step: Step) -> dict[str, Packed]:

@@ -35,11 +35,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import LLQError
 from ..feedback import BLOCK, Solution, drift, group_aware_order, solve
-from ..grids import Grid, Spec, Uniform
+from ..grids import Affine, Grid, Spec, Uniform
 from ..method import Flow, Job, Method, Packed
 from ..refine import Objective, refined
 from ..stats import PairedHessian, Stat, factorize, revive_dead
@@ -171,8 +171,10 @@ class GPTQ(Method):
         weight_OI = self.grid.unpack(packed, in_features)
         return weight_OI[:, torch.argsort(packed["order"])] if self._keeps_order else weight_OI
 
+    def affine(self, packed: Packed, out_features: int, in_features: int) -> Affine:
+        return self.grid.affine(packed, in_features)
+
     def linear(self, x: Tensor, packed: Packed, bias: Tensor | None, out_features: int) -> Tensor:
-        if not self._keeps_order:
-            return super().linear(x, packed, bias, out_features)
-        weight_OI = self.grid.unpack(packed, x.shape[-1])  # gather x, not the weight
-        return nn.functional.linear(x[..., packed["order"].long()], weight_OI.to(x.dtype), bias)
+        if self._keeps_order:
+            x = x[..., packed["order"].long()]  # gather x, not the weight
+        return self.grid.linear(x, packed, bias)

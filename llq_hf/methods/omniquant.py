@@ -48,7 +48,7 @@ from torch.nn import functional as F
 from ..activations import OFF, Attention, TokenQuant, round_through
 from ..arch import first as first_output
 from ..errors import LLQError
-from ..grids import Grid, Spec, Uniform
+from ..grids import Affine, Grid, Spec, Uniform
 from ..method import BlockData, Flow, Method, Packed, Step
 from ..stats import AbsMax
 from ..training import Trained, run_block, train_block
@@ -110,6 +110,10 @@ class OmniQuant(Method):
         return self.let and self.tokens.on
 
     @property
+    def weight_only(self) -> bool:
+        return not self.tokens.on
+
+    @property
     def flow(self) -> Flow:
         return Flow.BOTH
 
@@ -136,12 +140,14 @@ class OmniQuant(Method):
         weight_OI = self.grid.unpack(packed, in_features)
         return weight_OI / packed["in_scale"].float() if "in_scale" in packed else weight_OI
 
+    def affine(self, packed: Packed, out_features: int, in_features: int) -> Affine:
+        return self.grid.affine(packed, in_features)
+
     def linear(self, x: Tensor, packed: Packed, bias: Tensor | None, out_features: int) -> Tensor:
         if not self.tokens.on:
-            return super().linear(x, packed, bias, out_features)
+            return self.grid.linear(x, packed, bias)
         z = x / packed["in_scale"].float() if "in_scale" in packed else x
-        weight_OI = self.grid.unpack(packed, x.shape[-1])
-        return F.linear(self.tokens(z).to(x.dtype), weight_OI.to(x.dtype), bias)
+        return self.grid.linear(self.tokens(z).to(x.dtype), packed, bias)
 
     # --- training ----------------------------------------------------------------------------------------------
 

@@ -28,11 +28,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..bits import pack, packed_words, unpack
 from ..errors import LLQError
-from ..grids import Spec, Uniform
+from ..grids import Affine, Spec, Uniform
+from ..kernels import Part, UniformCodes, product
 from ..method import Job, Method, Packed
 from ..rotations import Rotation, rotation
 from ..stats import Hessian, Stat, factorize, revive_dead
@@ -175,14 +176,22 @@ class QuIP(Method):
             weight_OI = self.row_grid.unpack(packed, in_features)
         return weight_OI / packed["in_scale"].float() if self.rescale else weight_OI
 
+    def affine(self, packed: Packed, out_features: int, in_features: int) -> Affine:
+        if self.incoherence:
+            raise LLQError(
+                f"{self.name} turns inputs and outputs while the model runs; quantize with incoherence=False"
+            )
+        return self.row_grid.affine(packed, in_features)
+
     def linear(self, x: Tensor, packed: Packed, bias: Tensor | None, out_features: int) -> Tensor:
         z = x / packed["in_scale"].float() if self.rescale else x
         if not self.incoherence:
-            weight_OI = self.row_grid.unpack(packed, x.shape[-1])
-            return nn.functional.linear(z.to(x.dtype), weight_OI.to(x.dtype), bias)
+            return self.row_grid.linear(z.to(x.dtype), packed, bias)
         V, U = self._sides(packed["seeds"], out_features, x.shape[-1])
         z = V.apply(z) * self._step(packed)  # scaled before the product: fp16 must not overflow
-        y = nn.functional.linear(z.to(x.dtype), self._odd_levels(packed, x.shape[-1]).to(x.dtype))
+        in_features, top = x.shape[-1], 2**self.bits - 1
+        stored = UniformCodes(packed["weight"], in_features, (Part(self.bits, in_features),), 2.0, top / 2, in_features)
+        y = product(z.to(x.dtype), stored, lambda: self._odd_levels(packed, in_features))
         y = U.invert(y).to(x.dtype)
         return y if bias is None else y + bias
 

@@ -51,10 +51,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..arch import first
-from ..bits import pack, packed_words, unpack
+from ..bits import BLOCK, pack, packed_words, unpack
 from ..errors import LLQError
 from ..feedback import Solution, by_columns, drift, group_aware_order
 from ..grids import Grid, Spec, Uniform
+from ..kernels import Part, UniformCodes, product
 from ..method import Flow, Job, Method, Packed, Step
 from ..refine import Objective, descend, refitted
 from ..stats import PairedHessian, Stat, factorize, revive_dead
@@ -247,13 +248,33 @@ class SliMLLM(Method):
         zero_OG = zero_OG / self._zero_steps(packed["widths"])
         whole = in_features // self.group_size
         end = whole * self.group_size
-        head_OGg, tail_O1g = weight_OI[:, :end].view(-1, whole, self.group_size), weight_OI[:, None, end:]
+        head_OGg, tail_O1g = weight_OI[:, :end].view(out_features, whole, self.group_size), weight_OI[:, None, end:]
         for part, groups in ((head_OGg, slice(whole)), (tail_O1g, slice(whole, None))):
             if part.numel():
                 part.sub_(zero_OG[:, groups, None]).mul_(scale_OG[:, groups, None])
             if part.numel() and "mean" in packed:
                 part.add_(packed["mean"][:, groups, None])
         return weight_OI
+
+    def linear(self, x: Tensor, packed: Packed, bias: Tensor | None, out_features: int) -> Tensor:
+        in_features = x.shape[-1]
+        stored = self._readable(packed, in_features)
+        return product(x, stored, lambda: self.dequantize(packed, out_features, in_features), bias)
+
+    def _readable(self, packed: Packed, in_features: int) -> UniformCodes | None:
+        """As kernels read it: a part for every width. None where groups are not whole blocks, or have means."""
+        if self.group_size % BLOCK or in_features % BLOCK or "mean" in packed:
+            return None
+        widths_G, parts, start = packed["widths"], [], 0
+        blocks_K = torch.arange(in_features // BLOCK, dtype=torch.int32, device=widths_G.device)
+        widths_K = widths_G.repeat_interleave(self.group_size // BLOCK)[: len(blocks_K)]
+        for width in sorted(set(widths_G.tolist())):
+            blocks = blocks_K[widths_K == width]
+            columns = len(blocks) * BLOCK
+            parts.append(Part(width, columns, start, blocks, 2.0 ** (width - self._zero_bits)))
+            start += packed_words(columns, width) * 4
+        weight, scale, zero = packed["weight"], packed["scale"], packed["zero"]
+        return UniformCodes(weight, in_features, tuple(parts), scale, zero, self.group_size, self._zero_bits)
 
     # --- which group gets how many bits ------------------------------------------------------------------------------
 

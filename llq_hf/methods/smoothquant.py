@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from ..activations import TokenQuant
 from ..bits import unpack
 from ..errors import LLQError
-from ..grids import Grid, Spec, Uniform
+from ..grids import Affine, Grid, Spec, Uniform
 from ..method import Flow, Method, Packed, Step
 from ..stats import AbsMax, Stat
 
@@ -78,6 +78,10 @@ class SmoothQuant(Method):
     @property
     def tokens(self) -> TokenQuant:
         return TokenQuant(self.a_bits or self.bits)
+
+    @property
+    def weight_only(self) -> bool:
+        return not self.tokens.on
 
     @property
     def flow(self) -> Flow:
@@ -129,11 +133,13 @@ class SmoothQuant(Method):
         weight_OI = self.grid.unpack(packed, in_features)
         return weight_OI / packed["in_scale"].float() if self.smooth else weight_OI
 
+    def affine(self, packed: Packed, out_features: int, in_features: int) -> Affine:
+        return self.grid.affine(packed, in_features)
+
     def linear(self, x: Tensor, packed: Packed, bias: Tensor | None, out_features: int) -> Tensor:
         z = x / packed["in_scale"].float() if self.smooth else x
         if not self.tokens.on:
-            weight_OI = self.grid.unpack(packed, x.shape[-1])
-            return nn.functional.linear(z.to(x.dtype), weight_OI.to(x.dtype), bias)
+            return self.grid.linear(z.to(x.dtype), packed, bias)
         if self._integers(x, out_features):
             y = self._integer_product(z, packed)
         else:  # products and sums of codes, in fp32 whatever the model's dtype

@@ -1,0 +1,138 @@
+"""llq finetune."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from ..errors import LLQError
+from ..methods import METHODS, build
+from ..methods.nf4 import NF4
+from .app import app, console
+
+ADAPTERS = {"qlora": False, "ir_qlora": True}  # whether base and adapters are IR-QLoRA's
+
+
+@app.command()
+def finetune(
+    model: Annotated[str, typer.Argument(help="A packed checkpoint of any method, a dense model to pack, or `demo`.")],
+    out: Annotated[Path, typer.Argument(help="Folder of the adapter; must not exist, or hold the same run.")],
+    method: Annotated[str, typer.Option(help=f"One of: {', '.join(ADAPTERS)}.")] = "qlora",
+    data: Annotated[
+        str, typer.Option(help="alpaca, demo, a .json, .jsonl or .parquet file, or a dataset on the Hub.")
+    ] = "alpaca",
+    base_method: Annotated[
+        str, typer.Option(help=f"How a dense model is packed first: one of {', '.join(METHODS)}.")
+    ] = NF4.name,
+    bits: Annotated[float | None, typer.Option(help="Of that; default: the method's.")] = None,
+    calibration: Annotated[str | None, typer.Option(help="Of that, as in `llq quantize`.")] = None,
+    rank: Annotated[int, typer.Option(help="Of the adapters.")] = 64,
+    alpha: Annotated[int, typer.Option(help="Adapters count alpha / rank.")] = 16,
+    dropout: Annotated[float, typer.Option(help="In front of the adapters.")] = 0.0,
+    max_steps: Annotated[int, typer.Option(help="Steps of the optimizer.")] = 10_000,
+    batch_size: Annotated[int, typer.Option(help="Rows per step, over all processes.")] = 16,
+    micro_batch: Annotated[int, typer.Option(help="Rows per forward pass of one process.")] = 4,
+    learning_rate: Annotated[float, typer.Option(help="Constant.")] = 2e-4,
+    prompt_tokens: Annotated[int, typer.Option(help="Longer prompts are cut.")] = 384,
+    answer_tokens: Annotated[int, typer.Option(help="Longer answers are cut.")] = 128,
+    heldout: Annotated[int, typer.Option(help="Rows kept out of training, to score on.")] = 1024,
+    packing: Annotated[bool, typer.Option("--packing", help="Rows of a pass one after the other, no padding.")] = False,
+    streaming: Annotated[bool, typer.Option("--streaming", help="Read rows while training; store none.")] = False,
+    paged: Annotated[bool, typer.Option("--paged", help="AdamW's state may leave the GPU (bitsandbytes).")] = False,
+    recompute: Annotated[bool, typer.Option(help="Gradient checkpointing.")] = True,
+    seed: Annotated[int, typer.Option(help="Of adapters, order of rows and what is held out.")] = 42,
+    save_steps: Annotated[int, typer.Option(help="Steps between checkpoints, from which a killed run goes on.")] = 250,
+    device: Annotated[str, typer.Option(help="cpu, cuda, ...; auto takes a GPU where there is one.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="Of activations: float32, bfloat16; auto: float32 on a CPU.")] = "auto",
+) -> None:
+    """Train a LoRA adapter on a packed model: QLoRA, or IR-QLoRA (calibrated base, elastic connections).
+
+    OUT becomes an ordinary peft adapter. A dense model is packed first, into OUT/base. A killed run goes on where it
+    stopped when the same command is given again. Defaults are the study's recipe for Alpaca.
+
+    Example: **llq finetune demo /tmp/demo-lora --data demo --max-steps 200 --rank 16**
+    """
+    from ..adapters import train
+    from ..progress import RichProgress
+    from ..quantize import Progress
+
+    if method not in ADAPTERS:
+        raise LLQError(f"unknown method {method!r}; there are: {', '.join(ADAPTERS)}")
+    # transformers has new names for gradient checkpointing, which its earlier 5.x do not know
+    warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated")
+    recipe = train.Recipe(
+        connections=ADAPTERS[method],
+        rank=rank,
+        alpha=alpha,
+        dropout=dropout,
+        max_steps=max_steps,
+        batch_size=batch_size,
+        micro_batch=micro_batch,
+        learning_rate=learning_rate,
+        prompt_tokens=prompt_tokens,
+        answer_tokens=answer_tokens,
+        heldout=heldout,
+        packing=packing,
+        streaming=streaming,
+        paged=paged,
+        recompute=recompute,
+        seed=seed,
+    )
+    machine = train.machine(device, dtype, save_steps)
+    main_process = machine.processes.is_main_process
+    progress = RichProgress() if main_process else Progress()
+    started = time.perf_counter()
+    try:
+        base = _packed(model, out, base_method, bits, calibration, recipe.connections, machine.device, progress)
+        note = train.finetune(base, out, data, recipe, machine, progress)
+    finally:
+        progress.close()
+    if main_process:
+        console.print(_table(note, time.perf_counter() - started))
+        print(f"Score it: lm_eval --model llq --model_args pretrained={out} --tasks ...")
+
+
+def _packed(
+    model: str,
+    out: Path,
+    base_method: str,
+    bits: float | None,
+    calibration: str | None,
+    calibrated: bool,
+    device: str,
+    progress: Any,
+) -> str:
+    """The packed checkpoint to train on: `model` itself, or what it is packed into."""
+    from ..adapters.folder import BASE
+    from ..checkpoint import fetch, read_json
+    from ..demo import calibration_for, resolve
+    from ..quantize import RunOptions
+    from ..run import execute, prepare
+
+    model = resolve(model)
+    if "quantization_config" in read_json(fetch(model) / "config.json"):
+        return model
+    options: dict[str, Any] = {} if bits is None else {"bits": int(bits) if bits.is_integer() else bits}
+    if calibrated and base_method == NF4.name:
+        options["icq"] = True
+    packing = build(base_method, **options)
+    data = calibration_for(model, calibration, None, None)
+    plan = prepare(model, packing, data, RunOptions(device=device), out / BASE, progress)
+    execute(plan, out / BASE, progress)
+    return str(out / BASE)
+
+
+def _table(note: dict[str, Any], seconds: float) -> Table:
+    table = Table("", "base", "with adapter", title="Held-out answers", title_justify="left")
+    for name, words in (("loss", "nats per token"), ("accuracy", "right to the last token")):
+        if note["after"]:
+            table.add_row(words, *(f"{note[when][name]:.4f}" for when in ("before", "after")))
+    losses = note["losses"]
+    table.add_row("training loss, first and last step", f"{losses[0]:.4f}", f"{losses[-1]:.4f}")
+    table.add_row("time", "", f"{seconds:.1f} s")
+    return table

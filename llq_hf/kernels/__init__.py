@@ -1,0 +1,102 @@
+"""Products with packed weights, by the fastest way there is for a storage, a number of tokens and a device.
+
+`product` is F.linear(x, dense()): a method says how its weight is stored and how torch would decode it; the table
+says which kernel reads such storage. Where none does, and wherever results must not depend on the machine's kernels
+(calibration) or need gradients, torch decodes: that is the reference, and what kernels are tested against.
+
+    few tokens (decoding)     codes are multiplied as they are, straight from the rows of the file
+    many tokens (prefill)     tiles of rows are decoded into a buffer that stays in the cache; F.linear does the rest
+
+No kernel keeps a copy of a weight, so a loaded model is as large as its file. For CUDA there are none of ours yet: rows
+for it go into the same table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ContextDecorator
+from types import TracebackType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .native import backend, describe, digits, floats, tiles
+from .stored import LevelCodes, Part, Stored, UniformCodes, readable
+
+__all__ = ["LevelCodes", "Part", "Stored", "UniformCodes", "describe", "product", "reference"]
+
+HALF = (torch.bfloat16, torch.float16)
+ALL = (*HALF, torch.float32)
+FEW = range(1, 17)
+FEW_LEVELS = range(1, 5)
+FEW_FLOATS = range(1, 5)
+MANY = range(1, 1 << 62)
+
+
+class Row(NamedTuple):
+    """A kernel and what it serves."""
+
+    stored: type[Stored]
+    device: str
+    tokens: range
+    dtypes: tuple[torch.dtype, ...]
+    when: Callable[[Stored], bool]
+    kernel: Callable[[Tensor, Stored, Tensor | None], Tensor]
+
+
+def _whole_blocks(stored: Stored) -> bool:
+    return stored.whole_blocks
+
+
+def _any(stored: Stored) -> bool:
+    return True
+
+
+# The first row that fits serves.
+TABLE = (
+    #   storage       device  tokens      activations  where          kernel
+    Row(UniformCodes, "cpu", FEW, HALF, _whole_blocks, digits),
+    Row(UniformCodes, "cpu", FEW_FLOATS, ALL, _any, floats),
+    Row(UniformCodes, "cpu", MANY, ALL, _any, tiles),
+    Row(LevelCodes, "cpu", FEW_LEVELS, HALF, _whole_blocks, digits),
+    Row(LevelCodes, "cpu", FEW_FLOATS, ALL, _whole_blocks, floats),
+    Row(LevelCodes, "cpu", MANY, ALL, _whole_blocks, tiles),
+)
+
+
+def product(x: Tensor, stored: Stored | None, dense: Callable[[], Tensor], bias: Tensor | None = None) -> Tensor:
+    """y [..., O] = F.linear(x, dense(), bias), where `dense` gives the fp32 [O, I] that `stored` means.
+
+    Errors of kernels are relative to the norm of y: 1e-5 with fp32 activations; with bf16 and fp16 ones below what
+    rounding x and y to that dtype costs anyway.
+    """
+    kernel = choose(x, stored)
+    if kernel is None or stored is None:
+        return F.linear(x, dense().to(x.dtype), bias)
+    return kernel(x, stored, bias)
+
+
+def choose(x: Tensor, stored: Stored | None) -> Callable[[Tensor, Stored, Tensor | None], Tensor] | None:
+    """The kernel for this call; None: torch's own operations."""
+    if stored is None or reference.depth or x.numel() == 0 or (x.requires_grad and torch.is_grad_enabled()):
+        return None
+    tokens = x.numel() // x.shape[-1]
+    for row in TABLE:
+        fits = type(stored) is row.stored and x.device.type == row.device
+        if fits and tokens in row.tokens and x.dtype in row.dtypes and row.when(stored):
+            return row.kernel if backend() is not None and readable(stored) else None
+    return None
+
+
+class reference(ContextDecorator):
+    """Inside, torch decodes everything: what calibration computes must not depend on a compiler or a processor."""
+
+    depth = 0
+
+    def __enter__(self) -> None:
+        reference.depth += 1
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        reference.depth -= 1

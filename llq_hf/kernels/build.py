@@ -1,0 +1,79 @@
+"""Compiling the CPU kernels: one shared object per instruction set, with whatever g++ or clang++ is at hand.
+
+    python llq_hf/kernels/build.py [FOLDER]          what `llq build-kernels` and the build hook of the wheel do
+
+Nothing here imports torch, and the objects need neither torch nor Python: they have a plain C interface and take their
+C++ library along. A file's name holds the hash of the sources, so that a stale one is never loaded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+HERE = Path(__file__).parent
+SOURCES, PACKAGED = HERE / "cpp", HERE / "lib"
+# Best first. What a processor must have for each is asked in native.py.
+ISAS = {
+    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mavx2", "-mfma", "-mf16c"],
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+}
+FLAGS = [
+    *("-O3", "-std=c++17", "-fPIC", "-shared", "-pthread", "-static-libstdc++", "-static-libgcc"),
+    *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"),  # decoded weights are torch's to the last bit
+]
+
+
+class BuildError(Exception):
+    """No compiler, or one that fails."""
+
+
+def source_hash() -> str:
+    """12 hex digits of all sources and flags."""
+    digest = hashlib.sha256(repr((ISAS, FLAGS)).encode())
+    for file in sorted(SOURCES.iterdir()):
+        digest.update(file.name.encode() + file.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def library(folder: Path, isa: str) -> Path:
+    return folder / f"llq-{isa}-{source_hash()}.so"
+
+
+def compiler() -> str | None:
+    """$CXX, g++ or clang++; None where there is none, or none of x86."""
+    if os.uname().machine not in ("x86_64", "AMD64"):
+        return None
+    wanted = os.environ.get("CXX")
+    return shutil.which(wanted) if wanted else shutil.which("g++") or shutil.which("clang++")
+
+
+def build(folder: Path = PACKAGED) -> list[Path]:
+    """Compile every instruction set into `folder`, whole files or none; BuildError says what went wrong."""
+    program = compiler()
+    if program is None:
+        raise BuildError("no C++ compiler for x86-64 was found; install g++ or clang++, or set CXX")
+    folder.mkdir(parents=True, exist_ok=True)
+    done = []
+    for isa, flags in ISAS.items():
+        target = library(folder, isa)
+        with tempfile.TemporaryDirectory(dir=folder) as draft:
+            command = [program, *FLAGS, *flags, str(SOURCES / "cpu.cpp"), "-o", f"{draft}/lib.so"]
+            ran = subprocess.run(command, capture_output=True, text=True, check=False)
+            if ran.returncode:
+                raise BuildError(f"{' '.join(command)} failed:\n{ran.stderr[-2000:]}")
+            os.replace(f"{draft}/lib.so", target)
+        for stale in folder.glob(f"llq-{isa}-*.so"):
+            if stale != target:
+                stale.unlink()
+        done.append(target)
+    return done
+
+
+if __name__ == "__main__":
+    print(*build(Path(sys.argv[1]) if len(sys.argv) > 1 else PACKAGED), sep="\n")

@@ -1,0 +1,195 @@
+// The C interface of the CPU kernels; kernels/native.py declares it once more.
+//
+// Legend: O rows of the weight, I columns, T tokens.
+#include <algorithm>
+
+#include "levels.h"
+#include "uniform.h"
+
+namespace {
+
+constexpr int CHUNKS = 32, AT_ONCE = 4;  // chunks of rows; tokens that share a pass over a row
+
+// Calls work(first row, last row) for chunks of rows.
+template <typename Work>
+void over_rows(int rows, int threads, Work work) {
+  const int size = std::max(16, ((rows + CHUNKS - 1) / CHUNKS + 3) & ~3);
+  pool().run((rows + size - 1) / size, threads, [&](int chunk) { work(chunk * size, std::min(rows, (chunk + 1) * size)); });
+}
+
+// What all products have in common: x [T, I] and y [T, O] of `dtype`, an fp32 bias [O] or null.
+struct Call {
+  const void* x;
+  int dtype, columns, tokens;
+  const float* bias;
+  void* y;
+  int threads;
+
+  const float* floats(std::vector<float>& buffer) const {
+    buffer.resize((int64_t)tokens * columns);
+    to_floats(x, (Dtype)dtype, (int64_t)tokens * columns, buffer.data());
+    return buffer.data();
+  }
+
+  // Adds the bias to sums [T, rows of a chunk] and stores them where rows first.. of every token lie.
+  void store(std::vector<float>& sums, int first, int last, int rows) const {
+    const int size = last - first;
+    for (int t = 0; t < tokens; t++) {
+      float* from = sums.data() + (int64_t)t * size;
+      if (bias)
+        for (int i = 0; i < size; i++) from[i] += bias[first + i];
+      from_floats(from, size, (Dtype)dtype, (uint8_t*)y + ((int64_t)t * rows + first) * size_of((Dtype)dtype));
+    }
+  }
+};
+
+// Products in fp32, the weight decoded row by row.
+template <typename Weight>
+void multiply_floats(const Weight& weight, const Call& call) {
+  static thread_local std::vector<float> floats;
+  const float* x_TI = call.floats(floats);
+  over_rows(weight.rows(), call.threads, [&](int first, int last) {
+    static thread_local std::vector<float> sums, row;
+    static thread_local typename Weight::State state;
+    const int size = last - first;
+    sums.resize((int64_t)call.tokens * size);
+    row.resize(call.columns);
+    weight.read(state, first, last);
+    for (int r = first; r < last; r++) {
+      weight.decode_row(state, r, first, row.data());
+      for (int t = 0; t < call.tokens; t++)
+        sums[(int64_t)t * size + r - first] = dot(row.data(), x_TI + (int64_t)t * call.columns, call.columns);
+    }
+    call.store(sums, first, last, weight.rows());
+  });
+}
+
+// Rows from..to as `dtype`.
+template <typename Weight>
+void decode(const Weight& weight, int from, int to, Dtype dtype, void* out, int threads) {
+  const bool halves = dtype != F32 && weight.has_halves();
+  over_rows(to - from, threads, [&](int first, int last) {
+    static thread_local std::vector<float> row;
+    static thread_local typename Weight::State state;
+    row.resize(weight.columns());
+    weight.read(state, from + first, from + last);
+    for (int r = first; r < last; r++) {
+      uint8_t* to_row = (uint8_t*)out + (int64_t)r * weight.columns() * size_of(dtype);
+      if (halves) {
+        weight.decode_halves(state, from + r, from + first, dtype, (uint16_t*)to_row);
+        continue;
+      }
+      weight.decode_row(state, from + r, from + first, row.data());
+      from_floats(row.data(), weight.columns(), dtype, to_row);
+    }
+  });
+}
+
+template <int BITS>
+void dot_tokens(const Part& part, const Grids& grids, const Digits& x, int tokens, int first, int last, float* y) {
+  const int size = last - first;
+  int t = 0;
+  for (; t + AT_ONCE <= tokens; t += AT_ONCE)
+    dot_digits<BITS, AT_ONCE>(part, grids, x, t, first, last, y + (int64_t)t * size);
+  for (; t + 2 <= tokens; t += 2) dot_digits<BITS, 2>(part, grids, x, t, first, last, y + (int64_t)t * size);
+  for (; t < tokens; t++) dot_digits<BITS, 1>(part, grids, x, t, first, last, y + (int64_t)t * size);
+}
+
+// Products with the columns behind the last whole block, in fp32.
+void add_tail(const Part& part, const Grids& grids, const float* x_TI, const Call& call, int first, int last, float* sums) {
+  static thread_local std::vector<float> rest;
+  rest.resize(part.tail);
+  for (int r = first; part.tail && r < last; r++) {
+    const int64_t at = (int64_t)(r - first) * part.w.groups;
+    tail_values(part, grids.scale.data() + at, grids.zero.data() + at, part.row(r), rest.data());
+    for (int t = 0; t < call.tokens; t++)
+      sums[(int64_t)t * (last - first) + r - first] +=
+          dot(rest.data(), x_TI + (int64_t)t * call.columns + part.blocks * BLOCK, part.tail);
+  }
+}
+
+}  // namespace
+
+// y [T, O] = x [T, I] W^T + bias. _digits: activations in two int8 digits, whole blocks of 128 columns in every group.
+// _floats: all in fp32, any groups. _decode: rows from..to of W, [to - from, I] of `dtype`.
+extern "C" {
+
+void llq_uniform_digits(const Uniform* parts, int count, const void* x, int dtype, int columns, int tokens, const float* bias,
+                        void* y, int threads) {
+  static thread_local std::vector<float> floats;
+  static thread_local std::vector<Digits> digits;
+  const UniformWeight weight(parts, count, columns);
+  const Call call{x, dtype, columns, tokens, bias, y, threads};
+  const float* x_TI = call.floats(floats);
+  if ((int)digits.size() < count) digits.resize(count);
+  for (int i = 0; i < count; i++) {
+    const Part& part = weight.parts[i];
+    const auto source = [&](int k) { return part.source(k); };
+    split(x_TI, columns, tokens, part.w.bits, part.group_of, part.w.groups, source, digits[i]);
+  }
+  const Digits* d = digits.data();  // of this thread: workers have their own
+  over_rows(weight.rows(), threads, [&](int first, int last) {
+    static thread_local std::vector<float> sums;
+    static thread_local UniformWeight::State state;
+    sums.assign((int64_t)tokens * (last - first), 0);
+    weight.read(state, first, last);
+    for (int i = 0; i < count; i++) {
+      const Part& part = weight.parts[i];
+      with_bits(part.w.bits, [&](auto bits) { dot_tokens<bits>(part, state[i], d[i], tokens, first, last, sums.data()); });
+      add_tail(part, state[i], x_TI, call, first, last, sums.data());
+    }
+    call.store(sums, first, last, weight.rows());
+  });
+}
+
+void llq_uniform_floats(const Uniform* parts, int count, const void* x, int dtype, int columns, int tokens, const float* bias,
+                        void* y, int threads) {
+  multiply_floats(UniformWeight(parts, count, columns), Call{x, dtype, columns, tokens, bias, y, threads});
+}
+
+void llq_uniform_decode(const Uniform* parts, int count, int columns, int from, int to, int dtype, void* out, int threads) {
+  decode(UniformWeight(parts, count, columns), from, to, (Dtype)dtype, out, threads);
+}
+
+// Columns must be whole blocks.
+void llq_levels_digits(const Levels* levels, int, const void* x, int dtype, int columns, int tokens, const float* bias, void* y,
+                       int threads) {
+  static thread_local std::vector<float> floats, salient;
+  static thread_local Digits plain, own;
+  const LevelWeight weight(*levels);
+  const Call call{x, dtype, columns, tokens, bias, y, threads};
+  call.floats(floats);
+  const auto source = [](int k) { return k; };
+  if (levels->mean) {
+    salient = floats;
+    for (int64_t i = 0; i < (int64_t)floats.size(); i++) (weight.salient[i % columns] ? floats : salient)[i] = 0;
+    split(salient.data(), columns, tokens, 2, weight.group_of, levels->groups, source, own);
+  }
+  split(floats.data(), columns, tokens, 2, weight.group_of, levels->groups, source, plain);
+  const Digits *p = &plain, *o = &own;  // of this thread
+  over_rows(weight.rows(), threads, [&](int first, int last) {
+    static thread_local std::vector<float> sums;
+    static thread_local LevelWeight::State state;
+    sums.assign((int64_t)tokens * (last - first), 0);
+    weight.read_factors(state, first, last);
+    for (int t = 0; t < tokens; t++) {
+      float* to = sums.data() + (int64_t)t * (last - first);
+      if (levels->mean) {
+        dot_levels<true>(weight, state, *p, *o, t, first, last, to);
+      } else {
+        dot_levels<false>(weight, state, *p, *o, t, first, last, to);
+      }
+    }
+    call.store(sums, first, last, weight.rows());
+  });
+}
+
+void llq_levels_floats(const Levels* levels, int, const void* x, int dtype, int columns, int tokens, const float* bias, void* y,
+                       int threads) {
+  multiply_floats(LevelWeight(*levels), Call{x, dtype, columns, tokens, bias, y, threads});
+}
+
+void llq_levels_decode(const Levels* levels, int, int, int from, int to, int dtype, void* out, int threads) {
+  decode(LevelWeight(*levels), from, to, (Dtype)dtype, out, threads);
+}
+}

@@ -1,0 +1,203 @@
+"""The compiled CPU kernels: finding the library for this processor, and calling it through ctypes.
+
+Legend: O out_features, I in_features, T tokens.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..errors import LLQError
+from .build import ISAS, PACKAGED, library
+from .stored import LevelCodes, Part, Stored, UniformCodes
+
+DTYPES = {torch.float16: 1, torch.float32: 2, torch.bfloat16: 3}
+TILE = 512  # rows decoded at once: 4 MB of bf16 at 4096 columns, which stay in the cache until they are multiplied
+
+Buffer = ctypes.c_void_p
+Int = ctypes.c_int32
+
+
+class _Uniform(ctypes.Structure):
+    """`Uniform` of cpp/uniform.h."""
+
+    _fields_ = (
+        ("weight", Buffer),
+        ("row_bytes", ctypes.c_int64),
+        ("scale", Buffer),
+        ("zero", Buffer),
+        ("blocks", Buffer),
+        *((name, Int) for name in ("rows", "columns", "bits", "groups", "group_size", "scale_dtype", "zero_bits")),
+        *((name, ctypes.c_float) for name in ("scale_value", "zero_value", "zero_step")),
+    )
+
+
+class _Levels(ctypes.Structure):
+    """`Levels` of cpp/levels.h."""
+
+    _fields_ = (
+        ("weight", Buffer),
+        ("row_bytes", ctypes.c_int64),
+        ("scale", Buffer),
+        ("mean", Buffer),
+        ("salient", Buffer),
+        *((name, Int) for name in ("rows", "columns", "groups", "group_size", "dtype", "means")),
+    )
+
+
+class Backend(NamedTuple):
+    isa: str
+    path: Path
+    library: ctypes.CDLL
+
+
+def cache_folder() -> Path:
+    """Where kernels are built if the package lies in a folder that cannot be written to."""
+    return Path(os.environ.get("LLQ_CACHE") or Path.home() / ".cache" / "llq").expanduser() / "kernels"
+
+
+def supported() -> list[str]:
+    """The instruction sets of this processor that there are kernels for, best first."""
+    has_vnni = torch.cpu._is_vnni_supported() and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    has = {"avx512": has_vnni, "avx2": torch.cpu._is_avx2_supported()}
+    return [isa for isa in ISAS if has[isa]]
+
+
+@cache
+def backend() -> Backend | None:
+    """The library that serves this process; None where there is none, or LLQ_CPU_ISA=none.
+
+    LLQ_CPU_ISA=avx2 takes that one. LLQError if it names what is not there.
+    """
+    wanted, isas = os.environ.get("LLQ_CPU_ISA"), supported()
+    if wanted == "none":
+        return None
+    if wanted and wanted not in isas:
+        raise LLQError(f"LLQ_CPU_ISA={wanted} is not one of none, {', '.join(isas)}, which this processor has")
+    for isa in [wanted] if wanted else isas:
+        for folder in (PACKAGED, cache_folder()):
+            path = library(folder, isa)
+            if path.is_file():
+                return Backend(isa, path, ctypes.CDLL(str(path)))
+    if wanted:
+        raise LLQError(f"LLQ_CPU_ISA={wanted}: its kernels are not built; run `llq build-kernels`")
+    return None
+
+
+def describe() -> str:
+    """One line for people: what multiplies packed weights on this machine's CPU."""
+    found = backend()
+    if found is not None:
+        return f"compiled, {found.isa} ({found.path.name})"
+    if os.environ.get("LLQ_CPU_ISA") == "none":
+        return "torch operations (LLQ_CPU_ISA=none)"
+    if not supported():
+        return "torch operations (no kernels for this processor)"
+    return "torch operations (kernels are not built: run `llq build-kernels`)"
+
+
+# --- products --------------------------------------------------------------------------------------------------------
+
+
+def digits(x: Tensor, stored: Stored, bias: Tensor | None) -> Tensor:
+    """F.linear of few tokens with activations in two int8 digits: error 5e-5 of Gaussian ones, below that of bf16."""
+    return _dot("digits", x, stored, bias)
+
+
+def floats(x: Tensor, stored: Stored, bias: Tensor | None) -> Tensor:
+    """F.linear of few tokens in fp32."""
+    return _dot("floats", x, stored, bias)
+
+
+def tiles(x: Tensor, stored: Stored, bias: Tensor | None) -> Tensor:
+    """F.linear of many tokens: `TILE` rows at a time are decoded, to the bits that torch decodes, and multiplied."""
+    tile_RI = torch.empty(min(TILE, stored.rows), stored.columns, dtype=x.dtype)
+    x_TI = x.reshape(-1, stored.columns)
+    y_TO = torch.empty(len(x_TI), stored.rows, dtype=x.dtype)
+    for first in range(0, stored.rows, TILE):
+        last = min(first + TILE, stored.rows)
+        decode(stored, first, last, tile_RI)
+        part = None if bias is None else bias[first:last]
+        y_TO[:, first:last] = F.linear(x_TI, tile_RI[: last - first], part)
+    return y_TO.view(*x.shape[:-1], stored.rows)
+
+
+def decode(stored: Stored, first: int, last: int, out_RI: Tensor) -> None:
+    """Rows first..last of the weight into the first rows of `out_RI`, in its dtype."""
+    structs = _structs(stored)
+    where = (Int(stored.columns), Int(first), Int(last), Int(DTYPES[out_RI.dtype]), Buffer(out_RI.data_ptr()))
+    _function(stored, "decode")(structs, Int(len(structs)), *where, Int(torch.get_num_threads()))
+
+
+def _dot(name: str, x: Tensor, stored: Stored, bias: Tensor | None) -> Tensor:
+    x_TI = x.reshape(-1, stored.columns).contiguous()
+    y_TO = torch.empty(len(x_TI), stored.rows, dtype=x.dtype)
+    bias_O = None if bias is None else bias.float().contiguous()
+    structs = _structs(stored)
+    activations = (Buffer(x_TI.data_ptr()), Int(DTYPES[x.dtype]), Int(stored.columns), Int(len(x_TI)))
+    outputs = (Buffer(_pointer(bias_O)), Buffer(y_TO.data_ptr()))
+    _function(stored, name)(structs, Int(len(structs)), *activations, *outputs, Int(torch.get_num_threads()))
+    return y_TO.view(*x.shape[:-1], stored.rows)
+
+
+def _function(stored: Stored, name: str) -> Any:
+    """The C function of this name for such storage: llq_uniform_digits, llq_levels_decode, ..."""
+    found = backend()
+    assert found is not None
+    return getattr(found.library, f"llq_{'uniform' if isinstance(stored, UniformCodes) else 'levels'}_{name}")
+
+
+def _structs(stored: Stored) -> Any:
+    if isinstance(stored, LevelCodes):
+        return (_Levels * 1)(_levels(stored))
+    structs = [_struct(stored, part) for part in stored.parts]
+    return (_Uniform * len(structs))(*structs)
+
+
+def _levels(stored: LevelCodes) -> _Levels:
+    return _Levels(
+        stored.weight.data_ptr(),
+        stored.weight.shape[1] * 4,
+        stored.scale.data_ptr(),
+        _pointer(stored.mean),
+        _pointer(stored.salient),
+        stored.rows,
+        stored.columns,
+        stored.groups,
+        stored.group_size,
+        DTYPES[stored.scale.dtype],
+        0 if stored.mean is None else stored.mean.shape[2],
+    )
+
+
+def _struct(stored: UniformCodes, part: Part) -> _Uniform:
+    scale, zero = stored.scale, stored.zero
+    return _Uniform(
+        stored.weight.data_ptr() + part.start,
+        stored.weight.shape[1] * 4,
+        _pointer(scale),
+        _pointer(zero),
+        _pointer(part.blocks),
+        stored.rows,
+        part.columns,
+        part.bits,
+        stored.groups,
+        stored.group_size,
+        DTYPES[scale.dtype] if isinstance(scale, Tensor) else 0,
+        stored.zero_bits,
+        0.0 if isinstance(scale, Tensor) else scale,
+        0.0 if isinstance(zero, Tensor) else zero,
+        part.zero_step,
+    )
+
+
+def _pointer(tensor: Tensor | float | None) -> int | None:
+    return tensor.data_ptr() if isinstance(tensor, Tensor) else None

@@ -1,0 +1,105 @@
+"""Packed weights as kernels see them: which tensors, and how they are to be read. Nothing is copied.
+
+Legend: O out_features, I in_features, G groups.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+BLOCK = 128
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """A run of codes of one width: `columns` of them in each row, from byte `start` of the row on.
+
+    blocks: int32, which 128 columns of the weight each block stands for; None: all of them, in order.
+    """
+
+    bits: int
+    columns: int
+    start: int = 0
+    blocks: Tensor | None = None
+    zero_step: float = 1.0
+
+
+@dataclass(frozen=True, eq=False)
+class UniformCodes:
+    """value = scale * (code - zero), with a scale and a zero for every row and group of columns.
+
+    scale: [O, G] fp16 or fp32, or one number; zero: codes packed over [O, G], or one number. Groups of `group_size`
+    columns; the last may be shorter.
+    """
+
+    weight: Tensor
+    columns: int
+    parts: tuple[Part, ...]
+    scale: Tensor | float
+    zero: Tensor | float
+    group_size: int
+    zero_bits: int = 0
+
+    @property
+    def rows(self) -> int:
+        return self.weight.shape[0]
+
+    @property
+    def groups(self) -> int:
+        return self.scale.shape[1] if isinstance(self.scale, Tensor) else 1
+
+    @property
+    def whole_blocks(self) -> bool:
+        """Whether no block of 128 columns belongs to two groups."""
+        return self.groups == 1 or self.group_size % BLOCK == 0
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        found = (self.weight, self.scale, self.zero, *(part.blocks for part in self.parts))
+        return [tensor for tensor in found if isinstance(tensor, Tensor)]
+
+
+@dataclass(frozen=True, eq=False)
+class LevelCodes:
+    """2-bit codes that pick one of four levels of their row and group, or of four others in salient columns.
+
+    scale [O, G, 2]: a level is the sum of the scales whose bit is set (dual binarization). scale [O, G, 4] with mean
+    [O, G, 3 or 4]: bit 1 says low or mid, bit 0 the sign: mean +- scale; in salient columns both are signs, of two
+    scales around one mean (or the sum of two). salient: packed bits [I].
+    """
+
+    weight: Tensor
+    columns: int
+    scale: Tensor
+    group_size: int
+    mean: Tensor | None = None
+    salient: Tensor | None = None
+
+    @property
+    def rows(self) -> int:
+        return self.weight.shape[0]
+
+    @property
+    def groups(self) -> int:
+        return self.scale.shape[1]
+
+    @property
+    def whole_blocks(self) -> bool:
+        return (self.groups == 1 or self.group_size % BLOCK == 0) and self.columns % BLOCK == 0
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        found = (self.weight, self.scale, self.mean, self.salient)
+        return [tensor for tensor in found if tensor is not None]
+
+
+Stored = UniformCodes | LevelCodes
+
+
+def readable(stored: Stored) -> bool:
+    """Whether every tensor lies in memory as C expects it."""
+    dtypes = (torch.int32, torch.float16, torch.float32)
+    return all(t.is_contiguous() and t.dtype in dtypes and t.device.type == "cpu" for t in stored.tensors)
