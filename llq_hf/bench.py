@@ -50,10 +50,13 @@ class Load:
 
 
 def load_model(path: str, device: str, parallelize: bool = False) -> nn.Module:
-    """The model of a folder or Hub id, packed or dense, on `device`, or spread over all GPUs there are."""
+    """The model of a folder or Hub id, packed or dense or an adapter, on `device`, or over all GPUs there are."""
     from transformers import AutoConfig
 
-    kind = auto_class(AutoConfig.from_pretrained(path, trust_remote_code=False))
+    from .adapters.folder import base_of, is_adapter
+
+    config_of = base_of(path) if is_adapter(path) else path
+    kind = auto_class(AutoConfig.from_pretrained(config_of, trust_remote_code=False))
     if parallelize:
         spread: nn.Module = kind.from_pretrained(path, dtype="auto", device_map="auto")
         return spread.eval()

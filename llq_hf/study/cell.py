@@ -8,7 +8,7 @@ import platform
 import time
 import traceback
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from ..bench import Load, compare, disk_bytes, journalled, load_model, peak_memo
 from ..checkpoint import fetch, read_json
 from ..demo import calibration_for, resolve
 from ..errors import LLQError
+from ..journal import fingerprint
 from ..method import Method
 from ..methods import build
 from ..packed import read_report, write_json
@@ -66,6 +67,10 @@ def _fill(figures: dict[str, Any], cell: Cell, setup: Setup, progress: Progress)
         path = str(folder)
         figures["quantized"] = _quantized(folder)
     cost["disk_bytes"] = disk_bytes(path)
+    if cell.finetune:
+        folder, cost["finetune"] = _finetune(path, cell, setup, progress)
+        path = str(folder)
+        cost["disk_bytes"] += disk_bytes(path)
     progress.stage("evaluating")
     figures["results"] = evaluate(path, cell, setup.device, setup.batch_size, setup.parallelize)
     if setup.load is not None:
@@ -85,10 +90,33 @@ def _quantize(cell: Cell, setup: Setup, progress: Progress) -> tuple[Path, dict[
     timed = Timed(progress)
     with peak_memory(setup.device) as memory:
         path = cached(resolve(cell.model), method, data, run, setup.cache, timed)
-    kept = path.with_name(path.name + ".cost.json")
-    if timed.worked:
-        write_json(kept, {**timed.figures(), **memory})
-    return path, read_json(kept) if kept.is_file() else journalled(path) or {}
+    return path, _kept(path, {**timed.figures(), **memory} if timed.worked else None)
+
+
+def _kept(made: Path, cost: dict[str, Any] | None) -> dict[str, Any]:
+    """What it cost to make a folder, from beside it; `cost` where it was made just now."""
+    path = made.with_name(made.name + ".cost.json")
+    if cost is not None:
+        write_json(path, cost)
+    return read_json(path) if path.is_file() else journalled(made) or {}
+
+
+def _finetune(base: str, cell: Cell, setup: Setup, progress: Progress) -> tuple[Path, dict[str, Any]]:
+    """A LoRA adapter of the packed checkpoint, beside it in the cache, and what it cost to train."""
+    from ..adapters import train  # transformers again
+    from ..adapters.folder import is_adapter
+
+    asked = {"data": "alpaca", **cell.finetune}
+    data, known = asked.pop("data"), [each.name for each in fields(train.Recipe)]
+    if unknown := set(asked) - set(known):
+        raise LLQError(f"finetune has no {unknown.pop()!r}; it has: data, {', '.join(known)}")
+    machine = train.machine(setup.device, cell.dtype, save_steps=250)
+    out = Path(base).with_name(f"{Path(base).name}-lora-{fingerprint(dict(cell.finetune))}")
+    made, timed = not is_adapter(str(out)), Timed(progress)
+    with peak_memory(setup.device) as memory:
+        train.finetune(base, out, data, train.Recipe(**asked), machine, timed)
+        timed.close()
+    return out, _kept(out, {**timed.figures(), **memory} if made else None)
 
 
 class Timed(Progress):

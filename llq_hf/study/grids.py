@@ -121,7 +121,8 @@ def _headline(pair: tuple[str, str]) -> str:
 
 
 def _overview_line(record: Record, columns: list[tuple[str, str]]) -> Line:
-    options = ", ".join(f"{k}={v}" for k, v in record.cell["options"].items())
+    lora = [f"LoRA on {record.cell['finetune'].get('data')}"] if record.cell["finetune"] else []
+    options = ", ".join([*(f"{k}={v}" for k, v in record.cell["options"].items()), *lora])
     words = [record.cell["method"], options, record.cell["preset"]] if record.quantized else ["full precision", "", ""]
     values = [Value(word) for word in words]
     for key, show in (("nominal_bits", bits), ("stored_bits", stored), ("whole_model_bits", stored)):

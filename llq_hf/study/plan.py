@@ -8,6 +8,7 @@
     methods:                                     # every value may be a list: all combinations are cells
       - {method: gptq, bits: [3, 2], group_size: [64, 128]}
       - {method: quip, bits: [3, 2]}
+      - {method: nf4, bits: 4, finetune: {data: alpaca}}     # LoRA on the packed model: fields of adapters.train.Recipe
     calibration: {source: wikitext2, samples: 128, seqlen: 2048}
     baseline: true                               # full precision too
     metadata: {text_file: wiki.txt}              # of the tasks
@@ -46,6 +47,7 @@ class Cell:
     tasks: tuple[str, ...]
     preset: str = "study"
     options: Mapping[str, Any] = field(default_factory=dict)  # of the method, over the preset
+    finetune: Mapping[str, Any] = field(default_factory=dict)  # data, and fields of adapters.train.Recipe; {}: not
     calibration: Mapping[str, Any] = field(default_factory=dict)  # source, samples, seqlen; else the model's default
     seed: int = 0
     metadata: Mapping[str, Any] = field(default_factory=dict)
@@ -85,6 +87,8 @@ class Cell:
         if self.method == DENSE:
             return "full precision"
         words = [f"{key}={value}" for key, value in self.options.items()]
+        words += [f"+ LoRA on {self.finetune.get('data')}"] if self.finetune else []
+        words += ["connections"] if self.finetune.get("connections") else []
         return " ".join([self.method, *words]) + ("" if self.preset == "study" else f" ({self.preset})")
 
 
@@ -114,10 +118,21 @@ def _expand(plan: Mapping[str, Any]) -> Iterator[Cell]:
         methods.insert(0, {"method": DENSE})
     for model in plan["models"]:
         for options, preset, seed in product(methods, _list(plan, "presets", "study"), _list(plan, "seeds", 0)):
-            rest = {key: value for key, value in options.items() if key != "method"}
-            method, tasks = options["method"], tasks_for(model, plan["tasks"])
-            preset = "study" if method == DENSE else preset
-            yield Cell(model=model, method=method, tasks=tasks, preset=preset, options=rest, seed=seed, **shared)
+            yield Cell(
+                model=model,
+                method=options["method"],
+                tasks=tasks_for(model, plan["tasks"]),
+                preset="study" if options["method"] == DENSE else preset,
+                options=own_options(options),
+                finetune=finetune_for(model, options.get("finetune", {})),
+                seed=seed,
+                **shared,
+            )
+
+
+def own_options(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """What an entry of a plan's methods says to the method itself."""
+    return {key: value for key, value in entry.items() if key not in ("method", "finetune")}
 
 
 @cache
@@ -130,6 +145,11 @@ def stand_ins() -> dict[str, Any]:
 def tasks_for(model: str, tasks: Iterable[str]) -> tuple[str, ...]:
     """The tasks that a model's cells run for the tasks of a plan."""
     return (stand_ins()[model]["task"],) if model in stand_ins() else tuple(tasks)
+
+
+def finetune_for(model: str, asked: Mapping[str, Any]) -> dict[str, Any]:
+    """How a model is fine-tuned where a plan asks for that."""
+    return {**asked, **(stand_ins().get(model, {}).get("finetune", {}) if asked else {})}
 
 
 def figure_for(model: str, figure: str) -> str | None:
@@ -163,6 +183,11 @@ def _check(plan: Mapping[str, Any]) -> None:
     for entry in plan["methods"]:
         if not isinstance(entry, Mapping) or not isinstance(entry.get("method"), str):
             raise LLQError(f"{entry!r} names no method; write {{method: NAME, bits: [4, 3], ...}}")
+    for entry in plan["methods"]:
+        if not isinstance(entry.get("finetune", {}), Mapping):
+            raise LLQError(
+                f"finetune: {entry['finetune']!r} should be a mapping, as {{data: alpaca, max_steps: 10000}}"
+            )
     for key in ("calibration", "metadata"):
         if not isinstance(plan.get(key) or {}, Mapping):
             raise LLQError(f"{key}: {plan[key]!r} of a plan should be a mapping")

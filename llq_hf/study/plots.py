@@ -201,7 +201,7 @@ def heat_map(records: list[Record], model: str) -> Plot | None:
     names = [linear["name"] for linear in next(iter(rows.values()))]
     errors = [[linear.get("weight_error", math.nan) for linear in linears] for linears in rows.values()]
     shown = np.log10(np.clip(np.array([e for e in errors if len(e) == len(names)]), 1e-12, None))
-    figure, (axes,) = _canvas(height=1.4 + 0.17 * len(shown))
+    figure, (axes,) = _canvas(height=max(1.4 + 0.17 * len(shown), 2.4))
     axes.grid(False)
     image = axes.imshow(shown, aspect="auto", cmap="YlOrRd", interpolation="nearest")
     axes.set_yticks(range(len(rows)), list(rows), fontsize=7.5)

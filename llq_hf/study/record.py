@@ -6,7 +6,7 @@ cell        | what was asked for: model, method, preset, options (and in full: c
 status      | done, refused (the input makes no sense: `reason` is one sentence), failed (`reason`, and `trace`)
 quantized   | method, config, nominal_bits, stored_bits, whole_model_bits, bytes, fingerprint, errors of the `linears`
 results     | task -> metric -> figure
-cost        | quantize (seconds, phases, peak_bytes, added_bytes), disk_bytes, own and reference (speed), ratios
+cost        | quantize, finetune (seconds, phases, peak_bytes, added_bytes), disk_bytes, own, reference, ratios
 run         | machine, versions, device, threads, when it began, seconds, log file
 """
 

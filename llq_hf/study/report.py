@@ -21,7 +21,7 @@ from .grids import BETTER, LEVEL_SIGNS, SAME, WORSE, Grid, Line, cost, overview,
 from .grids import unfinished as unfinished_grid
 from .paper import asked_for
 from .plots import Plot, plots
-from .record import Record, read_records
+from .record import DONE, FAILED, REFUSED, Record, read_records
 
 MARKS = (
     f"{LEVEL_SIGNS[SAME]} within the margin of the published figure, {LEVEL_SIGNS[BETTER]} better, "
@@ -77,7 +77,7 @@ def _facts(records: Sequence[Record]) -> list[tuple[str, int]]:
     counts = Counter(record.status for record in records)
     models = {record.cell["model"] for record in records}
     methods = {record.quantized["method"] for record in records if record.quantized}
-    names = [(f"cells {status}", counts[status]) for status in counts]
+    names = [(f"cells {status}", counts[status]) for status in (DONE, REFUSED, FAILED) if counts[status]]
     return [*names, ("models", len(models)), ("methods", len(methods))]
 
 

@@ -1,5 +1,6 @@
 """One real cell of a tiny model: what its record holds, twice the same, and how it ends when something is wrong."""
 
+import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -57,6 +58,28 @@ def test_a_cell(gptq: Cell, setup: Setup) -> None:
     again = run_cell(gptq, Progress(), setup)
     assert again.stable == record.stable
     assert again.cost["quantize"] == cost["quantize"]  # taken from beside the checkpoint, which was not made again
+
+
+def test_a_fine_tuned_cell(gptq: Cell, setup: Setup, tmp_path: Path) -> None:
+    """The adapter trains on the packed checkpoint of the plain cell, and is what is scored and measured."""
+    rows = [{"instruction": f"where were you, fox {i}?", "input": "", "output": "at the river"} for i in range(8)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    small = {"max_steps": 2, "rank": 2, "batch_size": 2, "micro_batch": 2, "heldout": 2, "learning_rate": 0.1}
+    small |= {"prompt_tokens": 48, "answer_tokens": 16}
+    tuned = replace(gptq, finetune={"data": str(tmp_path / "rows.jsonl"), **small})
+    record = run_cell(tuned, Progress(), setup)
+    assert record.status == "done", record.trace or record.reason
+    plain = run_cell(gptq, Progress(), setup)
+    assert record.quantized == plain.quantized
+    assert record.results != plain.results
+    assert record.cost["disk_bytes"] > plain.cost["disk_bytes"]
+    assert record.cost["finetune"]["seconds"] > 0
+    assert record.cost["own"]["loaded_bytes"] > plain.cost["own"]["loaded_bytes"]
+    again = run_cell(tuned, Progress(), setup)
+    assert again.stable == record.stable
+    assert again.cost["finetune"] == record.cost["finetune"]
+    wrong = run_cell(replace(gptq, finetune={"ranks": 2}), Progress(), setup)
+    assert (wrong.status, "'ranks'" in str(wrong.reason)) == ("refused", True)
 
 
 def test_full_precision_is_a_cell_too(gptq: Cell, setup: Setup) -> None:

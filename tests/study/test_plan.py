@@ -9,7 +9,7 @@ from llq_hf import LLQError
 from llq_hf.demo import MODELS
 from llq_hf.methods import METHODS
 from llq_hf.study.paper import plan_of, tables
-from llq_hf.study.plan import Cell, expand, figure_for, load_plan, stand_ins
+from llq_hf.study.plan import Cell, expand, figure_for, load_plan, own_options, stand_ins
 
 PLAN = {
     "models": ["some/model"],
@@ -81,6 +81,7 @@ def test_a_bundled_model_is_asked_about_its_own_world() -> None:
         ({"methods": ["gptq"]}, "names no method"),
         ({"calibration": {"sauce": "c4"}}, "'sauce'"),
         ({"metadata": "x"}, "should be a mapping"),
+        ({"methods": [{"method": "rtn", "finetune": "alpaca"}]}, "should be a mapping"),
     ],
 )
 def test_plans_that_make_no_sense(change: dict, message: str) -> None:
@@ -119,7 +120,7 @@ def test_a_table_is_whole(number: int) -> None:
     assert len(cells) == len(table.models) * len({str(m) for m in [*plan["methods"], {"method": "none"}]})
     for row in table.rows:
         if row.cell is not None and row.cell["method"] in METHODS:
-            options = {key: value for key, value in row.cell.items() if key != "method"}
+            options = own_options(row.cell)
             METHODS[row.cell["method"]].build(**options)
             assert options["bits"] == row.identity["W"]
 

@@ -21,6 +21,7 @@ from ...errors import LLQError
 from ...method import nearest
 from ...methods import METHODS, build
 from ...packed import write_json
+from ..plan import finetune_for, own_options
 from ..record import DONE, Record
 
 PREFIX = "paper-table"  # of the presets' names
@@ -54,9 +55,10 @@ class Row:
             return False
         if self.cell["method"] not in METHODS:  # full precision
             return True
-        options = {key: value for key, value in self.cell.items() if key != "method"}
-        asked = build(self.cell["method"], record.cell["preset"], **options).to_dict()
-        return bool(json.loads(json.dumps(asked)) == record.cell["config"])
+        asked = build(self.cell["method"], record.cell["preset"], **own_options(self.cell)).to_dict()
+        finetune = finetune_for(record.cell["model"], self.cell.get("finetune", {}))
+        same = json.loads(json.dumps([asked, finetune])) == [record.cell["config"], record.cell["finetune"]]
+        return bool(same)
 
 
 @dataclass(frozen=True, kw_only=True)
