@@ -27,12 +27,12 @@ from llq_hf.quantize import RunOptions
 from llq_hf.run import load_tokenizer
 
 WINDOW, WINDOWS = 256, 16
-WIDTHS = "gptq:2+gptq:3+gptq:4"
+WIDTHS = "rtn:2+rtn:3+rtn:4+rtn:5+rtn:6+rtn:8"
 
 
 def halves(more: int, fewer: int) -> str:
     """Rules that give the first half of the demo model's blocks more bits."""
-    return f"*.layers.0.*=gptq:{more}+*.layers.1.*=gptq:{more}+*=gptq:{fewer}"
+    return f"*.layers.0.*=rtn:{more}+*.layers.1.*=rtn:{more}+*=rtn:{fewer}"
 
 
 BEST: dict[str, object] = {"bits": 2, "preset": "best"}
@@ -45,13 +45,12 @@ ROWS: dict[str, dict[str, object]] = {
     "EfficientQAT, 2 bits": {"name": "efficient_qat", "bits": 2},
     "EfficientQAT, 2 bits, `preset=best`, Block-AP alone": {"name": "efficient_qat", "tune_epochs": 0, **BEST},
     "EfficientQAT, 2 bits, `preset=best`": {"name": "efficient_qat", **BEST},
-    "GPTQ, 2 bits": {"name": "gptq", "bits": 2},
-    "GPTQ, 3 bits": {"name": "gptq", "bits": 3},
-    "GPTQ, first half of the blocks 3 bits, the others 2": {"name": "hybrid", "rules": halves(3, 2)},
-    "GPTQ, first half of the blocks 4 bits, the others 3": {"name": "hybrid", "rules": halves(4, 3)},
-    "hybrid of GPTQ, 2.645 bits": {"name": "hybrid", "bits": 2.645, "candidates": WIDTHS},
-    "hybrid of GPTQ, 3.148 bits": {"name": "hybrid", "bits": 3.1485, "candidates": WIDTHS},
-    "hybrid of GPTQ, 3.652 bits": {"name": "hybrid", "bits": 3.653, "candidates": WIDTHS},
+    "RTN, 3 bits": {"name": "rtn", "bits": 3},
+    "RTN, 4 bits": {"name": "rtn", "bits": 4},
+    "RTN, first half of the blocks 4 bits, the others 3": {"name": "hybrid", "rules": halves(4, 3)},
+    "hybrid of RTN, 3.148 bits": {"name": "hybrid", "bits": 3.1485, "candidates": WIDTHS},
+    "hybrid of RTN, 3.652 bits": {"name": "hybrid", "bits": 3.6525, "candidates": WIDTHS},
+    "hybrid of RTN, 4.156 bits": {"name": "hybrid", "bits": 4.1565, "candidates": WIDTHS},
 }
 
 

@@ -15,6 +15,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -61,14 +62,11 @@ def random_packed(method: Method, out_features: int, in_features: int) -> Packed
 @torch.inference_mode()
 def measure(method: Method, out_features: int, in_features: int, tokens: int, rounds: int = 9) -> Result:
     """`method`'s linear [out_features, in_features] on `tokens` random bf16 activations beside the dense one."""
-    first = random_packed(method, out_features, in_features)
-    copies = _copies(sum(t.numel() * t.element_size() for t in first.values()))
-    packs = [{name: t.clone() for name, t in first.items()} for _ in range(copies)]
-    dense = [torch.randn(out_features, in_features).bfloat16() for _ in range(_copies(out_features * in_features * 2))]
+    packs, dense = _packs(method, out_features, in_features), _dense(out_features, in_features)
     x_TI = torch.randn(tokens, in_features).bfloat16()
     times: tuple[list[float], list[float]] = ([], [])
     for i in range(rounds + 1):
-        pack, weight_OI = packs[i % copies], dense[i % len(dense)]
+        pack, weight_OI = packs[i % len(packs)], dense[i % len(dense)]
         seconds = (
             _seconds(lambda w=weight_OI: F.linear(x_TI, w)),  # type: ignore[misc]
             _seconds(lambda p=pack: method.linear(x_TI, p, None, out_features)),  # type: ignore[misc]
@@ -78,6 +76,19 @@ def measure(method: Method, out_features: int, in_features: int, tokens: int, ro
                 list_.append(1e3 * value)
     least, middle = [min(t) for t in times], [statistics.median(t) for t in times]
     return Result(least[0], least[1], least[0] / least[1], middle[0] / middle[1])
+
+
+@lru_cache(maxsize=1)
+def _packs(method: Method, out_features: int, in_features: int) -> list[Packed]:
+    first = random_packed(method, out_features, in_features)
+    copies = _copies(sum(t.numel() * t.element_size() for t in first.values()))
+    return [{name: t.clone() for name, t in first.items()} for _ in range(copies)]
+
+
+@lru_cache(maxsize=1)
+def _dense(out_features: int, in_features: int) -> list[Tensor]:
+    weight_OI = torch.randn(out_features, in_features).bfloat16()
+    return [weight_OI.clone() for _ in range(_copies(out_features * in_features * 2))]
 
 
 def _copies(nbytes: int) -> int:
@@ -92,11 +103,11 @@ def _seconds(work: Callable[[], Tensor]) -> float:
 
 def rows(methods: str, shapes: str, batches: str, rounds: int) -> Iterator[tuple[str, str, list[Result]]]:
     """(method and bits, shape, results by batch), one row of the table after the other."""
-    for named in methods.split(","):
-        name, bits = named.split(":")
-        method = build(name, bits=float(bits) if "." in bits else int(bits))
-        for shape in shapes.split(","):
-            out_features, in_features = map(int, shape.split("x"))
+    for shape in shapes.split(","):
+        out_features, in_features = map(int, shape.split("x"))
+        for named in methods.split(","):
+            name, bits = named.split(":")
+            method = build(name, bits=float(bits) if "." in bits else int(bits))
             yield (
                 f"{name}, {bits} bits",
                 shape,

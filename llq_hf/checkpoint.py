@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,11 +15,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from .demo import MODELS
 from .errors import LLQError
 from .grids import Spec
 from .method import Rewrite
 
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+INDEX, SINGLE, CARD = "model.safetensors.index.json", "model.safetensors", "README.md"
+PASSED_ON = ("license", "license_name", "license_link", "language", "pipeline_tag")  # from card to card
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
@@ -153,7 +156,7 @@ def fetch(model: str, revision: str | None = None) -> Path:
         )
     from huggingface_hub import snapshot_download
 
-    wanted = ["*.safetensors", "*.json", "*.model", "*.jinja", "*.txt", "LICENSE*", "USE_POLICY*"]
+    wanted = ["*.safetensors", "*.json", "*.model", "*.jinja", "*.txt", "LICENSE*", "USE_POLICY*", CARD]
     try:
         return Path(snapshot_download(model, revision=revision, allow_patterns=wanted, ignore_patterns=["original/*"]))
     except Exception as error:  # the Hub client has a dozen of them: offline, gated, not found, broken proxy
@@ -162,6 +165,30 @@ def fetch(model: str, revision: str | None = None) -> Path:
             f"{model} is neither a local folder nor to be had from the Hub ({reason}); "
             "check the name, the network, and `hf auth login` for gated models"
         ) from error
+
+
+def origin(path: Path) -> dict[str, Any]:
+    """Where a checkpoint's folder comes from, for the cards of what is made of it; nothing that tells of this machine.
+
+    model: its Hub id, or the bundled model's or the folder's name; revision: the commit, of a Hub snapshot; card: what
+    its own README.md says of licence, language and task.
+    """
+    bundled = next((name for name, folder in MODELS.items() if folder == path), None)
+    snapshot = re.search(r"models--([^/]+)/snapshots/([0-9a-f]{40})$", path.as_posix())
+    model = snapshot[1].replace("--", "/") if snapshot else bundled or path.resolve().name
+    said = {key: value for key, value in _metadata(path / CARD).items() if key in PASSED_ON}
+    return {"model": model, "revision": snapshot[2] if snapshot else None, "card": said}
+
+
+def _metadata(card: Path) -> dict[str, Any]:
+    """The front matter of a README.md; {} where there is none that can be read: a card is not the model."""
+    from huggingface_hub.repocard import metadata_load
+    from yaml import YAMLError
+
+    try:
+        return (metadata_load(card) if card.is_file() else None) or {}
+    except (ValueError, YAMLError):
+        return {}
 
 
 def read_json(path: Path) -> dict[str, Any]:

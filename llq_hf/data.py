@@ -248,6 +248,12 @@ class Calibration:
     def needs_tokenizer(self) -> bool:
         return Path(self.source).suffix.lower() != ".npy"
 
+    @property
+    def described(self) -> dict[str, Any]:
+        """The draw, as a card tells of it: a file by its name only."""
+        name = self.source if self.source in CALIBRATION_SOURCES else Path(self.source).name
+        return {"source": name, "samples": self.samples, "seqlen": self.seqlen, "seed": self.seed}
+
     def ids(self, tokenizer: Any, vocab_size: int | None = None) -> Tensor:
         """int64 `[N, S]`; see `calibration_ids`."""
         return calibration_ids(

@@ -55,6 +55,38 @@ class HalfGrid(Grid):
         return (torch.round(weight / self.scale - 0.5) + (self.zero + 0.5)).clamp_(0, 2**bits - 1)
 
 
+class Affine(NamedTuple):
+    """A packed linear as others' formats know it: weight = scale * (code - zero) / in_scale, each of its group.
+
+    zero holds whole numbers, or (levels "halves") numbers between two codes.
+    """
+
+    bits: int
+    codes_OI: Tensor  # uint8, in the order of the input's columns
+    scale_OG: Tensor  # fp32, as stored
+    zero_OG: Tensor  # fp32
+    groups_I: Tensor  # int64: group of each column
+    sym: bool  # every zero is the middle code, by the method
+    in_scale_I: Tensor | None = None  # fp32: what the input is divided by first
+
+    @property
+    def group_size(self) -> int:
+        """Columns per group, -1 where a row is one."""
+        groups = self.scale_OG.shape[1]
+        return -1 if groups == 1 else int((self.groups_I == 0).sum())
+
+    @property
+    def in_order(self) -> bool:
+        """Whether groups are of consecutive columns."""
+        return bool((self.groups_I.diff() >= 0).all())
+
+    @property
+    def weight_OI(self) -> Tensor:
+        """fp32, what `dequantize` gives."""
+        weight_OI = (self.codes_OI - self.zero_OG[:, self.groups_I]) * self.scale_OG[:, self.groups_I]
+        return weight_OI if self.in_scale_I is None else weight_OI / self.in_scale_I
+
+
 SYMMETRIC = ("full", "absmax", "halves")
 
 
@@ -193,11 +225,7 @@ class Uniform:
 
     def unpack(self, packed: dict[str, Tensor], in_features: int) -> Tensor:
         """The fp32 weight_OI that the stored tensors mean."""
-        scale_OG = packed["scale"].float()
-        if self.sym:
-            zero_OG = torch.full_like(scale_OG, self._centre)
-        else:
-            zero_OG = bitpack.unpack(packed["zero"], self.bits, scale_OG.numel()).view_as(scale_OG).float()
+        scale_OG, zero_OG = self._stored_grid(packed)
         weight_OI = bitpack.unpack(packed["weight"], self.bits, in_features).float()
         groups = scale_OG.shape[1]
         if groups > 1 and in_features == groups * self.group_size:  # views instead of two [O, I] temporaries
@@ -205,6 +233,26 @@ class Uniform:
             return weight_OI
         grid = self.spread(Grid(scale_OG, zero_OG), in_features)
         return weight_OI.sub_(grid.zero).mul_(grid.scale)
+
+    def affine(self, packed: dict[str, Tensor], in_features: int) -> Affine:
+        """The stored tensors for other formats. "order": the columns that stored ones are; "in_scale" as in Affine."""
+        order_I, in_scale_I = packed.get("order"), packed.get("in_scale")
+        codes_OI = bitpack.unpack(packed["weight"], self.bits, in_features)
+        size = in_features if self.group_size == -1 else self.group_size
+        groups_I = torch.arange(in_features, device=codes_OI.device) // size
+        if order_I is not None:
+            back_I = torch.argsort(order_I)
+            codes_OI, groups_I = codes_OI[:, back_I], groups_I[back_I]
+        in_scale_I = in_scale_I.float() if in_scale_I is not None else None
+        return Affine(self.bits, codes_OI, *self._stored_grid(packed), groups_I, self.sym, in_scale_I)
+
+    def _stored_grid(self, packed: dict[str, Tensor]) -> Grid:
+        """fp32 scale and zero [O, G]."""
+        scale_OG = packed["scale"].float()
+        if self.sym:
+            return Grid(scale_OG, torch.full_like(scale_OG, self._centre))
+        zero_OG = bitpack.unpack(packed["zero"], self.bits, scale_OG.numel()).view_as(scale_OG)
+        return Grid(scale_OG, zero_OG.float())
 
     # --- multiplying ---------------------------------------------------------------------------------------------
 

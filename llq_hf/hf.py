@@ -67,6 +67,7 @@ class LLQConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.quantized_linears: int | None = stored.get("quantized_linears")
         self.digest: str | None = stored.get("digest")
         self.fingerprint: str | None = stored.get("fingerprint")
+        self.records: list[dict[str, Any]] = []  # per linear, where this process quantized them
         # In a checkpoint this is what the calibration was; for a dense model, what to calibrate on.
         self.calibration_used = calibration if isinstance(calibration, dict) else None
         source = calibration if isinstance(calibration, str) else "wikitext2"
@@ -149,7 +150,7 @@ class LLQQuantizer(HfQuantizer):  # type: ignore[misc]
             )
             config.method, learned = settled(model, config.method, data)
             records = quantize_model(model, config.method, data, learned=learned)
-            config.quantized_linears = len(records)
+            config.quantized_linears, config.records = len(records), records
             config.digest = digest(config.method, len(records))
         for module in model.modules():
             if isinstance(module, QuantLinear):

@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from . import arch
 from .checkpoint import Checkpoint
 from .errors import LLQError
 from .journal import Journal
 from .methods import method_type
 from .packed import REPORT, digest, read_report
+from .run import build_skeleton
 
 
 def inspect_checkpoint(path: Path) -> dict[str, Any]:
@@ -29,17 +31,22 @@ def inspect_checkpoint(path: Path) -> dict[str, Any]:
     total = sum(spec.nbytes for spec in checkpoint.specs.values())
     report = read_report(path) if (path / REPORT).is_file() else {"linears": [], "bits": {}}
     weights = sum(record["shape"][0] * record["shape"][1] for record in report["linears"])
+    if not weights:  # saved by save_pretrained, which writes no report
+        weights = sum(linear.weight.numel() for linear in arch.quantizable(build_skeleton(checkpoint)).values())
     return {
         "path": str(path),
         "method": method.name,
         "config": method.to_dict(),
         "nominal_bits": method.nominal_bits,
-        "stored_bits": stored * 8 / weights if weights else None,
+        "stored_bits": stored * 8 / weights,
         "whole_model_bits": report["bits"].get("whole_model"),
         "bytes": total,
         "quantized_linears": len(packed),
         "calibration": section.get("calibration"),
         "fingerprint": section.get("fingerprint"),
+        "identity": report.get("identity"),
+        "made_from": report.get("made_from"),
+        "rewritten": "rewrite" in report,
         "linears": _with_seconds(report["linears"], path),
     }
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from .activations import Attention
 from .errors import LLQError
-from .grids import Spec
+from .grids import Affine, Spec
 from .stats import Stat
 
 FORMAT_VERSION = 1
@@ -190,6 +190,10 @@ class Method(ABC):
         weight_OI = self.dequantize(packed, out_features, x.shape[-1])
         return nn.functional.linear(x, weight_OI.to(x.dtype), bias)
 
+    def affine(self, packed: Packed, out_features: int, in_features: int) -> Affine:
+        """The linear as codes on uniform grids, for formats of others; LLQError where it is nothing so simple."""
+        raise LLQError(f"{self.name} stores no uniform grid of codes per group, which is all that such formats hold")
+
     # --- with sensible defaults ----------------------------------------------------------------------------------
 
     @property
@@ -214,6 +218,16 @@ class Method(ABC):
     def attention(self) -> Attention | None:
         """What happens to queries, keys and values inside the quantized blocks."""
         return None
+
+    @property
+    def shares_out(self) -> bool:
+        """Whether each linear is solved from its statistics alone, so that several processes can share them out."""
+        return type(self).quantize_block is Method.quantize_block and not self.learns and not self.tunes
+
+    @property
+    def weight_only(self) -> bool:
+        """Whether a model of dense weights, those of `dequantize`, computes the same but for rounding of sums."""
+        return True
 
     def fitted(self, model: nn.Module) -> Self:
         """The method with the facts of `model` that it must know filled in; LLQError where it cannot serve the model.

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
+import shutil
+import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar
 
 from transformers import LlamaForCausalLM, LlavaNextForConditionalGeneration
 
+from .checkpoint import fetch, origin
+from .demo import resolve
 from .errors import LLQError
-from .hf import CONFIGS
+from .hf import CONFIGS, check_quantized
+from .hub import prepare_upload, push
 from .methods import METHODS, method_type
+from .packed import REPORT, carry, write_json
 
 
 class _Quantized:
@@ -44,7 +51,36 @@ class _Quantized:
         config["architectures"] = [self.plain.__name__]
         path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         if push_to_hub:
-            self.push_to_hub(repo_id)  # type: ignore[attr-defined]
+            self.push_to_hub(repo_id)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool = False,
+        token: str | None = None,
+        base_model: str | None = None,
+        results: Iterable[Path] | None = None,
+    ) -> str:
+        """Upload the packed model, its tokenizer and its card, as `llq push` does a folder; returns the address.
+
+        base_model: Hub id of the base, where the model was loaded from a folder; results: see `card.make_card`.
+        """
+        model: Any = self
+        source = fetch(resolve(str(model.name_or_path)), getattr(model.config, "_commit_hash", None))
+        config = check_quantized(model)
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch) / repo_id.rpartition("/")[2]
+            self.save_pretrained(folder)
+            carry(source, folder)
+            if (source / REPORT).is_file():  # it was loaded packed
+                shutil.copyfile(source / REPORT, folder / REPORT)
+            else:
+                drawn = config.calibration.described if config.calibration_used else None
+                made_from = {**origin(source), "calibration": drawn}
+                write_json(folder / REPORT, {"made_from": made_from, "linears": config.records, "bits": {}})
+            upload = prepare_upload(folder, repo_id, base=base_model, results=results)
+            return push(upload, private=private, token=token)
 
 
 class QuantizedLlama(_Quantized, LlamaForCausalLM):  # type: ignore[misc]

@@ -95,32 +95,40 @@ class PackedFolder:
             packed = {key: tensor.to(device) for key, tensor in self.packed(index, f"{prefix}.{name}").items()}
             arch.replace_module(block, name, QuantLinear.from_packed(method, linear, packed))
 
-    def finish(self, linears: list[dict[str, Any]], identity: dict[str, Any]) -> dict[str, Any]:
-        """Report, index, small files, and config.json as the last. Returns the report."""
+    def finish(
+        self, linears: list[dict[str, Any]], identity: dict[str, Any], made_from: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Report, index, small files, and config.json as the last. Returns the report.
+
+        made_from: by what names base and calibration went, which decides no byte of the tensors (see `origin`).
+        """
+        total_bytes = self.save_index()
+        report: dict[str, Any] = {
+            "fingerprint": fingerprint(identity),
+            "identity": identity,
+            "made_from": made_from,
+            "linears": linears,
+            "bits": self._bits(linears, total_bytes),
+        }
+        if isinstance(self.base, Rewritten):
+            report["rewrite"] = dict(self.base.rewrite.notes)
+        write_json(self.path / REPORT, report)
+        carry(self.base.path, self.path)
+        section = config_section(self.method, len(linears), identity["calibration"], report["fingerprint"])
+        write_json(self.path / CONFIG, {**self.base.config, "quantization_config": section})
+        return report
+
+    def save_index(self) -> int:
+        """Write the index of all files; bytes of all tensors."""
         weight_map: dict[str, str] = {}
         total_bytes = 0
         for file in (self.file(None), *(self.file(i) for i in range(len(self.prefixes)))):
             for name, spec in header(file).items():
                 weight_map[name] = file.name
                 total_bytes += spec.nbytes
-        report: dict[str, Any] = {
-            "fingerprint": fingerprint(identity),
-            "identity": identity,
-            "linears": linears,
-            "bits": self._bits(linears, total_bytes),
-        }
-        if isinstance(self.base, Rewritten):
-            report["rewrite"] = dict(self.base.rewrite.notes)
         index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
-        write_json(self.path / REPORT, report)
         write_json(self.path / INDEX, index)
-        for pattern in CARRIED:
-            for file in self.base.path.glob(pattern):
-                if file.name not in (CONFIG, INDEX, REPORT) and file.is_file():
-                    shutil.copyfile(file, self.path / file.name)
-        section = config_section(self.method, len(linears), identity["calibration"], report["fingerprint"])
-        write_json(self.path / CONFIG, {**self.base.config, "quantization_config": section})
-        return report
+        return total_bytes
 
     def _bits(self, linears: list[dict[str, Any]], total_bytes: int) -> dict[str, float]:
         """Nominal bits, stored bits per quantized weight, and bits per parameter of the whole model."""
@@ -132,6 +140,14 @@ class PackedFolder:
             "whole_model": total_bytes * 8 / self.base.parameters,
             "bytes": total_bytes,
         }
+
+
+def carry(base: Path, out: Path) -> None:
+    """Copy the base's small files: tokenizer, generation defaults, licence."""
+    for pattern in CARRIED:
+        for file in base.glob(pattern):
+            if file.name not in (CONFIG, INDEX, REPORT) and file.is_file():
+                shutil.copyfile(file, out / file.name)
 
 
 def config_section(

@@ -6,7 +6,7 @@ import copy
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from . import arch
 from .attention import install
+from .distributed import Team, and_notes, with_notes
 from .errors import LLQError
 from .kernels import reference
 from .linear import QuantLinear
-from .method import Method, Packed, PassListener, Rewrite, State, Step, stored_bits
+from .method import Job, Method, Packed, PassListener, Rewrite, State, Step, stored_bits
 from .pairs import Pairs
 from .stats import Hessian, Stat
 from .walk import Blocks, LiveBlocks, walk
@@ -42,13 +43,15 @@ class RunOptions:
     dtype: str | None = None
     offload: Path | None = None
     revision: str | None = None
+    shards: int = 1  # decides last bits of the statistics, unlike all else here: see `distributed`
+    team: Team = field(default_factory=Team)
 
 
 @torch.no_grad()
-def quantize_step(step: Step, method: Method) -> list[dict[str, Any]]:
+def quantize_step(step: Step, method: Method, team: Team | None = None) -> list[dict[str, Any]]:
     """Quantize the linears of a step, put QuantLinears in their place; a record per linear."""
     started = time.perf_counter()
-    packed = method.quantize_block(step)
+    packed = shared_out(step, method, team) if team is not None and team.size > 1 else method.quantize_block(step)
     seconds = (time.perf_counter() - started) / max(len(packed), 1)
     records = []
     for name, tensors in packed.items():
@@ -65,6 +68,21 @@ def quantize_step(step: Step, method: Method) -> list[dict[str, Any]]:
         )
         arch.replace_module(step.block, name, quantized)
     return records
+
+
+def shared_out(step: Step, method: Method, team: Team) -> dict[str, Packed]:
+    """The linears of a step, each solved by one process of the team and told to all."""
+    owners = {name: i % team.size for i, name in enumerate(step.linears)}
+    own = {name: linear for name, linear in step.linears.items() if owners[name] == team.rank}
+    mine = replace(step, linears=own, jobs=step.jobs)
+    solved = method.quantize_block(mine)
+    packed = {}
+    for name, owner in owners.items():
+        message = with_notes(solved[name], step.jobs[name].notes) if name in own else {}
+        packed[name], notes = and_notes(team.broadcast(message, owner))
+        packed[name] = {key: tensor.to(step.linears[name].weight.device) for key, tensor in packed[name].items()}
+        step.jobs[name] = Job(f"{step.prefix}.{name}", notes)
+    return packed
 
 
 def _errors(weight_OI: Tensor, restored_OI: Tensor, stat: Stat | None) -> dict[str, float]:

@@ -20,8 +20,9 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from . import arch
-from .checkpoint import Checkpoint, Rewritten
+from .checkpoint import Checkpoint, Rewritten, origin
 from .data import Calibration, ids_sha256
+from .distributed import edges_of
 from .errors import LLQError
 from .journal import FileState, Journal, fingerprint, sha256_file
 from .kernels import reference
@@ -46,6 +47,7 @@ class Plan:
     method: Method
     data: Tensor | Pairs | None  # token ids [N, S], or image-text pairs
     identity: dict[str, Any]
+    made_from: dict[str, Any]
     run: RunOptions
     dtype: torch.dtype
     estimates: dict[str, float]
@@ -101,7 +103,15 @@ def prepare(
     if problems:
         more = f" (and {len(problems) - 8} more)" if len(problems) > 8 else ""
         raise LLQError(f"{model} cannot be quantized: " + "; ".join(problems[:8]) + more)
+    if run.team.size > 1 and not method.shares_out:
+        raise LLQError(
+            f"{method.name} reads activations or trains while it quantizes, which processes cannot share; run it in one"
+        )
     data, described = calibration_data(calibration, method, skeleton.config, checkpoint.path, progress)
+    if isinstance(data, Pairs) and run.shards > 1:
+        raise LLQError(f"shards={run.shards}: image-text pairs of different lengths are not shared out; give 1")
+    if data is not None:
+        run.team.own(edges_of(len(data), run.shards))
     identity = {
         "format_version": FORMAT_VERSION,
         "base_sha256": base,
@@ -110,11 +120,13 @@ def prepare(
         "calibration": described,
         "dtype": str(dtype).removeprefix("torch."),
         "device": torch.device(run.device).type,
+        **({"shards": run.shards} if described and run.shards > 1 else {}),
     }
+    made_from = {**origin(checkpoint.path), "calibration": calibration.described if described else None}
     source = Rewritten.of(checkpoint, method.rewrite(skeleton, {}))
     estimates = estimate(source, skeleton, method, data, dtype, run, out, progress)
     progress.estimates(estimates)
-    return Plan(checkpoint, skeleton, method, data, identity, run, dtype, estimates)
+    return Plan(checkpoint, skeleton, method, data, identity, made_from, run, dtype, estimates)
 
 
 def calibration_data(
@@ -145,17 +157,23 @@ def calibration_data(
 
 @reference()
 def execute(plan: Plan, out: Path, progress: Progress) -> dict[str, Any]:
-    """Run a plan into `out`; returns the report."""
+    """Run a plan into `out`; returns the report. Of a team's processes the leader writes, the others compute along."""
+    if not plan.run.team.leads:
+        return _follow(plan, out, progress)
     journal = None
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(out.with_name(out.name + ".lock")):  # a second process waits, then finds the work done
             if finished_fingerprint(out) == plan.fingerprint:
                 if not Journal.damaged(out):
+                    plan.run.team.tell(None)
                     return read_report(out)
                 (out / CONFIG).unlink()  # not a whole checkpoint until the damaged blocks are done again
             journal = Journal.open(out, plan.identity)
-            return _write(plan, out, journal, progress)
+            plan.run.team.tell(sorted(journal.blocks))
+            report = _write(plan, out, journal, progress)
+            plan.run.team.tell(None)
+            return report
     except (OSError, SafetensorError) as error:
         if journal is None:
             raise LLQError(f"{out} cannot be written ({error}); give another folder, or free some space") from error
@@ -206,9 +224,11 @@ def _write(plan: Plan, out: Path, journal: Journal, progress: Progress) -> dict[
         offload=plan.run.offload,
         on_block=on_block,
         state_of=lambda index: FileState(out, plan.fingerprint, index),
+        shards=plan.run.shards,
+        team=plan.run.team,
     )
     for step in todo:
-        pending += quantize_step(step, plan.method)
+        pending += quantize_step(step, plan.method, plan.run.team)
     if plan.method.tunes:
         _tune(plan, out, folder, journal, progress)
     linears = journal.linears()
@@ -217,9 +237,36 @@ def _write(plan: Plan, out: Path, journal: Journal, progress: Progress) -> dict[
         raise LLQError(
             f"{len(linears)} linears were quantized, {expected} should have been; delete {journal.path} and start anew"
         )
-    report = folder.finish(linears, plan.identity)
+    report = folder.finish(linears, plan.identity, plan.made_from)
     FileState.clear(out, kind="tuned")
     return report
+
+
+def _follow(plan: Plan, out: Path, progress: Progress) -> dict[str, Any]:
+    """What a process of a team does that does not lead: the same walk, its share of the work, no files."""
+    done = plan.run.team.tell(None)
+    if done is None:
+        return read_report(out)
+    rewrite = plan.method.rewrite(plan.skeleton, {})
+    source = Rewritten.of(plan.checkpoint, rewrite, plan.dtype)
+    blocks = StreamedBlocks(source, plan.skeleton, plan.dtype, torch.device(plan.run.device))
+    folder = PackedFolder(out, Rewritten.of(plan.checkpoint, rewrite), blocks.prefixes, plan.method)
+    todo = steps(
+        blocks,
+        plan.method,
+        plan.data,
+        progress,
+        done=len(done),
+        restore=folder.restore_block,
+        finished=lambda index: index in done,
+        offload=plan.run.offload,
+        shards=plan.run.shards,
+        team=plan.run.team,
+    )
+    for step in todo:
+        quantize_step(step, plan.method, plan.run.team)
+    plan.run.team.tell(None)  # until the leader has written all
+    return read_report(out)
 
 
 def _tune(plan: Plan, out: Path, folder: PackedFolder, journal: Journal, progress: Progress) -> None:

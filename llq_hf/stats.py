@@ -6,7 +6,7 @@ Legend: T tokens, I in_features, H_II = (2 / sequences) * sum over tokens of x x
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -33,6 +33,24 @@ class Stat(ABC):
         """Take in the same tokens as seen here and in the full-precision model, after `update`."""
 
     @abstractmethod
+    def merge(self, later: Self) -> None:
+        """Take in what another one saw of the same input in the sequences that follow."""
+
+    def fresh(self) -> Self:
+        """One that has seen nothing."""
+        return type(self)(self.in_features, self.device)
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything it holds, to be sent to another process."""
+        held = {key: value for key, value in vars(self).items() if isinstance(value, Tensor | int)}
+        return {key: torch.as_tensor(value) for key, value in held.items()}
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Hold what another one's `state` says."""
+        for key, tensor in state.items():
+            setattr(self, key, int(tensor) if isinstance(getattr(self, key), int) else tensor.to(self.device))
+
+    @abstractmethod
     def check(self, name: str) -> None:
         """Raise LLQError, naming the linear, where the statistic cannot be used (nothing seen, not finite)."""
 
@@ -49,6 +67,10 @@ class Hessian(Stat):
         x_TI = x_TI.float()  # before squaring: LLaMA-3's massive activations overflow fp16 and blunt bf16
         self.sum_II.addmm_(x_TI.T, x_TI)
         self.sequences += sequences
+
+    def merge(self, later: Self) -> None:
+        self.sum_II += later.sum_II
+        self.sequences += later.sequences
 
     @property
     def H_II(self) -> Tensor:
@@ -81,6 +103,11 @@ class PairedHessian(Hessian):
             self.cross_II = torch.zeros_like(self.sum_II)
         self.cross_II.addmm_(x_TI.float().T, dense_TI.float())
 
+    def merge(self, later: Self) -> None:
+        super().merge(later)
+        if self.cross_II is not None and later.cross_II is not None:
+            self.cross_II += later.cross_II
+
     @property
     def C_II(self) -> Tensor:
         """A fresh copy, on the scale of H_II; H_II itself where both streams are one."""
@@ -94,6 +121,10 @@ class AbsMax(Stat):
         super().__init__(in_features, device)
         self.max_I = torch.zeros(in_features, dtype=torch.float32, device=device)
         self.sequences = 0
+
+    def merge(self, later: Self) -> None:
+        self.max_I = torch.maximum(self.max_I, later.max_I)
+        self.sequences += later.sequences
 
     def update(self, x_TI: Tensor, sequences: int) -> None:
         if len(x_TI):
@@ -124,7 +155,20 @@ class Samples(Hessian):
         first = -self.tokens % self.stride  # tokens 0, stride, 2 stride, ... of all
         self.rows_TI = torch.cat([self.rows_TI, x_TI[first :: self.stride].float()])
         self.tokens += len(x_TI)
-        while len(self.rows_TI) >= self.LIMIT:
+        self._thin(1)
+
+    def merge(self, later: Self) -> None:
+        """The sample stays evenly spaced but for the seam."""
+        super().merge(later)
+        self.abs_sum_I += later.abs_sum_I
+        self.tokens += later.tokens
+        self._thin(later.stride)
+        self.rows_TI = torch.cat([self.rows_TI, later.rows_TI[:: self.stride // later.stride]])
+        self._thin(1)
+
+    def _thin(self, stride: int) -> None:
+        """Drop every second row while there are too many, or while they lie closer than `stride`."""
+        while len(self.rows_TI) >= self.LIMIT or self.stride < stride:
             self.rows_TI, self.stride = self.rows_TI[::2].clone(), self.stride * 2
 
     @property

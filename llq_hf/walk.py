@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from . import arch
 from .attention import install
 from .checkpoint import Checkpoint
+from .distributed import Stats, Team, batches_of, edges_of
 from .errors import LLQError
 from .method import Flow, Method, PassListener, State, Step
 from .pairs import Pairs
@@ -214,11 +215,23 @@ class Entrance:
 class Stream:
     """The calibration set on its way through the blocks: its activations and the keyword arguments every block gets."""
 
-    def __init__(self, blocks: Blocks, data: Tensor | Pairs, offload: Path | None, listener: PassListener) -> None:
+    def __init__(
+        self,
+        blocks: Blocks,
+        data: Tensor | Pairs,
+        offload: Path | None,
+        listener: PassListener,
+        shards: int = 1,
+        team: Team | None = None,
+    ) -> None:
+        self.team = team or Team()
+        edges = self.team.own(edges_of(len(data), shards))
+        if isinstance(data, Tensor):
+            data = data[edges[0] : edges[-1]]  # of several processes, each holds its own
         entrance = Entrance(blocks, data)
         self.count, self.pairs = len(entrance.lengths), entrance.pairs
         self.length = -(-sum(entrance.lengths) // self.count)
-        self._batches = entrance.batches()
+        self.shards = batches_of([edge - edges[0] for edge in edges], entrance.size)
         self.listener = listener
         # Keyword arguments of pairs by number: masks may depend on where the image is. Else by batch size: masks have a
         # batch axis, and those of size 1 serve any other.
@@ -242,7 +255,7 @@ class Stream:
         return twin
 
     def batches(self) -> list[slice]:
-        return self._batches
+        return [rows for batches in self.shards for rows in batches]
 
     def inputs(self, rows: slice) -> tuple[Tensor, dict[str, Any]]:
         hidden_BSD = self.activations[rows].to(self.device)
@@ -259,21 +272,35 @@ class Stream:
         Linears of a group share one object of a kind. dense: the full-precision block and its stream, which paired
         statistics look at beside this one.
         """
+        if not any(observes[name] for group in groups for name in group):
+            return {}
+        self.listener.stage("statistics", self.count)
+        shares = (self._observe(block, groups, observes, dense, batches) for batches in self.shards)
+        found = self.team.reduced(shares)
+        asked = ((group[0], name, observes[name]) for group in groups for name in group)
+        return {name: found[f"{first}/{kind.__name__}"] for first, name, kind in asked if kind is not None}
+
+    def _observe(
+        self,
+        block: nn.Module,
+        groups: list[list[str]],
+        observes: Mapping[str, type[Stat] | None],
+        dense: Dense | None,
+        batches: list[slice],
+    ) -> Stats:
+        """Statistics of some batches, by "first linear of the group/kind"."""
         linears = arch.block_linears(block)
-        stats: dict[str, Stat] = {}
+        stats: Stats = {}
         watches: list[_Watch] = []
         for group in groups:
             kinds = {kind for name in group if (kind := observes[name]) is not None}
             shared = {kind: kind(linears[group[0]].in_features, self.device) for kind in kinds}
-            stats |= {name: shared[kind] for name in group if (kind := observes[name]) is not None}
+            stats |= {f"{group[0]}/{kind.__name__}": stat for kind, stat in shared.items()}
             watches += [_Watch(group[0], tuple(shared.values()))] if shared else []
-        if not stats:
-            return stats
         beside = dense is not None and any(stat.paired for stat in stats.values())
         handles = [handle for watch in watches for handle in watch.hooks(block, dense if beside else None)]
-        self.listener.stage("statistics", self.count)
         try:
-            for rows in self.batches():
+            for rows in batches:
                 hidden_BSD, kwargs = self.inputs(rows)
                 for watch in watches:
                     watch.sequences = len(hidden_BSD)
@@ -417,18 +444,20 @@ def walk(
     listener: PassListener | None = None,
     on_linear: Callable[[str], None] = lambda name: None,
     state_of: Callable[[int], State] = lambda index: State(),
+    shards: int = 1,
+    team: Team | None = None,
 ) -> Iterator[Step]:
     """Yield the steps of every block not `finished`; `on_block` is called when a block's last step was consumed.
 
     A finished block (of a resumed run) is only passed through: `restore` puts its packed linears in place. Without
-    calibration no data is needed and nothing is run.
+    calibration no data is needed and nothing is run. shards, team: see `distributed`.
     """
     if method.calibrated and calibration is None:
         raise LLQError("this method needs calibration data")
     listener = listener or PassListener()
     stream = None
     if method.calibrated and calibration is not None:
-        stream = Stream(blocks, calibration, offload, listener)
+        stream = Stream(blocks, calibration, offload, listener, shards, team)
     beside = stream.copy(offload) if stream is not None and method.flow is Flow.BOTH else None
     last = len(blocks.prefixes) - 1
     for index, prefix in enumerate(blocks.prefixes):

@@ -132,6 +132,7 @@ def test_tokenizer_round_trip() -> None:
 def test_folder_is_small_and_plain() -> None:
     sizes = {path.name: path.stat().st_size for path in FOLDER.iterdir()}
     assert set(sizes) == {
+        "README.md",
         "config.json",
         "generation_config.json",
         "model.safetensors",

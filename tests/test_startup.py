@@ -194,6 +194,7 @@ def test_contents_of_the_wheel(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {"llq_hf_startup.pth", "llq_hf_startup.start"} <= names
     assert {f"llq_hf/demo/llama/{file}" for file in ("config.json", "model.safetensors", "tokenizer.json")} <= names
+    assert "llq_hf/_model_cards/template.md" in names
     for file in (ROOT / "tasks").rglob("*"):
         if file.is_file() and "__pycache__" not in file.parts:
             assert f"llq_hf/_tasks/{file.relative_to(ROOT / 'tasks').as_posix()}" in names
@@ -203,7 +204,9 @@ def test_contents_of_the_wheel(wheel):
         "llq_hf",
         "llq_hf_startup.pth",
         "llq_hf_startup.start",
+        "optimum",
     }
+    assert [name for name in names if name.startswith("optimum/")] == ["optimum/commands/register/register_llq.py"]
 
 
 def test_both_start_up_files_say_the_same(wheel):

@@ -8,10 +8,34 @@ from rich.console import Console
 from rich.markup import escape
 
 from ..errors import LLQError
-from . import bench, evaluate, finetune, inspect, kernels, quantize, show, study  # each adds its commands to `app`
+from . import (  # each adds its commands to `app`
+    bench,
+    evaluate,
+    export,
+    finetune,
+    inspect,
+    kernels,
+    push,
+    quantize,
+    show,
+    study,
+)
 from .app import app
 
-__all__ = ["app", "bench", "evaluate", "finetune", "inspect", "kernels", "main", "quantize", "show", "study"]
+__all__ = [
+    "app",
+    "bench",
+    "evaluate",
+    "export",
+    "finetune",
+    "inspect",
+    "kernels",
+    "main",
+    "push",
+    "quantize",
+    "show",
+    "study",
+]
 
 
 def main() -> None:

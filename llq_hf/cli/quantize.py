@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -44,12 +45,16 @@ def quantize(
     ] = "auto",
     offload: Annotated[Path | None, typer.Option(help="Keep calibration activations in files of this folder.")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
+    shards: Annotated[
+        int | None,
+        typer.Option(help="Partial sums of the statistics; default 1, or as many as torchrun starts processes."),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, run one block, write nothing.")] = False,
 ) -> None:
     """Quantize a model block by block into a packed checkpoint that from_pretrained loads.
 
     Peak memory is one block, whatever the depth. A killed run goes on where it stopped when the same command is given
-    again.
+    again. `torchrun --nproc_per_node 2 -m llq_hf quantize ...` shares sequences and linears between two processes.
 
     Example: **llq quantize demo /tmp/demo-quip --method quip --bits 2**
     """
@@ -57,24 +62,31 @@ def quantize(
     from transformers import AutoConfig
 
     from ..demo import calibration_for, resolve
+    from ..distributed import Team
     from ..loading import auto_class
     from ..progress import RichProgress
-    from ..quantize import RunOptions
+    from ..quantize import Progress, RunOptions
     from ..run import peak_bytes, prepare, quantize_checkpoint
 
     built = method_type(method).build(preset, **options)
     data = calibration_for(model, calibration, calibration_samples, calibration_seqlen, calibration_seed)
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    run = RunOptions(device=device, dtype=None if dtype == "auto" else dtype, offload=offload, revision=revision)
+    local = os.environ.get("LOCAL_RANK", "0")
+    device = (f"cuda:{local}" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    team = Team.join(torch.device(device))
+    run = RunOptions(
+        device, None if dtype == "auto" else dtype, offload, revision, shards=shards or team.size, team=team
+    )
+    progress = RichProgress() if team.leads else Progress()
     if dry_run:
-        progress = RichProgress()
         try:
             prepare(resolve(model), built, data, run, out, progress)
         finally:
             progress.close()
         return
     started = time.perf_counter()
-    report = quantize_checkpoint(resolve(model), out, built, data, run, RichProgress())
+    report = quantize_checkpoint(resolve(model), out, built, data, run, progress)
+    if not team.leads:
+        return
     seconds = time.perf_counter() - started
     table = _bits_table(f"{built.title} of {model}", report)
     table.add_row("time", f"{seconds:.1f} s")

@@ -118,7 +118,9 @@ def _plans(path: Path | None, preset: str | None) -> list[dict[str, Any]]:
 def _presets(text: str | None) -> list[str]:
     from ..study.paper import tables
 
-    return [table.preset for table in tables().values()] if text == "paper" else (text or "").split(",") if text else []
+    if text == "paper":
+        return [table.preset for table in tables().values()]
+    return [] if text is None else text.split(",")
 
 
 def _values(text: str) -> list[Any]:

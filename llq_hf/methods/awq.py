@@ -40,7 +40,7 @@ from torch import Tensor, nn
 from ..arch import first
 from ..errors import LLQError
 from ..feedback import solve
-from ..grids import Grid, Spec, Uniform
+from ..grids import Affine, Grid, Spec, Uniform
 from ..method import Flow, Job, Method, Packed, Step
 from ..stats import Samples, Stat, factorize, revive_dead
 
@@ -263,6 +263,9 @@ class AWQ(Method):
 
     def dequantize(self, packed: Packed, out_features: int, in_features: int) -> Tensor:
         return self.grid.unpack(packed, in_features) / packed["in_scale"].float()
+
+    def affine(self, packed: Packed, out_features: int, in_features: int) -> Affine:
+        return self.grid.affine(packed, in_features)
 
     def linear(self, x: Tensor, packed: Packed, bias: Tensor | None, out_features: int) -> Tensor:
         z = (x / packed["in_scale"].float()).to(x.dtype)

@@ -39,7 +39,7 @@ from torch import Tensor
 
 from ..errors import LLQError
 from ..feedback import BLOCK, Solution, drift, group_aware_order, solve
-from ..grids import Grid, Spec, Uniform
+from ..grids import Affine, Grid, Spec, Uniform
 from ..method import Flow, Job, Method, Packed
 from ..refine import Objective, refined
 from ..stats import PairedHessian, Stat, factorize, revive_dead
@@ -170,6 +170,9 @@ class GPTQ(Method):
     def dequantize(self, packed: Packed, out_features: int, in_features: int) -> Tensor:
         weight_OI = self.grid.unpack(packed, in_features)
         return weight_OI[:, torch.argsort(packed["order"])] if self._keeps_order else weight_OI
+
+    def affine(self, packed: Packed, out_features: int, in_features: int) -> Affine:
+        return self.grid.affine(packed, in_features)
 
     def linear(self, x: Tensor, packed: Packed, bias: Tensor | None, out_features: int) -> Tensor:
         if self._keeps_order:

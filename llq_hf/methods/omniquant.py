@@ -48,7 +48,7 @@ from torch.nn import functional as F
 from ..activations import OFF, Attention, TokenQuant, round_through
 from ..arch import first as first_output
 from ..errors import LLQError
-from ..grids import Grid, Spec, Uniform
+from ..grids import Affine, Grid, Spec, Uniform
 from ..method import BlockData, Flow, Method, Packed, Step
 from ..stats import AbsMax
 from ..training import Trained, run_block, train_block
@@ -110,6 +110,10 @@ class OmniQuant(Method):
         return self.let and self.tokens.on
 
     @property
+    def weight_only(self) -> bool:
+        return not self.tokens.on
+
+    @property
     def flow(self) -> Flow:
         return Flow.BOTH
 
@@ -135,6 +139,9 @@ class OmniQuant(Method):
     def dequantize(self, packed: Packed, out_features: int, in_features: int) -> Tensor:
         weight_OI = self.grid.unpack(packed, in_features)
         return weight_OI / packed["in_scale"].float() if "in_scale" in packed else weight_OI
+
+    def affine(self, packed: Packed, out_features: int, in_features: int) -> Affine:
+        return self.grid.affine(packed, in_features)
 
     def linear(self, x: Tensor, packed: Packed, bias: Tensor | None, out_features: int) -> Tensor:
         if not self.tokens.on:

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from ..bits import pack, packed_words, unpack
 from ..errors import LLQError
-from ..grids import Spec, Uniform
+from ..grids import Affine, Spec, Uniform
 from ..kernels import Part, UniformCodes, product
 from ..method import Job, Method, Packed
 from ..rotations import Rotation, rotation
@@ -175,6 +175,13 @@ class QuIP(Method):
         else:
             weight_OI = self.row_grid.unpack(packed, in_features)
         return weight_OI / packed["in_scale"].float() if self.rescale else weight_OI
+
+    def affine(self, packed: Packed, out_features: int, in_features: int) -> Affine:
+        if self.incoherence:
+            raise LLQError(
+                f"{self.name} turns inputs and outputs while the model runs; quantize with incoherence=False"
+            )
+        return self.row_grid.affine(packed, in_features)
 
     def linear(self, x: Tensor, packed: Packed, bias: Tensor | None, out_features: int) -> Tensor:
         z = x / packed["in_scale"].float() if self.rescale else x

@@ -25,7 +25,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from ..grids import Spec, Uniform
+from ..grids import Affine, Spec, Uniform
 from ..method import Job, Method, Packed
 from ..stats import Stat
 
@@ -61,6 +61,9 @@ class RTN(Method):
 
     def dequantize(self, packed: Packed, out_features: int, in_features: int) -> Tensor:
         return self.grid.unpack(packed, in_features)
+
+    def affine(self, packed: Packed, out_features: int, in_features: int) -> Affine:
+        return self.grid.affine(packed, in_features)
 
     def linear(self, x: Tensor, packed: Packed, bias: Tensor | None, out_features: int) -> Tensor:
         return self.grid.linear(x, packed, bias)

@@ -248,7 +248,7 @@ class SliMLLM(Method):
         zero_OG = zero_OG / self._zero_steps(packed["widths"])
         whole = in_features // self.group_size
         end = whole * self.group_size
-        head_OGg, tail_O1g = weight_OI[:, :end].view(-1, whole, self.group_size), weight_OI[:, None, end:]
+        head_OGg, tail_O1g = weight_OI[:, :end].view(out_features, whole, self.group_size), weight_OI[:, None, end:]
         for part, groups in ((head_OGg, slice(whole)), (tail_O1g, slice(whole, None))):
             if part.numel():
                 part.sub_(zero_OG[:, groups, None]).mul_(scale_OG[:, groups, None])

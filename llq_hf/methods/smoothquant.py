@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from ..activations import TokenQuant
 from ..bits import unpack
 from ..errors import LLQError
-from ..grids import Grid, Spec, Uniform
+from ..grids import Affine, Grid, Spec, Uniform
 from ..method import Flow, Method, Packed, Step
 from ..stats import AbsMax, Stat
 
@@ -78,6 +78,10 @@ class SmoothQuant(Method):
     @property
     def tokens(self) -> TokenQuant:
         return TokenQuant(self.a_bits or self.bits)
+
+    @property
+    def weight_only(self) -> bool:
+        return not self.tokens.on
 
     @property
     def flow(self) -> Flow:
@@ -128,6 +132,9 @@ class SmoothQuant(Method):
     def dequantize(self, packed: Packed, out_features: int, in_features: int) -> Tensor:
         weight_OI = self.grid.unpack(packed, in_features)
         return weight_OI / packed["in_scale"].float() if self.smooth else weight_OI
+
+    def affine(self, packed: Packed, out_features: int, in_features: int) -> Affine:
+        return self.grid.affine(packed, in_features)
 
     def linear(self, x: Tensor, packed: Packed, bias: Tensor | None, out_features: int) -> Tensor:
         z = x / packed["in_scale"].float() if self.smooth else x

@@ -37,7 +37,7 @@ from .. import arch
 from ..activations import OFF, Attention, TokenQuant
 from ..errors import LLQError
 from ..feedback import solve
-from ..grids import Spec, Uniform
+from ..grids import Affine, Spec, Uniform
 from ..method import Job, Method, Packed, PassListener, Rewrite
 from ..residual import Residual, Turn, Turned, residual_of
 from ..rotations import cayley_step, hadamard, nearest_orthogonal
@@ -115,6 +115,10 @@ class SpinQuant(Method):
         key, value = TokenQuant(self.kv_bits, False, zero_inside=True), TokenQuant(self.kv_bits, False)
         return Attention(key=key, value=value, joint_key=not self.key_heads, hadamard=True)
 
+    @property
+    def weight_only(self) -> bool:
+        return not self.token_quant.on and self.attention is None
+
     def _input(self, x: Tensor) -> Tensor:
         """What the stored weight is multiplied with."""
         if self.turns:
@@ -165,6 +169,11 @@ class SpinQuant(Method):
     def dequantize(self, packed: Packed, out_features: int, in_features: int) -> Tensor:
         weight_OI = self.grid.unpack(packed, in_features)
         return hadamard(in_features, weight_OI.device).invert(weight_OI) if self.turns else weight_OI
+
+    def affine(self, packed: Packed, out_features: int, in_features: int) -> Affine:
+        if self.turns:
+            raise LLQError(f"{self.name} turns the input of down_proj while the model runs; quantize with r4=False")
+        return self.grid.affine(packed, in_features)
 
     def linear(self, x: Tensor, packed: Packed, bias: Tensor | None, out_features: int) -> Tensor:
         return self.grid.linear(self._input(x), packed, bias)

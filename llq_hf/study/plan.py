@@ -82,6 +82,8 @@ class Cell:
     @property
     def title(self) -> str:
         """For people: gptq bits=3 group_size=64 (best)."""
+        if self.method == DENSE:
+            return "full precision"
         words = [f"{key}={value}" for key, value in self.options.items()]
         return " ".join([self.method, *words]) + ("" if self.preset == "study" else f" ({self.preset})")
 
@@ -97,7 +99,10 @@ KEYS = ("title", "models", "tasks", "presets", "seeds", "methods", "baseline", *
 
 def expand(plans: Iterable[Mapping[str, Any]]) -> list[Cell]:
     """The cells of plans, each once, in their order. LLQError for a plan that makes no sense as such."""
-    cells = {cell.fingerprint: cell for plan in plans for cell in _expand(plan)}
+    cells: dict[str, Cell] = {}
+    for plan in plans:
+        for cell in _expand(plan):
+            cells.setdefault(cell.fingerprint, cell)
     return list(cells.values())
 
 

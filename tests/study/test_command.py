@@ -35,7 +35,7 @@ def titles(lines: list[str]) -> list[str]:
 def test_flags_make_cells(llq: Callable[..., list[str]]) -> None:
     flags = ["--models", "demo", "--methods", "rtn,gptq", "--bits", "4,2", "--tasks", "llq_demo"]
     found = titles(llq("study", *flags, "--option", "group_size=64,128", "--presets", "best", "--dry-run"))
-    assert found[0] == "none"
+    assert found[0] == "full precision"
     assert len(found) == 1 + 2 * 2 * 2
     assert found[1] == "rtn bits=4 group_size=64 (best)"
 

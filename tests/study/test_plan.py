@@ -38,6 +38,12 @@ def test_presets_and_seeds_multiply_and_the_baseline_does_not_take_presets() -> 
     assert len({cell.fingerprint for cell in cells}) == len({cell.name for cell in cells}) == len(cells)
 
 
+def test_a_preset_that_changes_nothing_is_no_cell_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(METHODS["rtn"], "best", {})
+    cells = expand([{**PLAN, "methods": [{"method": "rtn"}], "presets": ["study", "best"]}])
+    assert [cell.title for cell in cells] == ["full precision", "rtn"]
+
+
 def test_all_methods_at_all_widths() -> None:
     cells = expand([{**PLAN, "methods": [{"method": "all", "bits": "all"}], "baseline": False}])
     assert [(c.method, c.options["bits"]) for c in cells] == [(n, b) for n, m in METHODS.items() for b in m.bits_range]

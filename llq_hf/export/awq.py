@@ -1,0 +1,59 @@
+"""AutoAWQ's format ("gemm"), as AutoAWQ, GPTQModel, vLLM and SGLang read it: 4 bits, groups in order.
+
+name     shape        dtype
+qweight  [I, O / 8]   int32   eight output features a word, in the order 0 2 4 6 1 3 5 7
+qzeros   [G, O / 8]   int32   likewise
+scales   [G, O]       fp16 (dtype)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..errors import LLQError
+from ..grids import Affine
+from .format import AffineFormat, bitstream, whole
+
+ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
+
+
+@dataclass(frozen=True)
+class AWQFormat(AffineFormat):
+    name: ClassVar[str] = "awq"
+    reader: ClassVar[str] = "AutoAWQ, GPTQModel, vLLM, SGLang"
+    widths: ClassVar[tuple[int, ...]] = (4,)
+
+    def check(self, affine: Affine) -> None:
+        super().check(affine)
+        if not affine.in_order:
+            raise LLQError("its groups are of scattered columns (act_order), which this format has no index for")
+        for what, features in zip(("output", "input"), affine.codes_OI.shape, strict=True):
+            whole(what, features)
+
+    def pack(self, affine: Affine) -> dict[str, Tensor]:
+        return {
+            "qweight": _interleaved(affine.codes_OI.T),
+            "qzeros": _interleaved(affine.zero_OG.T.to(torch.uint8)),
+            "scales": affine.scale_OG.T.contiguous().to(self.dtype),
+        }
+
+    def section(self, first: Affine | None) -> dict[str, Any]:
+        assert first is not None
+        return {
+            "quant_method": "awq",
+            "version": "gemm",
+            "bits": first.bits,
+            "group_size": first.group_size,
+            "zero_point": True,
+            "modules_to_not_convert": ["lm_head"],
+        }
+
+
+def _interleaved(codes_RO: Tensor) -> Tensor:
+    """4-bit codes [R, O] -> int32 [R, O / 8]."""
+    rows, features = codes_RO.shape
+    return bitstream(codes_RO.reshape(rows, features // 8, 8)[..., ORDER].reshape(rows, features), 4)

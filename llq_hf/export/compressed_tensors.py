@@ -1,0 +1,62 @@
+"""compressed-tensors, "pack-quantized": what vLLM, SGLang and transformers read. Asymmetric grids included, 1..8 bits.
+
+    name                shape                 dtype
+    weight_packed       [O, ceil(I * b / 32)] int32   codes, a stream of bits
+    weight_scale        [O, G]                dtype
+    weight_zero_point   [ceil(O * b / 32), G] int32   a stream down the rows (absent if every zero is the middle)
+    weight_shape        [2]                   int64
+Kernels of vLLM and SGLang take 4 and 8 bits; the other widths are unpacked by the library itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..errors import LLQError
+from ..grids import Affine
+from .format import AffineFormat, bitstream
+
+
+@dataclass(frozen=True)
+class CompressedTensors(AffineFormat):
+    name: ClassVar[str] = "compressed-tensors"
+    reader: ClassVar[str] = "vLLM, SGLang, transformers with compressed-tensors"
+    widths: ClassVar[tuple[int, ...]] = tuple(range(1, 9))
+
+    def check(self, affine: Affine) -> None:
+        super().check(affine)
+        if not affine.in_order:
+            raise LLQError("its groups are of scattered columns (act_order), which this format has no index for")
+
+    def pack(self, affine: Affine) -> dict[str, Tensor]:
+        tensors = {
+            "weight_packed": bitstream(affine.codes_OI, affine.bits),
+            "weight_scale": affine.scale_OG.to(self.dtype),
+            "weight_shape": torch.tensor(affine.codes_OI.shape, dtype=torch.int64),
+        }
+        if not affine.sym:
+            zero_GO = affine.zero_OG.T.contiguous().to(torch.uint8)
+            tensors["weight_zero_point"] = bitstream(zero_GO, affine.bits).T.contiguous()
+        return tensors
+
+    def section(self, first: Affine | None) -> dict[str, Any]:
+        assert first is not None
+        weights = {
+            "num_bits": first.bits,
+            "type": "int",
+            "symmetric": first.sym,
+            "strategy": "channel" if first.group_size == -1 else "group",
+            "group_size": None if first.group_size == -1 else first.group_size,
+            "dynamic": False,
+        }
+        return {
+            "quant_method": "compressed-tensors",
+            "format": "pack-quantized",
+            "quantization_status": "compressed",
+            "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+            "ignore": ["lm_head"],
+        }

@@ -1,0 +1,200 @@
+"""One pass over a packed checkpoint's files, a block at a time, into a folder that another library reads.
+
+Codes are carried over as they are; no weight is rounded to a grid again. An input scale (AWQ, SmoothQuant, QuIP) has no
+place in others' formats: it moves into the norm or the linear that the input comes from, whose gain or scales are
+divided by it, where every reader of that output has the same one; else the export is refused. The folder appears when
+it is whole.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import arch
+from ..checkpoint import Checkpoint, header
+from ..errors import LLQError
+from ..inspection import inspect_checkpoint
+from ..method import Method
+from ..methods import build
+from ..packed import CONFIG, REPORT, PackedFolder, carry, save, write_json
+from ..quantize import Progress
+from ..residual import Residual, residual_of
+from ..run import build_skeleton
+from .format import Exported, Format
+
+
+def export(
+    path: Path, out: Path, kind: type[Format], dtype: torch.dtype | None = None, progress: Progress | None = None
+) -> dict[str, Any]:
+    """Write the packed checkpoint in the folder `path` to the new folder `out`, as `kind`.
+
+    dtype: of everything that is no code; by default the format's, or the base's. Returns stored bits per quantized
+    weight before and after, and bytes after. LLQError where the method's storage does not fit the format.
+    """
+    progress = progress or Progress()
+    found = inspect_checkpoint(path)
+    checkpoint = Checkpoint.open(str(path))
+    if out.exists():
+        raise LLQError(f"{out} exists; give a folder that does not")
+    skeleton = build_skeleton(checkpoint)
+    form = kind(dtype or kind.preferred or skeleton.dtype)
+    draft = out.with_name(out.name + ".part")
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    folder = PackedFolder(draft, checkpoint, arch.block_prefixes(skeleton), build(found["method"], **found["config"]))
+    shapes = {n: (linear.out_features, linear.in_features) for n, linear in arch.quantizable(skeleton).items()}
+    try:
+        first = _write(folder, form, shapes, _Folds(skeleton), progress)
+        total_bytes = folder.save_index()
+        carry(path, draft)
+        config = {
+            k: v for k, v in checkpoint.config.items() if k not in ("quantization_config", "dtype", "torch_dtype")
+        }
+        section = form.section(first.affine)
+        config |= {"quantization_config": section} if section else {}
+        write_json(draft / CONFIG, {**config, "dtype": str(form.dtype).removeprefix("torch.")})
+        (draft / REPORT).unlink(missing_ok=True)
+        draft.rename(out)
+    except (LLQError, OSError):
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+    finally:
+        progress.close()
+    weights = sum(rows * columns for rows, columns in shapes.values())
+    bits = _linear_bytes(out, shapes) * 8 / weights
+    return {"stored_bits": found["stored_bits"], "exported_bits": bits, "bytes": total_bytes}
+
+
+def _write(
+    folder: PackedFolder, form: Format, shapes: dict[str, tuple[int, int]], folds: _Folds, progress: Progress
+) -> Exported:
+    """Write every file; returns the first linear, which tells what all of them are."""
+    first = None
+    total = len(folder.prefixes)
+    progress.blocks(0, total)
+    save(_cast(folder.base.read(folder.base_names(None)), form.dtype), folder.file(None))
+    for index in range(total):
+        tensors = folder.base.read(folder.base_names(index))
+        linears = _linears(tensors, folder.method, form, shapes)
+        first = first or next(iter(linears.values()))
+        folds.apply(linears, tensors)
+        stored = {f"{n}.{k}": t for n, linear in linears.items() for k, t in _stored(form, n, linear).items()}
+        save(_cast(tensors, form.dtype) | stored, folder.file(index))
+        progress.blocks(index + 1, total)
+    assert first is not None
+    return first
+
+
+def _linears(
+    tensors: dict[str, Tensor], method: Method, form: Format, shapes: dict[str, tuple[int, int]]
+) -> dict[str, Exported]:
+    """The quantized linears among a block's tensors, taken out of them; biases stay."""
+    linears = {}
+    for name, shape in shapes.items():
+        if f"{name}.weight" not in tensors:
+            continue
+        keys = [key for key in tensors if key.startswith(name + ".") and not key.endswith(".bias")]
+        packed = {key.removeprefix(name + "."): tensors.pop(key) for key in keys}
+        try:
+            linears[name] = form.linear(method.at(name), packed, shape)
+        except LLQError as error:
+            raise LLQError(f"{name} does not fit {form.name}: {error}") from None
+    return linears
+
+
+def _stored(form: Format, name: str, linear: Exported) -> dict[str, Tensor]:
+    try:
+        return form.tensors(linear)
+    except LLQError as error:
+        raise LLQError(f"{name} does not fit {form.name}: {error}") from None
+
+
+def _cast(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Floats in `dtype`; LLQError where one overflows there."""
+    cast = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
+    for name, tensor in cast.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise LLQError(f"{name} does not fit {dtype}; give another dtype")
+    return cast
+
+
+def _linear_bytes(folder: Path, names: Iterable[str]) -> int:
+    """Bytes of the quantized linears in the files, biases left out."""
+    known, total = set(names), 0
+    for file in folder.glob("*.safetensors"):
+        for name, spec in header(file).items():
+            module, _, key = name.rpartition(".")
+            total += spec.nbytes if module in known and key != "bias" else 0
+    return total
+
+
+# --- input scales ----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Folds:
+    """Where the input of each linear comes from, found when the first input scale asks."""
+
+    skeleton: Any
+    _residual: Residual | None = field(default=None)
+
+    @property
+    def residual(self) -> Residual:
+        self._residual = self._residual or residual_of(self.skeleton)
+        return self._residual
+
+    def apply(self, linears: dict[str, Exported], tensors: dict[str, Tensor]) -> None:
+        """Fold every input scale of a block's linears into what comes before; changes both in place."""
+        for name, linear in linears.items():
+            s_I = linear.in_scale_I
+            if s_I is None:
+                continue
+            if (s_I != 1).any():
+                norm = self.residual.readers.get(name)
+                if norm is not None:
+                    self._into_norm(norm, s_I, linears, tensors)
+                else:
+                    self._into_linear(name, s_I, linears, tensors)
+            self._done(linear)
+
+    def _done(self, linear: Exported) -> None:
+        assert linear.affine is not None
+        linear.affine = linear.affine._replace(in_scale_I=None)
+
+    def _into_norm(self, norm: str, s_I: Tensor, linears: dict[str, Exported], tensors: dict[str, Tensor]) -> None:
+        """The norm's gain is divided once, for all of its readers."""
+        readers = [name for name, source in self.residual.readers.items() if source == norm]
+        for reader in readers:
+            other_I = linears[reader].in_scale_I if reader in linears else None
+            if other_I is None or not torch.equal(other_I, s_I):
+                raise LLQError(f"{norm} feeds {', '.join(readers)}, whose input scales differ: they cannot be folded")
+        offset = 1 - self.residual.norms[norm]  # the gain is weight + offset
+        gain = tensors[f"{norm}.weight"]
+        tensors[f"{norm}.weight"] = (gain.float() + offset) / s_I - offset
+        for reader in readers:
+            self._done(linears[reader])
+
+    def _into_linear(self, name: str, s_I: Tensor, linears: dict[str, Exported], tensors: dict[str, Tensor]) -> None:
+        """The rows of v_proj before o_proj, of up_proj before down_proj."""
+        parent, _, kind = name.rpartition(".")
+        source = f"{parent}.{'v_proj' if name in self.residual.outputs else 'up_proj'}"
+        if source not in linears or kind not in ("o_proj", "down_proj"):
+            raise LLQError(f"nothing before {name} can take its input scale")
+        affine = linears[source].affine
+        assert affine is not None
+        rows = len(affine.codes_OI)
+        if name in self.residual.outputs and rows != len(s_I):  # query heads share a value head
+            heads = s_I.view(rows // self.residual.head_dim, -1, self.residual.head_dim)
+            if (heads != heads[:, :1]).any():
+                raise LLQError(f"heads of {name} that share values have different input scales: they cannot be folded")
+            s_I = heads[:, 0].flatten()
+        linears[source].divide_outputs(s_I)
+        if f"{source}.bias" in tensors:
+            tensors[f"{source}.bias"] = tensors[f"{source}.bias"].float() / s_I

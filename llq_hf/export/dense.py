@@ -1,0 +1,40 @@
+"""Dense weights: what the packed ones mean, for loaders that know no quantization. Every method of weights only fits.
+
+`gguf-f16` is the same in fp16: what llama.cpp's `convert_hf_to_gguf.py OUT --outtype f16` takes. A GGUF is not written
+here: that converter knows each architecture's order of heads and RoPE scaling, and tells tokenizers apart by hash; a
+second one would go stale, and a tokenizer that it mistakes gives a model that is wrong without an error.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..errors import LLQError
+from ..method import Method, Packed
+from .format import Exported, Format
+
+
+@dataclass(frozen=True)
+class Dense(Format):
+    name: ClassVar[str] = "dense"
+    reader: ClassVar[str] = "anything that reads Hugging Face checkpoints"
+
+    def linear(self, method: Method, packed: Packed, shape: tuple[int, int]) -> Exported:
+        if not method.weight_only:
+            raise LLQError(f"{method.name} quantizes activations while the model runs; dense weights would not")
+        return Exported(None, method.dequantize(packed, *shape))
+
+    def tensors(self, linear: Exported) -> dict[str, Tensor]:
+        assert linear.weight_OI is not None
+        return {"weight": linear.weight_OI.to(self.dtype)}
+
+
+@dataclass(frozen=True)
+class GGUFSource(Dense):
+    name: ClassVar[str] = "gguf-f16"
+    reader: ClassVar[str] = "llama.cpp's convert_hf_to_gguf.py"
+    preferred: ClassVar[torch.dtype | None] = torch.float16

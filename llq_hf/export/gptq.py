@@ -1,0 +1,59 @@
+"""GPTQ's format, as GPTQModel, vLLM, SGLang and transformers read it; with act_order too.
+
+    name     shape             dtype
+    qweight  [I * b / 32, O]   int32   codes, a stream of bits down each column
+    qzeros   [G, O * b / 32]   int32   zero points, likewise along the row
+    scales   [G, O]            fp16 (dtype)
+    g_idx    [I]               int32   group of each input column
+
+Version 2 of the format (`checkpoint_format` "gptq_v2") holds zero points as they are. Version 1 holds them less one,
+which a zero point of 0 does not survive; it is used for symmetric grids, where all are the middle code and every kernel
+reads it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..grids import Affine
+from .format import AffineFormat, bitstream, whole
+
+
+@dataclass(frozen=True)
+class GPTQFormat(AffineFormat):
+    name: ClassVar[str] = "gptq"
+    reader: ClassVar[str] = "GPTQModel, vLLM, SGLang"
+    widths: ClassVar[tuple[int, ...]] = (2, 3, 4, 8)
+
+    def check(self, affine: Affine) -> None:
+        super().check(affine)
+        for what, features in zip(("output", "input"), affine.codes_OI.shape, strict=True):
+            whole(what, features)
+
+    def pack(self, affine: Affine) -> dict[str, Tensor]:
+        zero_GO = affine.zero_OG.T.contiguous() - (1 if affine.sym else 0)
+        return {
+            "qweight": bitstream(affine.codes_OI, affine.bits).T.contiguous(),
+            "qzeros": bitstream(zero_GO.to(torch.uint8), affine.bits),
+            "scales": affine.scale_OG.T.contiguous().to(self.dtype),
+            "g_idx": affine.groups_I.to(torch.int32),
+        }
+
+    def section(self, first: Affine | None) -> dict[str, Any]:
+        assert first is not None
+        version = "gptq" if first.sym else "gptq_v2"
+        return {
+            "quant_method": "gptq",
+            "bits": first.bits,
+            "group_size": first.group_size,
+            "desc_act": not first.in_order,
+            "sym": first.sym,
+            "lm_head": False,
+            "checkpoint_format": version,
+            "format": version,
+            "pack_dtype": "int32",
+        }
