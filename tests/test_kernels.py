@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llq_hf import kernels
+from llq_hf.data import Calibration
 from llq_hf.errors import LLQError
 from llq_hf.grids import Grid, Uniform
 from llq_hf.kernels import build as building
@@ -23,6 +24,7 @@ from llq_hf.kernels import native
 from llq_hf.linear import QuantLinear
 from llq_hf.method import Method, Packed
 from llq_hf.methods import build
+from llq_hf.run import quantize_checkpoint
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ISAS = ["avx512", "avx2"]
@@ -243,6 +245,22 @@ def random_packed(method: Method, out_features: int, in_features: int) -> Packed
         else:
             packed[key] = (torch.rand(spec.shape, generator=random) + 0.5).to(spec.dtype)
     return packed
+
+
+def test_files_do_not_depend_on_kernels(
+    isa: str, make_checkpoint: Callable[..., Path], calibration_npy: Path, tmp_path: Path, monkeypatch
+):
+    """A calibrated run over two blocks, the second of which sees what the packed first puts out."""
+    base = make_checkpoint(hidden_size=128, intermediate_size=256, num_attention_heads=4, dtype=torch.bfloat16)
+    calibration = Calibration(str(calibration_npy), samples=8)
+
+    def run(name: str) -> dict[str, bytes]:
+        quantize_checkpoint(str(base), tmp_path / name, build("gptq", bits=2), calibration)
+        return {file.name: file.read_bytes() for file in sorted((tmp_path / name).glob("*.safetensors"))}
+
+    with_kernels = run("with")
+    monkeypatch.setattr(kernels, "backend", lambda: None)
+    assert run("without") == with_kernels
 
 
 # --- torch.compile ---------------------------------------------------------------------------------------------------
