@@ -91,7 +91,7 @@ def test_merged_statistics_are_those_of_all_sequences(kind: type[Stat]):
             assert Samples.LIMIT // 2 <= len(first.rows_TI) < Samples.LIMIT
             assert all((row == x_TI).all(1).any() for row in first.rows_TI[::50])
         else:
-            torch.testing.assert_close(first.state()[key], value)
+            torch.testing.assert_close(first.state()[key], value, rtol=1e-4, atol=0.02)  # sums of 3000 in another order
 
 
 def test_notes_travel_with_tensors():
