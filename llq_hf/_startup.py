@@ -63,25 +63,24 @@ def _on_lmms_eval_tasks(module: "ModuleType") -> None:
 
 
 def _on_lmms_eval_evaluator(module: "ModuleType") -> None:
-    original = module.__dict__["evaluate"]
-
-    def evaluate(*args, **kwargs):  # type: ignore[no-untyped-def]
-        from llq_hf.lmms_eval import carrying_llq
-
-        return carrying_llq(original)(*args, **kwargs)
-
-    module.__dict__["evaluate"] = evaluate
+    _wrap(module, "evaluate", "carrying_llq")
+    _wrap(module, "simple_evaluate", "failing_loudly")  # of `python -m lmms_eval`, whose main module is not imported
 
 
 def _on_lmms_eval_main(module: "ModuleType") -> None:
-    original = module.__dict__["cli_evaluate_single"]
+    _wrap(module, "cli_evaluate_single", "failing_loudly")
 
-    def cli_evaluate_single(args=None):  # type: ignore[no-untyped-def]
-        from llq_hf.lmms_eval import failing_loudly
 
-        return failing_loudly(original)(args)
+def _wrap(module: "ModuleType", name: str, wrapper: str) -> None:
+    """Put a wrapper of lmms_eval.py, which is imported when it is called, around a function of `module`."""
+    original = module.__dict__[name]
 
-    module.__dict__["cli_evaluate_single"] = cli_evaluate_single
+    def wrapped(*args, **kwargs):  # type: ignore[no-untyped-def]
+        from llq_hf import lmms_eval
+
+        return getattr(lmms_eval, wrapper)(original)(*args, **kwargs)
+
+    module.__dict__[name] = wrapped
 
 
 def lmms_eval_models():  # type: ignore[no-untyped-def]

@@ -236,6 +236,13 @@ class Calibration:
             raise LLQError(f"source={self.source!r} names no calibration data; give {_sources()}.")
 
     @property
+    def has_images(self) -> bool:
+        """Whether it is image-text pairs (`pairs.py`) and not a text."""
+        path = Path(self.source).expanduser()
+        folder = path.is_dir() and path.suffix.lower() not in (*TEXT_SUFFIXES, ".npy")  # else a file by mistake
+        return folder or self.source.startswith("hub:")
+
+    @property
     def needs_tokenizer(self) -> bool:
         return Path(self.source).suffix.lower() != ".npy"
 

@@ -23,15 +23,15 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from . import arch
 from .attention import install
 from .checkpoint import header
-from .data import Calibration, ids_sha256
+from .data import Calibration
 from .errors import LLQError
 from .linear import QuantLinear
 from .loading import module_names
 from .method import FORMAT_VERSION, Method
 from .methods import METHODS
 from .packed import config_section, digest
-from .quantize import quantize_model
-from .run import load_tokenizer
+from .quantize import Progress, quantize_model, settled
+from .run import calibration_data
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -143,15 +143,12 @@ class LLQQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         config = self.quantization_config
         if not self.pre_quantized:
-            ids, config.method = None, config.method.fitted(model)
-            if config.method.reads_data:
-                tokenizer = config.tokenizer
-                if tokenizer is None and config.calibration.needs_tokenizer:
-                    tokenizer = load_tokenizer(Path(str(model.name_or_path)))
-                ids = config.calibration.ids(tokenizer, model.config.get_text_config().vocab_size)
-                used = {"ids_sha256": ids_sha256(ids), "samples": ids.shape[0], "seqlen": ids.shape[1]}
-                config.calibration_used = used
-            records = quantize_model(model, config.method, ids)
+            config.method, path = config.method.fitted(model), Path(str(model.name_or_path))
+            data, config.calibration_used = calibration_data(
+                config.calibration, config.method, model.config, path, Progress(), config.tokenizer
+            )
+            config.method, learned = settled(model, config.method, data)
+            records = quantize_model(model, config.method, data, learned=learned)
             config.quantized_linears = len(records)
             config.digest = digest(config.method, len(records))
         for module in model.modules():

@@ -32,7 +32,7 @@ from .scoring import Choice, described, usable_device
 from .seeing import Prompt, Seeing
 
 DEFAULT_MODEL = "llava-hf/llama3-llava-next-8b-hf"
-HOST_OPTIONS = {"device", "dtype", "batch_size", "max_batch_size", "text_only"}
+HOST_OPTIONS = {"device", "dtype", "batch_size", "text_only"}
 GENERATION = {"do_sample", "temperature", "top_p", "top_k", "num_beams", "repetition_penalty"}  # go to generate()
 OTHER_MODELS = {"image_aspect_ratio", "until", "max_new_tokens"}  # how llava's own code cuts images; done here
 
@@ -156,14 +156,18 @@ def carrying_llq(evaluate: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
-def failing_loudly(evaluate_single: Callable[..., Any]) -> Callable[..., Any]:
-    """lmms-eval's `cli_evaluate_single`, whose errors its caller logs and forgets: of `--model llq` they end it."""
+def failing_loudly(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of lmms-eval's command, whose errors its caller logs and forgets: of `--model llq` they end it.
 
-    def wrapped(args: Any = None) -> Any:
+    The command's arguments are its only argument or its `cli_args`; without them, it is called by a program.
+    """
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        command = kwargs.get("cli_args") or (args[0] if args else None)
         try:
-            return evaluate_single(args)
+            return function(*args, **kwargs)
         except Exception as error:
-            if getattr(args, "model", None) != "llq":
+            if getattr(command, "model", None) != "llq":
                 raise
             if not isinstance(error, LLQError):
                 traceback.print_exc()

@@ -37,7 +37,7 @@ class Flow(Enum):
 
 
 class BlockData(Protocol):
-    """The calibration set as it enters one decoder block. `rows` selects sequences."""
+    """The calibration set as it enters one decoder block. `rows` selects sequences; of image-text pairs, one."""
 
     @property
     def count(self) -> int:
@@ -45,7 +45,7 @@ class BlockData(Protocol):
 
     @property
     def length(self) -> int:
-        """Tokens per sequence."""
+        """Tokens per sequence; of sequences of different lengths, their mean."""
 
     def batches(self) -> list[slice]:
         """All sequences, a forward pass's worth at a time."""
@@ -150,6 +150,7 @@ class Method(ABC):
     bits_range: ClassVar[Sequence[float]] = range(1, 9)  # its widths: tables and tests go through them
     any_bits: ClassVar[bool] = False  # whether it also has every figure between the first and the last of them
     observes: ClassVar[type[Stat] | None] = None  # None: needs no calibration data
+    training_copies: ClassVar[int] = 0  # fp32 copies of a block's weights that `quantize_block` keeps while it trains
     best: ClassVar[Mapping[str, Any]] = {}  # fields of preset="best", as a mapping over the study's defaults
 
     bits: float  # nominal; declared by every method with its own type and default
@@ -223,17 +224,21 @@ class Method(ABC):
 
     @property
     def learns(self) -> bool:
-        """Whether `learn` must train on the whole model before the first block."""
+        """Whether `learn` must see the whole model before the first block."""
         return False
 
     def learn(
         self, model: nn.Module, ids_NS: Tensor, attend: Callable[[nn.Module], Any], listener: PassListener
     ) -> dict[str, Tensor]:
-        """What `rewrite` needs and only training the whole model gives. The model is the method's own, to spoil.
+        """What `rewrite` or `taught` need and only work on the whole model gives. It is the method's own, to spoil.
 
         attend: gives a module's attention what `attention` says.
         """
         return {}
+
+    def taught(self, learned: Mapping[str, Tensor]) -> Self:
+        """The method with what `learn` found filled in, where that belongs into the checkpoint's config."""
+        return self
 
     def rewrite(self, model: nn.Module, learned: Mapping[str, Tensor]) -> Rewrite | None:
         """How the dense `model` (maybe on the meta device) changes first; None: not at all. learned {}: not yet."""

@@ -16,9 +16,10 @@ from .checkpoint import Checkpoint
 from .errors import LLQError
 from .linear import checked_layout
 from .method import Method
+from .pairs import Pairs
 from .quantize import Progress, RunOptions
 from .stats import Hessian
-from .walk import BATCH_TOKENS, StreamedBlocks, capture
+from .walk import Entrance, StreamedBlocks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -47,7 +48,7 @@ def estimate(
     checkpoint: Checkpoint,
     skeleton: PreTrainedModel,
     method: Method,
-    ids_NS: Tensor | None,
+    data: Tensor | Pairs | None,
     dtype: torch.dtype,
     run: RunOptions,
     out: Path | None,
@@ -66,7 +67,7 @@ def estimate(
     output_bytes = packed + untouched
     if out is not None:
         _check_disk(out, output_bytes)
-    peak = _peak_bytes(skeleton, method, ids_NS, dtype, run)
+    peak = _peak_bytes(skeleton, method, data, dtype, run)
     total = psutil.virtual_memory().total
     if run.device == "cpu" and peak > total:
         raise LLQError(
@@ -74,12 +75,11 @@ def estimate(
             "use offload, fewer or shorter calibration samples"
         )
     seconds = 0.0
-    if ids_NS is not None:
+    if data is not None:
         progress.stage("trial forward pass of one block")
         blocks = StreamedBlocks(checkpoint, skeleton, dtype, torch.device(run.device))
-        batch = max(1, min(len(ids_NS), BATCH_TOKENS // ids_NS.shape[1]))
-        passes = 2 * len(blocks.prefixes) * -(-len(ids_NS) // batch)
-        seconds = passes * _trial(blocks, ids_NS[:batch])
+        entrance = Entrance(blocks, data)
+        seconds = 2 * len(blocks.prefixes) * len(entrance.batches()) * _trial(entrance, blocks)
     return {"output_bytes": float(output_bytes), "peak_bytes": float(peak), "forward_seconds": seconds}
 
 
@@ -94,7 +94,7 @@ def _check_disk(out: Path, needed: int) -> None:
 
 
 def _peak_bytes(
-    skeleton: PreTrainedModel, method: Method, ids_NS: Tensor | None, dtype: torch.dtype, run: RunOptions
+    skeleton: PreTrainedModel, method: Method, data: Tensor | Pairs | None, dtype: torch.dtype, run: RunOptions
 ) -> int:
     """A block, its Hessians, a solver's copies of the largest, activations: a rough upper bound."""
     block = skeleton.get_submodule(arch.block_prefixes(skeleton)[0])
@@ -102,22 +102,25 @@ def _peak_bytes(
     largest = max(linear.weight.numel() for linear in arch.block_linears(block).values())
     block_bytes = sum(p.numel() for p in block.parameters()) * dtype.itemsize
     hessians = 0
-    if method.observes is not None and issubclass(method.observes, Hessian):
+    observed = {method.at(name).observes for name in arch.quantizable(skeleton)}
+    if any(kind is not None and issubclass(kind, Hessian) for kind in observed):
         hessians = 4 * (sum(w * w for w in set(widths)) + 4 * max(widths) ** 2)
     activations = 0
-    if ids_NS is not None and run.offload is None:
-        activations = ids_NS.numel() * widths[0] * dtype.itemsize
+    if data is not None and run.offload is None:
+        tokens = sum(data.lengths) if isinstance(data, Pairs) else data.numel()
+        activations = tokens * widths[0] * dtype.itemsize
     embedding: int = skeleton.get_input_embeddings().weight.numel() * dtype.itemsize
     total: int = block_bytes + 5 * 4 * largest + hessians + activations + embedding + 2**30
-    if method.learns:  # the whole model, a changed copy, its gradients, and room to work in
+    total += 4 * method.training_copies * block_bytes // dtype.itemsize
+    if method.learns or method.tunes:  # the whole model, a changed copy, its gradients, and room to work in
         total = max(total, 4 * sum(p.numel() for p in skeleton.parameters()) * dtype.itemsize + 2**30)
     return total
 
 
 @torch.no_grad()
-def _trial(blocks: StreamedBlocks, ids_BS: Tensor) -> float:
+def _trial(entrance: Entrance, blocks: StreamedBlocks) -> float:
     """Seconds of one forward pass of the first block: the run's first real test of device, dtype and memory."""
-    hidden, kwargs = capture(blocks.decoder(), ids_BS.to(blocks.device))
+    hidden, kwargs = entrance.capture(entrance.batches()[0])
     block = blocks.load(0)
     started = time.perf_counter()
     block(hidden, **kwargs)

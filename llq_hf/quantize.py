@@ -19,6 +19,7 @@ from .attention import install
 from .errors import LLQError
 from .linear import QuantLinear
 from .method import Method, Packed, PassListener, Rewrite, State, Step, stored_bits
+from .pairs import Pairs
 from .stats import Hessian, Stat
 from .walk import Blocks, LiveBlocks, walk
 
@@ -79,15 +80,20 @@ def _errors(weight_OI: Tensor, restored_OI: Tensor, stat: Stat | None) -> dict[s
 def quantize_model(
     model: nn.Module,
     method: Method,
-    ids_NS: Tensor | None,
+    data: Tensor | Pairs | None,
     *,
     offload: Path | None = None,
     progress: Progress | None = None,
+    learned: dict[str, Tensor] | None = None,
 ) -> list[dict[str, Any]]:
-    """Quantize the decoder's linears of a model in memory, in place. Records per linear, as in the report."""
+    """Quantize the decoder's linears of a model in memory, in place. Records per linear, as in the report.
+
+    data: token ids [N, S], or image-text pairs. learned: what came with `method` out of `settled`; None: it is settled
+    here.
+    """
     progress = progress or Progress()
-    method = method.fitted(model)
-    learned = learn(copy.deepcopy(model), method, ids_NS, progress) if method.learns else {}
+    if learned is None:
+        method, learned = settled(model, method, data, progress)
     rewrite = method.rewrite(model, learned)
     if rewrite is not None:
         rewrite_model(model, rewrite)
@@ -95,12 +101,12 @@ def quantize_model(
     teacher = copy.deepcopy(model) if method.tunes else None
     records: list[dict[str, Any]] = []
     blocks = LiveBlocks(model)
-    for step in steps(blocks, method, ids_NS, progress, offload=offload):
+    for step in steps(blocks, method, data, progress, offload=offload):
         records += quantize_step(step, method)
     if len(records) != expected:
         raise LLQError(f"{len(records)} linears were quantized, {expected} should have been")
     if teacher is not None:
-        tuned = tune(shared_copy(model), teacher, method, ids_NS, progress)
+        tuned = tune(shared_copy(model), teacher, method, token_ids(data), progress)
         for name, module in model.named_modules():
             if isinstance(module, QuantLinear):
                 for key, tensor in module.packed().items():
@@ -111,6 +117,15 @@ def quantize_model(
             record_tuned(record, teacher.get_parameter(record["name"] + ".weight").detach(), module.dequantized())
     progress.close()
     return records
+
+
+def settled(
+    model: nn.Module, method: Method, data: Tensor | Pairs | None, progress: Progress | None = None
+) -> tuple[Method, dict[str, Tensor]]:
+    """The method as it is for this model, and what it learned on a copy of it."""
+    method = method.fitted(model)
+    learned = learn(copy.deepcopy(model), method, token_ids(data), progress or Progress()) if method.learns else {}
+    return method.taught(learned), learned
 
 
 def tune(
@@ -164,7 +179,16 @@ def rewrite_model(model: nn.Module, rewrite: Rewrite) -> None:
         parameter.copy_(rewrite(name, parameter, vectors.__getitem__))
 
 
-def steps(blocks: Blocks, method: Method, ids_NS: Tensor | None, progress: Progress, **options: Any) -> Iterator[Step]:
+def token_ids(data: Tensor | Pairs | None) -> Tensor | None:
+    """The calibration data for what trains the whole model: that needs token ids."""
+    if isinstance(data, Pairs):
+        raise LLQError("training the whole model needs token ids; calibrate on text")
+    return data
+
+
+def steps(
+    blocks: Blocks, method: Method, data: Tensor | Pairs | None, progress: Progress, **options: Any
+) -> Iterator[Step]:
     total, done_before = len(blocks.prefixes), options.pop("done", 0)
     inner: Callable[[int, nn.Module], None] = options.pop("on_block", lambda index, block: None)
 
@@ -175,7 +199,7 @@ def steps(blocks: Blocks, method: Method, ids_NS: Tensor | None, progress: Progr
     progress.blocks(done_before, total)
     return walk(
         blocks,
-        ids_NS,
+        data,
         method,
         on_block=on_block,
         listener=progress,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import resource
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,11 +24,12 @@ from .checkpoint import Checkpoint, Rewritten
 from .data import Calibration, ids_sha256
 from .errors import LLQError
 from .journal import FileState, Journal, fingerprint, sha256_file
-from .loading import auto_class, module_names
+from .loading import auto_class, module_names, sees
 from .method import FORMAT_VERSION, Method
 from .packed import CONFIG, PackedFolder, finished_fingerprint, read_report
+from .pairs import Pairs, read_pairs
 from .preflight import estimate, problems_of
-from .quantize import Progress, RunOptions, learn, quantize_step, record_tuned, shared_copy, steps, tune
+from .quantize import Progress, RunOptions, learn, quantize_step, record_tuned, shared_copy, steps, token_ids, tune
 from .walk import StreamedBlocks
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ class Plan:
     checkpoint: Checkpoint
     skeleton: PreTrainedModel
     method: Method
-    ids_NS: Tensor | None
+    data: Tensor | Pairs | None  # token ids [N, S], or image-text pairs
     identity: dict[str, Any]
     run: RunOptions
     dtype: torch.dtype
@@ -98,12 +99,7 @@ def prepare(
     if problems:
         more = f" (and {len(problems) - 8} more)" if len(problems) > 8 else ""
         raise LLQError(f"{model} cannot be quantized: " + "; ".join(problems[:8]) + more)
-    ids_NS, described = None, None
-    if method.reads_data:
-        progress.stage("tokenizing the calibration data")
-        tokenizer = load_tokenizer(checkpoint.path) if calibration.needs_tokenizer else None
-        ids_NS = calibration.ids(tokenizer, skeleton.config.get_text_config().vocab_size)
-        described = {"ids_sha256": ids_sha256(ids_NS), "samples": ids_NS.shape[0], "seqlen": ids_NS.shape[1]}
+    data, described = calibration_data(calibration, method, skeleton.config, checkpoint.path, progress)
     identity = {
         "format_version": FORMAT_VERSION,
         "base_sha256": base,
@@ -114,9 +110,35 @@ def prepare(
         "device": torch.device(run.device).type,
     }
     source = Rewritten.of(checkpoint, method.rewrite(skeleton, {}))
-    estimates = estimate(source, skeleton, method, ids_NS, dtype, run, out, progress)
+    estimates = estimate(source, skeleton, method, data, dtype, run, out, progress)
     progress.estimates(estimates)
-    return Plan(checkpoint, skeleton, method, ids_NS, identity, run, dtype, estimates)
+    return Plan(checkpoint, skeleton, method, data, identity, run, dtype, estimates)
+
+
+def calibration_data(
+    calibration: Calibration, method: Method, config: Any, path: Path, progress: Progress, tokenizer: Any = None
+) -> tuple[Tensor | Pairs | None, dict[str, Any] | None]:
+    """(token ids [N, S] or pairs, what a checkpoint says about them) for a method that reads any.
+
+    config, path: the model's; tokenizer: another one than lies there. LLQError where data, model and method do not fit.
+    """
+    if not method.reads_data:
+        return None, None
+    text_config = config.get_text_config()
+    if not calibration.has_images:
+        progress.stage("tokenizing the calibration data")
+        if tokenizer is None and calibration.needs_tokenizer:
+            tokenizer = load_tokenizer(path)
+        ids_NS = calibration.ids(tokenizer, text_config.vocab_size)
+        return ids_NS, {"ids_sha256": ids_sha256(ids_NS), "samples": ids_NS.shape[0], "seqlen": ids_NS.shape[1]}
+    if not sees(config):
+        raise LLQError(f"{calibration.source} holds images and {path} takes none; calibrate on text")
+    if method.learns or method.tunes:
+        raise LLQError(f"{method.name} trains the whole model, on token ids; calibrate it on text")
+    pairs = read_pairs(calibration.source, load_processor(path), calibration.samples, calibration.seed)
+    progress.stage("reading the calibration images", len(pairs))
+    pairs = pairs.measured(text_config.max_position_embeddings, progress.advance)
+    return pairs, pairs.described()
 
 
 def execute(plan: Plan, out: Path, progress: Progress) -> dict[str, Any]:
@@ -143,7 +165,9 @@ def execute(plan: Plan, out: Path, progress: Progress) -> dict[str, Any]:
 
 
 def _write(plan: Plan, out: Path, journal: Journal, progress: Progress) -> dict[str, Any]:
-    rewrite = plan.method.rewrite(plan.skeleton, _learned(plan, out, progress))
+    learned = _learned(plan, out, progress)
+    plan = replace(plan, method=plan.method.taught(learned))
+    rewrite = plan.method.rewrite(plan.skeleton, learned)
     source = Rewritten.of(plan.checkpoint, rewrite, plan.dtype)
     blocks = StreamedBlocks(source, plan.skeleton, plan.dtype, torch.device(plan.run.device))
     folder = PackedFolder(out, Rewritten.of(plan.checkpoint, rewrite), blocks.prefixes, plan.method)
@@ -171,7 +195,7 @@ def _write(plan: Plan, out: Path, journal: Journal, progress: Progress) -> dict[
     todo = steps(
         blocks,
         plan.method,
-        plan.ids_NS,
+        plan.data,
         progress,
         done=len(journal.blocks),
         restore=folder.restore_block,
@@ -208,7 +232,9 @@ def _tune(plan: Plan, out: Path, folder: PackedFolder, journal: Journal, progres
         student = shared_copy(teacher)
         for index, prefix in enumerate(folder.prefixes):
             folder.restore_block(index, student.get_submodule(prefix))
-        tuned = tune(student, teacher, plan.method, plan.ids_NS, progress, FileState(out, plan.fingerprint, "model"))
+        tuned = tune(
+            student, teacher, plan.method, token_ids(plan.data), progress, FileState(out, plan.fingerprint, "model")
+        )
         result.save(tuned)
         FileState.clear(out)
     for index, line in sorted(journal.blocks.items()):
@@ -237,7 +263,7 @@ def _learned(plan: Plan, out: Path, progress: Progress) -> dict[str, Tensor]:
     state = FileState(out, plan.fingerprint, "model", kind="learned")
     found = state.load()
     if found is None:
-        found = learn(_whole_model(plan).eval(), plan.method, plan.ids_NS, progress)
+        found = learn(_whole_model(plan).eval(), plan.method, token_ids(plan.data), progress)
         state.save(found)
     return found
 
@@ -277,6 +303,19 @@ def load_tokenizer(path: Path) -> Any:
             f"{path} has no tokenizer that can be loaded ({one_line(error)}); put the model's there, or calibrate on a "
             ".npy file of token ids"
         ) from error
+
+
+def load_processor(path: str | Path, revision: str | None = None) -> Any:
+    """Tokenizer and image processor of a model that sees; LLQError where they, or the chat template, are not there."""
+    from transformers import AutoProcessor
+
+    try:
+        processor = AutoProcessor.from_pretrained(path, revision=revision, trust_remote_code=False)
+    except Exception as error:  # as above
+        raise LLQError(f"{path} has no processor that can be loaded ({one_line(error)})") from error
+    if not getattr(processor, "chat_template", None):
+        raise LLQError(f"{path} has no chat template; put the base model's chat_template.jinja there")
+    return processor
 
 
 def one_line(error: Exception) -> str:

@@ -11,7 +11,8 @@ import torch
 
 from .errors import LLQError
 from .loading import auto_class, sees
-from .run import one_line
+from .pairs import rendered, tokenized
+from .run import load_processor, one_line
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f]")  # no spreadsheet takes them, and a broken model writes them
 
@@ -34,17 +35,12 @@ class Seeing:
     @classmethod
     def load(cls, path: str, revision: str = "main", device: str = "cpu", dtype: Any = "auto") -> Seeing:
         """A packed or dense checkpoint; LLQError where its model takes no images or has no processor."""
-        from transformers import AutoConfig, AutoProcessor
+        from transformers import AutoConfig
 
         config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
         if not sees(config):
             raise LLQError(f"{path} takes no images ({config.model_type}); score it with lm_eval --model llq")
-        try:
-            processor = AutoProcessor.from_pretrained(path, revision=revision, trust_remote_code=False)
-        except Exception as error:  # a missing file, a missing package, a broken JSON: each raises its own
-            raise LLQError(f"{path} has no processor that can be loaded ({one_line(error)})") from error
-        if not getattr(processor, "chat_template", None):
-            raise LLQError(f"{path} has no chat template; put the base model's chat_template.jinja there")
+        processor = load_processor(path, revision)
         model = auto_class(config).from_pretrained(path, revision=revision, dtype=dtype, device_map={"": device})
         return cls(model.eval(), processor)
 
@@ -55,36 +51,14 @@ class Seeing:
 
     def inputs(self, prompts: Sequence[Prompt]) -> Any:
         """What the model is called with, padded on the left. LLQError names the prompt that cannot be read."""
-        tokenizer = self.processor.tokenizer
-        if tokenizer.pad_token_id is None:
-            tokenizer.pad_token = tokenizer.eos_token
-        texts = [self._rendered(prompt) for prompt in prompts]
-        images = [image for prompt in prompts for image in prompt.images]
-        bos = tokenizer.bos_token
+        texts = [rendered(self.processor, prompt.text, len(prompt.images)) for prompt in prompts]
         try:
-            found = self.processor(
-                text=texts,
-                images=images or None,
-                padding=True,
-                padding_side="left",
-                add_special_tokens=not (bos and texts[0].startswith(bos)),
-                return_tensors="pt",
-            )
+            found = tokenized(self.processor, texts, [image for prompt in prompts for image in prompt.images])
         except (ValueError, TypeError, IndexError, OSError) as error:
             raise LLQError(
                 f"{', '.join(prompt.where for prompt in prompts)}: the processor refuses it ({one_line(error)})"
             ) from error
         return found.to(self.model.device, self.model.dtype)
-
-    def _rendered(self, prompt: Prompt) -> str:
-        """The chat template around the images and the text; an image token inside the text would count as an image."""
-        token = getattr(self.processor, "image_token", "<image>")
-        text = prompt.text.replace(token, "").strip()
-        content = [*({"type": "image"} for _ in prompt.images), {"type": "text", "text": text}]
-        rendered: str = self.processor.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True
-        )
-        return rendered
 
     @torch.inference_mode()
     def answers(self, prompts: Sequence[Prompt], max_new_tokens: int = 64, **generation: Any) -> list[str]:

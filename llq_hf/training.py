@@ -14,15 +14,16 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .arch import first as first_output
+from .arch import replace_module
 from .errors import LLQError
-from .method import BlockData, PassListener, State, Step
+from .method import BlockData, Method, PassListener, State, Step
 
 MODEL_TOKENS = 2048  # of a forward pass of the whole model: logits of a whole batch may not fit
 SAVED_EVERY = 32  # steps of the whole model
@@ -66,7 +67,7 @@ def cosine(done: float, floor: float = 0.0, warmup: float = 0.0) -> float:
 
 
 def run_block(block: nn.Module, data: BlockData, rows: slice) -> Tensor:
-    """fp32 output [B, S, D] of an fp32 block on the quantized inputs of some sequences."""
+    """fp32 output [B, S, D] of an fp32 block on the quantized inputs of `rows`: of image-text pairs, one."""
     hidden_BSD, kwargs = data.inputs(rows)
     return first_output(block(hidden_BSD.float(), **in_fp32(kwargs)))
 
@@ -156,7 +157,7 @@ class Schedule:
         if saved is not None:
             trained.restore(saved)
         done = 0 if saved is None else int(saved["step"])
-        listener.stage("distilling into the scales", self.steps)
+        listener.stage("training the scales", self.steps)
         listener.advance(done)
         for step, rows_BS in enumerate(self.batches(ids_NS)):
             if step < done:
@@ -245,15 +246,15 @@ def grouped(matrix_OI: Tensor, size: int) -> Tensor:
     return F.pad(matrix_OI, (0, -matrix_OI.shape[1] % size)).view(len(matrix_OI), -1, size)
 
 
-def scaled_linears(
-    student: nn.Module, method: Any, wrap: Callable[[nn.Linear], ScaledLinear]
-) -> dict[str, ScaledLinear]:
+Kind = TypeVar("Kind", bound=ScaledLinear)
+
+
+def scaled_linears(student: nn.Module, method: Method, wrap: Callable[[nn.Linear], Kind]) -> dict[str, Kind]:
     """Put a ScaledLinear in place of every linear that `method` packed; by name. All else is frozen."""
     found = {}
     for name, module in list(student.named_modules()):
         if isinstance(module, nn.Linear) and getattr(module, "method", None) == method:
             found[name] = wrap(module)
-            owner, _, attribute = name.rpartition(".")
-            setattr(student.get_submodule(owner), attribute, found[name])
+            replace_module(student, name, found[name])
     student.requires_grad_(False)
     return found

@@ -1,6 +1,6 @@
 """The only code that runs a model to calibrate it.
 
-Legend: N calibration sequences, S tokens each, D hidden size, B sequences per forward pass.
+Legend: N calibration sequences, S tokens each, D hidden size, B sequences per forward pass; T tokens of all sequences.
 
 `walk` yields one decoder block at a time with the statistics of its linears' inputs. While the generator is suspended
 the caller puts quantized linears in their place, so the next block sees what quantized blocks produce. Blocks come
@@ -13,9 +13,10 @@ import copy
 import os
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +28,7 @@ from .attention import install
 from .checkpoint import Checkpoint
 from .errors import LLQError
 from .method import Flow, Method, PassListener, State, Step
+from .pairs import Pairs
 from .stats import Stat
 
 BATCH_TOKENS = 4096  # tokens per forward pass: enough to keep the cores busy, little enough to bound memory
@@ -46,6 +48,10 @@ class Blocks(ABC):
     def decoder(self) -> nn.Module:
         """The decoder with real embeddings and rotary tables; its blocks are not run."""
 
+    @abstractmethod
+    def around(self) -> nn.Module:
+        """The whole model, but for its blocks and its head: what turns images and text into the first block's input."""
+
 
 class LiveBlocks(Blocks):
     """The blocks of a model that is in memory already; they are changed in place."""
@@ -59,6 +65,9 @@ class LiveBlocks(Blocks):
 
     def decoder(self) -> nn.Module:
         return arch.decoder_of(self.model)[1]
+
+    def around(self) -> nn.Module:
+        return self.model
 
 
 class StreamedBlocks(Blocks):
@@ -75,13 +84,21 @@ class StreamedBlocks(Blocks):
 
     def decoder(self) -> nn.Module:
         name, skeleton = arch.decoder_of(self.skeleton)
-        blocks, skeleton.layers = skeleton.layers, nn.ModuleList()
+        return with_computed(self._filled(self._hollow(skeleton), name), self.device)
+
+    def around(self) -> nn.Module:
+        model: Any = self._hollow(self.skeleton)
+        model.set_output_embeddings(nn.Identity())  # never reached, and as large as the embeddings
+        return with_computed(self._filled(model, ""), self.device)
+
+    def _hollow(self, module: nn.Module) -> nn.Module:
+        """A copy of the skeleton, or of its decoder, without the blocks."""
+        decoder = arch.decoder_of(self.skeleton)[1]
+        blocks, decoder.layers = decoder.layers, nn.ModuleList([nn.Identity() for _ in self.prefixes])
         try:
-            decoder = copy.deepcopy(skeleton)
+            return copy.deepcopy(module)
         finally:
-            skeleton.layers = blocks
-        decoder.layers = nn.ModuleList([nn.Identity() for _ in self.prefixes])
-        return with_computed(self._filled(decoder, name), self.device)
+            decoder.layers = blocks
 
     def _filled(self, module: nn.Module, prefix: str) -> nn.Module:
         """`module` with its meta parameters replaced by the checkpoint's tensors, cast to the run's dtype."""
@@ -133,80 +150,137 @@ class Activations:
     def __setitem__(self, rows: slice, value: Tensor) -> None:
         self.tensor_NSD[rows] = value.to(self.tensor_NSD)
 
+    def copy(self, offload: Path | None) -> Activations:
+        """The same values in a place of their own."""
+        twin = copy.copy(self)
+        count, length, width = self.tensor_NSD.shape
+        Activations.__init__(twin, (count, length, width), self.tensor_NSD.dtype, offload)
+        twin.tensor_NSD.copy_(self.tensor_NSD)
+        return twin
+
+
+class Ragged(Activations):
+    """Sequences of different lengths, one behind the other in [1, T, D]; they come and go one at a time."""
+
+    def __init__(self, lengths: Sequence[int], width: int, dtype: torch.dtype, offload: Path | None) -> None:
+        super().__init__((1, sum(lengths), width), dtype, offload)
+        self.ends = [0, *accumulate(lengths)]
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        several = len(range(*rows.indices(len(self.ends) - 1)))
+        if several != 1:
+            raise LLQError(f"{several} sequences of different lengths do not make a batch; train with a batch of 1")
+        return self.tensor_NSD[:, self.ends[rows.start] : self.ends[rows.start + 1]]
+
+    def __setitem__(self, rows: slice, value: Tensor) -> None:
+        self[rows].copy_(value)
+
+
+class Entrance:
+    """What calibration data becomes where it enters the first block: windows of token ids, or image-text pairs.
+
+    Images go through the model's own tower and projector: visual tokens are in the sequence as they are in use.
+    """
+
+    def __init__(self, blocks: Blocks, data: Tensor | Pairs) -> None:
+        self.data, self.device = data, blocks.device
+        self.pairs = isinstance(data, Pairs)
+        self.runner = blocks.around() if self.pairs else blocks.decoder()
+        self.lengths = data.lengths if isinstance(data, Pairs) else [data.shape[1]] * len(data)
+        self.size = 1 if self.pairs else max(1, BATCH_TOKENS // self.lengths[0])  # sequences per forward pass
+
+    def batches(self) -> list[slice]:
+        count = len(self.lengths)
+        return [slice(start, min(start + self.size, count)) for start in range(0, count, self.size)]
+
+    def capture(self, rows: slice) -> tuple[Tensor, dict[str, Any]]:
+        """Input [B, S, D] of the first block and the keyword arguments that it gets."""
+        if not isinstance(self.data, Pairs):
+            return capture(self.runner, self.data[rows].to(self.device))
+        dtype = next(self.runner.parameters()).dtype
+        inputs = {name: t.to(self.device, dtype if t.is_floating_point() else None) for name, t in self._pair(rows)}
+        return _caught(arch.decoder_of(self.runner)[1], lambda: self.runner(**inputs, use_cache=False))
+
+    def _pair(self, rows: slice) -> Iterable[tuple[str, Tensor]]:
+        assert isinstance(self.data, Pairs)
+        return self.data.inputs(rows.start).items()
+
+    def room(self, width: int, dtype: torch.dtype, offload: Path | None) -> Activations:
+        if self.pairs:
+            return Ragged(self.lengths, width, dtype, offload)
+        return Activations((len(self.lengths), self.lengths[0], width), dtype, offload)
+
 
 class Stream:
     """The calibration set on its way through the blocks: its activations and the keyword arguments every block gets."""
 
-    def __init__(self, blocks: Blocks, ids_NS: Tensor, offload: Path | None, listener: PassListener) -> None:
-        self.count, self.length = ids_NS.shape
-        self.size = max(1, BATCH_TOKENS // self.length)
+    def __init__(self, blocks: Blocks, data: Tensor | Pairs, offload: Path | None, listener: PassListener) -> None:
+        entrance = Entrance(blocks, data)
+        self.count, self.pairs = len(entrance.lengths), entrance.pairs
+        self.length = -(-sum(entrance.lengths) // self.count)
+        self._batches = entrance.batches()
         self.listener = listener
-        self._kwargs: dict[int, dict[str, Any]] = {}  # by batch size: masks have a batch axis
-        decoder = blocks.decoder()
+        # Keyword arguments of pairs by number: masks may depend on where the image is. Else by batch size: masks have a
+        # batch axis, and those of size 1 serve any other.
+        self._kwargs: dict[int, dict[str, Any]] = {} if self.pairs else {1: entrance.capture(slice(0, 1))[1]}
         activations: Activations | None = None
-        self._kwargs[1] = capture(decoder, ids_NS[:1].to(blocks.device))[1]  # for batches of any other size
+        listener.stage("embedding the calibration data", self.count)
         for rows in self.batches():
-            hidden_BSD, kwargs = capture(decoder, ids_NS[rows].to(blocks.device))
+            hidden_BSD, kwargs = entrance.capture(rows)
             if activations is None:
-                activations = Activations((self.count, *hidden_BSD.shape[1:]), hidden_BSD.dtype, offload)
+                activations = entrance.room(hidden_BSD.shape[-1], hidden_BSD.dtype, offload)
             activations[rows] = hidden_BSD
-            self._kwargs.setdefault(len(hidden_BSD), kwargs)
+            self._kwargs.setdefault(rows.start if self.pairs else len(hidden_BSD), kwargs)
+            listener.advance(len(hidden_BSD))
         assert activations is not None
         self.activations, self.device = activations, blocks.device
 
     def copy(self, offload: Path | None) -> Stream:
         """Another stream at the same place, with activations of its own."""
         twin = copy.copy(self)
-        source = self.activations.tensor_NSD
-        count, length, width = source.shape
-        twin.activations = Activations((count, length, width), source.dtype, offload)
-        twin.activations[slice(None)] = source
+        twin.activations = self.activations.copy(offload)
         return twin
 
     def batches(self) -> list[slice]:
-        return [slice(start, min(start + self.size, self.count)) for start in range(0, self.count, self.size)]
+        return self._batches
 
     def inputs(self, rows: slice) -> tuple[Tensor, dict[str, Any]]:
         hidden_BSD = self.activations[rows].to(self.device)
+        if self.pairs:
+            return hidden_BSD, self._kwargs[rows.start]
         return hidden_BSD, self._kwargs.get(len(hidden_BSD), self._kwargs[1])  # of size 1, it broadcasts
 
     @torch.no_grad()
     def observe(
-        self, block: nn.Module, groups: list[list[str]], observes: type[Stat], dense: Dense | None
+        self, block: nn.Module, groups: list[list[str]], observes: Mapping[str, type[Stat] | None], dense: Dense | None
     ) -> dict[str, Stat]:
-        """Statistics of the input of every linear in `groups`; linears of a group share one object.
+        """Statistics of the input of every linear in `groups`, of the kind that it `observes`.
 
-        dense: the full-precision block and its stream, which paired statistics look at beside this one.
+        Linears of a group share one object of a kind. dense: the full-precision block and its stream, which paired
+        statistics look at beside this one.
         """
         linears = arch.block_linears(block)
         stats: dict[str, Stat] = {}
-        handles, sequences = [], 0
-        beside = dense is not None and observes.paired
-        dense_inputs: dict[str, Tensor] = {}
+        watches: list[_Watch] = []
         for group in groups:
-            stat = observes(linears[group[0]].in_features, self.device)
-            stats.update(dict.fromkeys(group, stat))
-
-            def hook(module: nn.Module, args: tuple[Tensor, ...], stat: Stat = stat, name: str = group[0]) -> None:
-                stat.update(args[0].flatten(0, -2), sequences)
-                if beside:
-                    stat.pair(args[0].flatten(0, -2), dense_inputs.pop(name).flatten(0, -2))
-
-            def dense_hook(module: nn.Module, args: tuple[Tensor, ...], name: str = group[0]) -> None:
-                dense_inputs[name] = args[0]
-
-            handles.append(linears[group[0]].register_forward_pre_hook(hook))
-            if dense is not None and beside:
-                handles.append(dense.block.get_submodule(group[0]).register_forward_pre_hook(dense_hook))
+            kinds = {kind for name in group if (kind := observes[name]) is not None}
+            shared = {kind: kind(linears[group[0]].in_features, self.device) for kind in kinds}
+            stats |= {name: shared[kind] for name in group if (kind := observes[name]) is not None}
+            watches += [_Watch(group[0], tuple(shared.values()))] if shared else []
+        if not stats:
+            return stats
+        beside = dense is not None and any(stat.paired for stat in stats.values())
+        handles = [handle for watch in watches for handle in watch.hooks(block, dense if beside else None)]
         self.listener.stage("statistics", self.count)
         try:
             for rows in self.batches():
                 hidden_BSD, kwargs = self.inputs(rows)
-                sequences = len(hidden_BSD)
+                for watch in watches:
+                    watch.sequences = len(hidden_BSD)
                 if dense is not None and beside:
                     dense.block(dense.stream.activations[rows].to(self.device), **kwargs)
                 block(hidden_BSD, **kwargs)
-                self.listener.advance(sequences)
+                self.listener.advance(len(hidden_BSD))
         finally:
             for handle in handles:
                 handle.remove()
@@ -225,6 +299,33 @@ class Stream:
                 )
             self.activations[rows] = out_BSD
             self.listener.advance(len(hidden_BSD))
+
+
+@dataclass
+class _Watch:
+    """Shows the input of linear `name` to statistics: here, and, to paired ones, the full-precision model's beside."""
+
+    name: str
+    stats: tuple[Stat, ...]
+    sequences: int = 0
+    dense_TI: Tensor | None = None
+
+    def hooks(self, block: nn.Module, dense: Dense | None) -> list[Any]:
+        found = [block.get_submodule(self.name).register_forward_pre_hook(self.see)]
+        if dense is not None and any(stat.paired for stat in self.stats):
+            found.append(dense.block.get_submodule(self.name).register_forward_pre_hook(self.see_dense))
+        return found
+
+    def see(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        x_TI = args[0].flatten(0, -2)
+        for stat in self.stats:
+            stat.update(x_TI, self.sequences)
+            if stat.paired and self.dense_TI is not None:
+                stat.pair(x_TI, self.dense_TI)
+        self.dense_TI = None
+
+    def see_dense(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        self.dense_TI = args[0].flatten(0, -2)
 
 
 class Dense(NamedTuple):
@@ -282,15 +383,20 @@ class _Catcher(nn.Module):
         raise _CaughtError
 
 
-@torch.no_grad()
 def capture(decoder: nn.Module, ids_BS: Tensor) -> tuple[Tensor, dict[str, Any]]:
     """Input [B, S, D] of the first block and the keyword arguments the decoder passes to it (mask, rotary tables)."""
+    return _caught(decoder, lambda: decoder(input_ids=ids_BS, use_cache=False))
+
+
+@torch.no_grad()
+def _caught(decoder: nn.Module, run: Callable[[], Any]) -> tuple[Tensor, dict[str, Any]]:
+    """What the first block of `decoder` is given when `run` is called, which ends there."""
     blocks = decoder.layers
     assert isinstance(blocks, nn.ModuleList)
     catcher = _Catcher(blocks[0])
     decoder.layers = nn.ModuleList([catcher, *blocks[1:]])
     try:
-        decoder(input_ids=ids_BS, use_cache=False)
+        run()
     except _CaughtError:
         pass
     finally:
@@ -301,7 +407,7 @@ def capture(decoder: nn.Module, ids_BS: Tensor) -> tuple[Tensor, dict[str, Any]]
 
 def walk(
     blocks: Blocks,
-    ids_NS: Tensor | None,
+    calibration: Tensor | Pairs | None,
     method: Method,
     *,
     restore: Callable[[int, nn.Module], None] = lambda index, block: None,
@@ -317,10 +423,12 @@ def walk(
     A finished block (of a resumed run) is only passed through: `restore` puts its packed linears in place. Without
     calibration no data is needed and nothing is run.
     """
-    if method.calibrated and ids_NS is None:
+    if method.calibrated and calibration is None:
         raise LLQError("this method needs calibration data")
     listener = listener or PassListener()
-    stream = Stream(blocks, ids_NS, offload, listener) if method.calibrated and ids_NS is not None else None
+    stream = None
+    if method.calibrated and calibration is not None:
+        stream = Stream(blocks, calibration, offload, listener)
     beside = stream.copy(offload) if stream is not None and method.flow is Flow.BOTH else None
     last = len(blocks.prefixes) - 1
     for index, prefix in enumerate(blocks.prefixes):
@@ -337,7 +445,7 @@ def walk(
             parts = [[group] for group in groups] if method.sequential else [groups]
         for number, part in enumerate(parts, start=1):
             dense = Dense(original, beside) if original is not None and beside is not None else None
-            step = _step(prefix, block, part, stream, dense, method.observes)
+            step = _step(prefix, block, part, stream, dense, method)
             if dense is not None and number == len(parts):  # its inputs are not needed again: they become the targets
                 dense.stream.advance(dense.block, prefix)
             step.on_linear, step.listener, step.state = on_linear, listener, state_of(index)
@@ -377,10 +485,11 @@ def _step(
     part: list[list[str]],
     stream: Stream | None,
     dense: Dense | None,
-    observes: type[Stat] | None,
+    method: Method,
 ) -> Step:
     """The linears of `part`. In a function of its own, so that no name of the loop keeps a block or a Hessian alive."""
-    stats = stream.observe(block, part, observes, dense) if stream is not None and observes is not None else {}
+    observes = {name: method.at(f"{prefix}.{name}").observes for group in part for name in group}
+    stats = stream.observe(block, part, observes, dense) if stream is not None else {}
     for name, stat in stats.items():
         stat.check(f"{prefix}.{name}")
     linears = arch.block_linears(block)

@@ -165,7 +165,10 @@ def test_help_names_every_option(llq, monkeypatch):
         assert option in text
 
 
-@pytest.mark.parametrize("command", [[], ["quantize"], ["info"], ["methods"], ["eval"]])
+COMMANDS = [[], ["quantize"], ["info"], ["methods"], ["eval"], ["show"], ["study"], ["report"], ["bench"]]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help(command):
     result = CliRunner().invoke(cli.app, [*command, "--help"])
     assert result.exit_code == 0
@@ -199,3 +202,16 @@ def test_eval_hands_everything_to_lm_eval(monkeypatch, tmp_path):
     assert result.exit_code == 3
     expected = ["--model", "llq", "--model_args", f"pretrained={tmp_path},dtype=float32", "--tasks", "llq_demo"]
     assert commands == [[sys.executable, "-m", "lm_eval", *expected, "--limit", "5"]]
+
+
+def test_eval_hands_tasks_about_images_to_lmms_eval(monkeypatch, tmp_path):
+    commands: list[list[str]] = []
+
+    class Done:
+        returncode = 1
+
+    monkeypatch.setattr(cli.evaluate.subprocess, "run", lambda command, check: commands.append(command) or Done)
+    result = CliRunner().invoke(cli.app, ["eval", str(tmp_path), "--tasks", "llq_mllm", "--batch_size", "2"])
+    assert result.exit_code == 1
+    expected = ["--model", "llq", "--model_args", f"pretrained={tmp_path}", "--tasks", "llq_mllm", "--batch_size", "2"]
+    assert commands == [[sys.executable, "-m", "llq_hf", "lmms_eval", *expected]]

@@ -142,15 +142,18 @@ def test_a_failed_evaluation_ends_with_an_error(capsys: pytest.CaptureFixture[st
     """lmms-eval logs errors and exits with 0; the command of `--model llq` does not."""
     from llq_hf.lmms_eval import failing_loudly
 
-    def fail(args: Any) -> None:
+    def fail(args: Any = None, cli_args: Any = None) -> None:
         raise LLQError("mme/test row 3: its image is missing")
 
     with pytest.raises(SystemExit) as stopped:
         failing_loudly(fail)(SimpleNamespace(model="llq"))
     assert stopped.value.code == 1
     assert capsys.readouterr().err == "Error: mme/test row 3: its image is missing\n"
-    with pytest.raises(LLQError):
-        failing_loudly(fail)(SimpleNamespace(model="qwen2_vl"))
+    with pytest.raises(SystemExit):
+        failing_loudly(fail)(cli_args=SimpleNamespace(model="llq"))
+    for arguments in ([SimpleNamespace(model="qwen2_vl")], []):  # not ours; not the command
+        with pytest.raises(LLQError):
+            failing_loudly(fail)(*arguments)
 
 
 # --- built-in tasks, on the real rows of shared/ ---------------------------------------------------------------------
@@ -200,6 +203,8 @@ def benchmarks(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         for i, (row, letters) in enumerate(zip(chosen, options, strict=True))
     ]
     write(root / "MMBench", "en/dev-00000-of-00001.parquet", bench, "en")
+    asked = {"question": "Which one?", "options": ["a fox", "a dog", "a cat", "a mat"], "answer": "2"}  # no AI2D there
+    write(root / "ai2d", "data/test-00000-of-00001.parquet", [{"image": row["image"], **asked} for row in chosen])
     return folder
 
 
@@ -214,12 +219,12 @@ def manager() -> Any:
 def test_built_in_tasks_end_to_end(
     llq: Callable[..., Any], manager: Any, benchmarks: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """mme, chartqa, docvqa_val and mmbench as they are, offline, on real rows; and what the results carry."""
+    """The tasks of `llq_mllm` as they are, offline, on real rows (not ai2d); and what the results carry."""
     from lmms_eval.evaluator import simple_evaluate
 
     (tmp_path / "lmms-lab-encoder").symlink_to(benchmarks / "lmms-lab-encoder")
     monkeypatch.chdir(tmp_path)
-    tasks = ["mme", "chartqa", "docvqa_val", "mmbench_en_dev_static"]
+    tasks = ["mme", "chartqa", "docvqa_val", "mmbench_en_dev_static", "ai2d"]
     found = simple_evaluate(
         model=llq([], batch_size=2),
         tasks=tasks,
@@ -229,9 +234,10 @@ def test_built_in_tasks_end_to_end(
         log_samples=True,
     )
     counts = {task: len(found["samples"][task]) for task in tasks}
-    assert counts == {"mme": 4, "chartqa": 2, "docvqa_val": 2, "mmbench_en_dev_static": 2}
-    for task, metric in zip(tasks, ("mme_perception_score", "relaxed_overall", "anls", "gpt_eval_score"), strict=True):
-        assert found["results"][task][f"{metric},none"] >= 0
+    assert counts == {"mme": 4, "chartqa": 2, "docvqa_val": 2, "mmbench_en_dev_static": 2, "ai2d": 2}
+    metrics = "mme_perception_score,none", "relaxed_overall,none", "anls,none", "gpt_eval_score,none"
+    for task, metric in zip(tasks, (*metrics, "exact_match,flexible-extract"), strict=True):
+        assert found["results"][task][metric] >= 0
     assert found["llq"]["method"] == "gptq"
     assert found["llq"]["config"]["bits"] == 3
     assert found["llq"]["quantized_linears"] == 14

@@ -8,10 +8,10 @@ from rich.console import Console
 from rich.markup import escape
 
 from ..errors import LLQError
-from . import evaluate, inspect, quantize  # each adds its commands to `app`
+from . import bench, evaluate, inspect, quantize, show, study  # each adds its commands to `app`
 from .app import app
 
-__all__ = ["app", "evaluate", "inspect", "main", "quantize"]
+__all__ = ["app", "bench", "evaluate", "inspect", "main", "quantize", "show", "study"]
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -39,11 +40,31 @@ def info(
     ):
         value = found[key]
         table.add_row(key.replace("_", " "), f"{value:.4g}" if isinstance(value, float) else str(value))
-    table.add_row("options", ", ".join(f"{k}={v}" for k, v in found["config"].items()))
+    table.add_row("options", ", ".join(f"{k}={_brief(str(v))}" for k, v in found["config"].items()))
     table.add_row("calibration", json.dumps(found["calibration"]))
     console.print(table)
+    print_served(found["linears"])
     if linears:
         console.print(_linears_table(found["linears"]))
+
+
+def _brief(text: str) -> str:
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def print_served(records: list[dict[str, Any]]) -> None:
+    """Where methods are mixed: which serves which linear, a row per block."""
+    served: dict[str, dict[str, str]] = {}
+    for record in records:
+        if "served_by" in record:
+            block, linear = re.fullmatch(r"(.*?\.\d+)\.(.*)", record["name"]).groups()  # type: ignore[union-attr]
+            served.setdefault(block, {})[linear] = record["served_by"]
+    if served:
+        columns = list(dict.fromkeys(linear for linears in served.values() for linear in linears))
+        table = Table("block", *(column.rpartition(".")[2] for column in columns))
+        for block, linears in served.items():
+            table.add_row(block, *(linears.get(column, "") for column in columns))
+        console.print(table)
 
 
 def _linears_table(records: list[dict[str, Any]]) -> Table:

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from ..methods import METHODS, method_type
 from .app import app, console
+from .inspect import print_served
 from .options import with_method_options
 
 
@@ -28,7 +29,9 @@ def quantize(
     ] = "study",
     calibration: Annotated[
         str | None,
-        typer.Option(help="wikitext2, c4, ptb, demo, or a file: .txt .json .jsonl .parquet, .npy of token ids."),
+        typer.Option(
+            help="wikitext2, c4, ptb, demo; a .txt .json .jsonl .parquet or .npy file; a folder of image-text pairs."
+        ),
     ] = None,
     calibration_samples: Annotated[int | None, typer.Option(help="Sequences; default 128.")] = None,
     calibration_seqlen: Annotated[
@@ -51,8 +54,10 @@ def quantize(
     Example: **llq quantize demo /tmp/demo-quip --method quip --bits 2**
     """
     import torch
+    from transformers import AutoConfig
 
     from ..demo import calibration_for, resolve
+    from ..loading import auto_class
     from ..progress import RichProgress
     from ..quantize import RunOptions
     from ..run import peak_bytes, prepare, quantize_checkpoint
@@ -76,7 +81,9 @@ def quantize(
     table.add_row("peak memory", f"{peak_bytes() / 2**30:.2f} GiB")
     _warn_of_fallbacks(report)
     console.print(table)
-    print(f"Load it: AutoModelForCausalLM.from_pretrained({str(out)!r})")  # not rich: it would break the line
+    print_served(report["linears"])
+    kind = auto_class(AutoConfig.from_pretrained(out)).__name__
+    print(f"Load it: {kind}.from_pretrained({str(out)!r})")  # not rich: it would break the line
 
 
 def _bits_table(title: str, report: dict[str, Any]) -> Table:

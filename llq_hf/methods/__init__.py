@@ -9,7 +9,9 @@ from ..method import Method, nearest
 from .awq import AWQ
 from .billm import BiLLM
 from .db_llm import DBLLM
+from .efficient_qat import EfficientQAT
 from .gptq import GPTQ
+from .hybrid import Hybrid
 from .nf4 import NF4
 from .omniquant import OmniQuant
 from .pb_llm import PBLLM
@@ -19,10 +21,12 @@ from .slim_llm import SliMLLM
 from .smoothquant import SmoothQuant
 from .spinquant import SpinQuant
 
-METHODS: dict[str, type[Method]] = {
-    method.name: method
-    for method in (RTN, GPTQ, AWQ, SmoothQuant, OmniQuant, SpinQuant, QuIP, SliMLLM, DBLLM, PBLLM, BiLLM, NF4)
-}
+# fmt: off
+LISTED = (
+    RTN, GPTQ, AWQ, SmoothQuant, OmniQuant, SpinQuant, QuIP, SliMLLM, DBLLM, PBLLM, BiLLM, NF4, EfficientQAT, Hybrid
+)
+# fmt: on
+METHODS: dict[str, type[Method]] = {method.name: method for method in LISTED}
 
 
 def method_type(name: str) -> type[Method]:

@@ -70,6 +70,7 @@ class OmniQuant(Method):
     name: ClassVar[str] = "omniquant"
     title: ClassVar[str] = "OmniQuant (Shao et al. 2024)"
     best: ClassVar[dict[str, Any]] = {"aug_loss": True, "search_range": True, "rounding_lr": 5e-3, "decay": True}
+    training_copies: ClassVar[int] = 5  # twin, weights, learned rounding and its gradients, one in the forward pass
     divides_input: ClassVar[bool] = True
 
     bits: int = 4

@@ -483,6 +483,44 @@ CASES: tuple[Case, ...] = (
         uniform=False,
         rows_apart=False,
     ),
+    Case(
+        "efficient_qat",
+        "groups of 64",
+        (0.5, 0.21, 0.098),
+        (1.2, 0.49, 0.24),
+        feedback=False,
+    ),
+    Case(
+        "efficient_qat",
+        "one group a row",
+        (0.6, 0.32, 0.17),
+        (3.3, 2.3, 1.6),
+        options={"group_size": -1, "solved": True, "relative": True, "weight_lr": 5e-3, "grid_lr": 1e-3},
+        feedback=False,
+    ),
+    Case(
+        "efficient_qat",
+        "relative rates in groups of 40",
+        (0.46, 0.2, 0.09),
+        (1.1, 0.49, 0.24),
+        options={"group_size": 40, "epochs": 4, "relative": True, "weight_lr": 5e-3, "grid_lr": 1e-3},
+        feedback=False,
+    ),
+    Case(
+        "efficient_qat",
+        "best",
+        (0.55, 0.28, 0.14),
+        (3.1, 1.5, 0.9),
+        options={"epochs": 4},
+        preset="best",
+        feedback=False,
+    ),
+    Case(
+        "hybrid",
+        "widest candidate within bits",
+        (1.2, 0.51, 0.23, 0.013),
+        (6.0, 2.7, 1.4, 0.075),
+    ),
 )
 
 # What the costly checks (save, load, stream) run: one option set per method, and these widths.
@@ -508,8 +546,11 @@ CHECKPOINTS: tuple[tuple[str, float, dict[str, Any]], ...] = (
     ("omniquant", 4, {"a_bits": 8, "group_size": -1, "epochs": 2}),
     ("slim_llm", 2, {"group_size": 16}),
     ("slim_llm", 3, {"group_size": 32, "plus": True, "epochs": 2}),
+    ("hybrid", 3, {"rules": "*.down_proj=rtn:4:group_size=64+*.self_attn.*=gptq:2:group_size=64+*=quip:3"}),
     ("nf4", 4, {}),
     ("nf4", 3, {"icq": True, "tau_steps": 10}),
+    ("efficient_qat", 2, {"tune_batch": 4}),
+    ("efficient_qat", 3, {"solved": True, "relative": True, "weight_lr": 5e-3, "tune_batch": 4, "distill": True}),
 )
 
 

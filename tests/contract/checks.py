@@ -80,9 +80,10 @@ def job() -> Job:
 
 
 def statistic(method: Method, x_TI: Tensor) -> Stat | None:
-    if method.observes is None:
+    kind = method.at(job().name).observes
+    if kind is None:
         return None
-    stat = method.observes(x_TI.shape[1], x_TI.device)
+    stat = kind(x_TI.shape[1], x_TI.device)
     for part in x_TI.chunk(SEQUENCES):
         stat.update(part, 1)
         if stat.paired:

@@ -183,7 +183,7 @@ def test_casting_a_model_keeps_what_is_stored(
 def test_stored_bits_in_the_file_are_those_declared(
     quantized: Run, tiny_llama: Path, name: str, bits: int, options: dict
 ):
-    folder, method = quantized(tiny_llama, name, bits, options), build(name, bits=bits, **options)
+    folder, method = quantized(tiny_llama, name, bits, options), fitted(tiny_llama, name, bits, options)
     dense, tensors = file_tensors(tiny_llama), file_tensors(folder)
     report = json.loads((folder / "llq_report.json").read_text())
     assert len(report["linears"]) == LINEARS

@@ -86,6 +86,8 @@ OWN_FAULTS: Mapping[str, dict[str, Fault]] = {  # where a method stores more; a 
     },
     "smoothquant": {"input scales doubled": tensor_through("in_scale", lambda t: t * 2)},
     "omniquant": {"zero points shifted": tensor_through("zero", lambda t: t.roll(1, dims=0))},
+    "hybrid": {"zero points shifted": tensor_through("zero", lambda t: t.roll(1, dims=0))},
+    "efficient_qat": {"zero points shifted": tensor_through("zero", lambda t: t.roll(1, dims=0))},
     "slim_llm": {
         "scale doubled": tensor_through("scale", lambda t: t * 2),
         "scale halved": tensor_through("scale", lambda t: t / 2),

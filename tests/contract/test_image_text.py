@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,13 +11,14 @@ import pytest
 import torch
 from conftest import make_llava
 from contract.cases import CHECKPOINTS
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText
 
 from llq_hf.checkpoint import Checkpoint, Rewritten
 from llq_hf.data import Calibration
 from llq_hf.hf import CONFIGS, check_quantized
+from llq_hf.inspection import inspect_checkpoint
 from llq_hf.linear import QuantLinear
 from llq_hf.loading import module_names
 from llq_hf.methods import METHODS, build
@@ -66,6 +68,9 @@ def test_only_the_text_decoder_is_quantized(
     assert check_quantized(streamed).quantized_linears == LINEARS
     quantized = {n for n, module in streamed.named_modules() if isinstance(module, QuantLinear)}
     assert all(n.startswith("model.language_model.layers.") for n in quantized)
+    told = inspect_checkpoint(out)
+    assert told["quantized_linears"] == LINEARS
+    assert told["stored_bits"] > 0
     expected = logits(streamed)
     assert torch.isfinite(expected).all()
 
@@ -100,6 +105,21 @@ def test_a_rotation_keeps_what_the_model_says(tiny_llava: Path, calibration_npy:
         assert not torch.allclose(base[key], stored[key], atol=1e-3)
     dense = logits(load(tiny_llava))
     assert (logits(load(out)) - dense).norm() < 0.03 * dense.norm()
+
+
+def test_the_layout_of_published_checkpoints(tiny_llava: Path, calibration_npy: Path, tmp_path: Path):
+    """`vision_tower.vision_model.`, and a buffer that models have no longer: both stay in the file, and it loads."""
+    base = tmp_path / "base"
+    shutil.copytree(tiny_llava, base, ignore=shutil.ignore_patterns("*.safetensors"))
+    old = {n.replace("vision_tower.", "vision_tower.vision_model."): t for n, t in tensors_of(tiny_llava).items()}
+    old["vision_tower.vision_model.embeddings.position_ids"] = torch.arange(5)[None]
+    save_file(old, base / "model.safetensors", metadata={"format": "pt"})
+    out = quantize(base, tmp_path / "out", calibration_npy, "gptq", 3, {})
+    stored = tensors_of(out)
+    assert set(old) <= set(stored)
+    assert all(torch.equal(stored[key], tensor) for key, tensor in old.items() if "vision_tower" in key)
+    same = quantize(tiny_llava, tmp_path / "same", calibration_npy, "gptq", 3, {})
+    assert torch.equal(logits(load(out)), logits(load(same)))
 
 
 def test_a_killed_run_goes_on(tiny_llava: Path, calibration_npy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

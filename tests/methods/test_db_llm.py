@@ -249,7 +249,7 @@ def test_killed_while_and_after_tuning_the_files_are_the_same(
     assert not list(tmp_path.glob("whole.t*.safetensors")), "nothing of the training stays behind"
 
     with pytest.raises(KeyboardInterrupt):  # in the middle of training, after it was saved once
-        quantize_checkpoint(str(tiny_llama), out, method, calibration, progress=Stop("distilling", 36))
+        quantize_checkpoint(str(tiny_llama), out, method, calibration, progress=Stop("training the scales", 36))
     assert (tmp_path / "out.training.safetensors").exists()
     assert not (out / "config.json").exists()
 

@@ -1,0 +1,71 @@
+"""llq bench."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from .app import app, console
+
+
+@app.command()
+def bench(
+    paths: Annotated[list[str], typer.Argument(help="Folders or Hub ids of packed checkpoints.")],
+    base: Annotated[str, typer.Option(help="The full-precision model to compare with: folder, Hub id, or `demo`.")],
+    batches: Annotated[str, typer.Option(help="Batch sizes: 1,8")] = "1,8",
+    prompt_tokens: Annotated[int, typer.Option(help="Of the prefill.")] = 128,
+    new_tokens: Annotated[int, typer.Option(help="Steps of decoding.")] = 16,
+    rounds: Annotated[int, typer.Option(help="Medians are of so many, models in turn.")] = 5,
+    device: Annotated[str, typer.Option(help="cpu, cuda, ...; auto takes a GPU where there is one.")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="For programs, with every round.")] = False,
+) -> None:
+    """Size on disk and in memory, prefill and decode speed, beside the full-precision model in the same run.
+
+    Example: **llq bench /tmp/demo-gptq /tmp/demo-quip --base demo**
+    """
+    import torch
+
+    from ..bench import Load, measure
+    from ..demo import resolve
+    from ..progress import RichProgress
+
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    load = Load(tuple(int(word) for word in batches.split(",")), prompt_tokens, new_tokens, rounds)
+    progress = RichProgress()
+    try:
+        found = measure(resolve(base), [resolve(path) for path in paths], load, device, progress)
+    finally:
+        progress.close()
+    if as_json:
+        print(json.dumps(found, indent=2))
+        return
+    console.print(_table(base, found))
+    console.print(
+        f"[dim]{device}, {torch.get_num_threads()} threads; medians of {rounds} rounds, models in turn", highlight=False
+    )
+
+
+def _table(base: str, found: dict[str, Any]) -> Table:
+    sizes = next(iter(found.values()))["speed"]
+    speeds = [f"{phase}, batch {batch}" for batch in sizes for phase in ("prefill", "decode")]
+    table = Table("", "on disk", "loaded", "quantized in", *speeds, title=f"Beside {base}", title_justify="left")
+    for name, each in found.items():
+        cells = [Path(name).name, _size(each["disk_bytes"]), _size(each["loaded_bytes"]), _made(each.get("quantize"))]
+        for batch, speed in each["speed"].items():
+            for phase in ("prefill", "decode"):
+                ratio = each["ratios"]["speed"][batch][f"{phase}_seconds"] if "ratios" in each else 1
+                cells.append(f"{speed[f'{phase}_tokens_per_second']:.0f} tok/s\n{ratio:.2f} x the time")
+        table.add_row(*cells)
+    return table
+
+
+def _size(count: float) -> str:
+    return f"{count / 2**20:.1f} MiB" if count < 2**30 else f"{count / 2**30:.2f} GiB"
+
+
+def _made(cost: dict[str, Any] | None) -> str:
+    return f"{cost['seconds']:.0f} s" if cost else ""

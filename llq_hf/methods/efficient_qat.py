@@ -1,0 +1,301 @@
+"""EfficientQAT (Chen et al., ACL 2025, arXiv 2407.11062), after OpenGVLab/EfficientQAT at 78fd3fb.
+
+Quantization-aware training in two phases that both fit small memories. *Block-AP*: block by block, all parameters are
+trained (weights, scales s, zero points z), so that the quantized block on quantized inputs makes what the
+full-precision block makes of its own: mean squared error, AdamW without decay, 2 epochs of 4096 sequences, 2 a step.
+In every forward pass a weight is w^ = s (c - z), c = clamp(round(w / s) + z, 0, 2**bits - 1), gradients straight
+through the roundings but not through the clamp: a clipped weight stands still, and moves z instead. *E2E-QP*: codes and
+zero points are frozen and packed, and the scales of the whole model are trained on the next token.
+
+Storage (uniform grid; G = ceil(I / group_size) groups)
+    name    shape                 dtype   bits per weight
+    weight  [O, I * bits / 32]    int32   bits
+    scale   [O, G]                fp16    16 / group_size
+    zero    [O * G * bits / 32]   int32   bits / group_size
+
+Departures: the gains of a block's norms, which Block-AP trains too, stay the base's, as everything does here that is no
+linear. Ranges start with zero inside and zero points are codes (theirs may leave the code range while packing clamps
+nothing). Training is fp32 and sees scales as stored in fp16; codes are decided from fp32 weights, not from weights cast
+to half. Scales down to the smallest fp16 are kept (theirs: 1e-4). Gradients of E2E-QP are clipped to a norm of 0.3 as
+theirs are, those of Block-AP, as theirs, not at all.
+
+preset="best" is for the few hundred sequences of a calibration. Block-AP starts at codes and scales that GPTQ's
+feedback with searched ranges and `refine` rounds of descent and refit found (`solved`): each weight at the point of its
+code's cell nearest to where it was. Learning rates are relative to the scales a group starts with (`relative`), so that
+one suits every layer, and larger, as there are fewer steps. E2E-QP learns the full-precision model's predictions
+(`distill`).
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .. import bits as bitpack
+from ..activations import round_through
+from ..arch import replace_module
+from ..errors import LLQError
+from ..feedback import BLOCK, Solution, group_aware_order, solve
+from ..grids import Grid, Spec, Uniform
+from ..method import Flow, Job, Method, Packed, PassListener, State, Step
+from ..refine import Objective, refined
+from ..stats import PairedHessian, Stat, factorize, revive_dead
+from ..training import ScaledLinear, Schedule, Trained, cosine, grouped, run_block, scaled_linears, train_block
+
+TINY_SCALE = 2.0**-24  # the smallest fp16 above zero
+FLOOR = 1 / 20  # of Block-AP's learning rates, at its end
+WARMUP, CLIP = 0.03, 0.3  # of E2E-QP
+DAMP = 0.01  # of the Hessian, a share of its mean diagonal
+EDGE = 0.45  # how far from the middle of its code's cell a weight may start, in steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class EfficientQAT(Method):
+    """epochs, batch, weight_lr, grid_lr (of scales and zero points): of Block-AP; tune_*: of E2E-QP.
+
+    weight_lr, tune_lr 0: the authors', 2e-5 at 2 bits and 1e-5 above. tune_epochs 0: no E2E-QP.
+    """
+
+    name: ClassVar[str] = "efficient_qat"
+    title: ClassVar[str] = "EfficientQAT (Chen et al. 2025)"
+    bits_range: ClassVar[range] = range(2, 5)  # with more, their learning rates are larger than a step of the grid
+    observes: ClassVar[type[Stat] | None] = PairedHessian
+    training_copies: ClassVar[int] = 7  # twin, weights, gradients, two moments, two in the forward pass
+    best: ClassVar[dict[str, Any]] = {
+        "solved": True,
+        "relative": True,
+        "epochs": 4,
+        "weight_lr": 4e-3,
+        "grid_lr": 1e-3,
+        "tune_epochs": 4,
+        "tune_batch": 4,
+        "tune_lr": 5e-3,
+        "distill": True,
+    }
+
+    bits: int = 2
+    group_size: int = 64
+    epochs: int = 2
+    batch: int = 2
+    weight_lr: float = 0.0
+    grid_lr: float = 1e-4
+    solved: bool = False
+    relative: bool = False
+    refine: int = 2
+    tune_epochs: int = 1
+    tune_batch: int = 32
+    tune_lr: float = 0.0
+    distill: bool = False
+    seed: int = 0
+
+    def check(self) -> None:
+        _ = self.grid  # validates group_size
+        for option, least in (("epochs", 0), ("batch", 1), ("refine", 0), ("tune_epochs", 0), ("tune_batch", 1)):
+            if getattr(self, option) < least:
+                raise LLQError(f"{option}={getattr(self, option)} must be at least {least}")
+        for option in ("weight_lr", "grid_lr", "tune_lr"):
+            if not 0 <= getattr(self, option) < math.inf:
+                raise LLQError(f"{option}={getattr(self, option)} must be a number of at least 0")
+
+    @property
+    def grid(self) -> Uniform:
+        return Uniform(self.bits, self.group_size, search=self.solved)
+
+    @property
+    def flow(self) -> Flow:
+        return Flow.BOTH
+
+    @property
+    def tunes(self) -> bool:
+        return self.tune_epochs > 0
+
+    @property
+    def published_lr(self) -> float:
+        return 2e-5 if self.bits == 2 else 1e-5
+
+    def layout(self, out_features: int, in_features: int) -> dict[str, Spec]:
+        return self.grid.layout(out_features, in_features)
+
+    def dequantize(self, packed: Packed, out_features: int, in_features: int) -> Tensor:
+        return self.grid.unpack(packed, in_features)
+
+    # --- Block-AP ------------------------------------------------------------------------------------------------
+
+    def quantize_block(self, step: Step) -> dict[str, Packed]:
+        jobs = {name: step.job(name) for name in step.linears}
+        twin = copy.deepcopy(step.block).float().requires_grad_(False)
+        parts = {name: self._started(linear, step.stats[name], jobs[name]) for name, linear in step.linears.items()}
+        for name, part in parts.items():
+            replace_module(twin, name, part)
+        losses = self._train(step, twin, list(parts.values()))
+        for job in jobs.values():
+            job.notes.update({"first_loss": losses[0], "last_loss": losses[-1]} if losses else {})
+        return {name: part.packed() for name, part in parts.items()}
+
+    def _started(self, linear: nn.Linear, stat: Stat, job: Job) -> _Linear:
+        weight_OI = linear.weight.detach().float()
+        bias = None if linear.bias is None else linear.bias.detach().float()
+        if not self.solved:
+            return _Linear(weight_OI, self.grid.grids(weight_OI), bias, self)
+        assert isinstance(stat, PairedHessian)
+        solution = self._solution(weight_OI, stat, job)
+        return _Linear(nearest_of_cells(weight_OI, solution), solution.grid_OG, bias, self)
+
+    def _solution(self, weight_OI: Tensor, stat: PairedHessian, job: Job) -> Solution:
+        """What GPTQ's feedback finds on searched grids, refined; columns in their own order."""
+        H_II, W_OI = stat.H_II, weight_OI.clone()
+        diagonal_I = torch.diagonal(H_II).clone()
+        W_OI[:, revive_dead(H_II)] = 0
+        size = len(diagonal_I) if self.group_size == -1 else self.group_size
+        order_I = group_aware_order(torch.diagonal(H_II), size)
+        W_OI, H_II, diagonal_I = W_OI[:, order_I], H_II[order_I][:, order_I], diagonal_I[order_I]
+        U_II = factorize(H_II, DAMP, job.notes, inverse=True, quick=True)
+        places_I = torch.arange(len(order_I), device=order_I.device)
+        block = size if size < BLOCK or size % BLOCK else BLOCK
+        solution = solve(W_OI.clone(), U_II, self.grid, places_I // size, None, diagonal_I, block)
+        if self.refine and U_II is not None:
+            C_II = stat.C_II[order_I][:, order_I]
+            objective = Objective.of(H_II, job.notes["damp"], C_II.T, weight_OI[:, order_I], W_OI)
+            solution = refined(objective, solution, self.grid, self.refine)
+        back_G = torch.argsort(order_I[::size] // size)
+        grid_OG = Grid(*(part[:, back_G] for part in solution.grid_OG))
+        return Solution(solution.codes_OI[:, torch.argsort(order_I)], grid_OG, places_I // size)
+
+    def _train(self, step: Step, twin: nn.Module, parts: list[_Linear]) -> list[float]:
+        assert step.data is not None
+        data = step.data
+        weights, grids = [part.weight_OGg for part in parts], [p for part in parts for p in part.grid_parameters]
+        rates = self.weight_lr or self.published_lr, self.grid_lr
+        groups = [{"params": p, "lr": rate} for p, rate in zip((weights, grids), rates, strict=True)]
+        optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
+
+        def descend(rows: slice, done: float) -> Tensor:
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * cosine(done, floor=FLOOR)
+            optimizer.zero_grad()
+            total = torch.zeros((), device=weights[0].device)
+            for i in range(rows.start, rows.stop):  # one by one: image-text pairs differ in length
+                one = slice(i, i + 1)
+                with torch.enable_grad():
+                    out_BSD = run_block(twin, data, one)
+                    loss = F.mse_loss(out_BSD, data.targets(one).to(out_BSD)) / (rows.stop - rows.start)
+                    loss.backward()  # type: ignore[no-untyped-call]
+                total += loss.detach()
+            optimizer.step()
+            return total
+
+        trained = Trained([*weights, *grids], optimizer)
+        return train_block(
+            step, trained, self.epochs, self.batch, descend, "lower weight_lr or grid_lr, or run in float32"
+        )
+
+    # --- E2E-QP --------------------------------------------------------------------------------------------------
+
+    def tune(
+        self, student: nn.Module, teacher: nn.Module, ids_NS: Tensor, listener: PassListener, state: State
+    ) -> Packed:
+        linears = scaled_linears(student, self, lambda packed: UniformLinear(packed, self))
+        steps = -(-self.tune_epochs * len(ids_NS) // self.tune_batch)
+        lr = self.tune_lr or self.published_lr
+        schedule = Schedule(steps, self.tune_batch, lr, self.seed, warmup=WARMUP, clip=CLIP)
+
+        def loss_of(ids_BS: Tensor) -> Tensor:
+            student_BSV = logits(student, ids_BS)
+            if not self.distill:
+                return F.cross_entropy(student_BSV[:, :-1].flatten(0, 1), ids_BS[:, 1:].flatten())
+            with torch.no_grad():
+                teacher_BSV = logits(teacher, ids_BS)
+            return divergence(student_BSV, teacher_BSV)
+
+        schedule.run(list(linears.values()), loss_of, ids_NS, listener, state)
+        return {f"{name}.scale": linear.stored() for name, linear in linears.items()}
+
+
+def logits(model: Any, ids_BS: Tensor) -> Tensor:
+    """fp32 [B, S, V]"""
+    found: Tensor = model(input_ids=ids_BS, use_cache=False).logits.float()
+    return found
+
+
+def divergence(student_BSV: Tensor, teacher_BSV: Tensor) -> Tensor:
+    """Mean KL of the student's predictions from the teacher's, in nats per token."""
+    student_TV, teacher_TV = (part.log_softmax(-1).flatten(0, 1) for part in (student_BSV, teacher_BSV))
+    return F.kl_div(student_TV, teacher_TV, reduction="batchmean", log_target=True)
+
+
+# --- one linear under training ---------------------------------------------------------------------------------------
+
+
+def nearest_of_cells(weight_OI: Tensor, solution: Solution) -> Tensor:
+    """The weights nearest to these that round to the solution's codes (those of the outermost cells: as they are, if
+    beyond).
+    """
+    grid_OI = solution.columns()
+    steps_OI, middle_OI = weight_OI / grid_OI.scale, solution.codes_OI - grid_OI.zero
+    return steps_OI.clamp(middle_OI - EDGE, middle_OI + EDGE) * grid_OI.scale
+
+
+class _Linear(nn.Module):
+    """A linear that rounds its weight anew at every forward pass, on grids that are trained along with it."""
+
+    def __init__(self, weight_OI: Tensor, grid_OG: Grid, bias: Tensor | None, method: EfficientQAT) -> None:
+        super().__init__()
+        self.method, self.bias, self.levels = method, bias, 2**method.bits - 1
+        self.size = weight_OI.shape[1] if method.group_size == -1 else method.group_size
+        # Parameters are weights and scales in units of the scales they start with, or of 1.
+        start_OG1 = grid_OG.scale[..., None].clone()
+        self.unit_OG1 = start_OG1 if method.relative else torch.ones_like(start_OG1)
+        self.shape = weight_OI.shape
+        self.weight_OGg = nn.Parameter(grouped(weight_OI, self.size) / self.unit_OG1)
+        self.scale_OG1 = nn.Parameter(start_OG1 / self.unit_OG1)
+        self.zero_OG1 = nn.Parameter(grid_OG.zero[..., None].clone())
+
+    @property
+    def grid_parameters(self) -> list[nn.Parameter]:
+        return [self.scale_OG1, self.zero_OG1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        codes_OGg, grid = self._rounded()
+        weight_OGg = grid.scale * self.unit_OG1 * (codes_OGg - grid.zero)
+        return F.linear(x, weight_OGg.flatten(1)[:, : self.shape[1]], self.bias)
+
+    def _rounded(self) -> tuple[Tensor, Grid]:
+        """Codes [O, G, g], and the grid as it is stored, both differentiable."""
+        scale_OG1 = self.scale_OG1.clamp_min(TINY_SCALE)
+        stored_OG1 = (scale_OG1.detach() * self.unit_OG1).half().clamp_min(TINY_SCALE).float() / self.unit_OG1
+        scale_OG1 = scale_OG1 + (stored_OG1 - scale_OG1).detach()
+        zero_OG1 = round_through(self.zero_OG1).clamp(0, self.levels)
+        codes_OGg = (round_through(self.weight_OGg / scale_OG1) + zero_OG1).clamp(0, self.levels)
+        return codes_OGg, Grid(scale_OG1, zero_OG1)
+
+    @torch.no_grad()
+    def packed(self) -> Packed:
+        """The tensors of the layout. Codes are decided here."""
+        codes_OGg, grid = self._rounded()
+        codes_OI = codes_OGg.flatten(1)[:, : self.shape[1]]
+        return self.method.grid.pack(codes_OI, Grid((grid.scale * self.unit_OG1)[..., 0], grid.zero[..., 0]))
+
+
+class UniformLinear(ScaledLinear):
+    """A linear packed on uniform grids, of which only the scales are trained."""
+
+    def __init__(self, packed: Any, method: EfficientQAT) -> None:
+        size = packed.in_features if method.group_size == -1 else method.group_size
+        start_OG1 = packed.scale.float()[..., None]
+        super().__init__(packed, size, start_OG1, start_OG1 if method.relative else torch.ones_like(start_OG1))
+        self.method = method
+        self.zero_OG1 = bitpack.unpack(packed.zero, method.bits, start_OG1.numel()).view_as(start_OG1).float()
+
+    def bases(self, in_features: int) -> list[Tensor]:
+        codes_OGg = grouped(bitpack.unpack(self.words, self.method.bits, in_features).float(), self.size)
+        return [(codes_OGg - self.zero_OG1).flatten(1)[:, :in_features]]
+
+    def stored(self) -> Tensor:
+        """fp16 scales [O, G] as the file will hold them."""
+        return self.method.grid.stored(self.scale().detach()[..., 0]).half().cpu()

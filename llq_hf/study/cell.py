@@ -1,0 +1,182 @@
+"""One cell: quantize (or take it from the cache), evaluate, measure. Whatever goes wrong becomes its record."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import time
+import traceback
+from collections import defaultdict
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..bench import Load, compare, disk_bytes, journalled, load_model, peak_memory, ratios
+from ..checkpoint import fetch, read_json
+from ..demo import calibration_for, resolve
+from ..errors import LLQError
+from ..method import Method
+from ..methods import build
+from ..packed import read_report, write_json
+from ..quantize import Progress, RunOptions
+from .harness import evaluate
+from .plan import DENSE, Cell
+from .record import DONE, FAILED, REFUSED, Record
+
+PACKAGES = ("llq-hf", "torch", "transformers", "lm-eval")
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How cells are run, as opposed to what they are."""
+
+    device: str = "cpu"
+    batch_size: int | str = 1
+    parallelize: bool = False  # spread the model over all GPUs that the cell sees
+    cache: Path | None = None  # of packed checkpoints; default: that of lm-eval's `llq`
+    offload: Path | None = None
+    load: Load | None = None  # None: speed is not measured
+
+
+def run_cell(cell: Cell, progress: Progress, setup: Setup) -> Record:
+    """The record of a cell: done, refused with a reason, or failed with a trace. Never raises what a cell did wrong."""
+    began, started = datetime.now(UTC).isoformat(timespec="seconds"), time.perf_counter()
+    figures: dict[str, Any] = {}
+    try:
+        _fill(figures, cell, setup, progress)
+        status = DONE
+    except LLQError as error:
+        status, figures = REFUSED, {"reason": str(error)}
+    except Exception as error:  # of torch, lm-eval, the disk, ...: one cell must not stop the rest
+        status = FAILED
+        figures = {"reason": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()}
+    run = {"began": began, "seconds": time.perf_counter() - started, **_machine(setup)}
+    return Record.of(cell, status, **figures, run=run)
+
+
+def _fill(figures: dict[str, Any], cell: Cell, setup: Setup, progress: Progress) -> None:
+    base = path = str(fetch(resolve(cell.model), cell.revision))
+    cost: dict[str, Any] = {}
+    if cell.method != DENSE:
+        folder, cost["quantize"] = _quantize(cell, setup, progress)
+        path = str(folder)
+        figures["quantized"] = _quantized(folder)
+    cost["disk_bytes"] = disk_bytes(path)
+    progress.stage("evaluating")
+    figures["results"] = evaluate(path, cell, setup.device, setup.batch_size, setup.parallelize)
+    if setup.load is not None:
+        cost |= _speed(path, base, setup.load, setup, progress)
+    figures["cost"] = cost
+
+
+def _quantize(cell: Cell, setup: Setup, progress: Progress) -> tuple[Path, dict[str, Any]]:
+    """The packed checkpoint, and what it cost to make: kept beside it for the next cell that finds it made."""
+    from ..scoring import cached  # imports transformers, which the parent of a sweep can do without
+
+    method: Method = build(cell.method, cell.preset, **cell.options)
+    source, samples, seqlen = (cell.calibration.get(key) for key in ("source", "samples", "seqlen"))
+    data = calibration_for(cell.model, source, samples, seqlen, cell.seed)
+    dtype = None if cell.dtype == "auto" else cell.dtype
+    run = RunOptions(device=setup.device, dtype=dtype, offload=setup.offload, revision=cell.revision)
+    timed = Timed(progress)
+    with peak_memory(setup.device) as memory:
+        path = cached(resolve(cell.model), method, data, run, setup.cache, timed)
+    kept = path.with_name(path.name + ".cost.json")
+    if timed.worked:
+        write_json(kept, {**timed.figures(), **memory})
+    return path, read_json(kept) if kept.is_file() else journalled(path) or {}
+
+
+class Timed(Progress):
+    """Passes everything on, and keeps the seconds of each phase."""
+
+    def __init__(self, inner: Progress) -> None:
+        self.inner, self.seconds = inner, defaultdict[str, float](float)
+        self.worked, self.resumed = False, False
+        self._phase, self._since = "preparing", time.perf_counter()
+
+    def _enter(self, phase: str) -> None:
+        now = time.perf_counter()
+        self.seconds[self._phase] += now - self._since
+        self._phase, self._since = phase.replace(".", " "), now  # dots part the names of a path in records
+
+    def stage(self, text: str, total: int = 0) -> None:
+        self._enter(text)
+        self.inner.stage(text, total)
+
+    def advance(self, count: int = 1) -> None:
+        self.inner.advance(count)
+
+    def blocks(self, done: int, total: int) -> None:
+        self.resumed |= done > 0 and not self.worked
+        self.worked = True
+        self._enter("between blocks")
+        self.inner.blocks(done, total)
+
+    def linear(self, name: str) -> None:
+        self._enter("linears")
+        self.inner.linear(name)
+
+    def close(self) -> None:
+        self._enter("closed")
+        self.inner.close()
+
+    def figures(self) -> dict[str, Any]:
+        """resumed: a killed run was gone on with, the seconds are those since."""
+        return {"seconds": sum(self.seconds.values()), "phases": dict(self.seconds), "resumed": self.resumed}
+
+
+def _quantized(folder: Path) -> dict[str, Any]:
+    """From the checkpoint's own report: what was made, bits counted from the file, errors of every linear."""
+    report = read_report(folder)
+    identity, bits = report["identity"], report["bits"]
+    return {
+        "method": identity["method"],
+        "config": identity["config"],
+        "calibration": identity["calibration"],
+        "fingerprint": report["fingerprint"],
+        "nominal_bits": bits["nominal"],
+        "stored_bits": bits["stored"],
+        "whole_model_bits": bits["whole_model"],
+        "bytes": bits["bytes"],
+        "linears": report["linears"],
+    }
+
+
+def _speed(path: str, base: str, load: Load, setup: Setup, progress: Progress) -> dict[str, Any]:
+    """Speed of the model, and of the full-precision one beside it; why not, where both do not fit into memory."""
+    try:
+        models = {"own": load_model(path, setup.device, setup.parallelize)}
+        if path != base:
+            models["reference"] = load_model(base, setup.device, setup.parallelize)
+        progress.stage("measuring", (load.rounds + 1) * len(models))
+        found = compare(models, load, progress.advance)
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        return {"not_measured": f"{type(error).__name__}: {error}"}
+    if "reference" in found:
+        return {**found, "ratios": ratios(found["own"], found["reference"])}
+    return dict(found)
+
+
+def _machine(setup: Setup) -> dict[str, Any]:
+    cuda = setup.device.startswith("cuda") and torch.cuda.is_available()
+    return {
+        "host": platform.node(),
+        "processor": torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "device": setup.device,
+        "threads": torch.get_num_threads(),
+        "batch_size": setup.batch_size,
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,309 @@
+"""The tables of a report, each made once and written four ways. Every figure knows the record it stands in."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any
+
+from . import paper
+from .paper import Column, Row, Table
+from .plan import figure_for, stand_ins
+from .record import DONE, Record
+
+BETTER, WORSE, SAME = "better", "worse", "same"
+LEVEL_SIGNS = {BETTER: "▲", WORSE: "▼", SAME: "≈", "": ""}
+
+
+@dataclass(frozen=True)
+class Value:
+    """What one cell of a table shows. figure: where in the record of that name it stands."""
+
+    text: str = ""
+    record: str = ""
+    figure: str = ""
+    scale: float = 1.0
+    mark: str = ""  # against the published figure
+
+    @property
+    def signed(self) -> str:
+        return f"{self.text} {LEVEL_SIGNS[self.mark]}".strip()
+
+
+@dataclass(frozen=True)
+class Line:
+    values: list[Value]
+    kind: str = ""  # "published" and "ours" stand below each other in the study's tables
+
+
+@dataclass(frozen=True)
+class Grid:
+    name: str  # of the file, and of the place in the page
+    title: str
+    head: list[str]
+    lines: list[Line]
+    notes: list[str] = field(default_factory=list)
+    words: int = 1  # leading columns of text, the others are figures
+
+
+def figure(record: Record, path: str, show: Callable[[Any], str], scale: float = 1.0) -> Value:
+    """The figure at `path` of a record, shown; empty where the record has none."""
+    value = record.find(path)
+    if not isinstance(value, int | float):
+        return Value()
+    return Value(show(value * scale), record.name, path, scale)
+
+
+def bits(value: float) -> str:
+    return f"{value:g}"
+
+
+def stored(value: float) -> str:
+    return f"{value:.3f}"
+
+
+def perplexity(value: float) -> str:
+    return f"{value:.3f}" if value < 1000 else f"{value:.1e}".replace("e+0", "e")
+
+
+def percent(value: float) -> str:
+    return f"{value:.1f}"
+
+
+def amount(value: float) -> str:
+    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
+
+
+# --- all cells ------------------------------------------------------------------------------------------------------
+
+PERPLEXITY, ACCURACY = "perplexity", "accuracy"
+KINDS = {"token_perplexity": PERPLEXITY, "acc": ACCURACY, "accuracy": ACCURACY}  # of the metrics
+
+
+def headlines(records: Iterable[Record]) -> list[tuple[str, str]]:
+    """(task, metric) of what the records are judged by: perplexities, then accuracies, then what else there is.
+
+    Within each, the tasks that were asked for come first, in that order.
+    """
+    records = list(records)
+    asked = [task for record in records for task in record.cell["tasks"]]
+    found = {(task, metric) for r in records for task, metrics in r.results.items() for metric in metrics}
+    known = [pair for pair in found if pair[1] in KINDS]
+    chosen = known or [pair for pair in found if "stderr" not in pair[1]]
+
+    def rank(pair: tuple[str, str]) -> tuple[Any, ...]:
+        place = asked.index(pair[0]) if pair[0] in asked else len(asked)
+        kind = KINDS.get(pair[1])
+        return (kind != PERPLEXITY, kind != ACCURACY, place, pair[0].count("_"), pair)
+
+    return sorted(chosen, key=rank)
+
+
+def overview(records: Sequence[Record]) -> list[Grid]:
+    """A table per model: every finished cell with its bits and figures."""
+    done = [r for r in records if r.status == DONE]
+    by_model = groupby(sorted(done, key=lambda r: r.cell["model"]), key=lambda r: str(r.cell["model"]))
+    return [_overview(model, list(group)) for model, group in by_model]
+
+
+def _overview(model: str, records: list[Record]) -> Grid:
+    columns = headlines(records)[:10]
+    head = ["method", "options", "preset", "nominal bits", "stored bits", "whole model", *map(_headline, columns)]
+    lines = [_overview_line(record, columns) for record in sorted(records, key=_order)]
+    return Grid(f"cells-{model.replace('/', '-')}", f"All cells of {model}", head, lines, words=3)
+
+
+def _headline(pair: tuple[str, str]) -> str:
+    task = pair[0].removeprefix("llq_").removesuffix("_ppl").removesuffix("_mc").replace("_", " ")
+    return f"{task} {'ppl' if KINDS.get(pair[1]) == PERPLEXITY else pair[1]}"
+
+
+def _overview_line(record: Record, columns: list[tuple[str, str]]) -> Line:
+    options = ", ".join(f"{k}={v}" for k, v in record.cell["options"].items())
+    words = [record.cell["method"], options, record.cell["preset"]] if record.quantized else ["full precision", "", ""]
+    values = [Value(word) for word in words]
+    for key, show in (("nominal_bits", bits), ("stored_bits", stored), ("whole_model_bits", stored)):
+        values.append(figure(record, f"quantized.{key}", show))
+    for task, metric in columns:
+        show, scale = (percent, 100.0) if KINDS.get(metric) == ACCURACY else (perplexity, 1.0)
+        values.append(figure(record, f"results.{task}.{metric}", show, scale))
+    return Line(values)
+
+
+def _order(record: Record) -> tuple[Any, ...]:
+    """Full precision, then by method as they come, widest first, study before best."""
+    width = record.quantized.get("nominal_bits", 0)
+    return (bool(record.quantized), record.cell["method"], -width, record.cell["preset"] != "study", record.name)
+
+
+# --- the study's tables ---------------------------------------------------------------------------------------------
+
+
+def study_tables(records: Sequence[Record], asked: Sequence[str]) -> list[Grid]:
+    """The study's tables that were asked for (`asked`, names of presets) or have figures of ours for a quantized row.
+
+    A bundled model stands in for a table's own only where that table was asked for.
+    """
+    bundled = sorted({str(record.cell["model"]) for record in records} & set(stand_ins()))
+    made = [(table, _study_table(table, records, bundled if table.preset in asked else [])) for table in _tables()]
+    return [grid for table, (grid, rows) in made if table.preset in asked or rows]
+
+
+def _tables() -> list[Table]:
+    return list(paper.tables().values())
+
+
+def _study_table(table: Table, records: Sequence[Record], bundled: list[str]) -> tuple[Grid, int]:
+    """The table with our lines in it, and how many quantized rows have some."""
+    identity = list(table.rows[0].identity)
+    head = ["method", *identity, "", "stored bits", *(column.name for column in table.columns)]
+    lines, rows = [], 0
+    for row in table.rows:
+        names = [Value(row.label), *(Value(str(row.identity[key])) for key in identity)]
+        published = [Value(_printed(value, c)) for value, c in zip(table.published(row), table.columns, strict=True)]
+        lines.append(Line([*names, Value("published"), Value(), *published], "published"))
+        found = paper.matching(row, list(records))
+        ours = [*_ours(table, row, found), *(_stand_in(table, r) for r in found if r.cell["model"] in bundled)]
+        ours = [values for values in ours if any(value.text for value in values[2:])]
+        lines += [Line([*(Value() for _ in names), *values], "ours") for values in ours]
+        rows += bool(ours) and any(record.quantized for record in found)
+    notes = [f"Published: {table.source}.", *table.notes, *_stand_in_note(bundled)]
+    title = f"Table {table.number}. {table.title}"
+    return Grid(f"table{table.number}", title, head, lines, notes, words=len(identity) + 2), rows
+
+
+def _stand_in_note(bundled: list[str]) -> list[str]:
+    return [
+        f"{model} ran in place of the study's models, on its own task {stand_ins()[model]['task']}; each figure stands "
+        "in the first column of its kind. It is a figure of another model, so no difference is marked."
+        for model in bundled
+    ]
+
+
+def _printed(value: float | str | None, column: Column) -> str:
+    if value is None or isinstance(value, str):
+        return value or ""
+    if value >= 1000 and column.within is not None and column.better == "lower":
+        return f"{value:.1e}".replace("e+0", "e")
+    return f"{value:g}" if column.within is None or round(value, 1) != value else f"{value:.1f}"
+
+
+def _ours(table: Table, row: Row, found: list[Record]) -> Iterable[list[Value]]:
+    """Our lines of a row: one per preset and seed, with the records of all the table's models."""
+    lines: dict[tuple[str, int], dict[str, Record]] = defaultdict(dict)
+    for record in found:
+        if record.cell["model"] in table.models:
+            lines[record.cell["preset"], record.cell["seed"]].setdefault(record.cell["model"], record)
+    for (preset, seed), by_model in lines.items():
+        first = next(iter(by_model.values()))
+        words = ["ours", *([preset] if preset != "study" else []), *([f"seed {seed}"] if seed else [])]
+        values = [Value(", ".join(words)), figure(first, "quantized.stored_bits", stored)]
+        for column, printed in zip(table.columns, table.published(row), strict=True):
+            values.append(_compared(by_model.get(column.model or table.models[0]), column, printed))
+        yield values
+
+
+def _compared(record: Record | None, column: Column, printed: float | str | None) -> Value:
+    if record is None:
+        return Value()
+    show = amount if column.within is None else percent if column.better == "higher" else perplexity
+    value = figure(record, column.figure, show, column.scale)
+    if column.within is None or not value.text or not isinstance(printed, int | float):
+        return value
+    difference = record.find(column.figure) * column.scale / printed - 1
+    better = (difference < 0) == (column.better == "lower")
+    mark = SAME if abs(difference) <= column.within else BETTER if better else WORSE
+    return Value(value.text, value.record, value.figure, value.scale, mark)
+
+
+def _stand_in(table: Table, record: Record) -> list[Value]:
+    preset = record.cell["preset"]
+    name = f"{record.cell['model']}{'' if preset == 'study' else f', {preset}'}"
+    values, shown = [Value(name), figure(record, "quantized.stored_bits", stored)], set()
+    for column in table.columns:
+        path = figure_for(record.cell["model"], column.figure)
+        share = column.better == "higher" and column.within is not None
+        show = amount if column.within is None else percent if share else perplexity
+        known = path is None or path in shown
+        values.append(Value() if known else figure(record, str(path), show, 100.0 if share else column.scale))
+        shown.add(path)
+    return values
+
+
+# --- cost -----------------------------------------------------------------------------------------------------------
+
+
+def cost(records: Sequence[Record]) -> Grid:
+    """Time, memory, size and speed of every finished cell."""
+    done = sorted((r for r in records if r.status == DONE), key=lambda r: (r.cell["model"], *_order(r)))
+    batches = sorted({b for r in done for b in (r.find("cost.own.speed") or {})}, key=int)
+    head = ["model", "cell", "quantized in (s)", "memory (MiB)", "on disk (MiB)", "loaded (MiB)"]
+    figures: list[tuple[str, float]] = [("cost.quantize.seconds", 1), ("cost.quantize.added_bytes", 2**-20)]
+    figures += [("cost.disk_bytes", 2**-20), ("cost.own.loaded_bytes", 2**-20)]
+    for batch in batches:
+        for phase in ("prefill", "decode"):
+            head += [f"{phase} tok/s, batch {batch}", "x the time"]
+            figures.append((f"cost.own.speed.{batch}.{phase}_tokens_per_second", 1))
+            figures.append((f"cost.ratios.speed.{batch}.{phase}_seconds", 1))
+    lines = [
+        Line([Value(r.cell["model"]), Value(r.title), *(figure(r, path, amount, scale) for path, scale in figures)])
+        for r in done
+    ]
+    return Grid("cost", "Cost", head, lines, COST_NOTES, words=2)
+
+
+COST_NOTES = [
+    "Quantized in: seconds of the run that made the checkpoint, calibration included. Memory: what that run added at "
+    "its peak to what the process held before it, resident on a CPU, allocated on a GPU.",
+    "x the time: over the full-precision model, which was timed in turn with this one in the same run; above 1 is "
+    "slower. Medians of the rounds that the record lists.",
+]
+
+
+def phases(records: Sequence[Record]) -> Grid:
+    """Where the seconds of quantization went."""
+    made = sorted((r for r in records if r.find("cost.quantize.phases")), key=lambda r: (r.cell["model"], *_order(r)))
+    totals: dict[str, float] = defaultdict(float)
+    for record in made:
+        for phase, seconds in record.find("cost.quantize.phases").items():
+            totals[phase] += seconds
+    names = sorted(totals, key=lambda phase: -totals[phase])[:8]
+    lines = [
+        Line([Value(r.title), *(figure(r, f"cost.quantize.phases.{name}", amount) for name in names)]) for r in made
+    ]
+    return Grid("phases", "Quantization by phase (seconds)", ["cell", *names], lines)
+
+
+# --- what did not run, and where everything stands ------------------------------------------------------------------
+
+
+def unfinished(records: Sequence[Record]) -> Grid:
+    """Refused and failed cells, each with its reason."""
+    lines = [
+        Line([Value(r.cell["model"]), Value(r.title), Value(r.status), Value(r.reason or "", r.name, "reason")])
+        for r in records
+        if r.status != DONE
+    ]
+    return Grid("unfinished", "Refused and failed", ["model", "cell", "status", "reason"], lines, words=4)
+
+
+def provenance(records: Sequence[Record]) -> Grid:
+    """Every record: its file, the machine and the versions."""
+    head = ["record", "status", "began", "seconds", "device", "threads", "versions"]
+    lines = [
+        Line(
+            [
+                Value(f"records/{r.name}.json"),
+                Value(r.status),
+                Value(str(r.run.get("began", ""))),
+                figure(r, "run.seconds", amount),
+                Value(f"{r.run.get('device', '')} ({r.run.get('processor', '')})" if r.run else ""),
+                figure(r, "run.threads", bits),
+                Value(", ".join(f"{k} {v}" for k, v in r.run.get("versions", {}).items())),
+            ]
+        )
+        for r in records
+    ]
+    return Grid("records", "Records", head, lines, words=1)

@@ -1,0 +1,133 @@
+"""The study's tables (arXiv 2404.14047v3) as data: published figures, and the cells that make each row again.
+
+One YAML file a table. A row's `cell` is a method with its options, as in a plan; the report finds our figures for a row
+by building that method and comparing its whole config with the config of a record, so a row joins whichever plan made
+it. Figures are as printed, misprints too: `notes` names the known ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ...checkpoint import read_json
+from ...errors import LLQError
+from ...method import nearest
+from ...methods import METHODS, build
+from ...packed import write_json
+from ..record import DONE, Record
+
+PREFIX = "paper-table"  # of the presets' names
+ASKED = "presets.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Column:
+    """A figure of the table. `within`: differences up to this share of the published figure are not marked."""
+
+    name: str
+    figure: str  # where it stands in a record: results.llq_csqa.acc
+    better: str  # lower or higher
+    published: bool = True  # False: ours alone
+    scale: float = 1.0  # ours times this is in the table's unit
+    within: float | None = None  # None: nothing is marked
+    model: str | None = None  # None: the table's only model
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    label: str
+    identity: Mapping[str, Any]  # W, A, G as printed
+    published: list[float | str | None]  # in the order of the columns that are published
+    cell: Mapping[str, Any] | None  # None: a method that nothing here makes
+
+    def made_by(self, record: Record) -> bool:
+        """Whether the record is of this row's method, with the options of its preset over nothing but the row's."""
+        if self.cell is None or record.cell["method"] != self.cell["method"]:
+            return False
+        if self.cell["method"] not in METHODS:  # full precision, or not here yet
+            return "quantized" not in record.quantized
+        options = {key: value for key, value in self.cell.items() if key != "method"}
+        method = build(self.cell["method"], record.cell["preset"], **options)
+        config = record.quantized.get("config", {})
+        return all(config.get(key) == value for key, value in method.to_dict().items())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    number: int
+    title: str
+    source: str
+    models: list[str]
+    tasks: list[str]
+    columns: list[Column]
+    rows: list[Row]
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def preset(self) -> str:
+        return f"{PREFIX}{self.number}"
+
+    def plan(self) -> dict[str, Any]:
+        """The plan whose cells are this table's rows."""
+        methods = [dict(row.cell) for row in self.rows if row.cell is not None]
+        return {
+            "title": f"Table {self.number}: {self.title}",
+            "models": self.models,
+            "tasks": self.tasks,
+            "methods": methods,
+        }
+
+    def published(self, row: Row) -> list[float | str | None]:
+        """The row's printed figures, one per column; None where there is none."""
+        figures = iter(row.published)
+        return [next(figures) if column.published else None for column in self.columns]
+
+
+@cache
+def tables() -> dict[int, Table]:
+    """All tables by number."""
+    files = {int(path.stem.removeprefix("table")): path for path in Path(__file__).parent.glob("table*.yaml")}
+    return {number: _load(number, files[number]) for number in sorted(files)}
+
+
+def plan_of(preset: str) -> dict[str, Any]:
+    """The plan of "paper-table1"; LLQError with the nearest name where there is none."""
+    known = {table.preset: table for table in tables().values()}
+    if preset not in known:
+        raise LLQError(f"there is no preset {preset!r}{nearest(preset, known)}; there are: {', '.join(known)}")
+    return known[preset].plan()
+
+
+def _load(number: int, path: Path) -> Table:
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    columns = [Column(**column) for column in content.pop("columns")]
+    return Table(number=number, columns=columns, rows=[_row(row) for row in content.pop("rows")], **content)
+
+
+def _row(content: dict[str, Any]) -> Row:
+    known = {key: content.pop(key) for key in ("label", "published", "cell")}
+    return Row(**known, identity=content)
+
+
+def matching(row: Row, records: list[Record]) -> list[Record]:
+    """The finished records of a row, study preset first."""
+    found = [record for record in records if record.status == DONE and row.made_by(record)]
+    return sorted(found, key=lambda record: (record.cell["preset"] != "study", record.cell["seed"], record.name))
+
+
+def remember(out: Path, presets: list[str]) -> None:
+    """Note in a study's folder which tables it was asked for, beside those noted before."""
+    out.mkdir(parents=True, exist_ok=True)
+    noted = asked_for(out)
+    write_json(out / ASKED, {"presets": noted + [name for name in presets if name not in noted]})
+
+
+def asked_for(out: Path) -> list[str]:
+    path = out / ASKED
+    return list(read_json(path)["presets"]) if path.is_file() else []

@@ -1,0 +1,304 @@
+"""The plots of a report, as SVG text to embed: quality against stored bits, cost, errors layer by layer."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+from ..methods import METHODS
+from .grids import ACCURACY, KINDS, PERPLEXITY, headlines
+from .record import DONE, Record
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+INK, MUTED, HAIR = "#1b2430", "#5b6675", "#d8dde3"
+# Colours that differ in lightness too, for print and for the colour-blind; markers tell apart what colours do not.
+COLOURS = ("#0b5c8a", "#c2410c", "#15803d", "#7e22ce", "#b45309", "#0e7490", "#be123c", "#4d7c0f", "#3730a3", "#71717a")
+MARKERS = "osD^vP*Xhd<>p"
+LOOKS = [(COLOURS[i % len(COLOURS)], marker) for i, marker in enumerate(MARKERS)]  # of the methods, in their order
+STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",  # text stays text: it is set in the page's font and can be searched
+    "svg.hashsalt": "llq",  # the same records give the same bytes
+    "font.family": ["Helvetica Neue", "Arial", "DejaVu Sans", "sans-serif"],
+    "font.size": 10,
+    "text.color": INK,
+    "axes.edgecolor": HAIR,
+    "axes.labelcolor": MUTED,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#eceff2",
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "legend.frameon": False,
+}
+
+
+@dataclass(frozen=True)
+class Plot:
+    name: str
+    title: str
+    caption: str
+    svg: str
+
+
+@dataclass(frozen=True)
+class Point:
+    x: float
+    y: float
+    method: str
+    preset: str
+    label: str
+
+
+def plots(records: Sequence[Record]) -> list[Plot]:
+    """All plots that the records have figures for."""
+    import logging
+
+    import matplotlib
+
+    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # not every font of the list is everywhere
+    done = [record for record in records if record.status == DONE]
+    models = sorted({str(record.cell["model"]) for record in done})
+    with matplotlib.rc_context(STYLE):
+        found = [plot for model in models for plot in _of_model([r for r in done if r.cell["model"] == model], model)]
+    return found
+
+
+def _of_model(records: list[Record], model: str) -> list[Plot]:
+    made = [
+        *(quality(records, model, kind) for kind in (PERPLEXITY, ACCURACY)),
+        effort(records, model),
+        speed(records, model),
+        heat_map(records, model),
+    ]
+    return [plot for plot in made if plot is not None]
+
+
+# --- quality against bits -------------------------------------------------------------------------------------------
+
+
+def quality(records: list[Record], model: str, kind: str) -> Plot | None:
+    """Perplexity or accuracy against stored bits, with the Pareto front; perplexities near the best from close by."""
+    path = _headline(records, kind)
+    points = _points(records, "quantized.stored_bits", path)
+    if not points:
+        return None
+    lower, name, task = kind == PERPLEXITY, kind if kind == PERPLEXITY else f"{kind} (%)", path.split(".")[1]
+    scale = 1 if lower else 100
+    points = [replace(p, y=scale * p.y) for p in points]
+    dense = _full_precision(records, path, scale)
+    best = front(points, lower)
+    floor = min([p.y for p in points] + ([] if dense is None else [dense]))
+    near = [p for p in points if p.y <= NEAR * floor] if lower else []
+    figure, panels = _canvas(panels=2 if 1 < len(near) < len(points) else 1)
+    _quality_panel(panels[0], points, best, dense)
+    if lower:
+        _log(panels[0], "y", [p.y for p in points])
+    panels[0].set_ylabel(f"{task} {name}")
+    if len(panels) == 2:
+        _quality_panel(panels[1], near, [p for p in best if p in near], dense)
+        panels[1].set_title(
+            f"the same within {100 * NEAR - 100:.0f} % of the best", fontsize=10, color=MUTED, loc="left"
+        )
+    _legend(figure, panels[-1], points)
+    caption = (
+        f"{name.capitalize()} of {task} against the bits that the file really holds. The line is the Pareto front: no "
+        f"cell with fewer stored bits is {'lower' if lower else 'higher'}. Filled: preset best; open: study."
+    )
+    return Plot(f"{kind}-{model}", f"{model}: {name} against stored bits", caption, _svg(figure))
+
+
+NEAR = 1.15  # times the best perplexity: what the second panel shows
+
+
+def _quality_panel(axes: Axes, points: list[Point], best: list[Point], dense: float | None) -> None:
+    _scatter(axes, points)
+    axes.step([p.x for p in best], [p.y for p in best], where="post", color=INK, linewidth=1, zorder=1)
+    labelled = 0.0
+    for point in best:
+        if point.x > 1.1 * labelled:  # else it would lie over the last one
+            text = axes.annotate(
+                point.label, (point.x, point.y), (6, 6), textcoords="offset points", fontsize=8, zorder=4
+            )
+            text.set_bbox({"color": "white", "alpha": 0.8, "pad": 1})
+            labelled = point.x
+    if dense is not None:
+        _line(axes, dense, "full precision")
+    axes.set_xscale("log", base=2)
+    ticks = [t for t in (1, 1.5, 2, 3, 4, 6, 8) if min(p.x for p in points) / 1.3 < t < max(p.x for p in points) * 1.3]
+    axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
+    axes.set_xlabel("stored bits per quantized weight")
+
+
+def front(points: list[Point], lower: bool) -> list[Point]:
+    """The points that no point with as few bits beats, by bits."""
+    best: list[Point] = []
+    for point in sorted(points, key=lambda p: (p.x, p.y if lower else -p.y)):
+        if not best or (point.y < best[-1].y if lower else point.y > best[-1].y):
+            best.append(point)
+    return best
+
+
+# --- cost -----------------------------------------------------------------------------------------------------------
+
+
+def effort(records: list[Record], model: str) -> Plot | None:
+    """Perplexity against the seconds that quantization took."""
+    path = _headline(records, PERPLEXITY)
+    points = _points(records, "cost.quantize.seconds", path)
+    if not points:
+        return None
+    figure, (axes,) = _canvas()
+    _scatter(axes, points)
+    dense = _full_precision(records, path, 1)
+    if dense is not None:
+        _line(axes, dense, "full precision")
+    _log(axes, "x", [p.x for p in points])
+    _log(axes, "y", [p.y for p in points])
+    axes.set_xlabel("seconds to quantize, calibration included")
+    axes.set_ylabel(f"{path.split('.')[1]} perplexity")
+    _legend(figure, axes, points)
+    caption = (
+        "Perplexity against the time that quantization took on the machine of the record; all widths of all methods."
+    )
+    return Plot(f"effort-{model}", f"{model}: perplexity against time", caption, _svg(figure))
+
+
+def speed(records: list[Record], model: str) -> Plot | None:
+    """Decode time against memory, both over the full-precision model."""
+    points = _points(records, "cost.ratios.loaded_bytes", "cost.ratios.speed.1.decode_seconds")
+    if not points:
+        return None
+    figure, (axes,) = _canvas()
+    _scatter(axes, points)
+    _line(axes, 1, "full precision")
+    _log(axes, "y", [*(p.y for p in points), 1])
+    axes.set_xlabel("loaded memory, over full precision")
+    axes.set_ylabel("seconds per token, batch 1,\nover full precision")
+    _legend(figure, axes, points)
+    caption = "Decoding, packed model beside the full-precision one in the same run. Below the line is quicker."
+    return Plot(f"speed-{model}", f"{model}: decode time against memory", caption, _svg(figure))
+
+
+# --- errors ---------------------------------------------------------------------------------------------------------
+
+
+def heat_map(records: list[Record], model: str) -> Plot | None:
+    """Relative squared error of the weight of every linear, cell by cell."""
+    import numpy as np
+
+    rows = {r.title: r.quantized["linears"] for r in sorted(records, key=_by_error) if r.quantized.get("linears")}
+    if not rows:
+        return None
+    names = [linear["name"] for linear in next(iter(rows.values()))]
+    errors = [[linear.get("weight_error", math.nan) for linear in linears] for linears in rows.values()]
+    shown = np.log10(np.clip(np.array([e for e in errors if len(e) == len(names)]), 1e-12, None))
+    figure, (axes,) = _canvas(height=1.4 + 0.17 * len(shown))
+    axes.grid(False)
+    image = axes.imshow(shown, aspect="auto", cmap="YlOrRd", interpolation="nearest")
+    axes.set_yticks(range(len(rows)), list(rows), fontsize=7.5)
+    _name_linears(axes, names)
+    bar = figure.colorbar(image, ax=axes, pad=0.01, fraction=0.03)
+    bar.set_label("log10 of the relative squared error", fontsize=8)
+    caption = "Error of every linear's weight, |W - Ŵ|² / |W|², least at the top; from the checkpoints' own reports."
+    return Plot(f"errors-{model}", f"{model}: error, linear by linear", caption, _svg(figure))
+
+
+def _by_error(record: Record) -> float:
+    errors = [linear.get("weight_error", 0.0) for linear in record.quantized.get("linears", [])]
+    return float(sum(errors)) / max(len(errors), 1)
+
+
+def _name_linears(axes: Axes, names: list[str]) -> None:
+    """Every linear where there is room for it, else every block."""
+    blocks = [next((word for word in name.split(".") if word.isdigit()), "") for name in names]
+    starts = [0, *(i + 1 for i, (a, b) in enumerate(pairwise(blocks)) if a != b)]
+    for start in starts[1:]:
+        axes.axvline(start - 0.5, color="white", linewidth=1.5)
+    if len(names) <= 60:
+        short = [name.rpartition(".")[2].removesuffix("_proj") for name in names]
+        axes.set_xticks(range(len(names)), short, rotation=90, fontsize=7)
+    else:
+        every = max(len(starts) // 40, 1)
+        axes.set_xticks(starts[::every], [blocks[start] for start in starts[::every]], fontsize=7)
+    axes.set_xlabel(f"linears of {len(starts)} decoder blocks, in order")
+
+
+# --- shared ---------------------------------------------------------------------------------------------------------
+
+
+def _headline(records: list[Record], kind: str) -> str:
+    """Where the figure of this kind stands that the records are judged by."""
+    found = [f"results.{task}.{metric}" for task, metric in headlines(records) if KINDS.get(metric) == kind]
+    return found[0] if found else "results"
+
+
+def _points(records: list[Record], x: str, y: str) -> list[Point]:
+    """Of the quantized cells that have both figures."""
+    found = []
+    for record in records:
+        a, b = record.find(x), record.find(y)
+        if record.quantized and isinstance(a, int | float) and isinstance(b, int | float) and math.isfinite(b):
+            width = f"{record.quantized['nominal_bits']:g}"
+            label = f"{record.cell['method']} {width}"
+            found.append(Point(a, b, record.cell["method"], record.cell["preset"], label))
+    return found
+
+
+def _scatter(axes: Axes, points: list[Point]) -> None:
+    for point in points:
+        colour, marker = LOOKS[list(METHODS).index(point.method) % len(LOOKS)]
+        face = colour if point.preset == "best" else "white"
+        axes.plot(point.x, point.y, marker, color=colour, markerfacecolor=face, markersize=6.5, zorder=3)
+
+
+def _legend(figure: Figure, axes: Axes, points: list[Point]) -> None:
+    """Every method that the plot shows, in the order of the methods."""
+    for method in sorted({p.method for p in points}, key=list(METHODS).index):
+        colour, marker = LOOKS[list(METHODS).index(method) % len(LOOKS)]
+        axes.plot([], [], marker, color=colour, label=method)
+    figure.legend(loc="outside right upper", fontsize=9, handletextpad=0.2)
+
+
+def _full_precision(records: list[Record], path: str, scale: float) -> float | None:
+    found = [record.find(path) for record in records if not record.quantized and record.find(path) is not None]
+    return found[0] * scale if found else None
+
+
+def _line(axes: Axes, value: float, text: str) -> None:
+    axes.axhline(value, color=INK, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+    axes.text(1, value, text, transform=axes.get_yaxis_transform(), ha="right", va="bottom", fontsize=8)
+
+
+def _log(axes: Axes, name: str, values: list[float]) -> None:
+    """Logarithmic, with plain numbers, where the values span more than a factor of three."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    if max(values) <= 3 * min(values):
+        return
+    axes.set(**{f"{name}scale": "log"})
+    axis: Any = getattr(axes, f"{name}axis")
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _canvas(height: float = 4.2, panels: int = 1) -> tuple[Figure, list[Axes]]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9.4, height), layout="constrained")
+    return figure, list(figure.subplots(1, panels, squeeze=False)[0])
+
+
+def _svg(figure: Figure) -> str:
+    text = io.StringIO()
+    figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    return text.getvalue()[text.getvalue().index("<svg") :]

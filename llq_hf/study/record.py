@@ -1,0 +1,102 @@
+"""One JSON file per cell: OUT/records/<name of the cell>.json, written whole or not at all.
+
+key         | what
+fingerprint | of the cell
+cell        | what was asked for: model, method, preset, options, tasks, calibration, seed, ...
+status      | done, refused (the input makes no sense: `reason` is one sentence), failed (`reason`, and `trace`)
+quantized   | method, config, nominal_bits, stored_bits, whole_model_bits, bytes, fingerprint, errors of the `linears`
+results     | task -> metric -> figure
+cost        | quantize (seconds, phases, peak_bytes, added_bytes), disk_bytes, own and reference (speed), ratios
+run         | machine, versions, device, threads, when it began, seconds, log file
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import LLQError
+from ..packed import write_json
+from .plan import Cell
+
+DONE, REFUSED, FAILED = "done", "refused", "failed"
+_VOLATILE = ("cost", "run")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """What became of a cell."""
+
+    cell: dict[str, Any]
+    fingerprint: str
+    name: str
+    title: str
+    status: str
+    reason: str | None = None
+    trace: str | None = None
+    quantized: dict[str, Any] = field(default_factory=dict)
+    results: dict[str, dict[str, Any]] = field(default_factory=dict)
+    cost: dict[str, Any] = field(default_factory=dict)
+    run: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, cell: Cell, status: str, **figures: Any) -> Record:
+        cell_json = json.loads(json.dumps(asdict(cell)))  # tuples become lists, as they are read back
+        return cls(
+            cell=cell_json, fingerprint=cell.fingerprint, name=cell.name, title=cell.title, status=status, **figures
+        )
+
+    @property
+    def stable(self) -> dict[str, Any]:
+        """What is the same wherever and whenever the cell runs."""
+        return {key: value for key, value in asdict(self).items() if key not in _VOLATILE}
+
+    def find(self, path: str) -> Any:
+        """The value at "results.llq_demo_ppl.token_perplexity"; None where there is none. Names may not hold dots."""
+        value: Any = asdict(self)
+        for key in path.split("."):
+            value = value.get(key) if isinstance(value, dict) else None
+        return value
+
+
+def records_folder(out: Path) -> Path:
+    return out / "records"
+
+
+def file_of(out: Path, name: str) -> Path:
+    return records_folder(out) / f"{name}.json"
+
+
+def write_record(out: Path, record: Record) -> Path:
+    path = file_of(out, record.name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, asdict(record))
+    return path
+
+
+def read_record(path: Path) -> Record:
+    """LLQError for a file that is no record: a broken one must not pass for a cell that was never run."""
+    try:
+        return Record(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, TypeError) as error:
+        raise LLQError(f"{path} is no record of a study ({error}); delete it, and its cell is run again") from error
+
+
+def read_records(out: Path) -> list[Record]:
+    """All records of a study, by name. LLQError where there are none."""
+    found = [read_record(path) for path in sorted(records_folder(out).glob("*.json"))]
+    if not found:
+        raise LLQError(f"{out} holds no records; run `llq study ... --out {out}` first")
+    return found
+
+
+def pending(cells: Iterable[Cell], out: Path) -> list[Cell]:
+    """The cells that are not done: those never run, refused or failed. The latter two are tried again."""
+    return [cell for cell in cells if not _is_done(file_of(out, cell.name))]
+
+
+def _is_done(path: Path) -> bool:
+    return path.is_file() and read_record(path).status == DONE

@@ -1,0 +1,105 @@
+"""One real cell of a tiny model: what its record holds, twice the same, and how it ends when something is wrong."""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from llq_hf.bench import Load
+from llq_hf.packed import read_report
+from llq_hf.quantize import Progress
+from llq_hf.study import cell as cells
+from llq_hf.study.cell import Setup, Timed, run_cell
+from llq_hf.study.plan import Cell
+
+TEXT = "the old king of the hill had a small red fox and the fox had a secret name. " * 12
+
+
+@pytest.fixture(scope="module")
+def setup(tmp_path_factory: pytest.TempPathFactory) -> Setup:
+    load = Load(batches=(1, 2), prompt_tokens=8, new_tokens=2, rounds=2)
+    return Setup(batch_size=4, cache=tmp_path_factory.mktemp("cache"), load=load)
+
+
+@pytest.fixture(scope="module")
+def gptq(tiny_llama: Path, calibration_npy: Path, tmp_path_factory: pytest.TempPathFactory) -> Cell:
+    text = tmp_path_factory.mktemp("text") / "text.txt"
+    text.write_text(TEXT)
+    return Cell(
+        model=str(tiny_llama),
+        method="gptq",
+        tasks=("llq_wikitext2",),
+        options={"bits": 3},
+        calibration={"source": str(calibration_npy)},
+        metadata={"text_file": str(text), "seqlen": 32},
+    )
+
+
+def test_a_cell(gptq: Cell, setup: Setup) -> None:
+    record = run_cell(gptq, Progress(), setup)
+    assert (record.status, record.reason) == ("done", None), record.trace
+    assert math.isfinite(record.results["llq_wikitext2"]["token_perplexity"])
+    quantized = record.quantized
+    assert quantized["config"]["bits"] == quantized["nominal_bits"] == 3
+    (folder,) = (path for path in setup.cache.iterdir() if path.is_dir())
+    assert quantized["linears"] == read_report(folder)["linears"]
+    cost = record.cost
+    assert cost["disk_bytes"] == sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    assert cost["quantize"]["seconds"] == pytest.approx(sum(cost["quantize"]["phases"].values()))
+    assert "linears" in cost["quantize"]["phases"]
+    assert 0 <= cost["quantize"]["added_bytes"] < cost["quantize"]["peak_bytes"]
+    own, reference = cost["own"], cost["reference"]
+    assert cost["ratios"]["loaded_bytes"] == own["loaded_bytes"] / reference["loaded_bytes"] < 1
+    assert set(own["speed"]) == {"1", "2"}
+    assert len(own["speed"]["2"]["rounds"]) == setup.load.rounds
+    again = run_cell(gptq, Progress(), setup)
+    assert again.stable == record.stable
+    assert again.cost["quantize"] == cost["quantize"]  # taken from beside the checkpoint, which was not made again
+
+
+def test_full_precision_is_a_cell_too(gptq: Cell, setup: Setup) -> None:
+    record = run_cell(replace(gptq, method="none", options={}), Progress(), setup)
+    assert record.status == "done", record.trace
+    assert record.quantized == {}
+    assert set(record.cost) == {"disk_bytes", "own"}
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda cell: replace(cell, options={"bits": 9}), "outside its range"),
+        (lambda cell: replace(cell, method="gptk"), "'gptq'"),
+        (lambda cell: replace(cell, metadata={"text_file": "/none.txt"}), "no file /none.txt"),
+        (lambda cell: replace(cell, calibration={"source": "/none.npy"}), "/none.npy"),
+    ],
+    ids=["width", "method", "text", "calibration"],
+)
+def test_what_makes_no_sense_is_refused(gptq: Cell, setup: Setup, change: Callable[[Cell], Cell], reason: str) -> None:
+    record = run_cell(change(gptq), Progress(), setup)
+    assert record.status == "refused", record.trace
+    assert reason in str(record.reason)
+    assert record.results == record.quantized == {}
+
+
+def test_what_breaks_has_failed(gptq: Cell, setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("the disk is on fire")
+
+    monkeypatch.setattr(cells, "evaluate", broken)
+    record = run_cell(gptq, Progress(), setup)
+    assert (record.status, record.reason) == ("failed", "RuntimeError: the disk is on fire")
+    assert "broken" in str(record.trace)
+
+
+def test_seconds_go_to_the_phase_they_were_spent_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 1.0, 3.0, 7.0, 15.0])
+    monkeypatch.setattr(cells.time, "perf_counter", lambda: next(clock))
+    timed = Timed(Progress())
+    timed.stage("statistics")  # after 1 second
+    timed.linear("q_proj")  # after 2 more
+    timed.stage("statistics")  # after 4
+    timed.close()  # after 8
+    assert timed.figures()["phases"] == {"preparing": 1.0, "statistics": 2.0 + 8.0, "linears": 4.0}
+    assert timed.figures()["seconds"] == 15.0

@@ -1,0 +1,111 @@
+"""Knapsack against every choice there is, the score against the KL it predicts."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from llq_hf import allocation, arch
+from llq_hf.allocation import Option, knapsack, loss_of_rounding, observe, output_gradients
+from llq_hf.errors import LLQError
+from llq_hf.method import PassListener
+from llq_hf.stats import Hessian
+
+
+def some_units(seed: int, step: int) -> list[list[Option]]:
+    random = torch.Generator().manual_seed(seed)
+    units = []
+    for _ in range(6):
+        bits = torch.randint(1, 40, (3,), generator=random) * step
+        losses = torch.rand(3, generator=random, dtype=torch.float64)
+        units.append([Option(int(b), float(loss)) for b, loss in zip(bits, losses, strict=True)])
+    return units
+
+
+def brute(units: list[list[Option]], budget: int) -> float:
+    """The least loss of all choices within the budget."""
+    totals = (
+        [sum(option.bits for option in choice), sum(option.loss for option in choice)]
+        for choice in itertools.product(*units)
+    )
+    return min(loss for bits, loss in totals if bits <= budget)
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("step", [1, 4096])
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.7, 1.5])
+def test_the_knapsack_finds_the_best_of_all_choices(seed: int, step: int, share: float):
+    units = some_units(seed, step)
+    cheapest, dearest = (sum(pick(option.bits for option in unit) for unit in units) for pick in (min, max))
+    budget = cheapest + int(share * (dearest - cheapest))
+    chosen = [unit[pick] for unit, pick in zip(units, knapsack(units, budget), strict=True)]
+    assert sum(option.bits for option in chosen) <= budget
+    assert sum(option.loss for option in chosen) == pytest.approx(brute(units, budget))
+
+
+def test_with_few_buckets_the_budget_still_holds(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(allocation, "BUCKETS", 16)
+    for seed in range(8):
+        units = some_units(seed, 1)
+        budget = sum(min(option.bits for option in unit) for unit in units) + 61
+        chosen = [unit[pick] for unit, pick in zip(units, knapsack(units, budget), strict=True)]
+        assert sum(option.bits for option in chosen) <= budget
+        assert sum(option.loss for option in chosen) <= 1.3 * brute(units, budget)
+
+
+def test_a_budget_below_the_cheapest_is_refused():
+    with pytest.raises(LLQError, match="below the 7 of the cheapest"):
+        knapsack([[Option(3, 0.1), Option(9, 0.0)], [Option(4, 0.1)]], 6)
+
+
+def test_the_gradients_are_those_of_the_model_s_own_draws(tiny_llama: Path, calibration_ids: Tensor):
+    """Against a loop that asks autograd for one linear's output."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama).eval()
+    linears = arch.quantizable(model)
+    ids_NS = calibration_ids[:2, :6]
+    found = output_gradients(model, linears, ids_NS, 3, PassListener())
+    name, random = "model.layers.0.mlp.up_proj", torch.Generator().manual_seed(3)
+    model.requires_grad_(True)
+    total_O = torch.zeros(linears[name].out_features)
+    for row_S in ids_NS:
+        outputs: list[Tensor] = []
+        handle = linears[name].register_forward_hook(lambda m, a, output, kept=outputs: kept.append(output))
+        logits_SV = model(row_S[None]).logits[0]
+        handle.remove()
+        drawn_S = torch.multinomial(logits_SV.detach().softmax(-1), 1, generator=random)[:, 0]
+        loss = -sum(logits_SV.log_softmax(-1)[t, token] for t, token in enumerate(drawn_S.tolist()))
+        (slope_1SO,) = torch.autograd.grad(loss, outputs[0])
+        total_O += slope_1SO[0].square().sum(0)
+    assert torch.allclose(found[name], total_O / ids_NS.numel(), rtol=1e-3)
+
+
+@torch.no_grad()
+def test_the_score_predicts_the_divergence(tiny_llama: Path, calibration_ids: Tensor):
+    """Of small random changes of one linear: within a factor of 2, in the right order between linears."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama).eval()
+    linears = arch.quantizable(model)
+    names = [f"model.layers.{layer}.{linear}" for layer in (0, 1) for linear in ("self_attn.o_proj", "mlp.down_proj")]
+    with torch.enable_grad():
+        gamma = output_gradients(model, linears, calibration_ids, 0, PassListener())
+    stats = observe(model, {name: [Hessian] for name in names}, calibration_ids, PassListener())
+    before = model(calibration_ids).logits.log_softmax(-1)
+    predicted, measured = [], []
+    for scale, name in zip((0.01, 0.02, 0.04, 0.08), names, strict=True):
+        weight_OI, random = linears[name].weight.clone(), torch.Generator().manual_seed(5)
+        error_OI = scale * weight_OI.std() * torch.randn(weight_OI.shape, generator=random)
+        hessian = stats[name][0]
+        assert isinstance(hessian, Hessian)
+        predicted.append(loss_of_rounding(gamma[name], hessian.sum_II / calibration_ids.numel(), error_OI))
+        linears[name].weight.copy_(weight_OI + error_OI)
+        after = model(calibration_ids).logits.log_softmax(-1)
+        measured.append(float((before.exp() * (before - after)).sum(-1).mean()))
+        linears[name].weight.copy_(weight_OI)
+    assert sorted(predicted) == predicted
+    assert sorted(measured) == measured
+    for score, divergence in zip(predicted, measured, strict=True):
+        assert 0.5 < score / divergence < 2, (predicted, measured)
