@@ -29,14 +29,14 @@ TINY = train_vlm.VlmRecipe(
 
 
 def share_right(seeing: Seeing, facts_each: int) -> float:
-    """Accuracy through processor and generate(), on the benchmark's own questions."""
+    """Accuracy on the benchmark's A-to-D questions, through processor and generate(). Chance gets a quarter."""
     from llq_hf.lmms_tasks import process_results
 
     found = drawings.benchmark((*drawings.PERCEPTION, *drawings.COGNITION), facts_each)
-    asked = [(drawings.draw(picture), item) for picture, items in found for item in items]
+    asked = [(drawings.draw(picture), item) for picture, items in found for item in items if item.answer in "ABCD"]
     prompts = [Prompt(item.question, [image], str(index)) for index, (image, item) in enumerate(asked)]
-    answers = seeing.answers(prompts, max_new_tokens=4)
-    hits = [process_results(item._asdict(), [a])["accuracy"] for (_, item), a in zip(asked, answers, strict=True)]
+    answers = seeing.answers(prompts, max_new_tokens=2)
+    hits = [process_results(item._asdict(), [a])["choice"] for (_, item), a in zip(asked, answers, strict=True)]
     return sum(hits) / len(hits)
 
 
@@ -57,9 +57,9 @@ def test_folder_is_small_and_plain() -> None:
 
 def test_bundled_model_answers_and_breaks_at_two_bits() -> None:
     full = share_right(Seeing.load(str(FOLDER)), 6)
-    assert full >= 0.85
-    assert quantized(name="gptq", bits=4) >= full - 0.05
-    assert quantized(name="rtn", bits=2) < 0.6
+    assert full >= 0.75
+    assert quantized(name="gptq", bits=4) >= full - 0.1
+    assert quantized(name="rtn", bits=2) < 0.5
 
 
 def test_calibration_text_is_its_own() -> None:

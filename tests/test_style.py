@@ -20,7 +20,7 @@ LAYERS = [  # imports go one way: a module may import modules of its own row and
     {"quantize"},
     {"preflight"},
     {"run"},
-    {"hf", "progress", "inspection", "lm_tasks"},
+    {"hf", "progress", "inspection", "lm_tasks", "lmms_tasks"},
     {"scoring", "seeing"},
     {"modeling", "lm_eval", "lmms_eval", "bench"},
     {"study"},

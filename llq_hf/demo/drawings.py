@@ -111,12 +111,16 @@ class Fact(NamedTuple):
 
 
 class Item(NamedTuple):
-    """A question as a model gets it, the answer it should give, and the marks that prove it."""
+    """A question as a model gets it, and the answer it should give.
+
+    marks: what one must look at. claimed: of a claim, the question as far as the word that makes it true or false.
+    """
 
     category: str
     question: str
     answer: str
     marks: tuple[Mark, ...] = ()
+    claimed: str = ""
 
 
 # --- pictures ---------------------------------------------------------------------------------------------
@@ -240,8 +244,7 @@ def _existence(picture: Picture, rng: Random) -> Fact:
     false = sorted(shuffled(rng, absent), key=lambda look: look not in near)
     claim = "Is there a {} in the image?"
     names = tuple(f"{c} {s}" for s, c in false[:3])
-    marks = tuple(mark for mark in picture.shapes if (mark.kind, mark.colour) == (shape, colour))
-    return Fact("existence", "Which of these is in the image?", claim, f"{colour} {shape}", names, marks)
+    return Fact("existence", "Which of these is in the image?", claim, f"{colour} {shape}", names, picture.shapes)
 
 
 def _count(picture: Picture, rng: Random) -> Fact:
@@ -330,12 +333,17 @@ def _plural(kind: str) -> str:
 
 
 def yes_no(fact: Fact) -> tuple[Item, Item]:
-    """The two questions of MME's form: what is true is asked first. Nothing proves what is false, but for numbers."""
-    marks = fact.marks if fact.category in ("count", "sum") else ()
-    return (
-        Item(fact.category, f"{fact.claim.format(fact.true)} {YES_NO}", "yes", fact.marks),
-        Item(fact.category, f"{fact.claim.format(fact.false[0])} {YES_NO}", "no", marks),
-    )
+    """The two questions of MME's form: what is true is asked first."""
+    return _claim(fact, fact.true, "yes"), _claim(fact, fact.false[0], "no")
+
+
+def _claim(fact: Fact, value: str, answer: str) -> Item:
+    marks, upto = fact.marks, value
+    if fact.category == "existence":  # "red circle": the circles are looked at, and "red" decides
+        upto, shape = value.split()
+        marks = tuple(mark for mark in fact.marks if mark.kind == shape)
+    claimed = fact.claim.split("{}")[0] + upto
+    return Item(fact.category, f"{fact.claim.format(value)} {YES_NO}", answer, marks, claimed)
 
 
 def choice(fact: Fact, rng: Random) -> Item:

@@ -16,9 +16,9 @@ for it, so that an hour of one core is enough:
 * The projected patch of a cell is trained to lie near the embeddings of the words that name what is in the cell, as
   in CLIP. In the first steps tower and projector learn from that alone, which is cheap: the decoder then starts on
   patches that it can read like words.
-* One attention head is told where to look, another which option to pick: its weights are trained towards the cells
-  that prove the answer, and towards the line of the right option. Finding by content is what a decoder takes longest
-  to learn from answers alone.
+* One attention head is told where to look, another which word to pick: the weights of the first are trained towards the
+  cells that the question is about, those of the second towards the line of the right option, or towards the word that
+  makes a claim true (nowhere, if it is false). Finding by content is what takes longest to learn from answers alone.
 * Pictures are sparse at first: one mark, then two, and so on.
 """
 
@@ -93,6 +93,7 @@ class VlmRecipe(train.Recipe):
     tower_size: int = 96
     tower_layers: int = 2
     question_weight: float = 0.05
+    data_seed: int = 0
     description_weight: float = 0.5
 
 
@@ -181,7 +182,6 @@ def token_ids(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
 def make_row(tokenizer: PreTrainedTokenizerFast, recipe: VlmRecipe, items: Iterable[Item]) -> Row:
     """The picture's place, then whole questions while they fit, then padding that nobody sees."""
     user, assistant, image = tokenizer.convert_tokens_to_ids([USER, ASSISTANT, IMAGE])
-    newline = token_ids(tokenizer, "\n")[0]
     ids = [tokenizer.bos_token_id, user] + [image] * IMAGE_TOKENS
     row = Row(ids, list(range(len(ids))), [0] * len(ids), [IGNORED] * len(ids), [0.0] * len(ids), [], [])
     first, T = len(ids), recipe.tokens_per_row
@@ -201,13 +201,23 @@ def make_row(tokenizer: PreTrainedTokenizerFast, recipe: VlmRecipe, items: Itera
         row.weights.extend(worth)
         if not described:
             row.look.append((asked_at, [0, *(place_of(mark) for mark in item.marks)]))
-        lines = [begin + i for i, token in enumerate(question) if token == newline]
-        if lines:  # the line of an option ends at the newline after it
-            row.pick.append((asked_at, [lines[1 + "ABCD".index(item.answer)]]))
+            row.pick.append((asked_at, [picked(tokenizer, item, question, begin)]))
     missing = T - len(ids)
     for column, fill in zip(row[:5], (0, 0, -1, IGNORED, 0.0), strict=True):
         column.extend([fill] * missing)
     return row
+
+
+def picked(tokenizer: PreTrainedTokenizerFast, item: Item, question: list[int], begin: int) -> int:
+    """Where in a row the right option ends, or the word of a true claim stands; 0: nowhere.
+
+    question: its tokens, which stand from `begin` on.
+    """
+    newline = token_ids(tokenizer, "\n")[0]
+    ends = [begin + i for i, token in enumerate(question) if token == newline]
+    if ends:  # one after the question itself, then one after every option
+        return ends[1 + "ABCD".index(item.answer)]
+    return begin + len(token_ids(tokenizer, item.claimed)) - 1 if item.answer == "yes" else 0
 
 
 def place_of(mark: drawings.Mark) -> int:
@@ -263,7 +273,7 @@ def make_batch(
 
 def batches(processor: LlavaNextProcessor, recipe: VlmRecipe) -> Iterator[Batch]:
     """Batches without end of pictures that grow fuller."""
-    rng, pictures = seeded("questions", recipe.seed), drawings.stream("train", recipe.seed)
+    rng, pictures = seeded("questions", recipe.data_seed), drawings.stream("train", recipe.data_seed)
     for step in count():
         most_marks = (
             1 + max(0, step - recipe.looking_steps) // recipe.sparse_steps if step >= recipe.looking_steps else 5
@@ -383,10 +393,17 @@ def attention_loss(weights_BTT: Tensor, wanted: Attention) -> Tensor:
     return -(wanted.share_NT * (weights_NT + 1e-6).log()).sum() / max(1, len(weights_NT))
 
 
-def train_vlm(out: Path, recipe: VlmRecipe, minutes: float = math.inf, save_every: int = 100) -> None:
-    """Train, and write the folder at the end and every `save_every` steps. The schedule is that of `train.train`."""
+def train_vlm(
+    out: Path, recipe: VlmRecipe, minutes: float = math.inf, start: Path | None = None, save_every: int = 100
+) -> None:
+    """Train, and write the folder at the end and every `save_every` steps. The schedule is that of `train.train`.
+
+    start: a folder that this wrote, to go on from its weights.
+    """
     processor = make_processor(recipe)
     model = make_model(processor, recipe).train()
+    if start is not None:
+        load(model, recipe, start)
     words = words_of(processor)
     optimizer = train.make_optimizer(model, recipe)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -418,6 +435,13 @@ def train_vlm(out: Path, recipe: VlmRecipe, minutes: float = math.inf, save_ever
     save(model, processor, recipe, out)
     seconds = f"{time.monotonic() - began:.0f} s, {time.process_time():.0f} s of processor time"
     train.console.print(f"{step} steps, {seconds}")
+
+
+def load(model: LlavaNextForConditionalGeneration, recipe: VlmRecipe, folder: Path) -> None:
+    """Take the weights of a folder that `save` wrote, with the channels as they were before the spread."""
+    saved = LlavaNextForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    train.spread_channels(saved, replace(recipe, channel_spread=-recipe.channel_spread))
+    model.load_state_dict(saved.state_dict())
 
 
 def save(model: LlavaNextForConditionalGeneration, processor: LlavaNextProcessor, recipe: VlmRecipe, out: Path) -> None:
@@ -464,10 +488,14 @@ def main(
     out: Annotated[Path, typer.Argument(help="The folder to write.")],
     steps: Annotated[int, typer.Option(help="Training steps of 32 pictures.")] = VlmRecipe.steps,
     minutes: Annotated[float, typer.Option(help="Shorten the schedule to fit this time.")] = math.inf,
+    start: Annotated[Path | None, typer.Option(help="A folder made by this command, to go on from.")] = None,
+    data_seed: Annotated[int, typer.Option(help="Of the pictures: another one when going on.")] = VlmRecipe.data_seed,
 ) -> None:
     """Train the demo VLM and measure it."""
-    recipe = VlmRecipe(steps=steps)
-    train_vlm(out, recipe, minutes)
+    recipe = VlmRecipe(steps=steps, data_seed=data_seed)
+    if start is not None:
+        recipe = replace(recipe, looking_steps=0, sparse_steps=1)  # that was learned
+    train_vlm(out, recipe, minutes, start)
     model = LlavaNextForConditionalGeneration.from_pretrained(out, dtype=torch.float32, attn_implementation="eager")
     train.console.print(told(accuracy(model, LlavaNextProcessor.from_pretrained(out), recipe, pictures=1024)))
 
