@@ -37,12 +37,12 @@ from pathlib import Path
 from random import Random
 from typing import Annotated, Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor, nn
-from torchvision.transforms.functional import pil_to_tensor
 from transformers import (
     CLIPVisionConfig,
     LlamaConfig,
@@ -203,9 +203,8 @@ def make_row(tokenizer: PreTrainedTokenizerFast, recipe: VlmRecipe, items: Itera
             row.look.append((asked_at, [0, *(place_of(mark) for mark in item.marks)]))
             row.pick.append((asked_at, [picked(tokenizer, item, question, begin)]))
     missing = T - len(ids)
-    for column, fill in zip(row[:5], (0, 0, -1, IGNORED, 0.0), strict=True):
-        column.extend([fill] * missing)
-    return row
+    fill = Row([0] * missing, [0] * missing, [-1] * missing, [IGNORED] * missing, [0.0] * missing, [], [])
+    return Row(*(mine + more for mine, more in zip(row, fill, strict=True)))  # type: ignore[operator]
 
 
 def picked(tokenizer: PreTrainedTokenizerFast, item: Item, question: list[int], begin: int) -> int:
@@ -245,10 +244,13 @@ def cells_of(picture: Picture) -> tuple[list[int], list[int]]:
 
 
 def pixels_of(processor: LlavaNextImageProcessor, pictures: Sequence[Picture]) -> Tensor:
-    """What the image processor makes of pictures, by its own steps, but all pictures at a time: 20 times faster."""
-    images = torch.stack([pil_to_tensor(drawings.draw(picture)) for picture in pictures])
+    """What the image processor makes of pictures, by its own steps, but all pictures at a time."""
+    images = torch.from_numpy(np.stack([np.asarray(drawings.draw(picture)) for picture in pictures])).permute(
+        0, 3, 1, 2
+    )
     whole = processor.resize(images, SizeDict(height=TILE_PIXELS, width=TILE_PIXELS), resample=processor.resample)
-    tiles = images.unflatten(3, (2, TILE_PIXELS)).unflatten(2, (2, TILE_PIXELS)).permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
+    cut = images.reshape(-1, 3, 2, TILE_PIXELS, 2, TILE_PIXELS)
+    tiles = cut.permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
     mean, std = tuple(processor.image_mean), tuple(processor.image_std)
     every = torch.cat([whole[:, None], tiles], 1)
     return processor.rescale_and_normalize(every, True, processor.rescale_factor, True, mean, std)  # type: ignore[no-any-return]
@@ -346,8 +348,9 @@ def naming_loss(
     model: LlavaNextForConditionalGeneration, image_BID: Tensor, words: tuple[Tensor, Tensor], batch: Batch
 ) -> Tensor:
     """Mean nats per cell of telling kind and colour by the nearest embedding of a word."""
-    grid_BRCD = image_BID[:, TILE_PATCHES**2 :].unflatten(1, (CELLS, CELLS + 1))[:, :, :-1]  # without newlines
-    cells_BCD = grid_BRCD.flatten(1, 2) * image_BID.shape[-1] ** 0.5
+    B, _, D = image_BID.shape
+    grid_BRCD = image_BID[:, TILE_PATCHES**2 :].reshape(B, CELLS, CELLS + 1, D)[:, :, :-1]  # without newlines
+    cells_BCD = grid_BRCD.flatten(1, 2) * D**0.5
     embeddings = model.get_input_embeddings().weight
     losses = [
         F.cross_entropy((cells_BCD @ embeddings[words_W].T).flatten(0, 1), labels_BC.flatten(), ignore_index=IGNORED)
@@ -417,7 +420,7 @@ def train_vlm(
             for group in optimizer.param_groups:
                 group["lr"] = recipe.learning_rate * train.schedule(step, progress, recipe)
             image_BID = image_features(model, batch)
-            loss = naming_loss(model, image_BID, words, batch)
+            loss: Any = naming_loss(model, image_BID, words, batch)
             if step >= recipe.looking_steps:
                 loss = loss + answer_loss(model, image_BID, batch)
             loss.backward()
