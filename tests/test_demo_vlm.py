@@ -14,8 +14,6 @@ import torch
 from llq_hf.data import calibration_ids
 from llq_hf.demo import MODELS, calibration_for, drawings, resolve
 from llq_hf.demo.world import seeded
-from llq_hf.methods import build
-from llq_hf.quantize import quantize_model
 from llq_hf.seeing import Prompt, Seeing
 
 pytestmark = pytest.mark.xdist_group("lmms")
@@ -40,14 +38,6 @@ def share_right(seeing: Seeing, facts_each: int) -> float:
     return sum(hits) / len(hits)
 
 
-def quantized(**options: Any) -> float:
-    seeing = Seeing.load(str(FOLDER))
-    data = calibration_for("demo-vlm", None, 32, None)
-    ids_NS = calibration_ids(data.source, seeing.processor.tokenizer, samples=data.samples, seqlen=data.seqlen)
-    quantize_model(seeing.model, build(**options), ids_NS)
-    return share_right(seeing, 6)
-
-
 def test_folder_is_small_and_plain() -> None:
     assert MODELS["demo-vlm"] == FOLDER
     sizes = {path.name: path.stat().st_size for path in FOLDER.iterdir()}
@@ -55,11 +45,9 @@ def test_folder_is_small_and_plain() -> None:
     assert sum(sizes.values()) < 12e6
 
 
-def test_bundled_model_answers_and_breaks_at_two_bits() -> None:
-    full = share_right(Seeing.load(str(FOLDER)), 6)
-    assert full >= 0.75
-    assert quantized(name="gptq", bits=4) >= full - 0.1
-    assert quantized(name="rtn", bits=2) < 0.5
+def test_bundled_model_picks_options() -> None:
+    """Yes-or-no questions it does not answer yet: see its card."""
+    assert share_right(Seeing.load(str(FOLDER)), 6) >= 0.75
 
 
 def test_calibration_text_is_its_own() -> None:
