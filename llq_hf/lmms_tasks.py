@@ -15,6 +15,8 @@ from lmms_eval.api.task import ConfigurableTask
 
 from .demo import drawings
 
+COLUMNS = ("category", "question", "answer")
+
 
 class DrawingQuestions(ConfigurableTask):  # type: ignore[misc]  # lmms_eval has no types
     """From the YAML: `dataset_kwargs: {categories: [...], facts_each: N}`, N facts of every category."""
@@ -29,12 +31,12 @@ class DrawingQuestions(ConfigurableTask):  # type: ignore[misc]  # lmms_eval has
 
         assert dataset_kwargs is not None
         rows = [
-            {"question_id": index, "image": image, **item._asdict()}
+            {"question_id": index, "image": image, **{name: getattr(item, name) for name in COLUMNS}}
             for index, (picture, items) in enumerate(drawings.benchmark(**dataset_kwargs))
             for image in [drawings.draw(picture)]
             for item in items
         ]
-        columns = {name: datasets.Value("string") for name in ("category", "question", "answer")}
+        columns = {name: datasets.Value("string") for name in COLUMNS}
         features = {"question_id": datasets.Value("int64"), "image": datasets.Image(), **columns}
         docs = datasets.Dataset.from_list(rows, features=datasets.Features(features))
         self.dataset = datasets.DatasetDict(test=docs)

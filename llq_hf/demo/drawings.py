@@ -97,21 +97,30 @@ class Picture(NamedTuple):
 
 
 class Fact(NamedTuple):
-    """Something true of a picture, as an open question and as a claim with a gap, and what is false instead."""
+    """Something true of a picture, as an open question and as a claim with a gap, and what is false instead.
+
+    marks: those that one must look at to know it.
+    """
 
     category: str
     question: str
     claim: str
     true: str
     false: tuple[str, ...]
+    marks: tuple[Mark, ...]
 
 
 class Item(NamedTuple):
-    """A question as a model gets it, and the answer it should give."""
+    """A question as a model gets it, and the answer it should give.
+
+    marks: what one must look at. claimed: of a claim, the question as far as the word that makes it true or false.
+    """
 
     category: str
     question: str
     answer: str
+    marks: tuple[Mark, ...] = ()
+    claimed: str = ""
 
 
 # --- pictures ---------------------------------------------------------------------------------------------
@@ -235,16 +244,17 @@ def _existence(picture: Picture, rng: Random) -> Fact:
     false = sorted(shuffled(rng, absent), key=lambda look: look not in near)
     claim = "Is there a {} in the image?"
     names = tuple(f"{c} {s}" for s, c in false[:3])
-    return Fact("existence", "Which of these is in the image?", claim, f"{colour} {shape}", names)
+    return Fact("existence", "Which of these is in the image?", claim, f"{colour} {shape}", names, picture.shapes)
 
 
 def _count(picture: Picture, rng: Random) -> Fact:
     kind = one_of(rng, picture.shapes).kind if rng.random() < 0.8 else one_of(rng, SHAPES)
-    number = sum(mark.kind == kind for mark in picture.shapes)
+    marks = tuple(mark for mark in picture.shapes if mark.kind == kind)
+    number = len(marks)
     others = sorted((n for n in range(6) if n != number), key=lambda n: (abs(n - number), rng.random()))
     claim = f"Is the number of {_plural(kind)} in the image {{}}?"
     false = tuple(str(n) for n in others[:3])
-    return Fact("count", f"How many {_plural(kind)} are in the image?", claim, str(number), false)
+    return Fact("count", f"How many {_plural(kind)} are in the image?", claim, str(number), false, marks)
 
 
 def _position(picture: Picture, rng: Random) -> Fact:
@@ -253,7 +263,7 @@ def _position(picture: Picture, rng: Random) -> Fact:
               ((0, 0), (0, 2), (2, 0), (2, 2))]  # fmt: skip
     true = places[2 * (mark.row // 2) + mark.column // 2]
     false = tuple(shuffled(rng, [place for place in places if place != true]))
-    return Fact("position", f"Where is the {mark} in the image?", f"Is the {mark} at the {{}}?", true, false)
+    return Fact("position", f"Where is the {mark} in the image?", f"Is the {mark} at the {{}}?", true, false, (mark,))
 
 
 def _colour_of(picture: Picture, rng: Random) -> Fact | None:
@@ -264,7 +274,7 @@ def _colour_of(picture: Picture, rng: Random) -> Fact | None:
     mark = one_of(rng, single)
     present = [m.colour for m in shuffled(rng, picture.marks)]
     false = _distinct([*present, *shuffled(rng, list(COLOURS))], mark.colour)
-    return Fact("colour", f"What colour is the {mark.kind}?", f"Is the {mark.kind} {{}}?", mark.colour, false)
+    return Fact("colour", f"What colour is the {mark.kind}?", f"Is the {mark.kind} {{}}?", mark.colour, false, (mark,))
 
 
 def _most(picture: Picture, rng: Random) -> Fact | None:
@@ -275,13 +285,14 @@ def _most(picture: Picture, rng: Random) -> Fact | None:
     false = _distinct([*shuffled(rng, [kind for kind, _ in rest]), *shuffled(rng, SHAPES)], top[0])
     claim = "Are there more {} than any other shape in the image?"
     plurals = tuple(map(_plural, false))
-    return Fact("most", "Which shape is there most often in the image?", claim, _plural(top[0]), plurals)
+    marks = tuple(mark for mark in picture.shapes if mark.kind == top[0])
+    return Fact("most", "Which shape is there most often in the image?", claim, _plural(top[0]), plurals, marks)
 
 
 def _word(picture: Picture, rng: Random) -> Fact:
     word = "".join(mark.kind for mark in picture.characters)
     false = tuple(shuffled(rng, [other for other in WORDS if other != word])[:3])
-    return Fact("text", "Which word is in the image?", "Is the word in the image {}?", word, false)
+    return Fact("text", "Which word is in the image?", "Is the word in the image {}?", word, false, picture.characters)
 
 
 def _digit(picture: Picture, rng: Random) -> Fact:
@@ -289,14 +300,16 @@ def _digit(picture: Picture, rng: Random) -> Fact:
     present = shuffled(rng, [other.kind for other in picture.characters])
     false = _distinct([*present, *shuffled(rng, "0123456789")], mark.kind)
     colour = mark.colour
-    return Fact("text", f"Which digit is {colour}?", f"Is the {colour} digit in the image {{}}?", mark.kind, false)
+    question, claim = f"Which digit is {colour}?", f"Is the {colour} digit in the image {{}}?"
+    return Fact("text", question, claim, mark.kind, false, (mark,))
 
 
 def _largest(picture: Picture, rng: Random) -> Fact:
     digits = [mark.kind for mark in picture.characters]
-    false = _distinct([*shuffled(rng, digits), *shuffled(rng, "0123456789")], max(digits))
+    top = max(picture.characters, key=lambda mark: mark.kind)
+    false = _distinct([*shuffled(rng, digits), *shuffled(rng, "0123456789")], top.kind)
     question, claim = "Which digit in the image is the largest?", "Is the largest digit in the image {}?"
-    return Fact("largest", question, claim, max(digits), false)
+    return Fact("largest", question, claim, top.kind, false, (top,))
 
 
 def _sum_of(picture: Picture, rng: Random) -> Fact:
@@ -304,7 +317,7 @@ def _sum_of(picture: Picture, rng: Random) -> Fact:
     total = int(first.kind) + int(second.kind)
     others = sorted((n for n in range(10) if n != total), key=lambda n: (abs(n - total) > 2, rng.random()))
     question, claim = "What is the sum in the image?", "Is the sum in the image {}?"
-    return Fact("sum", question, claim, str(total), tuple(str(n) for n in others[:3]))
+    return Fact("sum", question, claim, str(total), tuple(str(n) for n in others[:3]), (first, second))
 
 
 def _distinct(options: Sequence[str], true: str) -> tuple[str, ...]:
@@ -321,17 +334,23 @@ def _plural(kind: str) -> str:
 
 def yes_no(fact: Fact) -> tuple[Item, Item]:
     """The two questions of MME's form: what is true is asked first."""
-    return (
-        Item(fact.category, f"{fact.claim.format(fact.true)} {YES_NO}", "yes"),
-        Item(fact.category, f"{fact.claim.format(fact.false[0])} {YES_NO}", "no"),
-    )
+    return _claim(fact, fact.true, "yes"), _claim(fact, fact.false[0], "no")
+
+
+def _claim(fact: Fact, value: str, answer: str) -> Item:
+    marks, upto = fact.marks, value
+    if fact.category == "existence":  # "red circle": the circles are looked at, and "red" decides
+        upto, shape = value.split()
+        marks = tuple(mark for mark in fact.marks if mark.kind == shape)
+    claimed = fact.claim.split("{}")[0] + upto
+    return Item(fact.category, f"{fact.claim.format(value)} {YES_NO}", answer, marks, claimed)
 
 
 def choice(fact: Fact, rng: Random) -> Item:
     """The question of MMBench's form."""
     options = shuffled(rng, [fact.true, *fact.false])
     listed = "\n".join(f"{letter}. {option}" for letter, option in zip("ABCD", options, strict=True))
-    return Item(fact.category, f"{fact.question}\n{listed}\n{LETTER}", "ABCD"[options.index(fact.true)])
+    return Item(fact.category, f"{fact.question}\n{listed}\n{LETTER}", "ABCD"[options.index(fact.true)], fact.marks)
 
 
 def description(picture: Picture) -> Item:

@@ -16,6 +16,10 @@ for it, so that an hour of one core is enough:
 * The projected patch of a cell is trained to lie near the embeddings of the words that name what is in the cell, as
   in CLIP. In the first steps tower and projector learn from that alone, which is cheap: the decoder then starts on
   patches that it can read like words.
+* One attention head is told where to look, another which word to pick: the weights of the first are trained towards the
+  cells that the question is about, those of the second towards the line of the right option, or towards the word that
+  makes a claim true (nowhere, if it is false). Finding by content is what takes longest to learn from answers alone.
+* Pictures are sparse at first: one mark, then two, and so on.
 """
 
 # B rows, T tokens, I tokens of the picture, V vocabulary, D hidden size, C cells, W words
@@ -31,14 +35,14 @@ from functools import cache
 from itertools import count, islice
 from pathlib import Path
 from random import Random
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor, nn
-from torchvision.transforms.functional import pil_to_tensor
 from transformers import (
     CLIPVisionConfig,
     LlamaConfig,
@@ -73,8 +77,8 @@ IGNORED = -100
 class VlmRecipe(train.Recipe):
     """Everything that decides the result, as in `train.Recipe`. The defaults are those of the bundled model."""
 
-    looking_steps: int = 150
-    sparse_steps: int = 200  # with one mark, as many with two, and so on to the fullest picture
+    looking_steps: int = 100
+    sparse_steps: int = 50  # with one mark, as many with two, and so on to the fullest picture
     steps: int = 5000
     rows_per_step: int = 16
     tokens_per_row: int = 144
@@ -89,6 +93,7 @@ class VlmRecipe(train.Recipe):
     tower_size: int = 96
     tower_layers: int = 2
     question_weight: float = 0.05
+    data_seed: int = 0
     description_weight: float = 0.5
 
 
@@ -121,6 +126,14 @@ def make_processor(recipe: VlmRecipe) -> LlavaNextProcessor:
 # Data
 
 
+class Attention(NamedTuple):
+    """Where a head should look from N places: row and position of each, and the share of every position."""
+
+    row_N: Tensor
+    place_N: Tensor
+    share_NT: Tensor
+
+
 class Batch(NamedTuple):
     """What one step learns from. Labels and weights stand at the position that predicts."""
 
@@ -133,6 +146,8 @@ class Batch(NamedTuple):
     sizes_B2: Tensor
     kinds_BC: Tensor
     colours_BC: Tensor
+    look: Attention
+    pick: Attention
 
 
 def questions(picture: Picture, rng: Random) -> list[Item]:
@@ -142,7 +157,7 @@ def questions(picture: Picture, rng: Random) -> list[Item]:
         items += shuffled(rng, drawings.yes_no(fact))
         items.append(drawings.choice(fact, rng))
         if fact.category != "existence":  # "which of these" has no open form
-            items.append(Item(fact.category, fact.question, fact.true))
+            items.append(Item(fact.category, fact.question, fact.true, fact.marks))
     return shuffled(rng, items)
 
 
@@ -154,6 +169,8 @@ class Row(NamedTuple):
     part: list[int]
     labels: list[int]
     weights: list[float]
+    look: list[tuple[int, list[int]]]  # (a place, the places to look at from there)
+    pick: list[tuple[int, list[int]]]
 
 
 @cache
@@ -166,23 +183,55 @@ def make_row(tokenizer: PreTrainedTokenizerFast, recipe: VlmRecipe, items: Itera
     """The picture's place, then whole questions while they fit, then padding that nobody sees."""
     user, assistant, image = tokenizer.convert_tokens_to_ids([USER, ASSISTANT, IMAGE])
     ids = [tokenizer.bos_token_id, user] + [image] * IMAGE_TOKENS
-    row = Row(ids, list(range(len(ids))), [0] * len(ids), [IGNORED] * len(ids), [0.0] * len(ids))
+    row = Row(ids, list(range(len(ids))), [0] * len(ids), [IGNORED] * len(ids), [0.0] * len(ids), [], [])
     first, T = len(ids), recipe.tokens_per_row
     for part, item in enumerate(items, start=1):
         question, answer = token_ids(tokenizer, item.question), token_ids(tokenizer, item.answer)
         tokens = [*question, assistant, *answer, tokenizer.eos_token_id]
-        if len(ids) + len(tokens) - 1 > T:
+        begin, asked_at = len(ids), len(ids) + len(question)
+        if begin + len(tokens) - 1 > T:
             break
-        weight = recipe.description_weight if item.category == "description" else 1.0
-        worth = [recipe.question_weight] * len(question) + [weight] * (len(answer) + 1)
+        described = item.category == "description"
+        worth = [recipe.question_weight] * len(question)
+        worth += [recipe.description_weight if described else 1.0] * (len(answer) + 1)
         ids += tokens[:-1]
         row.positions.extend(range(first, first + len(tokens) - 1))
         row.part.extend([part] * (len(tokens) - 1))
         row.labels.extend(tokens[1:])
         row.weights.extend(worth)
+        if not described:
+            row.look.append((asked_at, [0, *(place_of(mark) for mark in item.marks)]))
+            row.pick.append((asked_at, [picked(tokenizer, item, question, begin)]))
     missing = T - len(ids)
-    fill = Row([0] * missing, [0] * missing, [-1] * missing, [IGNORED] * missing, [0.0] * missing)
-    return Row(*(mine + more for mine, more in zip(row, fill, strict=True)))
+    fill = Row([0] * missing, [0] * missing, [-1] * missing, [IGNORED] * missing, [0.0] * missing, [], [])
+    return Row(*(mine + more for mine, more in zip(row, fill, strict=True)))  # type: ignore[operator]
+
+
+def picked(tokenizer: PreTrainedTokenizerFast, item: Item, question: list[int], begin: int) -> int:
+    """Where in a row the right option ends, or the word of a true claim stands; 0: nowhere.
+
+    question: its tokens, which stand from `begin` on.
+    """
+    newline = token_ids(tokenizer, "\n")[0]
+    ends = [begin + i for i, token in enumerate(question) if token == newline]
+    if ends:  # one after the question itself, then one after every option
+        return ends[1 + "ABCD".index(item.answer)]
+    return begin + len(token_ids(tokenizer, item.claimed)) - 1 if item.answer == "yes" else 0
+
+
+def place_of(mark: drawings.Mark) -> int:
+    """Where in a row the patch of a mark's cell stands: after two tokens and the patches of the whole, line by line."""
+    return 2 + TILE_PATCHES**2 + mark.row * (CELLS + 1) + mark.column
+
+
+def attention(wanted: Sequence[list[tuple[int, list[int]]]], T: int) -> Attention:
+    """From the lists of all rows. Looking at nothing means looking at position 0."""
+    every = [(row, place, seen) for row, places in enumerate(wanted) for place, seen in places]
+    share_NT = torch.zeros(len(every), T)
+    for n, (_, _, seen) in enumerate(every):
+        share_NT[n, seen] = 1 / len(seen)
+    row_N, place_N = torch.tensor([(row, place) for row, place, _ in every], dtype=torch.int64).view(-1, 2).unbind(1)
+    return Attention(row_N, place_N, share_NT)
 
 
 def cells_of(picture: Picture) -> tuple[list[int], list[int]]:
@@ -195,10 +244,13 @@ def cells_of(picture: Picture) -> tuple[list[int], list[int]]:
 
 
 def pixels_of(processor: LlavaNextImageProcessor, pictures: Sequence[Picture]) -> Tensor:
-    """What the image processor makes of pictures, by its own steps, but all pictures at a time: 20 times faster."""
-    images = torch.stack([pil_to_tensor(drawings.draw(picture)) for picture in pictures])
+    """What the image processor makes of pictures, by its own steps, but all pictures at a time."""
+    images = torch.from_numpy(np.stack([np.asarray(drawings.draw(picture)) for picture in pictures])).permute(
+        0, 3, 1, 2
+    )
     whole = processor.resize(images, SizeDict(height=TILE_PIXELS, width=TILE_PIXELS), resample=processor.resample)
-    tiles = images.unflatten(3, (2, TILE_PIXELS)).unflatten(2, (2, TILE_PIXELS)).permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
+    cut = images.reshape(-1, 3, 2, TILE_PIXELS, 2, TILE_PIXELS)
+    tiles = cut.permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
     mean, std = tuple(processor.image_mean), tuple(processor.image_std)
     every = torch.cat([whole[:, None], tiles], 1)
     return processor.rescale_and_normalize(every, True, processor.rescale_factor, True, mean, std)  # type: ignore[no-any-return]
@@ -213,15 +265,17 @@ def make_batch(
     processor: LlavaNextProcessor, recipe: VlmRecipe, pictures: list[Picture], items: Sequence[Iterable[Item]]
 ) -> Batch:
     rows = [make_row(processor.tokenizer, recipe, asked) for asked in items]
-    ids, positions, part, labels, weights = map(torch.tensor, zip(*rows, strict=True))
+    columns = list(zip(*rows, strict=True))
+    ids, positions, part, labels, weights = map(torch.tensor, columns[:5])
+    look, pick = (attention(column, recipe.tokens_per_row) for column in columns[5:])
     pixels, sizes = pixels_of(processor.image_processor, pictures), torch.full((len(pictures), 2), SIDE_PIXELS)
     kinds, colours = map(torch.tensor, zip(*map(cells_of, pictures), strict=True))
-    return Batch(ids, positions, part, labels, weights, pixels, sizes, kinds, colours)
+    return Batch(ids, positions, part, labels, weights, pixels, sizes, kinds, colours, look, pick)
 
 
 def batches(processor: LlavaNextProcessor, recipe: VlmRecipe) -> Iterator[Batch]:
     """Batches without end of pictures that grow fuller."""
-    rng, pictures = seeded("questions", recipe.seed), drawings.stream("train", recipe.seed)
+    rng, pictures = seeded("questions", recipe.data_seed), drawings.stream("train", recipe.data_seed)
     for step in count():
         most_marks = (
             1 + max(0, step - recipe.looking_steps) // recipe.sparse_steps if step >= recipe.looking_steps else 5
@@ -264,7 +318,6 @@ def make_model(processor: LlavaNextProcessor, recipe: VlmRecipe) -> LlavaNextFor
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        attn_implementation="eager",  # backward is faster than the flash kernel's
     )
     config = LlavaNextConfig(
         vision_config=tower,
@@ -277,18 +330,8 @@ def make_model(processor: LlavaNextProcessor, recipe: VlmRecipe) -> LlavaNextFor
         tie_word_embeddings=False,
     )
     model = LlavaNextForConditionalGeneration(config)
-    look_for_likes(model)
+    model.set_attn_implementation("eager")  # the others do not show their attention
     return model
-
-
-@torch.no_grad()
-def look_for_likes(model: LlavaNextForConditionalGeneration) -> None:
-    """Let the first query head of every key head have that head's matrix."""
-    for block in model.get_decoder().layers:
-        attention = block.self_attn
-        shape = (-1, attention.num_key_value_groups, attention.head_dim, attention.q_proj.in_features)
-        key_KDI = attention.k_proj.weight.view(shape[0], *shape[2:])
-        attention.q_proj.weight.view(shape)[:, 0] = key_KDI
 
 
 def words_of(processor: LlavaNextProcessor) -> tuple[Tensor, Tensor]:
@@ -305,8 +348,9 @@ def naming_loss(
     model: LlavaNextForConditionalGeneration, image_BID: Tensor, words: tuple[Tensor, Tensor], batch: Batch
 ) -> Tensor:
     """Mean nats per cell of telling kind and colour by the nearest embedding of a word."""
-    grid_BRCD = image_BID[:, TILE_PATCHES**2 :].unflatten(1, (CELLS, CELLS + 1))[:, :, :-1]  # without newlines
-    cells_BCD = grid_BRCD.flatten(1, 2) * image_BID.shape[-1] ** 0.5
+    B, _, D = image_BID.shape
+    grid_BRCD = image_BID[:, TILE_PATCHES**2 :].reshape(B, CELLS, CELLS + 1, D)[:, :, :-1]  # without newlines
+    cells_BCD = grid_BRCD.flatten(1, 2) * D**0.5
     embeddings = model.get_input_embeddings().weight
     losses = [
         F.cross_entropy((cells_BCD @ embeddings[words_W].T).flatten(0, 1), labels_BC.flatten(), ignore_index=IGNORED)
@@ -320,30 +364,49 @@ def image_features(model: LlavaNextForConditionalGeneration, batch: Batch) -> Te
     return torch.stack(model.model.get_image_features(batch.pixels, batch.sizes_B2).pooler_output)
 
 
-def decode(model: LlavaNextForConditionalGeneration, image_BID: Tensor, batch: Batch) -> Tensor:
-    """hidden_BTD of the decoder, where every question sees the picture and itself."""
+def decode(model: LlavaNextForConditionalGeneration, image_BID: Tensor, batch: Batch) -> Any:
+    """The decoder's output, with attentions, where every question sees the picture and itself."""
     embeds_BTD = model.get_input_embeddings()(batch.ids_BT)
     embeds_BTD = torch.cat([embeds_BTD[:, :2], image_BID.to(embeds_BTD), embeds_BTD[:, 2 + IMAGE_TOKENS :]], 1)
     own = batch.part_BT[:, :, None] == batch.part_BT[:, None, :]
     mask_BTT = (own | (batch.part_BT[:, None, :] == 0)) & torch.ones_like(own).tril()
-    decoder = model.model.language_model
-    return decoder(
-        inputs_embeds=embeds_BTD, attention_mask=mask_BTT[:, None], position_ids=batch.positions_BT, use_cache=False
-    ).last_hidden_state  # type: ignore[no-any-return]
+    return model.model.language_model(
+        inputs_embeds=embeds_BTD,
+        attention_mask=mask_BTT[:, None],
+        position_ids=batch.positions_BT,
+        use_cache=False,
+        output_attentions=True,
+    )
 
 
 def answer_loss(model: LlavaNextForConditionalGeneration, image_BID: Tensor, batch: Batch) -> Tensor:
-    """Weighted mean nats per predicted token."""
+    """Weighted mean nats per predicted token, and those of the two heads that are told where to look."""
     chosen = batch.labels_BT != IGNORED
-    logits_NV, weights_N = model.lm_head(decode(model, image_BID, batch)[chosen]), batch.weights_BT[chosen]
+    output = decode(model, image_BID, batch)
+    logits_NV, weights_N = model.lm_head(output.last_hidden_state[chosen]), batch.weights_BT[chosen]
     nats_N = F.cross_entropy(logits_NV, batch.labels_BT[chosen], reduction="none")
-    return (nats_N * weights_N).sum() / weights_N.sum()
+    *_, look_BHTT, pick_BHTT = output.attentions
+    heads = attention_loss(look_BHTT[:, 0], batch.look) + attention_loss(pick_BHTT[:, 0], batch.pick)
+    return (nats_N * weights_N).sum() / weights_N.sum() + heads
 
 
-def train_vlm(out: Path, recipe: VlmRecipe, minutes: float = math.inf, save_every: int = 100) -> None:
-    """Train, and write the folder at the end and every `save_every` steps. The schedule is that of `train.train`."""
+def attention_loss(weights_BTT: Tensor, wanted: Attention) -> Tensor:
+    """Mean nats between a head's attention and the wanted one."""
+    weights_NT = weights_BTT[wanted.row_N, wanted.place_N]
+    return -(wanted.share_NT * (weights_NT + 1e-6).log()).sum() / max(1, len(weights_NT))
+
+
+def train_vlm(
+    out: Path, recipe: VlmRecipe, minutes: float = math.inf, start: Path | None = None, save_every: int = 100
+) -> None:
+    """Train, and write the folder at the end and every `save_every` steps. The schedule is that of `train.train`.
+
+    start: a folder that this wrote, to go on from its weights.
+    """
     processor = make_processor(recipe)
     model = make_model(processor, recipe).train()
+    if start is not None:
+        load(model, recipe, start)
     words = words_of(processor)
     optimizer = train.make_optimizer(model, recipe)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -357,7 +420,7 @@ def train_vlm(out: Path, recipe: VlmRecipe, minutes: float = math.inf, save_ever
             for group in optimizer.param_groups:
                 group["lr"] = recipe.learning_rate * train.schedule(step, progress, recipe)
             image_BID = image_features(model, batch)
-            loss = naming_loss(model, image_BID, words, batch)
+            loss: Any = naming_loss(model, image_BID, words, batch)
             if step >= recipe.looking_steps:
                 loss = loss + answer_loss(model, image_BID, batch)
             loss.backward()
@@ -375,6 +438,13 @@ def train_vlm(out: Path, recipe: VlmRecipe, minutes: float = math.inf, save_ever
     save(model, processor, recipe, out)
     seconds = f"{time.monotonic() - began:.0f} s, {time.process_time():.0f} s of processor time"
     train.console.print(f"{step} steps, {seconds}")
+
+
+def load(model: LlavaNextForConditionalGeneration, recipe: VlmRecipe, folder: Path) -> None:
+    """Take the weights of a folder that `save` wrote, with the channels as they were before the spread."""
+    saved = LlavaNextForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    train.spread_channels(saved, replace(recipe, channel_spread=-recipe.channel_spread))
+    model.load_state_dict(saved.state_dict())
 
 
 def save(model: LlavaNextForConditionalGeneration, processor: LlavaNextProcessor, recipe: VlmRecipe, out: Path) -> None:
@@ -402,7 +472,7 @@ def accuracy(
         chosen = [next(stream) for _ in range(recipe.rows_per_step)]
         asked = [drawings.asked(picture, rng) for picture in chosen]
         batch = make_batch(processor, recipe, chosen, asked)
-        best_BT = model.lm_head(decode(model, image_features(model, batch), batch)).argmax(-1)
+        best_BT = model.lm_head(decode(model, image_features(model, batch), batch).last_hidden_state).argmax(-1)
         for b, items in enumerate(asked):
             places = (batch.ids_BT[b] == assistant).nonzero().flatten().tolist()
             for item, t in zip(items, places, strict=True):
@@ -421,11 +491,15 @@ def main(
     out: Annotated[Path, typer.Argument(help="The folder to write.")],
     steps: Annotated[int, typer.Option(help="Training steps of 32 pictures.")] = VlmRecipe.steps,
     minutes: Annotated[float, typer.Option(help="Shorten the schedule to fit this time.")] = math.inf,
+    start: Annotated[Path | None, typer.Option(help="A folder made by this command, to go on from.")] = None,
+    data_seed: Annotated[int, typer.Option(help="Of the pictures: another one when going on.")] = VlmRecipe.data_seed,
 ) -> None:
     """Train the demo VLM and measure it."""
-    recipe = VlmRecipe(steps=steps)
-    train_vlm(out, recipe, minutes)
-    model = LlavaNextForConditionalGeneration.from_pretrained(out, dtype=torch.float32).eval()
+    recipe = VlmRecipe(steps=steps, data_seed=data_seed)
+    if start is not None:
+        recipe = replace(recipe, looking_steps=0, sparse_steps=1)  # that was learned
+    train_vlm(out, recipe, minutes, start)
+    model = LlavaNextForConditionalGeneration.from_pretrained(out, dtype=torch.float32, attn_implementation="eager")
     train.console.print(told(accuracy(model, LlavaNextProcessor.from_pretrained(out), recipe, pictures=1024)))
 
 
