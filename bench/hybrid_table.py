@@ -20,11 +20,11 @@ from transformers import AutoModelForCausalLM
 
 from llq_hf.demo import calibration_for, resolve, world
 from llq_hf.demo.train import ids_of
-from llq_hf.lm_eval import cached
 from llq_hf.methods import build
 from llq_hf.packed import read_report
 from llq_hf.quantize import RunOptions
 from llq_hf.run import load_tokenizer
+from llq_hf.scoring import cached
 
 WINDOW, WINDOWS = 256, 16
 WIDTHS = "rtn:2+rtn:3+rtn:4+rtn:5+rtn:6+rtn:8"

@@ -2,10 +2,10 @@
 
 Linears are unlike: rounding some costs a model's predictions far more than rounding others, and there the same bits buy
 more. The linears of a block that share an input are a unit (q, k, v; o; gate, up; down), and every unit takes one of
-the `candidates`. A calibration pass measures what rounding costs (Fisher times Hessian, see ../allocation.py), with the
-very codes that each candidate's solver gives; an exact knapsack then takes the best within `bits`, which counts
-everything that is stored. No published method: the score is K-FAC's, the search exllamav3's and AutoRound's idea with
-an exact solver.
+the `candidates`. What each costs the model's predictions is measured, with the very codes that the candidate's solver
+gives: the KL divergence from full precision with this unit alone quantized, or its second-order prediction (`measured`,
+see ../allocation.py). An exact knapsack then takes the best within `bits`, which counts everything that is stored. No
+published method: swaps are measured as exllamav3 does, the prediction is K-FAC's, the budget AutoRound's idea.
 
 `rules` say by hand what serves which linears, and may say it for all:
 
@@ -33,7 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import arch
-from ..allocation import Option, knapsack, loss_of_rounding, observe, output_gradients
+from ..allocation import Cost, Measured, Option, Predicted, knapsack, observe
 from ..errors import LLQError
 from ..grids import Spec
 from ..method import Flow, Job, Method, Packed, PassListener, State, Step, field_defaults, field_types, stored_bits
@@ -45,7 +45,11 @@ HESSIAN_BYTES = 4 * 2**30  # of the linears that are scored in one pass over the
 
 @dataclass(frozen=True, kw_only=True)
 class Hybrid(Method):
-    """bits: the average of stored bits aimed at. samples: calibration sequences that the costs are measured on."""
+    """bits: the average of stored bits aimed at. samples: calibration sequences that the costs are measured on.
+
+    measured: run the model for every unit and candidate; False: predict all costs from one backward pass, which is
+    cheaper and holds for small errors only.
+    """
 
     name: ClassVar[str] = "hybrid"
     title: ClassVar[str] = "hybrid allocation"
@@ -58,6 +62,7 @@ class Hybrid(Method):
     rules: str = ""
     allocation: str = ""
     samples: int = 32
+    measured: bool = True
     seed: int = 0
 
     def check(self) -> None:
@@ -171,10 +176,14 @@ class Hybrid(Method):
         groups = arch.input_groups(model, ids_NS[:1, :8], {})
         units = [[name for name in group if name in linears and self.spec(name) is None] for group in groups]
         units = [unit for unit in units if unit]
-        gamma = output_gradients(model, linears, ids_NS, self.seed, listener)
+        cost: Cost
+        if self.measured:
+            cost = Measured(model, ids_NS, listener)
+        else:
+            cost = Predicted(model, linears, ids_NS, self.seed, listener)
         options: list[list[Option]] = []
         for part in portions(units, linears):
-            options += self._options(model, part, gamma, ids_NS, listener)
+            options += self._options(model, part, cost, ids_NS, listener)
         pinned = sum(stored(self.at(name), linear) for name, linear in linears.items() if self.spec(name) is not None)
         budget = int(self.bits * sum(linear.weight.numel() for linear in linears.values())) - pinned
         try:
@@ -184,12 +193,7 @@ class Hybrid(Method):
         return {name: torch.tensor(pick) for unit, pick in zip(units, chosen, strict=True) for name in unit}
 
     def _options(
-        self,
-        model: nn.Module,
-        units: list[list[str]],
-        gamma: dict[str, Tensor],
-        ids_NS: Tensor,
-        listener: PassListener,
+        self, model: nn.Module, units: list[list[str]], cost: Cost, ids_NS: Tensor, listener: PassListener
     ) -> list[list[Option]]:
         """What every candidate costs every unit, each solved on the full-precision model's own statistics."""
         methods = [served_by(spec) for spec in self._candidates]
@@ -200,9 +204,10 @@ class Hybrid(Method):
         listener.stage("costs of the candidates", len(units) * len(methods))
         found: list[list[Option]] = []
         for unit in units:
+            linears = {name: model.get_submodule(name) for name in unit}
             found.append([])
             for method in methods:
-                found[-1].append(sum_of([option(method, model, name, gamma, stats[unit[0]], ids_NS) for name in unit]))
+                found[-1].append(option(method, linears, cost, stats[unit[0]], ids_NS.numel()))
                 listener.advance(1)
             stats[unit[0]].clear()
         return found
@@ -214,24 +219,19 @@ class Hybrid(Method):
         return replace(self, allocation="+".join(rules))
 
 
-def option(
-    method: Method, model: nn.Module, name: str, gamma: dict[str, Tensor], stats: list[Stat], ids_NS: Tensor
-) -> Option:
-    """What a method costs one linear."""
-    linear = model.get_submodule(name)
-    assert isinstance(linear, nn.Linear)
+@torch.no_grad()
+def option(method: Method, linears: Mapping[str, nn.Module], cost: Cost, stats: list[Stat], tokens: int) -> Option:
+    """What a method costs the linears of a unit together; stats: of the `tokens` inputs that they share."""
     stat = next((stat for stat in stats if type(stat) is method.observes), None)
     hessian = next(stat for stat in stats if isinstance(stat, Hessian))
-    weight_OI = linear.weight.detach().float()
-    with torch.no_grad():
-        packed = method.at(name).quantize(weight_OI, stat, Job(name))
-        error_OI = method.at(name).dequantize(packed, *weight_OI.shape) - weight_OI
-        loss = loss_of_rounding(gamma[name], hessian.sum_II / ids_NS.numel(), error_OI)
-    return Option(stored(method.at(name), linear), loss)
-
-
-def sum_of(options: list[Option]) -> Option:
-    return Option(sum(each.bits for each in options), sum(each.loss for each in options))
+    bits, restored = 0, {}
+    for name, linear in linears.items():
+        assert isinstance(linear, nn.Linear)
+        own, weight_OI = method.at(name), linear.weight.detach().float()
+        packed = own.quantize(weight_OI, stat, Job(name))
+        restored[name] = own.dequantize(packed, *weight_OI.shape)
+        bits += stored(own, linear)
+    return Option(bits, cost(restored, hessian.sum_II / tokens))
 
 
 def stored(method: Method, linear: nn.Linear) -> int:
