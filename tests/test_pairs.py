@@ -79,7 +79,7 @@ def test_visual_tokens_are_in_the_statistics(tiny_llava: Path, pairs: Pairs) -> 
     blocks = StreamedBlocks(named, skeleton, torch.float32, torch.device("cpu"))
     stream = Stream(blocks, pairs, None, PassListener())
     assert stream.activations.tensor_NSD.shape == (1, sum(pairs.lengths), 96)
-    found = stream.observe(blocks.load(0), [[name] for name in names], Hessian, None)
+    found = stream.observe(blocks.load(0), [[name] for name in names], dict.fromkeys(names, Hessian), None)
     for name in names:
         assert torch.allclose(found[name].H_II, seen[name].H_II, rtol=1e-4, atol=1e-4), name
     live = Stream(LiveBlocks(model), pairs, None, PassListener())
@@ -150,10 +150,10 @@ def test_a_killed_run_on_pairs_goes_on(
 
     step, whole = llq_hf.run.quantize_step, quantize(tmp_path / "whole")
 
-    def second_block_kills(given: Any, method: Any) -> Any:
+    def second_block_kills(given: Any, *arguments: Any) -> Any:
         if ".layers.1" in given.prefix:
             raise KilledError
-        return step(given, method)
+        return step(given, *arguments)
 
     monkeypatch.setattr(llq_hf.run, "quantize_step", second_block_kills)
     with pytest.raises(KilledError):

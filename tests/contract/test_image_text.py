@@ -132,10 +132,10 @@ def test_a_killed_run_goes_on(tiny_llava: Path, calibration_npy: Path, tmp_path:
     whole = quantize(tiny_llava, tmp_path / "whole", calibration_npy, "gptq", 3, {})
     step = llq_hf.run.quantize_step
 
-    def second_block_kills(given, method):
+    def second_block_kills(given, *arguments):
         if ".layers.1" in given.prefix:
             raise KilledError
-        return step(given, method)
+        return step(given, *arguments)
 
     monkeypatch.setattr(llq_hf.run, "quantize_step", second_block_kills)
     with pytest.raises(KilledError):
