@@ -50,17 +50,23 @@ def bench(
 
 
 def _table(base: str, found: dict[str, Any]) -> Table:
-    sizes = next(iter(found.values()))["speed"]
-    speeds = [f"{phase}, batch {batch}" for batch in sizes for phase in ("prefill", "decode")]
-    table = Table("", "on disk", "loaded", "quantized in", *speeds, title=f"Beside {base}", title_justify="left")
-    for name, each in found.items():
-        cells = [Path(name).name, _size(each["disk_bytes"]), _size(each["loaded_bytes"]), _made(each.get("quantize"))]
-        for batch, speed in each["speed"].items():
-            for phase in ("prefill", "decode"):
-                ratio = each["ratios"]["speed"][batch][f"{phase}_seconds"] if "ratios" in each else 1
-                cells.append(f"{speed[f'{phase}_tokens_per_second']:.0f} tok/s\n{ratio:.2f} x the time")
-        table.add_row(*cells)
+    """A row per figure, a column per model: that fits a terminal."""
+    table = Table("", *(Path(name).name for name in found), title=f"Beside {base}", title_justify="left")
+    each = list(found.values())
+    table.add_row("on disk", *(_size(figures["disk_bytes"]) for figures in each))
+    table.add_row("loaded", *(_size(figures["loaded_bytes"]) for figures in each))
+    table.add_row("quantized in", *(_made(figures.get("quantize")) for figures in each))
+    for batch in each[0]["speed"]:
+        for phase in ("prefill", "decode"):
+            table.add_row(f"{phase}, batch {batch}", *(_speed(figures, batch, phase) for figures in each))
     return table
+
+
+def _speed(figures: dict[str, Any], batch: str, phase: str) -> str:
+    text = f"{figures['speed'][batch][f'{phase}_tokens_per_second']:.0f} tok/s"
+    if "ratios" not in figures:
+        return text
+    return f"{text}, {figures['ratios']['speed'][batch][f'{phase}_seconds']:.2f} x the time"
 
 
 def _size(count: float) -> str:

@@ -97,6 +97,11 @@ def _default(each: Field[Any]) -> Any:
     return each.default if factory is MISSING else factory()
 
 
+def defaults() -> dict[str, Any]:
+    """What the fields of a cell are that a record written before there was such a field does not name."""
+    return {each.name: _default(each) for each in fields(Cell)}
+
+
 _SHARED = ("calibration", "metadata", "limit", "num_fewshot", "dtype", "revision")  # of a plan, the same in all cells
 KEYS = ("title", "models", "tasks", "presets", "seeds", "methods", "baseline", *_SHARED)
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from ..errors import LLQError
 from ..packed import write_json
-from .plan import Cell
+from .plan import Cell, defaults
 
 DONE, REFUSED, FAILED = "done", "refused", "failed"
 _VOLATILE = ("cost", "run")
@@ -79,8 +79,9 @@ def write_record(out: Path, record: Record) -> Path:
 def read_record(path: Path) -> Record:
     """LLQError for a file that is no record: a broken one must not pass for a cell that was never run."""
     try:
-        return Record(**json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, TypeError) as error:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return Record(**{**content, "cell": {**defaults(), **content["cell"]}})
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, TypeError, KeyError) as error:
         raise LLQError(f"{path} is no record of a study ({error}); delete it, and its cell is run again") from error
 
 

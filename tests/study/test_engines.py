@@ -98,6 +98,15 @@ def test_records_come_back_as_they_were_written(tmp_path: Path) -> None:
     assert json.loads(file_of(tmp_path, record.name).read_text())["fingerprint"] == CELLS[3].fingerprint
 
 
+def test_records_from_before_a_field_are_read(tmp_path: Path) -> None:
+    record = fakes.invented(CELLS[3])
+    path = write_record(tmp_path, record)
+    content = json.loads(path.read_text())
+    del content["cell"]["finetune"], content["cell"]["limit"]
+    path.write_text(json.dumps(content))
+    assert read_record(path) == record
+
+
 def test_two_nodes_of_ray_give_the_same_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two raylets on this machine, one processor each; a crash on a node is tried again and then recorded."""
     ray = pytest.importorskip("ray")
