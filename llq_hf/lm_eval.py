@@ -61,4 +61,5 @@ class LLQLM(HFLM):  # type: ignore[misc]
 
     def get_model_info(self) -> dict[str, Any]:
         """What lm-eval writes into the results file, with what was really scored."""
-        return {**super().get_model_info(), "llq": {**described(self.model), "adapter": self.peft}}
+        adapter = {} if self.peft is None else {"adapter": self.peft}
+        return {**super().get_model_info(), "llq": {**described(self.model), **adapter}}

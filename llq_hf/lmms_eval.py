@@ -27,6 +27,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from .errors import LLQError
 from .hf import check_quantized
+from .pairs import truncated_images_refused
 from .run import one_line
 from .scoring import Choice, described, usable_device
 from .seeing import Prompt, Seeing
@@ -102,7 +103,10 @@ class LLQ(lmms):  # type: ignore[misc]
         context, _, doc_to_visual, doc_id, task, split = request.args
         where = f"{task}/{split} row {doc_id}"
         try:
-            images = doc_to_visual(self.task_dict[task][split][doc_id]) or []
+            with truncated_images_refused():
+                images = doc_to_visual(self.task_dict[task][split][doc_id]) or []
+                for image in images:
+                    getattr(image, "load", bool)()  # Pillow reads no pixel before it must
         except Exception as error:  # of the task's own code, of datasets, of Pillow
             raise LLQError(f"{where}: its image is missing or damaged ({one_line(error)})") from error
         if any(not hasattr(image, "convert") for image in images):

@@ -14,7 +14,8 @@ from __future__ import annotations
 import hashlib
 import random
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,18 @@ from .data import hub_rows, read_records
 from .errors import LLQError
 
 HUB = "hub:"
+
+
+@contextmanager
+def truncated_images_refused() -> Iterator[None]:
+    """Inside, half an image is an error: importing lmms-eval has Pillow fill in what is missing, without a word."""
+    from PIL import ImageFile
+
+    kept, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
+    try:
+        yield
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = kept
 
 
 @dataclass(frozen=True)
@@ -53,7 +66,8 @@ class Pairs:
         """What the model is called with for one pair: token ids [1, S], pixels, sizes. LLQError names a bad pair."""
         pair = self.rows[index]
         try:
-            image = pair.image().convert("RGB")
+            with truncated_images_refused():
+                image = pair.image().convert("RGB")
         except Exception as error:  # of Pillow, of datasets, of the file system
             raise LLQError(f"{pair.where}: its image is missing or damaged ({error})") from error
         found = tokenized(self.processor, [rendered(self.processor, pair.question, 1, pair.answer)], [image])

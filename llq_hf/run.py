@@ -94,7 +94,7 @@ def prepare(
     skeleton = build_skeleton(checkpoint)
     method = method.fitted(skeleton)
     dtype = _dtype(run.dtype, skeleton)
-    _check_device(run.device)
+    check_device(run.device)
     progress.stage("hashing the base model", len(checkpoint.files))
     base, not_finite = checkpoint.scan(lambda done, total: progress.advance())
     checkpoint = checkpoint.named(module_names(skeleton, checkpoint.files))
@@ -373,7 +373,7 @@ def one_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
-def _check_device(name: str) -> None:
+def check_device(name: str) -> None:
     """LLQError unless a tensor can be put there."""
     try:
         torch.empty(1, device=name)

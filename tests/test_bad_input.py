@@ -512,7 +512,7 @@ def test_disk_full_in_the_middle(
     """It fills after `block` of two blocks: the next file, or the report and all that comes last, finds no room."""
     out = disk.path / "out"
     command = ["llq", "quantize", tiny_llama, out, "--method", "gptq", "--calibration", calibration_npy]
-    command += ["--calibration-samples", "8", "--device", "cpu"]
+    command += ["--calibration-samples", "8", "--calibration-seqlen", "32", "--device", "cpu"]
     with monkeypatch.context() as patch:
         patch.setattr(RichProgress, "blocks", lambda self, done, total: disk.fill() if done == block else None)
         error = cli_refuses(*command[1:])
@@ -570,7 +570,7 @@ def test_disk_full_under_offload(disk):
 def test_interrupted(llq, tiny_llama, calibration_npy, packed_once, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
     command = ["quantize", tiny_llama, out, "--method", "gptq", "--calibration", calibration_npy]
-    command += ["--calibration-samples", "8", "--device", "cpu"]
+    command += ["--calibration-samples", "8", "--calibration-seqlen", "32", "--device", "cpu"]
 
     def linear(self: RichProgress, name: str) -> None:
         if name == "model.layers.1.mlp.up_proj":

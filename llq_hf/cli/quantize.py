@@ -66,12 +66,13 @@ def quantize(
     from ..loading import auto_class
     from ..progress import RichProgress
     from ..quantize import Progress, RunOptions
-    from ..run import peak_bytes, prepare, quantize_checkpoint
+    from ..run import check_device, peak_bytes, prepare, quantize_checkpoint
 
     built = method_type(method).build(preset, **options)
     data = calibration_for(model, calibration, calibration_samples, calibration_seqlen, calibration_seed)
     local = os.environ.get("LOCAL_RANK", "0")
     device = (f"cuda:{local}" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    check_device(device)
     team = Team.join(torch.device(device))
     run = RunOptions(
         device, None if dtype == "auto" else dtype, offload, revision, shards=shards or team.size, team=team
