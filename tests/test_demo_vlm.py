@@ -80,7 +80,10 @@ def test_pixels_are_those_of_the_image_processor(untrained: tuple[Any, Any]) -> 
 @torch.no_grad()
 def test_a_question_in_a_row_is_the_question_asked_alone(untrained: tuple[Any, Any]) -> None:
     """What the trainer predicts for an answer, and what the model predicts through its chat template."""
-    processor, model = untrained
+    processor, _ = untrained
+    model = train_vlm.make_model(processor, TINY).eval()
+    for weight in model.model.language_model.parameters():
+        weight.mul_(4)  # as attention is after training: untrained, it is so even that a wrong mask hardly shows
     picture = next(drawings.stream("train"))
     items = drawings.asked(picture, seeded("test"))[:3]
     batch = train_vlm.make_batch(processor, replace(TINY, tokens_per_row=256), [picture], [items])
@@ -97,7 +100,7 @@ def test_a_question_in_a_row_is_the_question_asked_alone(untrained: tuple[Any, A
 def test_labels_are_the_answers(untrained: tuple[Any, Any]) -> None:
     processor, _ = untrained
     tokenizer = processor.tokenizer
-    item = drawings.Item("sum", "What is the sum in the image?", "7")
+    item = drawings.Item("sum", "What is the sum in the image?", "", said="7")
     row = train_vlm.make_row(tokenizer, TINY, [item])
     taught = [(token, weight) for token, weight in zip(row.labels, row.weights, strict=True) if weight == 1]
     assert tokenizer.decode([token for token, _ in taught]) == "7<|end_of_text|>"
@@ -138,9 +141,9 @@ def test_task_runs_in_lmms_eval_without_a_network(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize(
     ("answer", "said", "hit"),
-    [("yes", "Yes.", 1), ("no", "yes", 0), ("B", "B", 1), ("B", "(b)", 1), ("B", "", 0), ("no", "nothing", 0)],
+    [("yes", "red yes", 1), ("no", "red yes", 0), ("B", "B", 1), ("B", "", 0)],
 )
-def test_the_first_word_counts(answer: str, said: str, hit: float) -> None:
+def test_an_answer_counts_for_its_form(answer: str, said: str, hit: float) -> None:
     from llq_hf.lmms_tasks import process_results
 
     form = "yes_no" if answer in ("yes", "no") else "choice"
