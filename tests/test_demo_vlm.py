@@ -27,14 +27,12 @@ TINY = train_vlm.VlmRecipe(
 
 
 def share_right(seeing: Seeing, facts_each: int) -> float:
-    """Accuracy on the benchmark's A-to-D questions, through processor and generate(). Chance gets a quarter."""
-    from llq_hf.lmms_tasks import process_results
-
+    """Accuracy on the benchmark's yes-or-no questions, through processor and generate(). Chance gets a half."""
     found = drawings.benchmark((*drawings.PERCEPTION, *drawings.COGNITION), facts_each)
-    asked = [(drawings.draw(picture), item) for picture, items in found for item in items if item.answer in "ABCD"]
+    asked = [(drawings.draw(picture), item) for picture, items in found for item in items if item.claimed]
     prompts = [Prompt(item.question, [image], str(index)) for index, (image, item) in enumerate(asked)]
-    answers = seeing.answers(prompts, max_new_tokens=2)
-    hits = [process_results(item._asdict(), [a])["choice"] for (_, item), a in zip(asked, answers, strict=True)]
+    answers = seeing.answers(prompts, max_new_tokens=8)
+    hits = [drawings.is_right(item.answer, said) for (_, item), said in zip(asked, answers, strict=True)]
     return sum(hits) / len(hits)
 
 
@@ -45,8 +43,8 @@ def test_folder_is_small_and_plain() -> None:
     assert sum(sizes.values()) < 12e6
 
 
-def test_bundled_model_picks_options() -> None:
-    """Yes-or-no questions it does not answer yet: see its card."""
+def test_bundled_model_tells_true_claims_from_false() -> None:
+    """Its card says 87.5 %; 96 questions stray from that by 3.4 points (one deviation)."""
     assert share_right(Seeing.load(str(FOLDER)), 6) >= 0.75
 
 
