@@ -3,12 +3,12 @@
 The YAML files in `tasks/lmms_eval/llq_demo_vqa` name the class here. Two tasks, as MME has two halves: perception and
 cognition. Of each fact three questions are asked: two of MME's form, one to be answered yes and one no, and one of
 MMBench's form, a letter from A to D. `accuracy` is over all of them, `yes_no` and `choice` over one form each, of
-which chance gets 50 % and 25 %.
+which chance gets 50 % and 25 %. The demo VLM says what it sees before it decides ("blue no",
+"blue C"), so the last yes or no, or the last letter, of an answer counts.
 """
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 from lmms_eval.api.task import ConfigurableTask
@@ -48,7 +48,6 @@ def doc_to_visual(doc: dict[str, Any]) -> list[Any]:
 
 
 def process_results(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
-    """1 where the first word of the answer is the right one, whatever its case."""
-    word = re.search(r"\w+", results[0])
-    hit = float(word is not None and word[0].lower() == doc["answer"].lower())
+    """1 where `drawings.is_right`."""
+    hit = float(drawings.is_right(doc["answer"], results[0]))
     return {"accuracy": hit, "yes_no" if doc["answer"] in ("yes", "no") else "choice": hit}

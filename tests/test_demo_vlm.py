@@ -27,14 +27,12 @@ TINY = train_vlm.VlmRecipe(
 
 
 def share_right(seeing: Seeing, facts_each: int) -> float:
-    """Accuracy on the benchmark's A-to-D questions, through processor and generate(). Chance gets a quarter."""
-    from llq_hf.lmms_tasks import process_results
-
+    """Accuracy on the benchmark's yes-or-no questions, through processor and generate(). Chance gets a half."""
     found = drawings.benchmark((*drawings.PERCEPTION, *drawings.COGNITION), facts_each)
-    asked = [(drawings.draw(picture), item) for picture, items in found for item in items if item.answer in "ABCD"]
+    asked = [(drawings.draw(picture), item) for picture, items in found for item in items if item.claimed]
     prompts = [Prompt(item.question, [image], str(index)) for index, (image, item) in enumerate(asked)]
-    answers = seeing.answers(prompts, max_new_tokens=2)
-    hits = [process_results(item._asdict(), [a])["choice"] for (_, item), a in zip(asked, answers, strict=True)]
+    answers = seeing.answers(prompts, max_new_tokens=8)
+    hits = [drawings.is_right(item.answer, said) for (_, item), said in zip(asked, answers, strict=True)]
     return sum(hits) / len(hits)
 
 
@@ -45,8 +43,8 @@ def test_folder_is_small_and_plain() -> None:
     assert sum(sizes.values()) < 12e6
 
 
-def test_bundled_model_picks_options() -> None:
-    """Yes-or-no questions it does not answer yet: see its card."""
+def test_bundled_model_tells_true_claims_from_false() -> None:
+    """Its card says 87.5 %; 96 questions stray from that by 3.4 points (one deviation)."""
     assert share_right(Seeing.load(str(FOLDER)), 6) >= 0.75
 
 
@@ -80,7 +78,10 @@ def test_pixels_are_those_of_the_image_processor(untrained: tuple[Any, Any]) -> 
 @torch.no_grad()
 def test_a_question_in_a_row_is_the_question_asked_alone(untrained: tuple[Any, Any]) -> None:
     """What the trainer predicts for an answer, and what the model predicts through its chat template."""
-    processor, model = untrained
+    processor, _ = untrained
+    model = train_vlm.make_model(processor, TINY).eval()
+    for weight in model.model.language_model.parameters():
+        weight.mul_(4)  # as attention is after training: untrained, it is so even that a wrong mask hardly shows
     picture = next(drawings.stream("train"))
     items = drawings.asked(picture, seeded("test"))[:3]
     batch = train_vlm.make_batch(processor, replace(TINY, tokens_per_row=256), [picture], [items])
@@ -97,7 +98,7 @@ def test_a_question_in_a_row_is_the_question_asked_alone(untrained: tuple[Any, A
 def test_labels_are_the_answers(untrained: tuple[Any, Any]) -> None:
     processor, _ = untrained
     tokenizer = processor.tokenizer
-    item = drawings.Item("sum", "What is the sum in the image?", "7")
+    item = drawings.Item("sum", "What is the sum in the image?", "", said="7")
     row = train_vlm.make_row(tokenizer, TINY, [item])
     taught = [(token, weight) for token, weight in zip(row.labels, row.weights, strict=True) if weight == 1]
     assert tokenizer.decode([token for token, _ in taught]) == "7<|end_of_text|>"
@@ -138,9 +139,9 @@ def test_task_runs_in_lmms_eval_without_a_network(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize(
     ("answer", "said", "hit"),
-    [("yes", "Yes.", 1), ("no", "yes", 0), ("B", "B", 1), ("B", "(b)", 1), ("B", "", 0), ("no", "nothing", 0)],
+    [("yes", "red yes", 1), ("no", "red yes", 0), ("B", "B", 1), ("B", "", 0)],
 )
-def test_the_first_word_counts(answer: str, said: str, hit: float) -> None:
+def test_an_answer_counts_for_its_form(answer: str, said: str, hit: float) -> None:
     from llq_hf.lmms_tasks import process_results
 
     form = "yes_no" if answer in ("yes", "no") else "choice"

@@ -13,6 +13,9 @@ Questions come in the two forms of the study's benchmarks, over the same facts:
     MME        "Is the circle red? Please answer yes or no."    two to each picture, one to be answered yes, one no
     MMBench    "What colour is the circle?" and four options    answered with a letter from A to D
 
+A question is answered by saying what one sees, then the verdict: "blue no", "blue C". A small model can look up, and it
+can find the word that it has just said in the question, but it does not learn to do both in one step.
+
 Categories follow MME's two halves. Perception: existence, count, position, colour, text. Cognition, where what is seen
 must still be worked with: sum (of two digits), largest (of three digits), most (the most frequent shape).
 
@@ -23,6 +26,7 @@ background: no description occurs in two splits.
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
@@ -113,14 +117,22 @@ class Fact(NamedTuple):
 class Item(NamedTuple):
     """A question as a model gets it, and the answer it should give.
 
+    said: what one sees, which comes before the answer and is all of the answer to an open question.
     marks: what one must look at. claimed: of a claim, the question as far as the word that makes it true or false.
     """
 
     category: str
     question: str
     answer: str
+    said: str = ""
     marks: tuple[Mark, ...] = ()
     claimed: str = ""
+
+    @property
+    def full_answer(self) -> str:
+        """What a model learns to say. A word keeps the space that it has in the question, so that it is one token."""
+        space = " " if self.said[:1].islower() else ""
+        return f"{space}{self.said} {self.answer}".rstrip() if self.said else self.answer
 
 
 # --- pictures ---------------------------------------------------------------------------------------------
@@ -235,10 +247,15 @@ def facts(picture: Picture, rng: Random) -> list[Fact]:
     return [fact for ask in found if (fact := ask(picture, rng)) is not None]
 
 
-def _existence(picture: Picture, rng: Random) -> Fact:
+def _existence(picture: Picture, rng: Random) -> Fact | None:
     here = {(mark.kind, mark.colour) for mark in picture.shapes}
-    shape, colour = one_of(rng, sorted(here))
-    absent = [(s, c) for s in SHAPES for c in COLOURS if (s, c) not in here]
+    # Shapes that come once at most: the answer says the colour of the one that is asked for.
+    asked_for = [shape for shape in SHAPES if sum(kind == shape for kind, _ in here) <= 1]
+    single = sorted(look for look in here if look[0] in asked_for)
+    if not single:
+        return None
+    shape, colour = one_of(rng, single)
+    absent = [(s, c) for s in asked_for for c in COLOURS if (s, c) not in here]
     # What shares one half with something present is easily taken for it: such ones come first.
     near = {(s, c) for s, c in absent if any(s == kind or c == hue for kind, hue in here)}
     false = sorted(shuffled(rng, absent), key=lambda look: look not in near)
@@ -262,7 +279,9 @@ def _position(picture: Picture, rng: Random) -> Fact:
     places = [f"{'top' if row < 2 else 'bottom'} {'left' if column < 2 else 'right'}" for row, column in
               ((0, 0), (0, 2), (2, 0), (2, 2))]  # fmt: skip
     true = places[2 * (mark.row // 2) + mark.column // 2]
-    false = tuple(shuffled(rng, [place for place in places if place != true]))
+    # One on the other side comes first: the second word alone then tells a true claim from the false one.
+    wrong = shuffled(rng, [place for place in places if place != true])
+    false = tuple(sorted(wrong, key=lambda place: place.split()[1] == true.split()[1]))
     return Fact("position", f"Where is the {mark} in the image?", f"Is the {mark} at the {{}}?", true, false, (mark,))
 
 
@@ -338,19 +357,28 @@ def yes_no(fact: Fact) -> tuple[Item, Item]:
 
 
 def _claim(fact: Fact, value: str, answer: str) -> Item:
-    marks, upto = fact.marks, value
-    if fact.category == "existence":  # "red circle": the circles are looked at, and "red" decides
+    marks, upto, said = fact.marks, value, fact.true
+    if fact.category == "existence":  # "red circle": the circle is looked at, and "red" decides
         upto, shape = value.split()
         marks = tuple(mark for mark in fact.marks if mark.kind == shape)
+        said = marks[0].colour if marks else "none"
     claimed = fact.claim.split("{}")[0] + upto
-    return Item(fact.category, f"{fact.claim.format(value)} {YES_NO}", answer, marks, claimed)
+    return Item(fact.category, f"{fact.claim.format(value)} {YES_NO}", answer, said, marks, claimed)
 
 
 def choice(fact: Fact, rng: Random) -> Item:
     """The question of MMBench's form."""
     options = shuffled(rng, [fact.true, *fact.false])
     listed = "\n".join(f"{letter}. {option}" for letter, option in zip("ABCD", options, strict=True))
-    return Item(fact.category, f"{fact.question}\n{listed}\n{LETTER}", "ABCD"[options.index(fact.true)], fact.marks)
+    letter = "ABCD"[options.index(fact.true)]
+    return Item(fact.category, f"{fact.question}\n{listed}\n{LETTER}", letter, fact.true, fact.marks)
+
+
+def is_right(answer: str, said: str) -> bool:
+    """Whether a model's words give the answer: the last yes or no in any case, or the last letter from A to D."""
+    claim = answer in ("yes", "no")
+    verdicts = re.findall(r"\b(?:yes|no)\b", said.lower()) if claim else re.findall(r"\b[A-D]\b", said)
+    return bool(verdicts) and verdicts[-1] == answer
 
 
 def description(picture: Picture) -> Item:
@@ -391,7 +419,9 @@ def calibration_items(count: int) -> Iterator[tuple[Picture, Item]]:
 @cache
 def calibration_text() -> str:
     """Questions and answers in the chat template of the demo VLM, without pictures: over 128 windows of 256 tokens."""
-    turns = (f"<|user|>{item.question}<|assistant|>{item.answer}<|end_of_text|>" for _, item in calibration_items(2500))
+    turns = (
+        f"<|user|>{item.question}<|assistant|>{item.full_answer}<|end_of_text|>" for _, item in calibration_items(2500)
+    )
     return "".join(turns)
 
 
@@ -402,6 +432,6 @@ def write_pairs(folder: Path, count: int) -> Path:
     for index, (picture, item) in enumerate(calibration_items(count)):
         name = f"{index:05d}.png"
         draw(picture).save(folder / name)
-        lines.append(json.dumps({"image": name, "question": item.question, "answer": item.answer}) + "\n")
+        lines.append(json.dumps({"image": name, "question": item.question, "answer": item.full_answer}) + "\n")
     (folder / "pairs.jsonl").write_text("".join(lines), encoding="utf-8")
     return folder
