@@ -133,13 +133,13 @@ def test_a_streamed_block_is_the_live_block(model):
 
 @pytest.mark.parametrize("files", [2, 7])
 def test_a_sharded_base_gives_the_same_bytes(quantize, model, whole, tmp_path, files):
-    quantize(tmp_path / "out", base=sharded(model, tmp_path / "base", files))
+    quantize(tmp_path / "out", base=sharded(model, tmp_path / model.name, files))
     assert digests(tmp_path / "out") == digests(whole)
 
 
 def test_a_base_with_both_an_index_and_a_single_file(quantize, model, whole, tmp_path):
     """The index decides, as in transformers; the other file is not carried along."""
-    base = sharded(model, tmp_path / "base", 3)
+    base = sharded(model, tmp_path / model.name, 3)
     shutil.copyfile(model / SINGLE, base / SINGLE)
     quantize(tmp_path / "out", base=base)
     assert digests(tmp_path / "out") == digests(whole)
