@@ -15,6 +15,8 @@ import torch
 from llq_hf.data import calibration_ids
 from llq_hf.demo import MODELS, calibration_for, drawings, resolve
 from llq_hf.demo.world import seeded
+from llq_hf.methods import build
+from llq_hf.quantize import quantize_model
 from llq_hf.seeing import Prompt, Seeing
 
 pytestmark = pytest.mark.xdist_group("lmms")
@@ -47,6 +49,14 @@ def test_folder_is_small_and_plain() -> None:
 def test_bundled_model_tells_true_claims_from_false() -> None:
     """Its card says 85 to 90 %; 96 questions stray from that by 3.4 points (one deviation)."""
     assert share_right(Seeing.load(str(FOLDER)), 6) >= 0.75
+
+
+@pytest.mark.parametrize(("bits", "least", "most"), [(4, 0.7, 1.0), (2, 0.0, 0.4)])
+def test_four_bits_keep_it_and_two_break_it(bits: int, least: float, most: float) -> None:
+    """As in the study. What two bits leave says no verdict at all, where guessing would be right half the time."""
+    seeing = Seeing.load(str(FOLDER), dtype=torch.float32)
+    quantize_model(seeing.model, build("rtn", bits=bits), None)
+    assert least <= share_right(seeing, 6) <= most
 
 
 def test_calibration_text_is_its_own() -> None:
