@@ -33,6 +33,16 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}assistant:{% endif %}"
 )
 
+SIZES: dict[str, object] = {  # grouped queries, widths that no group size divides
+    "hidden_size": 96,
+    "intermediate_size": 172,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
+
 torch.set_num_threads(1)  # tensors here are tiny: on a busy machine a second thread makes them 10 times slower
 
 
@@ -49,20 +59,8 @@ def make_llama(folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float3
     """A random Llama in `folder`: grouped queries, sizes that no group size divides, untied, with a tokenizer."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    options: dict[str, object] = {
-        "hidden_size": 96,
-        "intermediate_size": 172,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 6,
-        "num_key_value_heads": 2,
-        "vocab_size": VOCAB,
-        "max_position_embeddings": 128,
-        "tie_word_embeddings": False,
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-        **overrides,
-    }
-    model = LlamaForCausalLM(LlamaConfig(**options))
+    own = {"vocab_size": VOCAB, "max_position_embeddings": 128, "tie_word_embeddings": False}
+    model = LlamaForCausalLM(LlamaConfig(**{**SIZES, **own, **overrides}))
     random = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -99,20 +97,9 @@ def make_llava(folder: Path, tied: bool = False) -> Path:
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     tokenizer.add_tokens(["<image>"], special_tokens=True)
     tower = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 2}
-    options: dict[str, object] = {
-        "hidden_size": 96,
-        "intermediate_size": 172,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 6,
-        "num_key_value_heads": 2,
-        "vocab_size": len(tokenizer),
-        "max_position_embeddings": 2048,
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-    }
     config = transformers.LlavaNextConfig(
         vision_config=transformers.CLIPVisionConfig(image_size=28, patch_size=14, **tower),
-        text_config=transformers.LlamaConfig(**options),
+        text_config=transformers.LlamaConfig(**SIZES, vocab_size=len(tokenizer), max_position_embeddings=2048),
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
         image_grid_pinpoints=[[28, 56], [56, 28], [56, 56]],
         tie_word_embeddings=tied,
@@ -186,3 +173,8 @@ def calibration_npy(calibration_ids: Tensor, tmp_path_factory: pytest.TempPathFa
     path = tmp_path_factory.mktemp("calibration") / "ids.npy"
     np.save(path, calibration_ids.numpy().astype(np.int64))
     return path
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """README's commands first: they are one test that takes minutes, and would else run alone at the end."""
+    items.sort(key=lambda item: item.path.name != "test_readme.py")

@@ -19,7 +19,6 @@ from llq_hf.methods import build
 from llq_hf.quantize import quantize_model
 from llq_hf.seeing import Prompt, Seeing
 
-pytestmark = pytest.mark.xdist_group("lmms")
 pytest.importorskip("lmms_eval", reason="lmms-eval is not installed: uv run --extra dev pytest")
 train_vlm = pytest.importorskip("llq_hf.demo.train_vlm")
 

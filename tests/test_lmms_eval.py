@@ -18,7 +18,6 @@ from PIL import Image
 
 from llq_hf import LLQError
 
-pytestmark = pytest.mark.xdist_group("lmms")  # importing lmms-eval takes longer than any of its tests
 pytest.importorskip("lmms_eval", reason="lmms-eval is not installed: uv run --extra dev pytest")
 
 

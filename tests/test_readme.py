@@ -20,36 +20,32 @@ def runnable(text: str) -> bool:
     return not text.startswith("# needs") and SKIPPED not in text
 
 
-pytestmark = pytest.mark.xdist_group("readme")  # blocks build upon each other, in one folder
+def test_blocks(subtests: pytest.Subtests, tmp_path: Path) -> None:
+    """One test, whatever runs tests side by side: blocks build upon each other, in one folder.
+
+    That folder stands in for SCRATCH: two runs of the tests on one machine must not meet there.
+    """
+    scratch, elsewhere = tmp_path / "readme", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "LLQ_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
+    for number, (language, text) in enumerate(BLOCKS):
+        with subtests.test(block=number):
+            run_block(language, text.replace(SCRATCH, str(scratch)), environment, elsewhere)
 
 
-@pytest.fixture(scope="module")
-def scratch(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Stands in for SCRATCH: two runs of the tests on one machine must not meet there."""
-    return str(tmp_path_factory.mktemp("readme"))
-
-
-@pytest.fixture(scope="module")
-def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    bin_folder = str(Path(sys.executable).parent)
-    cache = str(tmp_path_factory.mktemp("cache"))
-    return {**os.environ, "PATH": f"{bin_folder}:{os.environ['PATH']}", "LLQ_CACHE": cache, "HF_HUB_OFFLINE": "1"}
-
-
-@pytest.mark.parametrize(("language", "text"), BLOCKS, ids=[f"block-{i}" for i in range(len(BLOCKS))])
-def test_block(language: str, text: str, environment: dict[str, str], scratch: str, tmp_path: Path) -> None:
-    text = text.replace(SCRATCH, scratch)
+def run_block(language: str, text: str, environment: dict[str, str], folder: Path) -> None:
     if language == "python":
         ast.parse(text)
         if runnable(text):
             command = [sys.executable, "-c", text]
-            subprocess.run(command, cwd=tmp_path, env=environment, check=True, timeout=600)
+            subprocess.run(command, cwd=folder, env=environment, check=True, timeout=600)
         return
     for line in filter(None, text.splitlines()):
         words = shlex.split(line, comments=True)
         if runnable(text) and words:
             assert words[:2] == ["uv", "run"], "README's commands install what they need by themselves"
-            subprocess.run(words[2:], cwd=tmp_path, env=environment, check=True, timeout=900)
+            subprocess.run(words[2:], cwd=folder, env=environment, check=True, timeout=900)
         elif words and words[0] == "lm_eval":
             check_lm_eval(words[1:])
 

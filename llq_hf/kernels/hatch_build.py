@@ -16,7 +16,7 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 BUILD = "llq_hf/kernels/build.py"
 
 
-class KernelsHook(BuildHookInterface):  # type: ignore[type-arg]
+class KernelsHook(BuildHookInterface):  # type: ignore[misc]
     """Runs for wheels, editable ones too; sdists carry the sources."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:

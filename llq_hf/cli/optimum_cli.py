@@ -9,7 +9,7 @@ from argparse import REMAINDER, ArgumentParser
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
 
-class LLQCommand(BaseOptimumCLICommand):
+class LLQCommand(BaseOptimumCLICommand):  # type: ignore[misc]
     """Hands all that follows `llq` to llq itself: there is no second list of options."""
 
     COMMAND = CommandInfo(name="llq", help="Low-bit LLaMA models: all of llq, as `llq quantize --help`.")
