@@ -50,8 +50,11 @@ def show(
 def _picture(file: Path) -> Any:
     from PIL import Image
 
+    from ..pairs import truncated_images_refused
+
     try:
-        return Image.open(file).convert("RGB")
+        with truncated_images_refused():
+            return Image.open(file).convert("RGB")
     except (OSError, ValueError) as error:
         raise LLQError(f"{file} is no picture that can be read ({error})") from error
 
