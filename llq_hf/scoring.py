@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import nn
 
+from .cache import cache_root
 from .checkpoint import fetch, read_json
 from .data import Calibration
 from .demo import calibration_for, resolve
@@ -147,11 +148,6 @@ def usable_device(device: str | None) -> str:
     """The harnesses' default is cuda:0 wherever they run; without a GPU that means the CPU."""
     wanted = device or "cuda"
     return "cpu" if wanted.startswith("cuda") and not torch.cuda.is_available() else wanted
-
-
-def cache_root() -> Path:
-    """Where quantized models are kept for the next evaluation: $LLQ_CACHE, else ~/.cache/llq."""
-    return Path(os.environ.get("LLQ_CACHE") or Path.home() / ".cache" / "llq").expanduser()
 
 
 def cached(

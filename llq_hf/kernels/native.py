@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..cache import cache_root
 from ..errors import LLQError
 from .build import ISAS, PACKAGED, library
 from .stored import LevelCodes, Part, Stored, UniformCodes
@@ -61,7 +62,7 @@ class Backend(NamedTuple):
 
 def cache_folder() -> Path:
     """Where kernels are built if the package lies in a folder that cannot be written to."""
-    return Path(os.environ.get("LLQ_CACHE") or Path.home() / ".cache" / "llq").expanduser() / "kernels"
+    return cache_root() / "kernels"
 
 
 def supported() -> list[str]:

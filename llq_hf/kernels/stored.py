@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-BLOCK = 128
+from ..bits import BLOCK
 
 
 @dataclass(frozen=True, eq=False)
