@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import resource
 import time
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +28,7 @@ from .errors import LLQError
 from .journal import FileState, Journal, fingerprint, sha256_file
 from .kernels import reference
 from .loading import auto_class, module_names, sees
-from .method import FORMAT_VERSION, Method
+from .method import FORMAT_VERSION, Method, Step
 from .packed import CONFIG, PackedFolder, finished_fingerprint, read_report
 from .pairs import Pairs, read_pairs
 from .preflight import estimate, problems_of
@@ -188,10 +189,7 @@ def execute(plan: Plan, out: Path, progress: Progress) -> dict[str, Any]:
 def _write(plan: Plan, out: Path, journal: Journal, progress: Progress) -> dict[str, Any]:
     learned = _learned(plan, out, progress)
     plan = replace(plan, method=plan.method.taught(learned))
-    rewrite = plan.method.rewrite(plan.skeleton, learned)
-    source = Rewritten.of(plan.checkpoint, rewrite, plan.dtype)
-    blocks = StreamedBlocks(source, plan.skeleton, plan.dtype, torch.device(plan.run.device))
-    folder = PackedFolder(out, Rewritten.of(plan.checkpoint, rewrite), blocks.prefixes, plan.method)
+    blocks, folder = _opened(plan, out, learned)
     folder.save_rest()  # also on a resume: the journal has no digest of this file
     started = time.perf_counter()
     pending: list[dict[str, Any]] = []
@@ -213,19 +211,14 @@ def _write(plan: Plan, out: Path, journal: Journal, progress: Progress) -> dict[
         FileState.clear(out)
         started = time.perf_counter()
 
-    todo = steps(
+    todo = _todo(
+        plan,
         blocks,
-        plan.method,
-        plan.data,
+        folder,
+        journal.blocks,
         progress,
-        done=len(journal.blocks),
-        restore=folder.restore_block,
-        finished=lambda index: index in journal.blocks,
-        offload=plan.run.offload,
         on_block=on_block,
         state_of=lambda index: FileState(out, plan.fingerprint, index),
-        shards=plan.run.shards,
-        team=plan.run.team,
     )
     for step in todo:
         pending += quantize_step(step, plan.method, plan.run.team)
@@ -247,11 +240,26 @@ def _follow(plan: Plan, out: Path, progress: Progress) -> dict[str, Any]:
     done = plan.run.team.tell(None)
     if done is None:
         return read_report(out)
-    rewrite = plan.method.rewrite(plan.skeleton, {})
+    blocks, folder = _opened(plan, out, {})
+    for step in _todo(plan, blocks, folder, done, progress):
+        quantize_step(step, plan.method, plan.run.team)
+    plan.run.team.tell(None)  # until the leader has written all
+    return read_report(out)
+
+
+def _opened(plan: Plan, out: Path, learned: dict[str, Tensor]) -> tuple[StreamedBlocks, PackedFolder]:
+    """Where the run reads its blocks, and the folder that they go to."""
+    rewrite = plan.method.rewrite(plan.skeleton, learned)
     source = Rewritten.of(plan.checkpoint, rewrite, plan.dtype)
     blocks = StreamedBlocks(source, plan.skeleton, plan.dtype, torch.device(plan.run.device))
-    folder = PackedFolder(out, Rewritten.of(plan.checkpoint, rewrite), blocks.prefixes, plan.method)
-    todo = steps(
+    return blocks, PackedFolder(out, Rewritten.of(plan.checkpoint, rewrite), blocks.prefixes, plan.method)
+
+
+def _todo(
+    plan: Plan, blocks: StreamedBlocks, folder: PackedFolder, done: Collection[int], progress: Progress, **hooks: Any
+) -> Iterator[Step]:
+    """The steps of all blocks but those `done`; hooks: `on_block` and `state_of` of `walk`."""
+    return steps(
         blocks,
         plan.method,
         plan.data,
@@ -262,11 +270,8 @@ def _follow(plan: Plan, out: Path, progress: Progress) -> dict[str, Any]:
         offload=plan.run.offload,
         shards=plan.run.shards,
         team=plan.run.team,
+        **hooks,
     )
-    for step in todo:
-        quantize_step(step, plan.method, plan.run.team)
-    plan.run.team.tell(None)  # until the leader has written all
-    return read_report(out)
 
 
 def _tune(plan: Plan, out: Path, folder: PackedFolder, journal: Journal, progress: Progress) -> None:
