@@ -35,6 +35,7 @@ def halves(more: int, fewer: int) -> str:
     return f"*.layers.0.*=rtn:{more}+*.layers.1.*=rtn:{more}+*=rtn:{fewer}"
 
 
+HYBRIDS: dict[str, dict[str, object]] = {"": {}, ", costs predicted": {"measured": False}}
 BEST: dict[str, object] = {"bits": 2, "preset": "best"}
 ROWS: dict[str, dict[str, object]] = {
     "SpinQuant, 2 bits, `preset=best`": {"name": "spinquant", **BEST},
@@ -48,9 +49,11 @@ ROWS: dict[str, dict[str, object]] = {
     "RTN, 3 bits": {"name": "rtn", "bits": 3},
     "RTN, 4 bits": {"name": "rtn", "bits": 4},
     "RTN, first half of the blocks 4 bits, the others 3": {"name": "hybrid", "rules": halves(4, 3)},
-    "hybrid of RTN, 3.148 bits": {"name": "hybrid", "bits": 3.1485, "candidates": WIDTHS},
-    "hybrid of RTN, 3.652 bits": {"name": "hybrid", "bits": 3.6525, "candidates": WIDTHS},
-    "hybrid of RTN, 4.156 bits": {"name": "hybrid", "bits": 4.1565, "candidates": WIDTHS},
+    **{
+        f"hybrid of RTN, {bits} bits{words}": {"name": "hybrid", "bits": bits, "candidates": WIDTHS, **options}
+        for words, options in HYBRIDS.items()
+        for bits in (3.149, 3.653, 4.157)
+    },
 }
 
 

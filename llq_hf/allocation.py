@@ -19,7 +19,7 @@ beyond it, and allocations by `Predicted` are worse than uniform widths (README 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from .errors import LLQError
 from .method import PassListener
-from .stats import Stat
+from .stats import Hessian, Stat
 
 BUCKETS = 1 << 16  # steps that the room above the cheapest choice is counted in, unless all costs share a larger step
 
@@ -72,18 +72,18 @@ def knapsack(units: Sequence[Sequence[Option]], budget_bits: int) -> list[int]:
 
 
 class Cost(Protocol):
-    """Nats per token that it costs to have `restored` (name -> weight [O, I]) in place of linears that share an input.
+    """Nats per token that `restored` (name -> weight [O, I]) costs, in place of linears that share an input."""
 
-    Hbar_II: second moments of that input, per token.
-    """
+    needs: frozenset[type[Stat]]  # kinds of statistics of that input, among `stats`
 
-    def __call__(self, restored: Mapping[str, Tensor], Hbar_II: Tensor) -> float: ...
+    def __call__(self, restored: Mapping[str, Tensor], stats: Sequence[Stat]) -> float: ...
 
 
 class Measured:
     """KL(full precision || model), over as many sequences as full precision's predictions may take memory for."""
 
     BYTES = 4 * 2**30
+    needs: frozenset[type[Stat]] = frozenset()
 
     @torch.no_grad()
     def __init__(self, model: Any, ids_NS: Tensor, listener: PassListener) -> None:
@@ -101,7 +101,7 @@ class Measured:
         return logits_SV.float().log_softmax(-1)
 
     @torch.no_grad()
-    def __call__(self, restored: Mapping[str, Tensor], Hbar_II: Tensor) -> float:
+    def __call__(self, restored: Mapping[str, Tensor], stats: Sequence[Stat]) -> float:
         weights = {name: self.model.get_submodule(name).weight for name in restored}
         kept = {name: weight.detach().clone() for name, weight in weights.items()}
         try:
@@ -121,14 +121,17 @@ class Measured:
 class Predicted:
     """D of the head of this file: one forward and backward pass over the sequences, however many choices there are."""
 
+    needs: frozenset[type[Stat]] = frozenset({Hessian})
+
     def __init__(
         self, model: Any, linears: dict[str, nn.Linear], ids_NS: Tensor, seed: int, listener: PassListener
     ) -> None:
-        self.weights = {name: linear.weight.detach() for name, linear in linears.items()}
+        self.weights, self.tokens = {name: linear.weight.detach() for name, linear in linears.items()}, ids_NS.numel()
         self.gamma = output_gradients(model, linears, ids_NS, seed, listener)
 
     @torch.no_grad()
-    def __call__(self, restored: Mapping[str, Tensor], Hbar_II: Tensor) -> float:
+    def __call__(self, restored: Mapping[str, Tensor], stats: Sequence[Stat]) -> float:
+        Hbar_II = next(stat.sum_II for stat in stats if isinstance(stat, Hessian)) / self.tokens
         errors = {name: weight_OI - self.weights[name].float() for name, weight_OI in restored.items()}
         return sum(loss_of_rounding(self.gamma[name], Hbar_II, error_OI) for name, error_OI in errors.items())
 
@@ -172,9 +175,11 @@ def output_gradients(
 
 @torch.no_grad()
 def observe(
-    model: Any, wanted: Mapping[str, Iterable[type[Stat]]], ids_NS: Tensor, listener: PassListener
+    model: Any, wanted: Mapping[str, Sequence[type[Stat]]], ids_NS: Tensor, listener: PassListener
 ) -> dict[str, list[Stat]]:
-    """Statistics of the inputs of linears of the full-precision model, of these kinds each."""
+    """Statistics of the inputs of linears of the full-precision model, of these kinds each; it is not run for none."""
+    if not any(wanted.values()):
+        return {name: [] for name in wanted}
     found: dict[str, list[Stat]] = {}
     handles = []
     for name, kinds in wanted.items():

@@ -37,7 +37,7 @@ from ..allocation import Cost, Measured, Option, Predicted, knapsack, observe
 from ..errors import LLQError
 from ..grids import Spec
 from ..method import Flow, Job, Method, Packed, PassListener, State, Step, field_defaults, field_types, stored_bits
-from ..stats import Hessian, Stat
+from ..stats import Stat
 
 SEPARATOR = re.compile(r"[+,]")
 HESSIAN_BYTES = 4 * 2**30  # of the linears that are scored in one pass over the model
@@ -198,7 +198,7 @@ class Hybrid(Method):
         """What every candidate costs every unit, each solved on the full-precision model's own statistics."""
         methods = [served_by(spec) for spec in self._candidates]
         kinds = {method.observes for method in methods if method.observes is not None}
-        kinds |= set() if any(issubclass(kind, Hessian) for kind in kinds) else {Hessian}
+        kinds |= {need for need in cost.needs if not any(issubclass(kind, need) for kind in kinds)}
         firsts = {unit[0]: sorted(kinds, key=lambda kind: kind.__name__) for unit in units}
         stats = observe(model, firsts, ids_NS, listener)
         listener.stage("costs of the candidates", len(units) * len(methods))
@@ -207,7 +207,7 @@ class Hybrid(Method):
             linears = {name: model.get_submodule(name) for name in unit}
             found.append([])
             for method in methods:
-                found[-1].append(option(method, linears, cost, stats[unit[0]], ids_NS.numel()))
+                found[-1].append(option(method, linears, cost, stats[unit[0]]))
                 listener.advance(1)
             stats[unit[0]].clear()
         return found
@@ -220,10 +220,9 @@ class Hybrid(Method):
 
 
 @torch.no_grad()
-def option(method: Method, linears: Mapping[str, nn.Module], cost: Cost, stats: list[Stat], tokens: int) -> Option:
-    """What a method costs the linears of a unit together; stats: of the `tokens` inputs that they share."""
+def option(method: Method, linears: Mapping[str, nn.Module], cost: Cost, stats: list[Stat]) -> Option:
+    """What a method costs the linears of a unit together; stats: of the input that they share."""
     stat = next((stat for stat in stats if type(stat) is method.observes), None)
-    hessian = next(stat for stat in stats if isinstance(stat, Hessian))
     bits, restored = 0, {}
     for name, linear in linears.items():
         assert isinstance(linear, nn.Linear)
@@ -231,7 +230,7 @@ def option(method: Method, linears: Mapping[str, nn.Module], cost: Cost, stats: 
         packed = own.quantize(weight_OI, stat, Job(name))
         restored[name] = own.dequantize(packed, *weight_OI.shape)
         bits += stored(own, linear)
-    return Option(bits, cost(restored, hessian.sum_II / tokens))
+    return Option(bits, cost(restored, stats))
 
 
 def stored(method: Method, linear: nn.Linear) -> int:
