@@ -165,7 +165,8 @@ def test_help_names_every_option(llq, monkeypatch):
         assert option in text
 
 
-COMMANDS = [[], ["quantize"], ["info"], ["methods"], ["eval"], ["show"], ["study"], ["report"], ["bench"]]
+NAMED = [command.name or command.callback.__name__ for command in cli.app.registered_commands]
+COMMANDS = [[], *([name] for name in NAMED)]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
