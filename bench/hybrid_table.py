@@ -28,6 +28,7 @@ from llq_hf.scoring import cached
 
 WINDOW, WINDOWS = 256, 16
 WIDTHS = "rtn:2+rtn:3+rtn:4+rtn:5+rtn:6+rtn:8"
+QUIPS = "+".join(f"quip:{bits}:preset=best" for bits in (2, 3, 4, 5))
 
 
 def halves(more: int, fewer: int) -> str:
@@ -46,6 +47,10 @@ ROWS: dict[str, dict[str, object]] = {
     "EfficientQAT, 2 bits": {"name": "efficient_qat", "bits": 2},
     "EfficientQAT, 2 bits, `preset=best`, Block-AP alone": {"name": "efficient_qat", "tune_epochs": 0, **BEST},
     "EfficientQAT, 2 bits, `preset=best`": {"name": "efficient_qat", **BEST},
+    "QuIP, 3 bits, `preset=best`": {"name": "quip", "bits": 3, "preset": "best"},
+    "SpinQuant, 3 bits, `preset=best`": {"name": "spinquant", "bits": 3, "preset": "best"},
+    "hybrid of QuIP `preset=best`, 2.549 bits": {"name": "hybrid", "bits": 2.549, "candidates": QUIPS},
+    "hybrid of QuIP `preset=best`, 3.049 bits": {"name": "hybrid", "bits": 3.049, "candidates": QUIPS},
     "RTN, 3 bits": {"name": "rtn", "bits": 3},
     "RTN, 4 bits": {"name": "rtn", "bits": 4},
     "RTN, first half of the blocks 4 bits, the others 3": {"name": "hybrid", "rules": halves(4, 3)},

@@ -254,6 +254,11 @@ class Method(ABC):
         """The method with what `learn` found filled in, where that belongs into the checkpoint's config."""
         return self
 
+    @property
+    def rewrites(self) -> bool:
+        """Whether `rewrite` changes the dense model."""
+        return False
+
     def rewrite(self, model: nn.Module, learned: Mapping[str, Tensor]) -> Rewrite | None:
         """How the dense `model` (maybe on the meta device) changes first; None: not at all. learned {}: not yet."""
         return None

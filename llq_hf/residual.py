@@ -14,10 +14,12 @@ By name are found only: q/k/v/o_proj of attention modules, down_proj, and what f
 from __future__ import annotations
 
 import copy
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -223,6 +225,24 @@ def _apart(name: str) -> bool:
 
 
 # --- turning it ------------------------------------------------------------------------------------------------------
+
+
+def random_turns(residual: Residual, seed: int) -> tuple[Turn, list[Turn]]:
+    """R1 of the stream and, block by block, R2 of the heads: Hadamards with random signs."""
+    blocks = 1 + max(residual.values.values())
+    heads = [_signed(seed, f"r2.{block}", residual.head_dim) for block in range(blocks)]
+    return _signed(seed, "r1", residual.width), heads
+
+
+def _signed(seed: int, part: str, n: int) -> Turn:
+    """x -> x diag(signs) H with random signs."""
+    random = np.random.RandomState(zlib.crc32(f"{seed}:{part}".encode()))
+    signs = torch.from_numpy(random.randint(0, 2, n) * 2.0 - 1)
+
+    def turn(x: Tensor) -> Tensor:
+        return hadamard(n, x.device).apply(x * signs.to(x))
+
+    return turn
 
 
 @dataclass(frozen=True)

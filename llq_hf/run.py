@@ -32,7 +32,18 @@ from .method import FORMAT_VERSION, Method, Step
 from .packed import CONFIG, PackedFolder, finished_fingerprint, read_report
 from .pairs import Pairs, read_pairs
 from .preflight import estimate, problems_of
-from .quantize import Progress, RunOptions, learn, quantize_step, record_tuned, shared_copy, steps, token_ids, tune
+from .quantize import (
+    Progress,
+    RunOptions,
+    learn,
+    quantize_step,
+    record_tuned,
+    rewrite_model,
+    shared_copy,
+    steps,
+    token_ids,
+    tune,
+)
 from .walk import StreamedBlocks
 
 if TYPE_CHECKING:
@@ -284,6 +295,8 @@ def _tune(plan: Plan, out: Path, folder: PackedFolder, journal: Journal, progres
     if tuned is None:
         progress.stage("loading the model")
         teacher = _whole_model(plan)
+        if isinstance(folder.base, Rewritten):
+            rewrite_model(teacher, folder.base.rewrite)
         student = shared_copy(teacher)
         for index, prefix in enumerate(folder.prefixes):
             folder.restore_block(index, student.get_submodule(prefix))
@@ -297,7 +310,7 @@ def _tune(plan: Plan, out: Path, folder: PackedFolder, journal: Journal, progres
             name, shape = record["name"], record["shape"]
             packed = folder.packed(index, name) | _under(name, tuned)
             restored_OI = plan.method.at(name).dequantize(packed, *shape)
-            record_tuned(record, plan.checkpoint.read([f"{name}.weight"])[f"{name}.weight"], restored_OI)
+            record_tuned(record, folder.base.read([f"{name}.weight"])[f"{name}.weight"], restored_OI)
 
         def note(draft: Path, line: dict[str, Any] = line) -> None:
             untuned = line.get("untuned_sha256", line["sha256"])

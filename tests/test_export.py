@@ -37,6 +37,7 @@ FITTING: dict[str, tuple[str, dict[str, Any]]] = {
     "quip": ("quip", {"bits": 4, "incoherence": False, "rescale": False}),
     "smoothquant": ("smoothquant", {"bits": 8, "a_bits": 16, "quantize_bmm_input": False}),
     "spinquant": ("spinquant", {"bits": 4, "r4": False}),
+    "efficient_qat": ("efficient_qat", {"bits": 3, "group_size": 32, "tune_epochs": 0}),
 }
 ORDERED = ("gptq", {"bits": 4, "group_size": 32, "act_order": True})
 each_fitting = pytest.mark.parametrize("case", FITTING)

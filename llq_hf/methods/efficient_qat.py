@@ -19,7 +19,9 @@ nothing). Training is fp32 and sees scales as stored in fp16; codes are decided 
 to half. Scales down to the smallest fp16 are kept (theirs: 1e-4). Gradients of E2E-QP are clipped to a norm of 0.3 as
 theirs are, those of Block-AP, as theirs, not at all.
 
-preset="best" is for the few hundred sequences of a calibration. Block-AP starts at codes and scales that GPTQ's
+preset="best" is for the few hundred sequences of a calibration. The model is rotated first (`rotated`): its stream and
+the values of its heads by random Hadamards merged into the weights, as SpinQuant does, so that no outlier channel is
+left for the grids to fail on; a tied head gets a matrix of its own. Block-AP starts at codes and scales that GPTQ's
 feedback with searched ranges and `refine` rounds of descent and refit found (`solved`): each weight at the point of its
 code's cell nearest to where it was. Learning rates are relative to the scales a group starts with (`relative`), so that
 one suits every layer, and larger, as there are fewer steps. E2E-QP learns the full-precision model's predictions
@@ -30,6 +32,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -42,9 +45,10 @@ from ..activations import round_through
 from ..arch import replace_module
 from ..errors import LLQError
 from ..feedback import BLOCK, Solution, group_aware_order, solve
-from ..grids import Grid, Spec, Uniform
-from ..method import Flow, Job, Method, Packed, PassListener, State, Step
+from ..grids import Affine, Grid, Spec, Uniform
+from ..method import Flow, Job, Method, Packed, PassListener, Rewrite, State, Step
 from ..refine import Objective, refined
+from ..residual import Turned, random_turns, residual_of
 from ..stats import PairedHessian, Stat, factorize, revive_dead
 from ..training import ScaledLinear, Schedule, Trained, cosine, grouped, run_block, scaled_linears, train_block
 
@@ -68,6 +72,7 @@ class EfficientQAT(Method):
     observes: ClassVar[type[Stat] | None] = PairedHessian
     training_copies: ClassVar[int] = 7  # twin, weights, gradients, two moments, two in the forward pass
     best: ClassVar[dict[str, Any]] = {
+        "rotated": True,
         "solved": True,
         "relative": True,
         "epochs": 4,
@@ -91,6 +96,7 @@ class EfficientQAT(Method):
     tune_epochs: int = 1
     tune_batch: int = 32
     tune_lr: float = 0.0
+    rotated: bool = False
     distill: bool = False
     seed: int = 0
 
@@ -119,11 +125,25 @@ class EfficientQAT(Method):
     def published_lr(self) -> float:
         return 2e-5 if self.bits == 2 else 1e-5
 
+    @property
+    def rewrites(self) -> bool:
+        return self.rotated
+
+    def rewrite(self, model: nn.Module, learned: Mapping[str, Tensor]) -> Rewrite | None:
+        if not self.rotated:
+            return None
+        residual = residual_of(model)  # refuses models that cannot be turned
+        notes = {"rotations": "hadamard", "seed": self.seed, "untied": residual.tied}
+        return Turned(residual, *random_turns(residual, self.seed), notes=notes)
+
     def layout(self, out_features: int, in_features: int) -> dict[str, Spec]:
         return self.grid.layout(out_features, in_features)
 
     def dequantize(self, packed: Packed, out_features: int, in_features: int) -> Tensor:
         return self.grid.unpack(packed, in_features)
+
+    def affine(self, packed: Packed, out_features: int, in_features: int) -> Affine:
+        return self.grid.affine(packed, in_features)
 
     def linear(self, x: Tensor, packed: Packed, bias: Tensor | None, out_features: int) -> Tensor:
         return self.grid.linear(x, packed, bias)

@@ -296,13 +296,7 @@ def served_by(spec: str) -> Method:
         key, _, value = setting.partition("=")
         options[key] = converted(spec, value, known.get(key, str))
     method = build(name, **options)
-    if (
-        method.learns
-        or method.tunes
-        or method.attention is not None
-        or isinstance(method, Hybrid)
-        or type(method).rewrite is not Method.rewrite
-    ):
+    if method.learns or method.tunes or method.attention is not None or isinstance(method, Hybrid) or method.rewrites:
         raise LLQError(f"{spec!r} works on the model as a whole, not on some of its linears")
     return method
 

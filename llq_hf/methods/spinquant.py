@@ -23,13 +23,11 @@ its own). preset="best" has no level at zero but as many on either side: four us
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any, ClassVar, Self
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -39,7 +37,7 @@ from ..errors import LLQError
 from ..feedback import solve
 from ..grids import Affine, Spec, Uniform
 from ..method import Job, Method, Packed, PassListener, Rewrite
-from ..residual import Residual, Turn, Turned, residual_of
+from ..residual import Residual, Turn, Turned, random_turns, residual_of
 from ..rotations import cayley_step, hadamard, nearest_orthogonal
 from ..stats import Hessian, Stat, factorize, revive_dead
 
@@ -186,20 +184,18 @@ class SpinQuant(Method):
             raise LLQError(f"head_dim={self.head_dim}, but the model's is {residual.head_dim}")
         return replace(self, head_dim=residual.head_dim) if self.a_bits < OFF else self
 
+    @property
+    def rewrites(self) -> bool:
+        return True
+
     def rewrite(self, model: nn.Module, learned: Mapping[str, Tensor]) -> Rewrite:
         residual = residual_of(model)
         notes: dict[str, Any] = {"rotations": self.rotations, "seed": self.seed, "untied": residual.tied}
         if not learned:
-            return Turned(residual, *self._start(residual), notes=notes)
+            return Turned(residual, *random_turns(residual, self.seed), notes=notes)
         losses = learned["losses"].tolist()
         notes["learning_loss"] = [losses[0], losses[-1]]
         return Turned(residual, *_matrices([learned["r1"], *learned["r2"]]), notes=notes)
-
-    def _start(self, residual: Residual) -> tuple[Turn, list[Turn]]:
-        """R1 and R2 as random Hadamards."""
-        blocks = 1 + max(residual.values.values())
-        heads = [_signed(self.seed, f"r2.{block}", residual.head_dim) for block in range(blocks)]
-        return _signed(self.seed, "r1", residual.width), heads
 
     # --- learning the rotations -------------------------------------------------------------------------------------
 
@@ -216,7 +212,7 @@ class SpinQuant(Method):
         Needs four times the model's memory: its tensors, the turned ones, their gradients, and room to turn in.
         """
         residual = residual_of(model)
-        stream, heads = self._start(residual)
+        stream, heads = random_turns(residual, self.seed)
         device = ids_NS.device
         eyes = [torch.eye(n, device=device) for n in (residual.width, *[residual.head_dim] * len(heads))]
         rotations = [turn(eye) for turn, eye in zip((stream, *heads), eyes, strict=True)]
@@ -248,17 +244,6 @@ class _Down(SpinQuant):
 def _role(method: SpinQuant, projection: str) -> SpinQuant:
     kinds = {"o_proj": _Outputs, "down_proj": _Down if method.r4 else SpinQuant}
     return kinds.get(projection, SpinQuant)(**method.to_dict())
-
-
-def _signed(seed: int, part: str, n: int) -> Turn:
-    """x -> x diag(signs) H with random signs."""
-    random = np.random.RandomState(zlib.crc32(f"{seed}:{part}".encode()))
-    signs = torch.from_numpy(random.randint(0, 2, n) * 2.0 - 1)
-
-    def turn(x: Tensor) -> Tensor:
-        return hadamard(n, x.device).apply(x * signs.to(x))
-
-    return turn
 
 
 def _times(R: Tensor, x: Tensor) -> Tensor:

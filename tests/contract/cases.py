@@ -550,7 +550,7 @@ CHECKPOINTS: tuple[tuple[str, float, dict[str, Any]], ...] = (
     ("nf4", 4, {}),
     ("nf4", 3, {"icq": True, "tau_steps": 10}),
     ("efficient_qat", 2, {"tune_batch": 4}),
-    ("efficient_qat", 3, {"solved": True, "relative": True, "weight_lr": 5e-3, "tune_batch": 4, "distill": True}),
+    ("efficient_qat", 3, {"preset": "best", "epochs": 2, "tune_epochs": 1}),
 )
 
 

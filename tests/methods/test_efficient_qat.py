@@ -281,8 +281,11 @@ def files(tiny_llama: Path, calibration_npy: Path, tmp_path: Path) -> Callable[.
     return run
 
 
-def test_a_run_stopped_in_both_phases_ends_in_the_same_bytes(files: Callable[..., dict[str, str]], tmp_path: Path):
-    method = build("efficient_qat", **{**FAST, "tune_epochs": 17, "tune_batch": 2})
+@pytest.mark.parametrize("options", [{}, {"rotated": True, "distill": True}], ids=str)
+def test_a_run_stopped_in_both_phases_ends_in_the_same_bytes(
+    files: Callable[..., dict[str, str]], tmp_path: Path, options: dict
+):
+    method = build("efficient_qat", **{**FAST, "tune_epochs": 17, "tune_batch": 2, **options})
     whole = files("whole", method)
     with pytest.raises(KeyboardInterrupt):
         files("out", method, StopAfter("training", 2, 8 + 3))
@@ -292,4 +295,5 @@ def test_a_run_stopped_in_both_phases_ends_in_the_same_bytes(files: Callable[...
     assert files("out", method) == whole
     report = read_report(tmp_path / "out")
     assert all(record["tuned"] and record["last_loss"] < record["first_loss"] for record in report["linears"])
+    assert all(record["weight_error"] < 0.5 for record in report["linears"])  # of the weights that were quantized
     assert not (tmp_path / "out.training.safetensors").exists()
