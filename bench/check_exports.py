@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-PACKAGES = ["gptqmodel", "optimum", "transformers==5.23.0"]
+PACKAGES = ["gptqmodel>=7.7", "optimum", "transformers==5.23.0"]
 CASES = {
     "gptq-4bit": ("gptq", ["--method", "gptq", "--bits", "4"]),
     "gptq-4bit-act-order": ("gptq", ["--method", "gptq", "--bits", "4", "--act-order"]),
@@ -58,7 +58,8 @@ def environment(folder: Path) -> Path:
     python = folder / "bin" / "python"
     if not python.exists():
         run("uv", "venv", "--quiet", "--python", f"{sys.version_info[0]}.{sys.version_info[1]}", folder)
-        run("uv", "pip", "install", "--quiet", "--python", python, *PACKAGES)
+        # From there: in a folder of this project uv would hold it to this project's tested versions.
+        run("uv", "pip", "install", "--quiet", "--directory", folder, "--python", python, *PACKAGES)
     return python
 
 

@@ -40,6 +40,7 @@ HYBRIDS: dict[str, dict[str, object]] = {"": {}, ", costs predicted": {"measured
 BEST: dict[str, object] = {"bits": 2, "preset": "best"}
 ROWS: dict[str, dict[str, object]] = {
     "SpinQuant, 2 bits, `preset=best`": {"name": "spinquant", **BEST},
+    "SpinQuant, 2 bits, groups of 64, `preset=best`": {"name": "spinquant", "group_size": 64, **BEST},
     "QuIP, 2 bits, `preset=best`": {"name": "quip", **BEST},
     "AWQ, 2 bits, `preset=best`": {"name": "awq", **BEST},
     "GPTQ, 2 bits, groups of 64, `preset=best`": {"name": "gptq", "group_size": 64, **BEST},
@@ -49,8 +50,10 @@ ROWS: dict[str, dict[str, object]] = {
     "EfficientQAT, 2 bits, `preset=best`": {"name": "efficient_qat", **BEST},
     "QuIP, 3 bits, `preset=best`": {"name": "quip", "bits": 3, "preset": "best"},
     "SpinQuant, 3 bits, `preset=best`": {"name": "spinquant", "bits": 3, "preset": "best"},
-    "hybrid of QuIP `preset=best`, 2.549 bits": {"name": "hybrid", "bits": 2.549, "candidates": QUIPS},
-    "hybrid of QuIP `preset=best`, 3.049 bits": {"name": "hybrid", "bits": 3.049, "candidates": QUIPS},
+    **{
+        f"hybrid of QuIP `preset=best`, {bits} bits": {"name": "hybrid", "bits": bits, "candidates": QUIPS}
+        for bits in (2.281, 2.549, 3.049)
+    },
     "RTN, 3 bits": {"name": "rtn", "bits": 3},
     "RTN, 4 bits": {"name": "rtn", "bits": 4},
     "RTN, first half of the blocks 4 bits, the others 3": {"name": "hybrid", "rules": halves(4, 3)},

@@ -195,6 +195,10 @@ def test_codes_that_c_cannot_read_go_by_torch(isa: str):
         ("db_llm", {"group_size": -1, "scale_bits": 32}),
         ("billm", {}),
         ("billm", {"block_size": 256, "scale_bits": 32}),
+        ("nf4", {}),
+        ("nf4", {"bits": 3}),
+        ("nf4", {"icq": True, "block_size": 128}),
+        ("nf4", {"double_quant": False, "block_size": 32}),
         ("slim_llm", {"bits": 4, "group_size": 256, "scale_bits": 32}),
         ("slim_llm", {"bits": 3, "group_size": 64}),
     ],
@@ -220,6 +224,9 @@ def test_methods_multiply_what_they_dequantize(isa: str, name: str, options: dic
         ("db_llm", {}),
         ("billm", {}),
         ("billm", {"scale_bits": 32}),
+        ("nf4", {}),
+        ("nf4", {"bits": 2, "icq": True}),
+        ("nf4", {"icq": True, "double_quant": False, "block_size": 256}),
     ],
     ids=str,
 )
@@ -242,6 +249,8 @@ def random_packed(method: Method, out_features: int, in_features: int) -> Packed
         elif spec.dtype == torch.int32:
             packed[key] = torch.randint(-(2**31), 2**31 - 1, spec.shape, generator=random).to(torch.int32)
             packed[key] = packed[key].abs() if key == "seeds" else packed[key]
+        elif spec.dtype == torch.uint8:
+            packed[key] = torch.randint(0, 256, spec.shape, generator=random).to(torch.uint8)
         else:
             packed[key] = (torch.rand(spec.shape, generator=random) + 0.5).to(spec.dtype)
     return packed

@@ -23,15 +23,26 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .native import backend, describe, digits, floats, tiles
-from .stored import LevelCodes, Part, Stored, UniformCodes, readable
+from .stored import LevelCodes, Numbers, Part, Stored, TableCodes, UniformCodes, readable
 
-__all__ = ["LevelCodes", "Part", "Stored", "UniformCodes", "describe", "product", "reference"]
+__all__ = [
+    "LevelCodes",
+    "Numbers",
+    "Part",
+    "Stored",
+    "TableCodes",
+    "UniformCodes",
+    "describe",
+    "product",
+    "reference",
+]
 
 HALF = (torch.bfloat16, torch.float16)
 ALL = (*HALF, torch.float32)
 FEW = range(1, 17)
 FEW_LEVELS = range(1, 5)
 FEW_FLOATS = range(1, 5)
+FEW_TABLE = range(1, 9)
 MANY = range(1, 1 << 62)
 
 
@@ -63,6 +74,8 @@ TABLE = (
     Row(LevelCodes, "cpu", FEW_LEVELS, HALF, _whole_blocks, digits),
     Row(LevelCodes, "cpu", FEW_FLOATS, ALL, _whole_blocks, floats),
     Row(LevelCodes, "cpu", MANY, ALL, _whole_blocks, tiles),
+    Row(TableCodes, "cpu", FEW_TABLE, ALL, _whole_blocks, floats),
+    Row(TableCodes, "cpu", MANY, ALL, _whole_blocks, tiles),
 )
 
 

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from ..cache import cache_root
 from ..errors import LLQError
 from .build import ISAS, PACKAGED, library
-from .stored import LevelCodes, Part, Stored, UniformCodes
+from .stored import LevelCodes, Numbers, Part, Stored, TableCodes, UniformCodes
 
 DTYPES = {torch.float16: 1, torch.float32: 2, torch.bfloat16: 3}
 TILE = 512  # rows decoded at once: 4 MB of bf16 at 4096 columns, which stay in the cache until they are multiplied
@@ -51,6 +51,24 @@ class _Levels(ctypes.Structure):
         ("mean", Buffer),
         ("salient", Buffer),
         *((name, Int) for name in ("rows", "columns", "groups", "group_size", "dtype", "means")),
+    )
+
+
+class _Numbers(ctypes.Structure):
+    """`Numbers` of cpp/table.h."""
+
+    _fields_ = (("values", Buffer), ("map", Buffer), ("step", Buffer), ("mean", Buffer))
+
+
+class _Table(ctypes.Structure):
+    """`Table` of cpp/table.h."""
+
+    _fields_ = (
+        ("weight", Buffer),
+        ("levels", Buffer),
+        ("scale", _Numbers),
+        ("shift", _Numbers),
+        *((name, Int) for name in ("rows", "columns", "groups", "group_size", "bits")),
     )
 
 
@@ -151,16 +169,37 @@ def _dot(name: str, x: Tensor, stored: Stored, bias: Tensor | None) -> Tensor:
 
 def _function(stored: Stored, name: str) -> Any:
     """The C function of this name for such storage: llq_uniform_digits, llq_levels_decode, ..."""
-    found = backend()
+    found, families = backend(), {UniformCodes: "uniform", LevelCodes: "levels", TableCodes: "table"}
     assert found is not None
-    return getattr(found.library, f"llq_{'uniform' if isinstance(stored, UniformCodes) else 'levels'}_{name}")
+    return getattr(found.library, f"llq_{families[type(stored)]}_{name}")
 
 
 def _structs(stored: Stored) -> Any:
     if isinstance(stored, LevelCodes):
         return (_Levels * 1)(_levels(stored))
+    if isinstance(stored, TableCodes):
+        return (_Table * 1)(_table(stored))
     structs = [_struct(stored, part) for part in stored.parts]
     return (_Uniform * len(structs))(*structs)
+
+
+def _table(stored: TableCodes) -> _Table:
+    return _Table(
+        stored.weight.data_ptr(),
+        stored.levels.data_ptr(),
+        _numbers(stored.scale),
+        _numbers(stored.shift),
+        stored.rows,
+        stored.columns,
+        stored.groups,
+        stored.group_size,
+        stored.bits,
+    )
+
+
+def _numbers(numbers: Numbers | None) -> _Numbers:
+    parts = (None,) * 4 if numbers is None else (numbers.values, numbers.map, numbers.step, numbers.mean)
+    return _Numbers(*map(_pointer, parts))
 
 
 def _levels(stored: LevelCodes) -> _Levels:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..bits import BLOCK
+from ..bits import BLOCK, UNIT
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,10 +96,57 @@ class LevelCodes:
         return [tensor for tensor in found if tensor is not None]
 
 
-Stored = UniformCodes | LevelCodes
+@dataclass(frozen=True, eq=False)
+class Numbers:
+    """fp32 values, or uint8 codes: values = map[codes] * step + mean, a step for every 256 codes."""
+
+    values: Tensor
+    map: Tensor | None = None
+    step: Tensor | None = None
+    mean: Tensor | None = None
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        found = (self.values, self.map, self.step, self.mean)
+        return [tensor for tensor in found if tensor is not None]
+
+
+@dataclass(frozen=True, eq=False)
+class TableCodes:
+    """value = levels[code] * scale + shift, with a scale and a shift for every `group_size` weights of the flat matrix.
+
+    levels: fp32 [2**bits], of at most 4 bits. 4-bit codes: the first of two in the high half of a byte.
+    """
+
+    weight: Tensor
+    rows: int
+    columns: int
+    bits: int
+    levels: Tensor
+    group_size: int
+    scale: Numbers
+    shift: Numbers | None = None
+
+    @property
+    def groups(self) -> int:
+        """In a row."""
+        return self.columns // self.group_size
+
+    @property
+    def whole_blocks(self) -> bool:
+        """Whether groups and blocks of codes end where rows do."""
+        whole = self.columns % self.group_size == 0 and self.group_size % UNIT == 0
+        return whole and (self.bits == 4 or self.columns % BLOCK == 0)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [self.weight, self.levels, *self.scale.tensors, *(self.shift.tensors if self.shift else [])]
+
+
+Stored = UniformCodes | LevelCodes | TableCodes
 
 
 def readable(stored: Stored) -> bool:
     """Whether every tensor lies in memory as C expects it."""
-    dtypes = (torch.int32, torch.float16, torch.float32)
+    dtypes = (torch.int32, torch.uint8, torch.float16, torch.float32)
     return all(t.is_contiguous() and t.dtype in dtypes and t.device.type == "cpu" for t in stored.tensors)

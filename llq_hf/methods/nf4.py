@@ -41,6 +41,7 @@ from torch import Tensor
 from ..bits import pack, packed_words, unpack
 from ..errors import LLQError
 from ..grids import Spec
+from ..kernels import Numbers, TableCodes, product
 from ..method import Job, Method, Packed
 from ..stats import Stat
 
@@ -274,7 +275,8 @@ class NF4(Method):
     def linear(self, x: Tensor, packed: Packed, bias: Tensor | None, out_features: int) -> Tensor:
         kernels = _bitsandbytes() if self._has_kernel(x) else None
         if kernels is None:
-            return super().linear(x, packed, bias, out_features)
+            stored = self._readable(packed, out_features, x.shape[-1])
+            return product(x, stored, lambda: self.dequantize(packed, out_features, x.shape[-1]), bias)
         codes = packed["weight"].view(torch.uint8)[: -(-out_features * x.shape[-1] // 2), None]
         state = kernels.functional.QuantState(
             absmax=self._scales(packed),
@@ -291,6 +293,15 @@ class NF4(Method):
         tau_B1 = Eight.decode(packed["tau"], packed["tau_absmax"])[:, None].to(x.dtype)
         weight_OI = (weight_OI.view(-1, self.block_size) + tau_B1).view(out_features, -1)
         return torch.nn.functional.linear(x, weight_OI, bias)
+
+    def _readable(self, packed: Packed, out_features: int, in_features: int) -> TableCodes:
+        scale, shift = Numbers(packed["scale"]), None
+        if self.double_quant:
+            scale = Numbers(packed["scale"], dynamic_levels()[0], packed["scale_absmax"], packed["scale_mean"])
+        if self.icq:
+            shift = Numbers(packed["tau"], dynamic_levels()[0], packed["tau_absmax"])
+        table = levels(self.bits)[0]
+        return TableCodes(packed["weight"], out_features, in_features, self.bits, table, self.block_size, scale, shift)
 
     def _has_kernel(self, x: Tensor) -> bool:
         """Whether bitsandbytes serves this layout and these inputs; a width that blocks divide keeps blocks in rows."""

@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "levels.h"
+#include "table.h"
 #include "uniform.h"
 
 namespace {
@@ -191,5 +192,33 @@ void llq_levels_floats(const Levels* levels, int, const void* x, int dtype, int 
 
 void llq_levels_decode(const Levels* levels, int, int, int from, int to, int dtype, void* out, int threads) {
   decode(LevelWeight(*levels), from, to, (Dtype)dtype, out, threads);
+}
+
+// Groups divide the columns, and are whole units of 32.
+void llq_table_floats(const Table* table, int, const void* x, int dtype, int columns, int tokens, const float* bias, void* y,
+                      int threads) {
+  static thread_local std::vector<float> floats;
+  static thread_local Halved halved;
+  const TableWeight weight(*table);
+  const Call call{x, dtype, columns, tokens, bias, y, threads};
+  if (table->bits != 4) return multiply_floats(weight, call);
+  halved.read(call.floats(floats), columns, tokens, table->group_size);
+  const Halved* h = &halved;  // of this thread
+  over_rows(weight.rows(), threads, [&](int first, int last) {
+    static thread_local std::vector<float> sums;
+    static thread_local TableWeight::State state;
+    const int size = last - first;
+    sums.resize((int64_t)tokens * size);
+    weight.read(state, first, last);
+    int t = 0;
+    for (; t + AT_ONCE <= tokens; t += AT_ONCE)
+      dot_table<AT_ONCE>(weight, state, *h, t, first, last, sums.data() + (int64_t)t * size);
+    for (; t < tokens; t++) dot_table<1>(weight, state, *h, t, first, last, sums.data() + (int64_t)t * size);
+    call.store(sums, first, last, weight.rows());
+  });
+}
+
+void llq_table_decode(const Table* table, int, int, int from, int to, int dtype, void* out, int threads) {
+  decode(TableWeight(*table), from, to, (Dtype)dtype, out, threads);
 }
 }

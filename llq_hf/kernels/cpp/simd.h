@@ -35,11 +35,20 @@ INLINE Floats floats(const uint8_t* p) {
   return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)));
 }
 INLINE float total(Floats v) { return _mm512_reduce_add_ps(v); }
+// LANES bytes as int32.
+INLINE Bytes widened(const uint8_t* p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)); }
+INLINE Bytes high_half(Bytes v) { return _mm512_srli_epi32(v, 4); }
 // table[q[i]] for LANES codes below 8.
 INLINE Floats look_up(const float* table, const uint8_t* q) {
-  const __m512i at = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)q));
-  return _mm512_permutexvar_ps(at, _mm512_castps256_ps512(_mm256_loadu_ps(table)));
+  return _mm512_permutexvar_ps(widened(q), _mm512_castps256_ps512(_mm256_loadu_ps(table)));
 }
+// Sixteen levels, picked by the low 4 bits of every lane.
+struct Sixteen {
+  Floats all;
+  Sixteen() = default;
+  explicit Sixteen(const float* p) : all(loadf(p)) {}
+  INLINE Floats at(Bytes q) const { return _mm512_permutexvar_ps(q, all); }
+};
 
 // Sums of products of unsigned codes and signed digits, in int32.
 template <int BITS>
@@ -87,9 +96,20 @@ INLINE Floats add(Floats a, Floats b) { return _mm256_add_ps(a, b); }
 INLINE Floats floats(const uint8_t* p) {
   return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)));
 }
+INLINE Bytes widened(const uint8_t* p) { return _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)); }
+INLINE Bytes high_half(Bytes v) { return _mm256_srli_epi32(v, 4); }
 INLINE Floats look_up(const float* table, const uint8_t* q) {
-  return _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)q)));
+  return _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), widened(q));
 }
+struct Sixteen {
+  Floats low, high;
+  Sixteen() = default;
+  explicit Sixteen(const float* p) : low(loadf(p)), high(loadf(p + 8)) {}
+  INLINE Floats at(Bytes q) const {  // bit 3 chooses the half
+    const Floats half = _mm256_castsi256_ps(_mm256_slli_epi32(q, 28));
+    return _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, q), _mm256_permutevar8x32_ps(high, q), half);
+  }
+};
 INLINE float total(Floats v) {
   __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
   half = _mm_add_ps(half, _mm_movehl_ps(half, half));
