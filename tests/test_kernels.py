@@ -125,6 +125,23 @@ def test_every_regime_agrees_with_torch(isa: str, bits: int, dtype: torch.dtype)
             assert error(grid.linear(x, packed, None), expected) < 1.5 * ROUNDING[dtype] + FLOATS, kernel
 
 
+@pytest.mark.parametrize(("bits", "a_bits"), [(8, 8), (6, 6), (4, 4), (4, 8)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_products_of_integers_are_exact(isa: str, bits: int, a_bits: int, dtype: torch.dtype):
+    """Few tokens go by the kernel: as torch's int32 sums to the last digits of fp32, rounded once."""
+    method = build("smoothquant", bits=bits, a_bits=a_bits)
+    packed = random_packed(method, 150, 512)
+    for tokens in (1, 3, 8):
+        x = torch.randn(tokens, 512, generator=generator(tokens)).to(dtype)
+        codes = method.tokens.codes(x / packed["in_scale"].float())[0]
+        assert kernels.choose(codes, method.grid.readable(packed, 512)) is native.digits
+        y = method.linear(x, packed, None, 150)
+        with kernels.reference():
+            expected = method.linear(x.float(), packed, None, 150)
+        assert y.dtype == dtype
+        assert error(y, expected.double()) < ROUNDING[dtype]
+
+
 def test_an_outlier_leaves_the_other_columns_their_digits(isa: str):
     """One activation 100 times the others costs its own block of 128 columns precision, not the rest."""
     grid = Uniform(4, 128)

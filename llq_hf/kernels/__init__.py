@@ -32,6 +32,7 @@ __all__ = [
     "Stored",
     "TableCodes",
     "UniformCodes",
+    "choose",
     "describe",
     "product",
     "reference",
@@ -68,7 +69,7 @@ def _any(stored: Stored) -> bool:
 # The first row that fits serves.
 TABLE = (
     #   storage       device  tokens      activations  where          kernel
-    Row(UniformCodes, "cpu", FEW, HALF, _whole_blocks, digits),
+    Row(UniformCodes, "cpu", FEW, (*HALF, torch.int8), _whole_blocks, digits),
     Row(UniformCodes, "cpu", FEW_FLOATS, ALL, _any, floats),
     Row(UniformCodes, "cpu", MANY, ALL, _any, tiles),
     Row(LevelCodes, "cpu", FEW_LEVELS, HALF, _whole_blocks, digits),
@@ -92,7 +93,7 @@ def product(x: Tensor, stored: Stored | None, dense: Callable[[], Tensor], bias:
 
 
 def choose(x: Tensor, stored: Stored | None) -> Callable[[Tensor, Stored, Tensor | None], Tensor] | None:
-    """The kernel for this call; None: torch's own operations."""
+    """The kernel for this call; None: torch's own operations. Of int8 activations y is fp32, and exact but for that."""
     if stored is None or reference.depth or x.numel() == 0 or (x.requires_grad and torch.is_grad_enabled()):
         return None
     tokens = x.numel() // x.shape[-1]

@@ -157,6 +157,8 @@ def decode(stored: Stored, first: int, last: int, out_RI: Tensor) -> None:
 
 
 def _dot(name: str, x: Tensor, stored: Stored, bias: Tensor | None) -> Tensor:
+    if not x.is_floating_point():
+        x = x.float()
     x_TI = x.reshape(-1, stored.columns).contiguous()
     y_TO = torch.empty(len(x_TI), stored.rows, dtype=x.dtype)
     bias_O = None if bias is None else bias.float().contiguous()

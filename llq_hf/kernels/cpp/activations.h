@@ -45,7 +45,12 @@ void split(const float* x, int64_t columns, int tokens, int bits, const std::vec
     for (int k = 0; k < blocks; k++) {
       const float* from = x + t * columns + (int64_t)source(k) * BLOCK;
       float most = 0;
-      for (int i = 0; i < BLOCK; i++) most = std::fmax(most, std::fabs(from[i]));
+      bool whole = true;
+      for (int i = 0; i < BLOCK; i++) {
+        most = std::fmax(most, std::fabs(from[i]));
+        whole &= from[i] == std::rint(from[i]);
+      }
+      if (whole && most <= 127) most = 127;  // the high digit is the number itself: products of integers are exact
       const float step = most / TOP, inverse = most > 0 ? TOP / most : 0;
       int8_t* high = out.digits.data() + ((int64_t)t * blocks + k) * 2 * BLOCK;
       int8_t* low = high + BLOCK;
