@@ -128,16 +128,16 @@ def test_every_regime_agrees_with_torch(isa: str, bits: int, dtype: torch.dtype)
 @pytest.mark.parametrize(("bits", "a_bits"), [(8, 8), (6, 6), (4, 4), (4, 8)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_products_of_integers_are_exact(isa: str, bits: int, a_bits: int, dtype: torch.dtype):
-    """Few tokens go by the kernel: as torch's int32 sums to the last digits of fp32, rounded once."""
+    """As torch's int32 sums to the last digits of fp32, rounded once: few tokens, and many; 600 rows: two tiles."""
     method = build("smoothquant", bits=bits, a_bits=a_bits)
-    packed = random_packed(method, 150, 512)
-    for tokens in (1, 3, 8):
-        x = torch.randn(tokens, 512, generator=generator(tokens)).to(dtype)
+    packed = random_packed(method, 600, 556)
+    for tokens, kernel in ((1, native.digits), (8, native.digits), (40, native.integer_tiles)):
+        x = torch.randn(tokens, 556, generator=generator(tokens)).to(dtype)
         codes = method.tokens.codes(x / packed["in_scale"].float())[0]
-        assert kernels.choose(codes, method.grid.readable(packed, 512)) is native.digits
-        y = method.linear(x, packed, None, 150)
+        assert kernels.choose(codes, method.grid.readable(packed, 556)) is kernel
+        y = method.linear(x, packed, None, 600)
         with kernels.reference():
-            expected = method.linear(x.float(), packed, None, 150)
+            expected = method.linear(x.float(), packed, None, 600)
         assert y.dtype == dtype
         assert error(y, expected.double()) < ROUNDING[dtype]
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .native import backend, describe, digits, floats, tiles
+from .native import backend, describe, digits, floats, integer_tiles, tiles
 from .stored import LevelCodes, Numbers, Part, Stored, TableCodes, UniformCodes, readable
 
 __all__ = [
@@ -62,6 +62,10 @@ def _whole_blocks(stored: Stored) -> bool:
     return stored.whole_blocks
 
 
+def _centred_rows(stored: Stored) -> bool:
+    return isinstance(stored, UniformCodes) and stored.centred
+
+
 def _any(stored: Stored) -> bool:
     return True
 
@@ -70,6 +74,7 @@ def _any(stored: Stored) -> bool:
 TABLE = (
     #   storage       device  tokens      activations  where          kernel
     Row(UniformCodes, "cpu", FEW, (*HALF, torch.int8), _whole_blocks, digits),
+    Row(UniformCodes, "cpu", MANY, (torch.int8,), _centred_rows, integer_tiles),
     Row(UniformCodes, "cpu", FEW_FLOATS, ALL, _any, floats),
     Row(UniformCodes, "cpu", MANY, ALL, _any, tiles),
     Row(LevelCodes, "cpu", FEW_LEVELS, HALF, _whole_blocks, digits),

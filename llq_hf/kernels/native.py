@@ -149,6 +149,25 @@ def tiles(x: Tensor, stored: Stored, bias: Tensor | None) -> Tensor:
     return y_TO.view(*x.shape[:-1], stored.rows)
 
 
+def integer_tiles(x: Tensor, stored: Stored, bias: Tensor | None) -> Tensor:
+    """fp32 y of many tokens in int8, with int32 sums: weights of one scale a row, their zero the middle code."""
+    assert isinstance(stored, UniformCodes)
+    scale, zero = stored.scale, stored.zero
+    assert isinstance(scale, Tensor)
+    assert isinstance(zero, float)
+    tile_RI = torch.empty(min(TILE, stored.rows), stored.columns, dtype=torch.int8)
+    x_TI = x.reshape(-1, stored.columns).contiguous()
+    y_TO = torch.empty(len(x_TI), stored.rows)
+    structs, threads = _structs(stored), Int(torch.get_num_threads())
+    for first in range(0, stored.rows, TILE):
+        last = min(first + TILE, stored.rows)
+        where = (Int(first), Int(last), Int(int(zero)), Buffer(tile_RI.data_ptr()))
+        _function(stored, "centred")(structs, *where, threads)
+        y_TO[:, first:last] = torch._int_mm(x_TI, tile_RI[: last - first].T)
+    y_TO *= scale.float().T
+    return (y_TO if bias is None else y_TO + bias).view(*x.shape[:-1], stored.rows)
+
+
 def decode(stored: Stored, first: int, last: int, out_RI: Tensor) -> None:
     """Rows first..last of the weight into the first rows of `out_RI`, in its dtype."""
     structs = _structs(stored)

@@ -57,6 +57,12 @@ class UniformCodes:
         return self.groups == 1 or self.group_size % BLOCK == 0
 
     @property
+    def centred(self) -> bool:
+        """Whether int8 holds code - zero, with one scale a row: products can be those of integers."""
+        middle = self.zero == 2 ** (self.parts[0].bits - 1) and len(self.parts) == 1
+        return middle and isinstance(self.scale, Tensor) and self.groups == 1
+
+    @property
     def tensors(self) -> list[Tensor]:
         found = (self.weight, self.scale, self.zero, *(part.blocks for part in self.parts))
         return [tensor for tensor in found if isinstance(tensor, Tensor)]

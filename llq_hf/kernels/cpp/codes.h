@@ -118,19 +118,22 @@ INLINE void codes(const uint8_t* const* p, Bytes* out) {
   }
 }
 
+// Calls put(slot, its 16 codes) for one block of one row. No detour over memory: a load that spans two fresh stores waits
+// for both.
+template <int BITS, typename Put>
+INLINE void each_slot(const uint8_t* p, Put put) {
+  const uint8_t* rows[4] = {p, p, p, p};
+  constexpr int taken = WIDTH / ROWS<BITS> / 16;  // slots of each vector that belong to the first row
+  Bytes v[VECTORS<BITS>];
+  codes<BITS>(rows, v);
+#pragma GCC unroll 8
+  for (int place = 0; place < SLOTS; place++) put(slot_of(BITS, place), lane16(v[place / taken], place % taken));
+}
+
 // The codes of one block of one row in the order of the columns.
 template <int BITS>
 INLINE void ordered_codes(const uint8_t* p, uint8_t* out) {
-  const uint8_t* rows[4] = {p, p, p, p};
-  alignas(64) uint8_t raw[ROWS<BITS> * BLOCK];
-  Bytes v[VECTORS<BITS>];
-  codes<BITS>(rows, v);
-  for (int n = 0; n < VECTORS<BITS>; n++) memcpy(raw + n * WIDTH, &v[n], WIDTH);
-  constexpr int taken = WIDTH / ROWS<BITS>;  // bytes of each vector that belong to the first row
-  for (int place = 0; place < SLOTS; place++) {
-    const int byte = place * 16;
-    memcpy(out + 16 * slot_of(BITS, place), raw + byte / taken * WIDTH + byte % taken, 16);
-  }
+  each_slot<BITS>(p, [&](int slot, __m128i q) { _mm_storeu_si128((__m128i*)(out + 16 * slot), q); });
 }
 
 // Calls f with a constant of the width.

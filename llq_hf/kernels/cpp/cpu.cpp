@@ -152,6 +152,14 @@ void llq_uniform_decode(const Uniform* parts, int count, int columns, int from, 
   decode(UniformWeight(parts, count, columns), from, to, (Dtype)dtype, out, threads);
 }
 
+// Rows from..to as int8: codes less `centre`.
+void llq_uniform_centred(const Uniform* weight, int from, int to, int centre, uint8_t* out, int threads) {
+  const Part part(*weight);
+  over_rows(to - from, threads, [&](int first, int last) {
+    for (int r = first; r < last; r++) centred_row(part, from + r, centre, out + (int64_t)r * weight->columns);
+  });
+}
+
 // Columns must be whole blocks.
 void llq_levels_digits(const Levels* levels, int, const void* x, int dtype, int columns, int tokens, const float* bias, void* y,
                        int threads) {

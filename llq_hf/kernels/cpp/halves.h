@@ -24,24 +24,12 @@ INLINE __m256i pick16(__m128i codes, Bytes levels) {
   return _mm512_castsi512_si256(_mm512_permutexvar_epi16(_mm512_castsi256_si512(_mm256_cvtepu8_epi16(codes)), levels));
 }
 
-// A block of codes of one row as halves; salient: 128 bytes to be OR-ed to the codes, or null. No detour over memory: a
-// load that spans two fresh stores waits for both.
+// A block of codes of one row as halves; salient: 128 bytes to be OR-ed to the codes, or null.
 template <int BITS>
 INLINE void pick(const uint8_t* p, Bytes levels, const uint8_t* salient, uint16_t* out) {
-  const uint8_t* rows[4] = {p, p, p, p};
-  constexpr int taken = WIDTH / ROWS<BITS> / 16;  // slots of each vector that belong to the first row
-  Bytes v[VECTORS<BITS>];
-  codes<BITS>(rows, v);
-#pragma GCC unroll 8
-  for (int place = 0; place < SLOTS; place++) {
-    const int slot = slot_of(BITS, place), lane = place % taken;
-    const Bytes& from = v[place / taken];
-    __m128i q = lane == 0   ? _mm512_castsi512_si128(from)
-                : lane == 1 ? _mm512_extracti32x4_epi32(from, 1)
-                : lane == 2 ? _mm512_extracti32x4_epi32(from, 2)
-                            : _mm512_extracti32x4_epi32(from, 3);
+  each_slot<BITS>(p, [&](int slot, __m128i q) {
     if (salient) q = _mm_or_si128(q, _mm_loadu_si128((const __m128i*)(salient + 16 * slot)));
     _mm256_storeu_si256((__m256i*)(out + 16 * slot), pick16(q, levels));
-  }
+  });
 }
 #endif

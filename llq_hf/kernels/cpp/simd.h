@@ -35,6 +35,13 @@ INLINE Floats floats(const uint8_t* p) {
   return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)));
 }
 INLINE float total(Floats v) { return _mm512_reduce_add_ps(v); }
+// 16 bytes of a vector.
+INLINE __m128i lane16(Bytes v, int lane) {
+  return lane == 0   ? _mm512_castsi512_si128(v)
+         : lane == 1 ? _mm512_extracti32x4_epi32(v, 1)
+         : lane == 2 ? _mm512_extracti32x4_epi32(v, 2)
+                     : _mm512_extracti32x4_epi32(v, 3);
+}
 // LANES bytes as int32.
 INLINE Bytes widened(const uint8_t* p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)); }
 INLINE Bytes high_half(Bytes v) { return _mm512_srli_epi32(v, 4); }
@@ -96,6 +103,7 @@ INLINE Floats add(Floats a, Floats b) { return _mm256_add_ps(a, b); }
 INLINE Floats floats(const uint8_t* p) {
   return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)));
 }
+INLINE __m128i lane16(Bytes v, int lane) { return lane ? _mm256_extracti128_si256(v, 1) : _mm256_castsi256_si128(v); }
 INLINE Bytes widened(const uint8_t* p) { return _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)); }
 INLINE Bytes high_half(Bytes v) { return _mm256_srli_epi32(v, 4); }
 INLINE Floats look_up(const float* table, const uint8_t* q) {

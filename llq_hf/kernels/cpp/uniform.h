@@ -148,6 +148,20 @@ inline void tail_values(const Part& part, const float* scale, const float* zero,
   }
 }
 
+// The codes of a row less `centre`, in int8.
+inline void centred_row(const Part& part, int r, int centre, uint8_t* out) {
+  const uint8_t* p = part.row(r);
+  const int bits = part.w.bits, columns = part.w.columns;
+  const __m128i all = _mm_set1_epi8((char)centre);
+  with_bits(bits, [&](auto width) {
+    for (int k = 0; k < part.blocks; k++)
+      each_slot<width>(p + (int64_t)k * 16 * width, [&](int slot, __m128i q) {
+        _mm_storeu_si128((__m128i*)(out + k * BLOCK + 16 * slot), _mm_sub_epi8(q, all));
+      });
+  });
+  for (int i = part.blocks * BLOCK; i < columns; i++) out[i] = code_at(p, i, columns, bits) - centre;
+}
+
 // All parts of a weight.
 struct UniformWeight {
   using State = std::vector<Grids>;  // of some rows, by part
