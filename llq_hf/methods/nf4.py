@@ -17,7 +17,7 @@ Storage (N = O I weights, B = ceil(N / 64) blocks, S = ceil(B / 256) super-block
     tau           [B]                   uint8   8 / 64              only with icq, as the next
     tau_absmax    [S]                   fp32    32 / (64 * 256)
 4 bits store 4.127, with icq 4.254. Codes of 4 bits lie in the very bytes of bitsandbytes (the first of two in the high
-half), so that its kernels read them where they are; `linear` uses them where bitsandbytes is installed.
+half), so that its CUDA kernels read them where they are; `linear` uses them where bitsandbytes is installed.
 
 Codes, scales and mean equal bitsandbytes' bit for bit, with two exceptions. A block of zeros gets the code of zero
 (theirs divides by zero). And 8-bit codes are the nearest always, as in its CUDA kernels; its CPU kernel rounds to 65536
