@@ -7,8 +7,8 @@ weights multiplied by it. Then weights are rounded to nearest per row, q in +-(2
 bits-1) - 1), and every token of every linear's input finds its own step of the same form at run time (`a_bits` bits).
 `quantize_bmm_input` does the same to what q, k and v projections put out, before the rotary embedding.
 
-y = (codes_x codes_W^T) * step_x * step_W is computed in int8 on CPUs with VNNI (by our kernels, or `torch._int_mm` without
-them) and on CUDA, else in fp32; weights are decoded for the product, tile by tile or whole, and forgotten. Where the
+y = (codes_x codes_W^T) * step_x * step_W is computed in int8 on CPUs with VNNI (our kernels, else `torch._int_mm`) and
+on CUDA, else in fp32; weights are decoded for the product, tile by tile or whole, and forgotten. Where the
 input wants a gradient, rounding passes it through.
 
 Storage
