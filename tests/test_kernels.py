@@ -24,6 +24,7 @@ from llq_hf.kernels import native
 from llq_hf.linear import QuantLinear
 from llq_hf.method import Method, Packed
 from llq_hf.methods import build
+from llq_hf.methods.pb_llm import PBLLM
 from llq_hf.run import quantize_checkpoint
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -212,6 +213,9 @@ def test_codes_that_c_cannot_read_go_by_torch(isa: str):
         ("db_llm", {"group_size": -1, "scale_bits": 32}),
         ("billm", {}),
         ("billm", {"block_size": 256, "scale_bits": 32}),
+        ("pb_llm", {"bits": 1.7}),
+        ("pb_llm", {"bits": 2.6, "group_size": 256}),
+        ("pb_llm", {"bits": 3.5}),
         ("nf4", {}),
         ("nf4", {"bits": 3}),
         ("nf4", {"icq": True, "block_size": 128}),
@@ -244,6 +248,9 @@ def test_methods_multiply_what_they_dequantize(isa: str, name: str, options: dic
         ("nf4", {}),
         ("nf4", {"bits": 2, "icq": True}),
         ("nf4", {"icq": True, "double_quant": False, "block_size": 256}),
+        ("pb_llm", {"bits": 1.7}),
+        ("pb_llm", {"bits": 2.0, "group_size": -1, "scale_bits": 32}),
+        ("pb_llm", {"bits": 1.05}),
     ],
     ids=str,
 )
@@ -270,6 +277,11 @@ def random_packed(method: Method, out_features: int, in_features: int) -> Packed
             packed[key] = torch.randint(0, 256, spec.shape, generator=random).to(torch.uint8)
         else:
             packed[key] = (torch.rand(spec.shape, generator=random) + 0.5).to(spec.dtype)
+    if isinstance(method, PBLLM):  # a list of positions: only one that belongs to a mask can be read
+        positions = method._positions(out_features, in_features)
+        mask_N = torch.zeros(positions.total, dtype=torch.bool)
+        mask_N[torch.randperm(positions.total, generator=random)[: positions.count]] = True
+        packed |= positions.pack(mask_N)
     return packed
 
 

@@ -23,12 +23,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .native import backend, describe, digits, floats, integer_tiles, tiles
-from .stored import LevelCodes, Numbers, Part, Stored, TableCodes, UniformCodes, readable
+from .stored import LevelCodes, Numbers, Part, SalientCodes, Stored, TableCodes, UniformCodes, readable
 
 __all__ = [
     "LevelCodes",
     "Numbers",
     "Part",
+    "SalientCodes",
     "Stored",
     "TableCodes",
     "UniformCodes",
@@ -82,6 +83,8 @@ TABLE = (
     Row(LevelCodes, "cpu", MANY, ALL, _whole_blocks, tiles),
     Row(TableCodes, "cpu", FEW_TABLE, ALL, _whole_blocks, floats),
     Row(TableCodes, "cpu", MANY, ALL, _whole_blocks, tiles),
+    Row(SalientCodes, "cpu", FEW_FLOATS, ALL, _whole_blocks, floats),
+    Row(SalientCodes, "cpu", MANY, ALL, _whole_blocks, tiles),
 )
 
 

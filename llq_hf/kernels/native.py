@@ -18,9 +18,10 @@ from torch.nn import functional as F
 from ..cache import cache_root
 from ..errors import LLQError
 from .build import ISAS, PACKAGED, library
-from .stored import LevelCodes, Numbers, Part, Stored, TableCodes, UniformCodes
+from .stored import LevelCodes, Numbers, Part, SalientCodes, Stored, TableCodes, UniformCodes
 
 DTYPES = {torch.float16: 1, torch.float32: 2, torch.bfloat16: 3}
+FAMILIES = {UniformCodes: "uniform", LevelCodes: "levels", TableCodes: "table", SalientCodes: "salient"}
 TILE = 512  # rows decoded at once: 4 MB of bf16 at 4096 columns, which stay in the cache until they are multiplied
 
 Buffer = ctypes.c_void_p
@@ -69,6 +70,18 @@ class _Table(ctypes.Structure):
         ("scale", _Numbers),
         ("shift", _Numbers),
         *((name, Int) for name in ("rows", "columns", "groups", "group_size", "bits")),
+    )
+
+
+class _Salient(ctypes.Structure):
+    """`Salient` of cpp/salient.h."""
+
+    _fields_ = (
+        ("weight", Buffer),
+        ("row_bytes", ctypes.c_int64),
+        *((name, Buffer) for name in ("scale", "mean", "own_scale", "own_zero", "code", "high", "low")),
+        *((name, ctypes.c_int64) for name in ("count", "unary")),
+        *((name, Int) for name in ("rows", "columns", "groups", "group_size", "dtype", "low_bits")),
     )
 
 
@@ -190,9 +203,9 @@ def _dot(name: str, x: Tensor, stored: Stored, bias: Tensor | None) -> Tensor:
 
 def _function(stored: Stored, name: str) -> Any:
     """The C function of this name for such storage: llq_uniform_digits, llq_levels_decode, ..."""
-    found, families = backend(), {UniformCodes: "uniform", LevelCodes: "levels", TableCodes: "table"}
+    found = backend()
     assert found is not None
-    return getattr(found.library, f"llq_{families[type(stored)]}_{name}")
+    return getattr(found.library, f"llq_{FAMILIES[type(stored)]}_{name}")
 
 
 def _structs(stored: Stored) -> Any:
@@ -200,8 +213,27 @@ def _structs(stored: Stored) -> Any:
         return (_Levels * 1)(_levels(stored))
     if isinstance(stored, TableCodes):
         return (_Table * 1)(_table(stored))
+    if isinstance(stored, SalientCodes):
+        return (_Salient * 1)(_salient(stored))
     structs = [_struct(stored, part) for part in stored.parts]
     return (_Uniform * len(structs))(*structs)
+
+
+def _salient(stored: SalientCodes) -> _Salient:
+    tensors = (stored.scale, stored.mean, stored.own_scale, stored.own_zero, stored.code, stored.high, stored.low)
+    return _Salient(
+        stored.weight.data_ptr(),
+        stored.weight.shape[1] * 4,
+        *map(_pointer, tensors),
+        stored.count,
+        stored.unary,
+        stored.rows,
+        stored.columns,
+        stored.groups,
+        stored.group_size,
+        DTYPES[stored.scale.dtype],
+        stored.low_bits,
+    )
 
 
 def _table(stored: TableCodes) -> _Table:

@@ -149,7 +149,48 @@ class TableCodes:
         return [self.weight, self.levels, *self.scale.tensors, *(self.shift.tensors if self.shift else [])]
 
 
-Stored = UniformCodes | LevelCodes | TableCodes
+@dataclass(frozen=True, eq=False)
+class SalientCodes:
+    """value = mean +- scale by the sign bits [O, I] in `weight`, a mean and a scale for every row and group of columns.
+
+    Of `count` listed weights the sign is the top bit of a code of 8 bits, whose others lie in `code`: value = own_scale
+    * (code - own_zero), with a grid for every row. The list is Elias and Fano's: `low_bits` of a position as they are,
+    its high part in unary among `unary` bits.
+    """
+
+    weight: Tensor
+    columns: int
+    scale: Tensor
+    mean: Tensor
+    group_size: int
+    own_scale: Tensor
+    own_zero: Tensor
+    code: Tensor
+    high: Tensor
+    low: Tensor | None
+    count: int
+    unary: int
+    low_bits: int
+
+    @property
+    def rows(self) -> int:
+        return self.weight.shape[0]
+
+    @property
+    def groups(self) -> int:
+        return self.scale.shape[1]
+
+    @property
+    def whole_blocks(self) -> bool:
+        return self.groups == 1 or self.group_size % BLOCK == 0
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        found = [self.weight, self.scale, self.mean, self.own_scale, self.own_zero, self.code, self.high]
+        return found if self.low is None else [*found, self.low]
+
+
+Stored = UniformCodes | LevelCodes | TableCodes | SalientCodes
 
 
 def readable(stored: Stored) -> bool:

@@ -48,6 +48,7 @@ from ..bits import pack, packed_words, unpack
 from ..errors import LLQError
 from ..feedback import by_columns
 from ..grids import Grid, Spec, Uniform
+from ..kernels import SalientCodes, product
 from ..method import Flow, Job, Method, Packed
 from ..refine import Objective, descend, refit_levels
 from ..stats import PairedHessian, Stat, factorize, revive_dead
@@ -76,6 +77,10 @@ class Positions:
         return self.listed + ((self.total - 1) >> low_bits)
 
     @property
+    def unary_bits(self) -> int:
+        return self._unary_bits(self.low_bits or 0)
+
+    @property
     def low_bits(self) -> int | None:
         """Bits of a position stored as they are; None: a bitmap is no larger."""
         sizes = [self.listed * low + self._unary_bits(low) for low in range(9)]
@@ -85,7 +90,7 @@ class Positions:
         if self.listed == 0:
             return {}
         low = self.low_bits
-        plane = self.total if low is None else self._unary_bits(low)
+        plane = self.total if low is None else self.unary_bits
         layout = {"position": Spec((packed_words(plane, 1),), torch.int32)}
         if low:
             layout["position_low"] = Spec((packed_words(self.listed, low),), torch.int32)
@@ -99,7 +104,7 @@ class Positions:
         if low is None:
             return {"position": pack(salient_N.to(torch.uint8), 1)}
         listed_K = (salient_N if self.listed == self.count else ~salient_N).nonzero().flatten()
-        unary = torch.zeros(self._unary_bits(low), dtype=torch.uint8, device=salient_N.device)
+        unary = torch.zeros(self.unary_bits, dtype=torch.uint8, device=salient_N.device)
         unary[(listed_K >> low) + torch.arange(self.listed, device=salient_N.device)] = 1
         packed = {"position": pack(unary, 1)}
         if low:
@@ -113,7 +118,7 @@ class Positions:
         low = self.low_bits
         if low is None:
             return unpack(packed["position"], 1, self.total).nonzero().flatten()
-        ones_K = unpack(packed["position"], 1, self._unary_bits(low)).nonzero().flatten()
+        ones_K = unpack(packed["position"], 1, self.unary_bits).nonzero().flatten()
         listed_K = (ones_K - torch.arange(self.listed, device=device)) << low
         if low:
             listed_K |= unpack(packed["position_low"], low, self.listed)
@@ -321,6 +326,31 @@ class PBLLM(Method):
             "salient_scale": coder.grid.scale.flatten().to(self._scale_dtype),
             "salient_zero": coder.grid.zero.flatten().to(torch.uint8),
         }
+
+    def linear(self, x: Tensor, packed: Packed, bias: Tensor | None, out_features: int) -> Tensor:
+        stored = self._readable(packed, out_features, x.shape[-1])
+        return product(x, stored, lambda: self.dequantize(packed, out_features, x.shape[-1]), bias)
+
+    def _readable(self, packed: Packed, out_features: int, in_features: int) -> SalientCodes | None:
+        """None: the salient weights are not what is listed."""
+        positions = self._positions(out_features, in_features)
+        if not positions.count or positions.listed < positions.count or positions.low_bits is None:
+            return None
+        return SalientCodes(
+            weight=packed["weight"],
+            columns=in_features,
+            scale=packed["scale"],
+            mean=packed["mean"],
+            group_size=self._sizes(in_features)[0],
+            own_scale=packed["salient_scale"],
+            own_zero=packed["salient_zero"],
+            code=packed["code"],
+            high=packed["position"],
+            low=packed.get("position_low"),
+            count=positions.count,
+            unary=positions.unary_bits,
+            low_bits=positions.low_bits,
+        )
 
     def dequantize(self, packed: Packed, out_features: int, in_features: int) -> Tensor:
         size = self._sizes(in_features)[0]

@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "levels.h"
+#include "salient.h"
 #include "table.h"
 #include "uniform.h"
 
@@ -200,6 +201,15 @@ void llq_levels_floats(const Levels* levels, int, const void* x, int dtype, int 
 
 void llq_levels_decode(const Levels* levels, int, int, int from, int to, int dtype, void* out, int threads) {
   decode(LevelWeight(*levels), from, to, (Dtype)dtype, out, threads);
+}
+
+void llq_salient_floats(const Salient* salient, int, const void* x, int dtype, int columns, int tokens, const float* bias,
+                        void* y, int threads) {
+  multiply_floats(SalientWeight(*salient), Call{x, dtype, columns, tokens, bias, y, threads});
+}
+
+void llq_salient_decode(const Salient* salient, int, int, int from, int to, int dtype, void* out, int threads) {
+  decode(SalientWeight(*salient), from, to, (Dtype)dtype, out, threads);
 }
 
 // Groups divide the columns, and are whole units of 32.
