@@ -21,27 +21,15 @@ struct Salient {
   int32_t rows, columns, groups, group_size, dtype, low_bits;
 };
 
-// Codes of a flat list, decoded 128 at a time.
-struct Stream {
-  const uint8_t* p;
-  int64_t count, block = -1;
-  int bits;
-  uint8_t q[BLOCK];
-
-  Stream(const uint8_t* p, int64_t count, int bits) : p(p), count(count), bits(bits) {}
-  int at(int64_t k) {
-    if (!bits) return 0;
-    if (k / BLOCK != block) {
-      block = k / BLOCK;
-      if ((block + 1) * BLOCK <= count) {
-        with_bits(bits, [&](auto width) { ordered_codes<width>(p + block * 16 * width, q); });
-      } else {
-        for (int64_t i = block * BLOCK; i < count; i++) q[i % BLOCK] = code_at(p, i, count, bits);
-      }
-    }
-    return q[k % BLOCK];
-  }
-};
+// Codes first..last of a list of `count`, from out[first % BLOCK] on.
+inline void read_codes(const uint8_t* p, int64_t count, int bits, int64_t first, int64_t last, std::vector<uint8_t>& out) {
+  const int64_t begin = first / BLOCK * BLOCK, whole = std::min(count / BLOCK * BLOCK, (last + BLOCK - 1) / BLOCK * BLOCK);
+  out.resize(last - begin + BLOCK);
+  with_bits(bits, [&](auto width) {
+    for (int64_t i = begin; i < whole; i += BLOCK) ordered_codes<width>(p + i / BLOCK * 16 * width, out.data() + i - begin);
+  });
+  for (int64_t i = std::max(whole, begin); i < last; i++) out[i - begin] = code_at(p, i, count, bits);
+}
 
 struct SalientWeight {
   static constexpr int SPAN = 32;  // blocks whose zeros are counted together
@@ -49,11 +37,12 @@ struct SalientWeight {
   int blocks;
   std::vector<int64_t> zeros;  // before each span
 
-  // Of some rows: levels by group, and the salient weights, row by row.
+  // Of some rows: levels by group; and the salient weights, row by row.
   struct State {
     std::vector<float> scale, mean, own_scale;
-    std::vector<int32_t> column, begin;  // begin: of each row in column and code
-    std::vector<uint8_t> code;
+    std::vector<int32_t> position, begin;  // position: from the first row on; begin: of each row among them
+    std::vector<uint8_t> low, code;
+    int64_t skipped;  // codes before the first one
   };
 
   explicit SalientWeight(const Salient& w) : w(w), blocks(w.columns / BLOCK), zeros{0} {
@@ -93,27 +82,49 @@ struct SalientWeight {
       out[i % BLOCK / 64] |= (uint64_t)code_at(w.high, i, w.unary, 1) << i % 64;
   }
 
-  // Calls put(k, position) for the salient weights from flat position `from` on, until it says false.
-  template <typename Put>
-  void listed(int64_t from, Put put) const {
-    const int64_t wanted = from >> w.low_bits;  // zeros to pass
-    const int64_t span = std::lower_bound(zeros.begin() + 1, zeros.end(), wanted) - zeros.begin() - 1;
+  // Where the ones of high part `high` begin, or a little before: a block, and how many ones come before it.
+  struct Place {
+    int64_t block, ones;
+  };
+  Place place(int64_t high) const {
+    const int64_t span = std::lower_bound(zeros.begin() + 1, zeros.end(), high) - zeros.begin() - 1;
     int64_t passed = zeros[span], block = span * SPAN;
-    const int64_t whole = w.unary / BLOCK;
-    while (block < whole && passed + BLOCK - ones_of(block) < wanted) passed += BLOCK - ones_of(block++);
-    Stream low(w.low, w.count, w.low_bits);
-    for (int64_t k = block * BLOCK - passed; block <= whole; block++) {
+    for (const int64_t whole = w.unary / BLOCK; block < whole; block++) {
+      const int here = BLOCK - ones_of(block);
+      if (passed + here >= high) break;
+      passed += here;
+    }
+    return {block, block * BLOCK - passed};
+  }
+
+  // The salient weights of the flat positions from..to - 1; the number of the first.
+  int64_t read_positions(State& s, int64_t from, int64_t to) const {
+    const Place start = place(from >> w.low_bits);
+    const int64_t last = to >> w.low_bits, whole = w.unary / BLOCK, origin = start.block * BLOCK;
+    int64_t found = 0;
+    for (int64_t block = start.block; block <= whole; block++) {
+      s.position.resize(found + BLOCK);
+      int32_t* out = s.position.data() + found;
       uint64_t bits[2];
       block < whole ? bits_of(block, bits) : tail_bits(bits);
-      for (int half = 0; half < 2; half++) {
-        for (uint64_t v = bits[half]; v; v &= v - 1, k++) {
-          const int64_t high = block * BLOCK + 64 * half + __builtin_ctzll(v) - k;
-          if (high < wanted) continue;
-          const int64_t position = high << w.low_bits | low.at(k);
-          if (position >= from && !put(k, position)) return;
-        }
-      }
+      for (int half = 0; half < 2; half++)
+        for (uint64_t v = bits[half]; v; v &= v - 1) *out++ = block * BLOCK - origin + 64 * half + __builtin_ctzll(v);
+      found = out - s.position.data();
+      if ((block + 1) * BLOCK - (start.ones + found) > last) break;  // zeros so far: all high parts up to `last` are seen
     }
+    s.position.resize(found);
+    if (w.low_bits) read_codes(w.low, w.count, w.low_bits, start.ones, start.ones + found, s.low);
+    const int64_t zeros_before = origin - start.ones;
+    const uint8_t* low = s.low.data() + start.ones % BLOCK;
+    for (int64_t i = 0; i < found; i++) {
+      const int64_t high = s.position[i] + zeros_before - i;
+      s.position[i] = (int32_t)((high << w.low_bits | (w.low_bits ? low[i] : 0)) - from);
+    }
+    const auto first = std::lower_bound(s.position.begin(), s.position.end(), 0);
+    const int64_t before = first - s.position.begin();
+    s.position.erase(std::lower_bound(first, s.position.end(), (int32_t)(to - from)), s.position.end());
+    s.position.erase(s.position.begin(), s.position.begin() + before);
+    return start.ones + before;
   }
 
   void read(State& s, int first, int last) const {
@@ -125,20 +136,14 @@ struct SalientWeight {
     to_floats((const uint8_t*)w.scale + at * size_of(dtype), dtype, count, s.scale.data());
     to_floats((const uint8_t*)w.mean + at * size_of(dtype), dtype, count, s.mean.data());
     to_floats((const uint8_t*)w.own_scale + first * size_of(dtype), dtype, last - first, s.own_scale.data());
-    s.column.clear();
-    s.code.clear();
+    const int64_t number = read_positions(s, (int64_t)first * w.columns, (int64_t)last * w.columns);
+    read_codes(w.code, w.count, 7, number, number + s.position.size(), s.code);
+    s.skipped = number % BLOCK;
     s.begin.assign(1, 0);
-    const int64_t end = (int64_t)last * w.columns;
-    int64_t row_begin = (int64_t)first * w.columns;
-    Stream code(w.code, w.count, 7);
-    listed(row_begin, [&](int64_t k, int64_t position) {
-      if (position >= end) return false;
-      for (; position >= row_begin + w.columns; row_begin += w.columns) s.begin.push_back(s.column.size());
-      s.column.push_back(position - row_begin);
-      s.code.push_back(code.at(k));
-      return true;
-    });
-    s.begin.resize(last - first + 1, s.column.size());
+    for (int r = 1; r <= last - first; r++) {
+      const auto from = s.position.begin() + s.begin.back();
+      s.begin.push_back(std::lower_bound(from, s.position.end(), r * w.columns) - s.position.begin());
+    }
   }
 
   // In the order of torch's operations.
@@ -158,9 +163,11 @@ struct SalientWeight {
       out[i] = signs[i] ? mean[g] + scale[g] : mean[g] - scale[g];
     }
     const float own = s.own_scale[r - first], zero = w.own_zero[r];
+    const int base = (r - first) * w.columns;
+    const uint8_t* code = s.code.data() + s.skipped;
     for (int j = s.begin[r - first]; j < s.begin[r - first + 1]; j++) {
-      const int i = s.column[j];
-      out[i] = own * ((float)(s.code[j] | signs[i] << 7) - zero);
+      const int i = s.position[j] - base;
+      out[i] = own * ((float)(code[j] | signs[i] << 7) - zero);
     }
   }
 };
