@@ -209,14 +209,13 @@ def _function(stored: Stored, name: str) -> Any:
 
 
 def _structs(stored: Stored) -> Any:
-    if isinstance(stored, LevelCodes):
-        return (_Levels * 1)(_levels(stored))
-    if isinstance(stored, TableCodes):
-        return (_Table * 1)(_table(stored))
-    if isinstance(stored, SalientCodes):
-        return (_Salient * 1)(_salient(stored))
-    structs = [_struct(stored, part) for part in stored.parts]
-    return (_Uniform * len(structs))(*structs)
+    """A C array of the structs that describe it: of uniform codes one for each part."""
+    if isinstance(stored, UniformCodes):
+        structs = [_struct(stored, part) for part in stored.parts]
+    else:
+        readers: dict[type, Any] = {LevelCodes: _levels, TableCodes: _table, SalientCodes: _salient}
+        structs = [readers[type(stored)](stored)]
+    return (type(structs[0]) * len(structs))(*structs)
 
 
 def _salient(stored: SalientCodes) -> _Salient:
