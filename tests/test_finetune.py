@@ -184,6 +184,8 @@ def test_a_killed_run_goes_on_to_the_same_losses(
     assert resumed["after"] == unbroken["after"]
     first, second = (load_file(folder / "adapter_model.safetensors") for folder in (out, tmp_path / "unbroken"))
     assert all(torch.equal(first[name], second[name]) for name in second)
+    targets = json.loads((out / "adapter_config.json").read_text())["target_modules"]
+    assert targets == sorted(targets), "the same file whatever the process"
 
 
 def test_a_finished_run_is_left_alone_and_another_is_refused(

@@ -327,6 +327,8 @@ def _last_checkpoint(work: Path) -> str | None:
 def _write(model: Any, out: Path, work: Path, note: dict[str, Any]) -> None:
     """Adapter and note into OUT, the config that makes it an adapter as the last; then the run's own files go."""
     draft = work / "adapter"
+    for config in model.peft_config.values():  # peft writes a set, in an order of its own in every process
+        config.target_modules = sorted(config.target_modules)
     model.save_pretrained(draft)
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / NOTE, note)
