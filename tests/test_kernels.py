@@ -95,7 +95,7 @@ def test_uniform_codes_are_decoded_to_the_last_bit(isa: str, bits: int, group_si
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
-@pytest.mark.parametrize("group_size", [128, -1, 256])
+@pytest.mark.parametrize("group_size", [128, -1, 256, 64, 192])
 def test_uniform_products_in_digits(isa: str, bits: int, group_size: int):
     for shape in SHAPES[:3]:
         grid = Uniform(bits, group_size)

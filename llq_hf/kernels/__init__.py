@@ -63,6 +63,10 @@ def _whole_blocks(stored: Stored) -> bool:
     return stored.whole_blocks
 
 
+def _half_blocks(stored: Stored) -> bool:
+    return isinstance(stored, UniformCodes) and stored.half_blocks
+
+
 def _centred_rows(stored: Stored) -> bool:
     return isinstance(stored, UniformCodes) and stored.centred
 
@@ -74,7 +78,7 @@ def _any(stored: Stored) -> bool:
 # The first row that fits serves.
 TABLE = (
     #   storage       device  tokens      activations  where          kernel
-    Row(UniformCodes, "cpu", FEW, (*HALF, torch.int8), _whole_blocks, digits),
+    Row(UniformCodes, "cpu", FEW, (*HALF, torch.int8), _half_blocks, digits),
     Row(UniformCodes, "cpu", MANY, (torch.int8,), _centred_rows, integer_tiles),
     Row(UniformCodes, "cpu", FEW_FLOATS, ALL, _any, floats),
     Row(UniformCodes, "cpu", MANY, ALL, _any, tiles),

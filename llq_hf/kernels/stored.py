@@ -57,6 +57,11 @@ class UniformCodes:
         return self.groups == 1 or self.group_size % BLOCK == 0
 
     @property
+    def half_blocks(self) -> bool:
+        """Whether no half block, 64 columns, belongs to two groups."""
+        return self.groups == 1 or self.group_size % (BLOCK // 2) == 0
+
+    @property
     def centred(self) -> bool:
         """Whether int8 holds code - zero, with one scale a row: products can be those of integers."""
         middle = self.zero == 2 ** (self.parts[0].bits - 1) and len(self.parts) == 1

@@ -32,11 +32,10 @@ struct Digits {
   const int8_t* block(int token, int k) const { return digits.data() + ((int64_t)token * blocks + k) * 2 * BLOCK; }
 };
 
-// x [tokens, columns] in fp32; block k reads the columns from 128 * source(k) on and belongs to group_of[k].
-template <typename Source>
-void split(const float* x, int64_t columns, int tokens, int bits, const std::vector<int>& group_of, int groups, Source source,
+// x [tokens, columns] in fp32; block k reads the columns from 128 * source(k) on, and its halves belong to group(k, half).
+template <typename Source, typename Group>
+void split(const float* x, int64_t columns, int tokens, int bits, int blocks, int groups, Source source, Group group,
            Digits& out) {
-  const int blocks = group_of.size();
   out.blocks = blocks;
   out.digits.resize((int64_t)tokens * blocks * 2 * BLOCK);
   out.step.resize((int64_t)tokens * blocks);
@@ -54,19 +53,21 @@ void split(const float* x, int64_t columns, int tokens, int bits, const std::vec
       const float step = most / TOP, inverse = most > 0 ? TOP / most : 0;
       int8_t* high = out.digits.data() + ((int64_t)t * blocks + k) * 2 * BLOCK;
       int8_t* low = high + BLOCK;
-      int total = 0;
+      int total[2] = {0, 0};
       for (int place = 0; place < SLOTS; place++) {
-        const float* slot = from + 16 * slot_of(bits, place);
+        const int at = slot_of(bits, place);
+        const float* slot = from + 16 * at;
         for (int j = 0; j < 16; j++) {
           const int q = (int)std::rint(slot[j] * inverse);
           const int h = (q + 64) >> 7;
           high[16 * place + j] = (int8_t)h;
           low[16 * place + j] = (int8_t)(q - 128 * h);
-          total += q;
+          total[at / (SLOTS / 2)] += q;
         }
       }
       out.step[(int64_t)t * blocks + k] = step;
-      out.group_sum[(int64_t)t * groups + group_of[k]] += step * (float)total;
+      for (int half = 0; half < 2; half++)
+        out.group_sum[(int64_t)t * groups + group(k, half)] += step * (float)total[half];
     }
   }
 }

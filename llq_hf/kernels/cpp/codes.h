@@ -46,6 +46,13 @@ constexpr int slot_of(int bits, int place) {
   return place;
 }
 
+// Which half of a block (64 columns) the bytes of vector n belong to; -1: to both, the lower lanes of each row to the first.
+template <int BITS>
+constexpr int half_of(int n) {
+  if (BITS == 1 || BITS == 8 || (BITS >= 4 && WIDTH == 32)) return n / (VECTORS<BITS> / 2);
+  return -1;
+}
+
 // The part of 128 digits that vector n of a block is multiplied with.
 template <int BITS>
 INLINE Bytes digits_of(const int8_t* block, int n) {

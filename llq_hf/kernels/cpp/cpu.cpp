@@ -87,14 +87,14 @@ void decode(const Weight& weight, int from, int to, Dtype dtype, void* out, int 
   });
 }
 
-template <int BITS>
+template <int BITS, bool HALVES>
 void dot_tokens(const Part& part, const Grids& grids, const Digits& x, int tokens, int first, int last, float* y) {
   const int size = last - first;
   int t = 0;
   for (; t + AT_ONCE <= tokens; t += AT_ONCE)
-    dot_digits<BITS, AT_ONCE>(part, grids, x, t, first, last, y + (int64_t)t * size);
-  for (; t + 2 <= tokens; t += 2) dot_digits<BITS, 2>(part, grids, x, t, first, last, y + (int64_t)t * size);
-  for (; t < tokens; t++) dot_digits<BITS, 1>(part, grids, x, t, first, last, y + (int64_t)t * size);
+    dot_digits<BITS, AT_ONCE, HALVES>(part, grids, x, t, first, last, y + (int64_t)t * size);
+  for (; t + 2 <= tokens; t += 2) dot_digits<BITS, 2, HALVES>(part, grids, x, t, first, last, y + (int64_t)t * size);
+  for (; t < tokens; t++) dot_digits<BITS, 1, HALVES>(part, grids, x, t, first, last, y + (int64_t)t * size);
 }
 
 // Products with the columns behind the last whole block, in fp32.
@@ -112,7 +112,8 @@ void add_tail(const Part& part, const Grids& grids, const float* x_TI, const Cal
 
 }  // namespace
 
-// y [T, O] = x [T, I] W^T + bias. _digits: activations in two int8 digits, whole blocks of 128 columns in every group.
+// y [T, O] = x [T, I] W^T + bias. _digits: activations in two int8 digits, groups of whole blocks of 128 columns, of uniform
+// codes also of half blocks.
 // _floats: all in fp32, any groups. _decode: rows from..to of W, [to - from, I] of `dtype`.
 extern "C" {
 
@@ -127,7 +128,8 @@ void llq_uniform_digits(const Uniform* parts, int count, const void* x, int dtyp
   for (int i = 0; i < count; i++) {
     const Part& part = weight.parts[i];
     const auto source = [&](int k) { return part.source(k); };
-    split(x_TI, columns, tokens, part.w.bits, part.group_of, part.w.groups, source, digits[i]);
+    const auto group = [&](int k, int half) { return part.group_of_half(k, half); };
+    split(x_TI, columns, tokens, part.w.bits, part.blocks, part.w.groups, source, group, digits[i]);
   }
   const Digits* d = digits.data();  // of this thread: workers have their own
   over_rows(weight.rows(), threads, [&](int first, int last) {
@@ -137,7 +139,10 @@ void llq_uniform_digits(const Uniform* parts, int count, const void* x, int dtyp
     weight.read(state, first, last);
     for (int i = 0; i < count; i++) {
       const Part& part = weight.parts[i];
-      with_bits(part.w.bits, [&](auto bits) { dot_tokens<bits>(part, state[i], d[i], tokens, first, last, sums.data()); });
+      with_bits(part.w.bits, [&](auto bits) {
+        const auto dot = part.halves ? dot_tokens<bits, true> : dot_tokens<bits, false>;
+        dot(part, state[i], d[i], tokens, first, last, sums.data());
+      });
       add_tail(part, state[i], x_TI, call, first, last, sums.data());
     }
     call.store(sums, first, last, weight.rows());
@@ -170,12 +175,13 @@ void llq_levels_digits(const Levels* levels, int, const void* x, int dtype, int 
   const Call call{x, dtype, columns, tokens, bias, y, threads};
   call.floats(floats);
   const auto source = [](int k) { return k; };
+  const auto group = [&](int k, int) { return weight.group_of[k]; };
   if (levels->mean) {
     salient = floats;
     for (int64_t i = 0; i < (int64_t)floats.size(); i++) (weight.salient[i % columns] ? floats : salient)[i] = 0;
-    split(salient.data(), columns, tokens, 2, weight.group_of, levels->groups, source, own);
+    split(salient.data(), columns, tokens, 2, weight.blocks, levels->groups, source, group, own);
   }
-  split(floats.data(), columns, tokens, 2, weight.group_of, levels->groups, source, plain);
+  split(floats.data(), columns, tokens, 2, weight.blocks, levels->groups, source, group, plain);
   const Digits *p = &plain, *o = &own;  // of this thread
   over_rows(weight.rows(), threads, [&](int first, int last) {
     static thread_local std::vector<float> sums;

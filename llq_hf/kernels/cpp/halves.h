@@ -24,12 +24,13 @@ INLINE __m256i pick16(__m128i codes, Bytes levels) {
   return _mm512_castsi512_si256(_mm512_permutexvar_epi16(_mm512_castsi256_si512(_mm256_cvtepu8_epi16(codes)), levels));
 }
 
-// A block of codes of one row as halves; salient: 128 bytes to be OR-ed to the codes, or null.
+// A block of codes of one row as halves, by the levels of its first 64 columns and of the others; salient: 128 bytes to be
+// OR-ed to the codes, or null.
 template <int BITS>
-INLINE void pick(const uint8_t* p, Bytes levels, const uint8_t* salient, uint16_t* out) {
+INLINE void pick(const uint8_t* p, Bytes first, Bytes second, const uint8_t* salient, uint16_t* out) {
   each_slot<BITS>(p, [&](int slot, __m128i q) {
     if (salient) q = _mm_or_si128(q, _mm_loadu_si128((const __m128i*)(salient + 16 * slot)));
-    _mm256_storeu_si256((__m256i*)(out + 16 * slot), pick16(q, levels));
+    _mm256_storeu_si256((__m256i*)(out + 16 * slot), pick16(q, slot < SLOTS / 2 ? first : second));
   });
 }
 #endif

@@ -121,7 +121,8 @@ struct LevelWeight {
     const float* tables = s.table.data() + (int64_t)(r - first) * w.groups * 8;
     for (int k = 0; k < blocks; k++) {
       const Floats table = _mm512_castps256_ps512(_mm256_loadu_ps(tables + 8 * group_of[k]));
-      pick<2>(row(r) + 32 * k, halves(table, table, dtype), salient.data() + k * BLOCK, out + k * BLOCK);
+      const Bytes levels = halves(table, table, dtype);
+      pick<2>(row(r) + 32 * k, levels, levels, salient.data() + k * BLOCK, out + k * BLOCK);
     }
 #endif
   }

@@ -69,6 +69,15 @@ INLINE Floats joined(Bytes high, Bytes low) {
   return _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(high, 7), low));
 }
 
+// p[r][a] for the first half of the lanes of row r, p[r][b] for the other; of 1 or 2 rows.
+template <int ROWS>
+INLINE Floats spread_halves(const float* const* p, int a, int b) {
+  Floats v = _mm512_mask_broadcastss_ps(set(p[0][a]), ROWS == 1 ? 0xff00 : 0x00f0, _mm_load_ss(p[0] + b));
+  if constexpr (ROWS == 1) return v;
+  v = _mm512_mask_broadcastss_ps(v, 0x0f00, _mm_load_ss(p[ROWS - 1] + a));
+  return _mm512_mask_broadcastss_ps(v, 0xf000, _mm_load_ss(p[ROWS - 1] + b));
+}
+
 // p[r][i] for every lane of row r, where a vector holds ROWS rows.
 template <int ROWS>
 INLINE Floats spread(const float* const* p, int i) {
@@ -144,6 +153,11 @@ struct Sum {
 };
 INLINE Floats joined(Bytes high, Bytes low) {
   return _mm256_cvtepi32_ps(_mm256_add_epi32(_mm256_slli_epi32(high, 7), low));
+}
+
+template <int ROWS>
+INLINE Floats spread_halves(const float* const* p, int a, int b) {
+  return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_broadcast_ss(p[0] + a)), _mm_broadcast_ss(p[0] + b), 1);
 }
 
 template <int ROWS>

@@ -24,15 +24,19 @@ struct Part {
   const Uniform& w;
   int blocks, tail;             // whole blocks, and columns behind them
   std::vector<int> group_of;    // of each block; -1: it belongs to several groups
+  bool halves = false;          // whether one does
 
   explicit Part(const Uniform& w) : w(w), blocks(w.columns / BLOCK), tail(w.columns % BLOCK), group_of(blocks) {
     for (int k = 0; k < blocks; k++) {
       const int64_t column = (int64_t)source(k) * BLOCK;
       group_of[k] = group(column) == group(column + BLOCK - 1) ? group(column) : -1;
+      halves |= group_of[k] < 0;
     }
   }
   int source(int k) const { return w.blocks ? w.blocks[k] : k; }
   int group(int64_t column) const { return std::min<int64_t>(column / w.group_size, w.groups - 1); }
+  // Where groups are of half blocks at least.
+  int group_of_half(int k, int half) const { return group((int64_t)source(k) * BLOCK + half * BLOCK / 2); }
   const uint8_t* row(int r) const { return w.weight + r * w.row_bytes; }
 };
 
@@ -77,8 +81,9 @@ struct Grids {
   }
 };
 
-// out[token][r - first] += the dot products of rows first..last with the blocks of `x`, in digits.
-template <int BITS, int TOKENS>
+// out[token][r - first] += the dot products of rows first..last with the blocks of `x`, in digits. HALVES: a block may belong
+// to two groups, 64 columns to each.
+template <int BITS, int TOKENS, bool HALVES>
 void dot_digits(const Part& part, const Grids& grids, const Digits& x, int token, int first, int last, float* out) {
   constexpr int R = ROWS<BITS>, V = VECTORS<BITS>;
   const int groups = part.w.groups, stride = last - first;
@@ -100,15 +105,29 @@ void dot_digits(const Part& part, const Grids& grids, const Digits& x, int token
         for (int line = 0; line < 16 * BITS; line += 64) _mm_prefetch((const char*)p[i] + AHEAD + line, _MM_HINT_T0);
         p[i] += 16 * BITS;
       }
-      const Floats s = spread<R>(scale, part.group_of[k]);
+      constexpr bool apart = HALVES && half_of<BITS>(0) >= 0;  // each half has vectors, and so sums, of its own
+      constexpr int parts = apart ? 2 : 1;
+      const int a = HALVES ? part.group_of_half(k, 0) : part.group_of[k], b = HALVES ? part.group_of_half(k, 1) : a;
+      Floats s[parts];
+      if constexpr (apart) {
+        s[0] = spread<R>(scale, a);
+        s[1] = spread<R>(scale, b);
+      } else if constexpr (HALVES) {
+        s[0] = spread_halves<R>(scale, a, b);
+      } else {
+        s[0] = spread<R>(scale, a);
+      }
       for (int t = 0; t < TOKENS; t++) {
         const int8_t* digits = x.block(token + t, k);
-        Sum<BITS> high, low;
-        for (int n = 0; n < V; n++) {
-          high.add(q[n], digits_of<BITS>(digits, n));
-          low.add(q[n], digits_of<BITS>(digits + BLOCK, n));
+        const Floats step = set(x.step[(int64_t)(token + t) * x.blocks + k]);
+        for (int i = 0; i < parts; i++) {
+          Sum<BITS> high, low;
+          for (int n = i * V / parts; n < (i + 1) * V / parts; n++) {
+            high.add(q[n], digits_of<BITS>(digits, n));
+            low.add(q[n], digits_of<BITS>(digits + BLOCK, n));
+          }
+          sums[t] = fma(joined(high.ints(), low.ints()), mul(s[i], step), sums[t]);
         }
-        sums[t] = fma(joined(high.ints(), low.ints()), mul(s, set(x.step[(int64_t)(token + t) * x.blocks + k])), sums[t]);
       }
     }
     for (int t = 0; t < TOKENS; t++) {
@@ -177,14 +196,11 @@ struct UniformWeight {
     for (size_t i = 0; i < parts.size(); i++) state[i].read(parts[i].w, first, last);
   }
 
-  // Whether decode_halves serves.
+  // Whether decode_halves serves: groups are of half blocks at least.
   bool has_halves() const {
 #ifdef __AVX512VNNI__
-    for (const Part& part : parts) {
-      if (part.w.bits > MOST_LEVELS_BITS || part.tail) return false;
-      for (int g : part.group_of)
-        if (g < 0) return false;
-    }
+    for (const Part& part : parts)
+      if (part.w.bits > MOST_LEVELS_BITS || part.tail || (part.halves && part.w.group_size % (BLOCK / 2))) return false;
     return true;
 #else
     return false;
@@ -198,15 +214,19 @@ struct UniformWeight {
       const Part& part = parts[i];
       const int64_t at = (int64_t)(r - first) * part.w.groups;
       const float *scale = state[i].scale.data() + at, *zero = state[i].zero.data() + at;
+      const auto levels_of = [&](int g) {
+        const Floats s = set(scale[g]), z = set(zero[g]);
+        return halves(mul(sub(low, z), s), mul(sub(high, z), s), dtype);
+      };
       with_bits(std::min(part.w.bits, MOST_LEVELS_BITS), [&](auto bits) {
-        Bytes levels = load(out);
+        Bytes a = load(out), b = a;
         for (int k = 0; k < part.blocks; k++) {
           const int g = part.group_of[k];
-          if (k == 0 || g != part.group_of[k - 1]) {
-            const Floats s = set(scale[g]), z = set(zero[g]);
-            levels = halves(mul(sub(low, z), s), mul(sub(high, z), s), dtype);
+          if (k == 0 || g < 0 || g != part.group_of[k - 1]) {
+            a = levels_of(part.group_of_half(k, 0));
+            b = g < 0 ? levels_of(part.group_of_half(k, 1)) : a;
           }
-          pick<bits>(part.row(r) + (int64_t)k * 16 * bits, levels, nullptr, out + (int64_t)part.source(k) * BLOCK);
+          pick<bits>(part.row(r) + (int64_t)k * 16 * bits, a, b, nullptr, out + (int64_t)part.source(k) * BLOCK);
         }
       });
     }
