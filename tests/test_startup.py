@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shutil
-import statistics
 import subprocess
 import sys
 import sysconfig
@@ -18,8 +17,6 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 TASKS = sorted(path.stem for path in (ROOT / "tasks" / "lm_eval").rglob("llq_*.yaml"))
-LIMIT_MICROSECONDS = 500
-PROCESSES, TRIES = 15, 3
 
 IS_HOOKED = "import sys; print(any(getattr(f, '__module__', '') == 'llq_hf._startup' for f in sys.meta_path))"
 
@@ -231,29 +228,6 @@ def test_the_wheel_hooks(installed, elsewhere):
     assert python(IS_HOOKED, executable=installed, cwd=elsewhere) == "True"
     assert python(IS_HOOKED, executable=installed, cwd=elsewhere, LLQ_DISABLE="1") == "False"
     assert python(IS_HOOKED, "-S", executable=installed, cwd=elsewhere) == "False"
-
-
-def start_up_microseconds(executable: Path | str, cwd: Path) -> float:
-    """Median over fresh processes of what `-X importtime` says of `_startup`, its package and all imports included."""
-    totals = []
-    for _ in range(PROCESSES):
-        text = fresh("-X", "importtime", "-c", "pass", executable=executable, cwd=cwd).stderr
-        (cumulative,) = re.findall(r"^import time:\s+\d+ \|\s+(\d+) \|\s+llq_hf\._startup$", text, re.MULTILINE)
-        totals.append(int(cumulative))
-    return statistics.median(totals)
-
-
-def test_the_cost(installed, elsewhere, record_property):
-    """0.5 ms by the median of 15 processes. A busy machine gets three tries: the least is the code's own cost."""
-    python("pass", executable=installed, cwd=elsewhere)  # once, so that files are in the page cache
-    medians: list[float] = []
-    while len(medians) < TRIES and (not medians or min(medians) >= LIMIT_MICROSECONDS):
-        medians.append(start_up_microseconds(installed, elsewhere))
-    record_property("start_up_microseconds", min(medians))
-    print(f"start-up: median {min(medians):.0f} us of {PROCESSES} processes, {len(medians)} tries")
-    if min(medians) >= LIMIT_MICROSECONDS and os.getloadavg()[0] > (os.cpu_count() or 1):
-        pytest.skip(f"this machine is too busy to measure: load {os.getloadavg()[0]:.0f}, median {min(medians):.0f} us")
-    assert min(medians) < LIMIT_MICROSECONDS
 
 
 def test_hosts_know_us_with_no_flag(installed, elsewhere):
