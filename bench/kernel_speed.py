@@ -27,8 +27,8 @@ from llq_hf.method import Method, Packed
 from llq_hf.methods import build
 
 METHODS = (
-    "rtn:1,rtn:2,rtn:3,rtn:4,rtn:8,awq:4,spinquant:4,smoothquant:8,smoothquant:4,"
-    "quip:2,quip:4,slim_llm:2,db_llm:2,billm:1.1,nf4:4,pb_llm:1.7"
+    "rtn:1,rtn:2,rtn:3,rtn:4,rtn:8,efficient_qat:2,awq:4,spinquant:4,smoothquant:8,smoothquant:4,"
+    "quip:2,slim_llm:2,db_llm:2,billm:1.1,nf4:4,pb_llm:1.7"
 )
 SHAPES, BATCHES = "4096x4096,14336x4096,4096x14336", "1,4,8,64,512"
 COLD_BYTES = 128 << 20

@@ -73,8 +73,23 @@ class UniformCodes:
         return [tensor for tensor in found if isinstance(tensor, Tensor)]
 
 
+class _ByRow:
+    """Storage whose weight [O, ..] and scale [O, G, ..] have a row for every output."""
+
+    weight: Tensor
+    scale: Tensor
+
+    @property
+    def rows(self) -> int:
+        return self.weight.shape[0]
+
+    @property
+    def groups(self) -> int:
+        return self.scale.shape[1]
+
+
 @dataclass(frozen=True, eq=False)
-class LevelCodes:
+class LevelCodes(_ByRow):
     """2-bit codes that pick one of four levels of their row and group, or of four others in salient columns.
 
     scale [O, G, 2]: a level is the sum of the scales whose bit is set (dual binarization). scale [O, G, 4] with mean
@@ -88,14 +103,6 @@ class LevelCodes:
     group_size: int
     mean: Tensor | None = None
     salient: Tensor | None = None
-
-    @property
-    def rows(self) -> int:
-        return self.weight.shape[0]
-
-    @property
-    def groups(self) -> int:
-        return self.scale.shape[1]
 
     @property
     def whole_blocks(self) -> bool:
@@ -155,7 +162,7 @@ class TableCodes:
 
 
 @dataclass(frozen=True, eq=False)
-class SalientCodes:
+class SalientCodes(_ByRow):
     """value = mean +- scale by the sign bits [O, I] in `weight`, a mean and a scale for every row and group of columns.
 
     Of `count` listed weights the sign is the top bit of a code of 8 bits, whose others lie in `code`: value = own_scale
@@ -176,14 +183,6 @@ class SalientCodes:
     count: int
     unary: int
     low_bits: int
-
-    @property
-    def rows(self) -> int:
-        return self.weight.shape[0]
-
-    @property
-    def groups(self) -> int:
-        return self.scale.shape[1]
 
     @property
     def whole_blocks(self) -> bool:

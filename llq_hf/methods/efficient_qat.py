@@ -63,7 +63,8 @@ EDGE = 0.45  # how far from the middle of its code's cell a weight may start, in
 class EfficientQAT(Method):
     """epochs, batch, weight_lr, grid_lr (of scales and zero points): of Block-AP; tune_*: of E2E-QP.
 
-    weight_lr, tune_lr 0: the authors', 2e-5 at 2 bits and 1e-5 above. tune_epochs 0: no E2E-QP.
+    weight_lr, tune_lr 0: the authors', 2e-5 at 2 bits and 1e-5 above. tune_epochs 0: no E2E-QP. rotated: turn the model
+    first, by the rotations of `seed`.
     """
 
     name: ClassVar[str] = "efficient_qat"
