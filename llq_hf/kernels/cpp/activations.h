@@ -23,23 +23,37 @@ inline float dot(const float* a, const float* b, int64_t n) {
   return total(add(add(sums[0], sums[1]), add(sums[2], sums[3]))) + rest;
 }
 
+constexpr int padded(int groups) { return (groups + 3) / 4 * 4; }
+
+// Where numbers [rows][groups] lie as tiles read them: [tile][group / 4][row of the tile][4 groups]. Rows and groups that are
+// missing to whole tiles and fours are there too; what they hold counts for nothing, groups of activations being zero there.
+struct Tiled {
+  int64_t span;  // of a tile
+  explicit Tiled(int groups) : span(padded(groups) * TILE) {}
+  int64_t size(int rows) const { return (rows + MOST_ROWS - 1) / MOST_ROWS * (MOST_ROWS / TILE) * span; }
+  int64_t row(int r) const { return r / TILE * span + r % TILE * 4; }
+  int64_t at(int r, int group) const { return row(r) + group / 4 * LANES + group % 4; }
+};
+
 struct Digits {
-  int blocks = 0;
-  std::vector<int8_t> digits;        // [token][block][high 128, low 128]
-  std::vector<float> step;           // [token][block]
-  std::vector<float> group_sum;      // [token][group]: the sum of what the digits mean
+  int blocks = 0, stride = 0;
+  std::vector<int8_t> digits;    // [token][block][high 128, low 128]
+  std::vector<float> step;       // [token][block]
+  std::vector<float> group_sum;  // [token][stride]: the sums by group of what the digits mean, and zeros
 
   const int8_t* block(int token, int k) const { return digits.data() + ((int64_t)token * blocks + k) * 2 * BLOCK; }
+  const float* steps(int token) const { return step.data() + (int64_t)token * blocks; }
+  const float* sums(int token) const { return group_sum.data() + (int64_t)token * stride; }
 };
 
 // x [tokens, columns] in fp32; block k reads the columns from 128 * source(k) on, and its halves belong to group(k, half).
 template <typename Source, typename Group>
-void split(const float* x, int64_t columns, int tokens, int bits, int blocks, int groups, Source source, Group group,
-           Digits& out) {
+void split(const float* x, int64_t columns, int tokens, int blocks, int groups, Source source, Group group, Digits& out) {
   out.blocks = blocks;
+  out.stride = padded(groups);
   out.digits.resize((int64_t)tokens * blocks * 2 * BLOCK);
   out.step.resize((int64_t)tokens * blocks);
-  out.group_sum.assign((int64_t)tokens * groups, 0);
+  out.group_sum.assign((int64_t)tokens * out.stride, 0);
   for (int t = 0; t < tokens; t++) {
     for (int k = 0; k < blocks; k++) {
       const float* from = x + t * columns + (int64_t)source(k) * BLOCK;
@@ -54,20 +68,18 @@ void split(const float* x, int64_t columns, int tokens, int bits, int blocks, in
       int8_t* high = out.digits.data() + ((int64_t)t * blocks + k) * 2 * BLOCK;
       int8_t* low = high + BLOCK;
       int total[2] = {0, 0};
-      for (int place = 0; place < SLOTS; place++) {
-        const int at = slot_of(bits, place);
-        const float* slot = from + 16 * at;
-        for (int j = 0; j < 16; j++) {
-          const int q = (int)std::rint(slot[j] * inverse);
+      for (int half = 0; half < 2; half++) {
+        for (int i = half * BLOCK / 2; i < (half + 1) * BLOCK / 2; i++) {
+          const int q = (int)std::rint(from[i] * inverse);
           const int h = (q + 64) >> 7;
-          high[16 * place + j] = (int8_t)h;
-          low[16 * place + j] = (int8_t)(q - 128 * h);
-          total[at / (SLOTS / 2)] += q;
+          high[i] = (int8_t)h;
+          low[i] = (int8_t)(q - 128 * h);
+          total[half] += q;
         }
       }
       out.step[(int64_t)t * blocks + k] = step;
       for (int half = 0; half < 2; half++)
-        out.group_sum[(int64_t)t * groups + group(k, half)] += step * (float)total[half];
+        out.group_sum[(int64_t)t * out.stride + group(k, half)] += step * (float)total[half];
     }
   }
 }

@@ -15,7 +15,7 @@ constexpr int CHUNKS = 32, AT_ONCE = 4;  // chunks of rows; tokens that share a 
 // Calls work(first row, last row) for chunks of rows.
 template <typename Work>
 void over_rows(int rows, int threads, Work work) {
-  const int size = std::max(16, ((rows + CHUNKS - 1) / CHUNKS + 3) & ~3);
+  const int size = std::max(16, (rows + CHUNKS - 1) / CHUNKS / MOST_ROWS * MOST_ROWS + MOST_ROWS);
   pool().run((rows + size - 1) / size, threads, [&](int chunk) { work(chunk * size, std::min(rows, (chunk + 1) * size)); });
 }
 
@@ -87,21 +87,22 @@ void decode(const Weight& weight, int from, int to, Dtype dtype, void* out, int 
   });
 }
 
-template <int BITS, bool HALVES>
-void dot_tokens(const Part& part, const Grids& grids, const Digits& x, int tokens, int first, int last, float* y) {
-  const int size = last - first;
+// Calls work(tokens as a constant, first token), as many at once as registers hold sums of.
+template <typename Work>
+void over_tokens(int tokens, Work work) {
   int t = 0;
-  for (; t + AT_ONCE <= tokens; t += AT_ONCE)
-    dot_digits<BITS, AT_ONCE, HALVES>(part, grids, x, t, first, last, y + (int64_t)t * size);
-  for (; t + 2 <= tokens; t += 2) dot_digits<BITS, 2, HALVES>(part, grids, x, t, first, last, y + (int64_t)t * size);
-  for (; t < tokens; t++) dot_digits<BITS, 1, HALVES>(part, grids, x, t, first, last, y + (int64_t)t * size);
+  for (; t + AT_ONCE <= tokens; t += AT_ONCE) work(std::integral_constant<int, AT_ONCE>{}, t);
+  for (; t + 2 <= tokens; t += 2) work(std::integral_constant<int, 2>{}, t);
+  for (; t < tokens; t++) work(std::integral_constant<int, 1>{}, t);
 }
 
 // Products with the columns behind the last whole block, in fp32.
-void add_tail(const Part& part, const Grids& grids, const float* x_TI, const Call& call, int first, int last, float* sums) {
+void add_tail(const Part& part, Grids& grids, const float* x_TI, const Call& call, int first, int last, float* sums) {
   static thread_local std::vector<float> rest;
+  if (!part.tail) return;
+  grids.read(part.w, first, last);
   rest.resize(part.tail);
-  for (int r = first; part.tail && r < last; r++) {
+  for (int r = first; r < last; r++) {
     const int64_t at = (int64_t)(r - first) * part.w.groups;
     tail_values(part, grids.scale.data() + at, grids.zero.data() + at, part.row(r), rest.data());
     for (int t = 0; t < call.tokens; t++)
@@ -129,21 +130,23 @@ void llq_uniform_digits(const Uniform* parts, int count, const void* x, int dtyp
     const Part& part = weight.parts[i];
     const auto source = [&](int k) { return part.source(k); };
     const auto group = [&](int k, int half) { return part.group_of_half(k, half); };
-    split(x_TI, columns, tokens, part.w.bits, part.blocks, part.w.groups, source, group, digits[i]);
+    split(x_TI, columns, tokens, part.blocks, part.w.groups, source, group, digits[i]);
   }
   const Digits* d = digits.data();  // of this thread: workers have their own
   over_rows(weight.rows(), threads, [&](int first, int last) {
     static thread_local std::vector<float> sums;
     static thread_local UniformWeight::State state;
     sums.assign((int64_t)tokens * (last - first), 0);
-    weight.read(state, first, last);
+    state.read_tiles(*parts, first, last);
     for (int i = 0; i < count; i++) {
       const Part& part = weight.parts[i];
       with_bits(part.w.bits, [&](auto bits) {
-        const auto dot = part.halves ? dot_tokens<bits, true> : dot_tokens<bits, false>;
-        dot(part, state[i], d[i], tokens, first, last, sums.data());
+        over_tokens(tokens, [&](auto count, int t) {
+          const auto dot = part.halves ? dot_digits<bits, count, true> : dot_digits<bits, count, false>;
+          dot(part, state, d[i], t, first, last, sums.data() + (int64_t)t * (last - first));
+        });
       });
-      add_tail(part, state[i], x_TI, call, first, last, sums.data());
+      add_tail(part, state, x_TI, call, first, last, sums.data());
     }
     call.store(sums, first, last, weight.rows());
   });
@@ -169,33 +172,23 @@ void llq_uniform_centred(const Uniform* weight, int from, int to, int centre, ui
 // Columns must be whole blocks.
 void llq_levels_digits(const Levels* levels, int, const void* x, int dtype, int columns, int tokens, const float* bias, void* y,
                        int threads) {
-  static thread_local std::vector<float> floats, salient;
-  static thread_local Digits plain, own;
+  static thread_local std::vector<float> floats;
+  static thread_local Digits split_x;
   const LevelWeight weight(*levels);
   const Call call{x, dtype, columns, tokens, bias, y, threads};
-  call.floats(floats);
   const auto source = [](int k) { return k; };
   const auto group = [&](int k, int) { return weight.group_of[k]; };
-  if (levels->mean) {
-    salient = floats;
-    for (int64_t i = 0; i < (int64_t)floats.size(); i++) (weight.salient[i % columns] ? floats : salient)[i] = 0;
-    split(salient.data(), columns, tokens, 2, weight.blocks, levels->groups, source, group, own);
-  }
-  split(floats.data(), columns, tokens, 2, weight.blocks, levels->groups, source, group, plain);
-  const Digits *p = &plain, *o = &own;  // of this thread
+  split(call.floats(floats), columns, tokens, weight.blocks, levels->groups, source, group, split_x);
+  const Digits* d = &split_x;  // of this thread: workers have their own
   over_rows(weight.rows(), threads, [&](int first, int last) {
     static thread_local std::vector<float> sums;
     static thread_local LevelWeight::State state;
     sums.assign((int64_t)tokens * (last - first), 0);
-    weight.read_factors(state, first, last);
-    for (int t = 0; t < tokens; t++) {
-      float* to = sums.data() + (int64_t)t * (last - first);
-      if (levels->mean) {
-        dot_levels<true>(weight, state, *p, *o, t, first, last, to);
-      } else {
-        dot_levels<false>(weight, state, *p, *o, t, first, last, to);
-      }
-    }
+    weight.read_digits(state, first, last);
+    over_tokens(tokens, [&](auto count, int t) {
+      const auto dot = levels->salient ? dot_levels<count, true> : dot_levels<count, false>;
+      dot(weight, state, *d, t, first, last, sums.data() + (int64_t)t * (last - first));
+    });
     call.store(sums, first, last, weight.rows());
   });
 }
@@ -234,10 +227,9 @@ void llq_table_floats(const Table* table, int, const void* x, int dtype, int col
     const int size = last - first;
     sums.resize((int64_t)tokens * size);
     weight.read(state, first, last);
-    int t = 0;
-    for (; t + AT_ONCE <= tokens; t += AT_ONCE)
-      dot_table<AT_ONCE>(weight, state, *h, t, first, last, sums.data() + (int64_t)t * size);
-    for (; t < tokens; t++) dot_table<1>(weight, state, *h, t, first, last, sums.data() + (int64_t)t * size);
+    over_tokens(tokens, [&](auto count, int t) {
+      dot_table<count>(weight, state, *h, t, first, last, sums.data() + (int64_t)t * size);
+    });
     call.store(sums, first, last, weight.rows());
   });
 }

@@ -28,7 +28,7 @@ INLINE __m256i pick16(__m128i codes, Bytes levels) {
 // OR-ed to the codes, or null.
 template <int BITS>
 INLINE void pick(const uint8_t* p, Bytes first, Bytes second, const uint8_t* salient, uint16_t* out) {
-  each_slot<BITS>(p, [&](int slot, __m128i q) {
+  each_slot_of_row<BITS>(p, [&](int slot, __m128i q) {
     if (salient) q = _mm_or_si128(q, _mm_loadu_si128((const __m128i*)(salient + 16 * slot)));
     _mm256_storeu_si256((__m256i*)(out + 16 * slot), pick16(q, slot < SLOTS / 2 ? first : second));
   });

@@ -1,9 +1,9 @@
 // Codes of 2 bits that pick one of a group's levels, whatever these are: sums of two binary weights (dual binarization), or
 // two signs whose meaning depends on the column (salient or not).
 //
-// A level is linear in the code's bits b0, b1 and their product: value = l0 + (l1 - l0) b0 + (l2 - l0) b1 + (l3 - l2 - l1 +
-// l0) b0 b1. So the dot product with x is one of each plane of bits, and no level is looked up. Salient columns have four
-// levels of their own, which add up (their product's factor is 0), and activations of their own, zero elsewhere.
+// For products the levels of a row and group become numbers of 14 bits, base + step (128 high + low), whose digits are picked
+// by code from one vector; with activations in two digits that is three integer products. The error (3e-5 of the levels'
+// range) lies below that of the activations.
 #pragma once
 #include <functional>
 
@@ -22,7 +22,7 @@ struct Levels {
 };
 
 struct LevelWeight {
-  static constexpr int TERMS = 5;  // plain: b0, b1, b0 b1; salient: b0, b1
+  static constexpr float MOST = 127 * 128 + 127;
   const Levels& w;
   int blocks, tail;
   std::vector<int> group_of;       // of each block
@@ -31,7 +31,9 @@ struct LevelWeight {
   // Of some rows, for every group.
   struct State {
     std::vector<float> scale, mean, table;  // table: 8 levels
-    std::vector<float> factor[TERMS], plain, own;  // [rows][groups]; plain, own: the first level of either kind
+    std::vector<float> level[8], base, step;  // [rows][groups]
+    std::vector<float> base_tile, step_tile;  // Tiled
+    std::vector<uint8_t> digits;              // [tile][group][row of the tile][8 high, 8 low]
   };
 
   explicit LevelWeight(const Levels& w)
@@ -81,30 +83,91 @@ struct LevelWeight {
     }
   }
 
-  // What the bits of codes are multiplied with.
-  void read_factors(State& s, int first, int last) const {
+  // The same levels as numbers of 14 bits.
+  void read_digits(State& s, int first, int last) const {
     const int64_t count = read_levels(s, first, last);
-    for (auto& factor : s.factor) factor.resize(count);
-    const float *a = s.scale.data(), *m = s.mean.data();
-    float *f0 = s.factor[0].data(), *f1 = s.factor[1].data(), *f2 = s.factor[2].data();
-    if (!w.mean) {
+    const int rows = last - first;
+    for (auto& level : s.level) level.resize(count);
+    spread_levels(s, count);
+    s.base.resize(count);
+    s.step.resize(count);
+    float *base = s.base.data(), *step = s.step.data();
+    const int kinds = w.mean ? 8 : 4;
+    std::copy(s.level[0].begin(), s.level[0].end(), base);
+    std::copy(s.level[0].begin(), s.level[0].end(), step);
+    for (int j = 1; j < kinds; j++) {
+      const float* level = s.level[j].data();
       for (int64_t i = 0; i < count; i++) {
-        f0[i] = a[2 * i];
-        f1[i] = a[2 * i + 1];
+        base[i] = std::min(base[i], level[i]);
+        step[i] = std::max(step[i], level[i]);
       }
-      return;
     }
-    s.plain.resize(count);
-    s.own.resize(count);
-    float *f3 = s.factor[3].data(), *f4 = s.factor[4].data(), *plain = s.plain.data(), *own = s.own.data();
-    for (int64_t i = 0; i < count; i++) {
-      plain[i] = m[i * w.means] - a[4 * i];
-      f0[i] = 2 * a[4 * i];
-      f1[i] = (m[i * w.means + 1] - a[4 * i + 1]) - plain[i];
-      f2[i] = 2 * (a[4 * i + 1] - a[4 * i]);
-      own[i] = m[i * w.means + w.means - 1] + (w.means == 4 ? m[i * w.means + 2] : 0) - a[4 * i + 2] - a[4 * i + 3];
-      f3[i] = 2 * a[4 * i + 3];
-      f4[i] = 2 * a[4 * i + 2];
+    for (int64_t i = 0; i < count; i++) step[i] = std::max(step[i] - base[i], 1e-30f) * (1.0f / MOST);
+    const Tiled tiled(w.groups);
+    s.base_tile.resize(tiled.size(rows));
+    s.step_tile.resize(tiled.size(rows));
+    s.digits.resize((int64_t)(rows + MOST_ROWS - 1) / MOST_ROWS * MOST_ROWS * w.groups * 16);
+    for (int r = 0; r < rows; r++) {
+      write_digits(s, r, kinds);
+      for (int g = 0; g < w.groups; g++) {
+        s.base_tile[tiled.at(r, g)] = base[(int64_t)r * w.groups + g];
+        s.step_tile[tiled.at(r, g)] = step[(int64_t)r * w.groups + g];
+      }
+    }
+  }
+
+  // level[j][i]: level j of row and group i.
+  void spread_levels(State& s, int64_t count) const {
+    const float *a = s.scale.data(), *m = s.mean.data();
+    float* level[8];
+    for (int j = 0; j < 8; j++) level[j] = s.level[j].data();
+    for (int64_t i = 0; !w.mean && i < count; i++) {
+      level[0][i] = 0;
+      level[1][i] = a[2 * i];
+      level[2][i] = a[2 * i + 1];
+      level[3][i] = a[2 * i] + a[2 * i + 1];
+    }
+    for (int64_t i = 0; w.mean && i < count; i++) {
+      const float* mean = m + w.means * i;
+      const float middle = mean[w.means - 1] + (w.means == 4 ? mean[2] : 0);
+      const float low = middle - a[4 * i + 2], high = middle + a[4 * i + 2];
+      level[0][i] = mean[0] - a[4 * i];
+      level[1][i] = mean[0] + a[4 * i];
+      level[2][i] = mean[1] - a[4 * i + 1];
+      level[3][i] = mean[1] + a[4 * i + 1];
+      level[4][i] = low - a[4 * i + 3];
+      level[5][i] = low + a[4 * i + 3];
+      level[6][i] = high - a[4 * i + 3];
+      level[7][i] = high + a[4 * i + 3];
+    }
+  }
+
+  // The digits of row r's levels, LANES groups at a time.
+  void write_digits(State& s, int r, int kinds) const {
+    uint8_t* to = s.digits.data() + ((int64_t)r / TILE * w.groups * TILE + r % TILE) * 16;
+    for (int g = 0; g < w.groups; g += LANES) {
+      alignas(64) float buffer[LANES];
+      const int here = std::min(LANES, w.groups - g);
+      const int64_t at = (int64_t)r * w.groups + g;
+      const auto some = [&](const std::vector<float>& from) {
+        if (here == LANES) return loadf(from.data() + at);
+        std::fill(buffer, buffer + LANES, 1.0f);
+        std::copy_n(from.data() + at, here, buffer);
+        return loadf(buffer);
+      };
+      const Floats base = some(s.base), inverse = divided(set(1), some(s.step));
+      Bytes words[4] = {zeros(), zeros(), zeros(), zeros()};  // high of levels 0-3, of 4-7, low of both
+      for (int j = 0; j < kinds; j++) {
+        const Bytes q = rounded(mul(sub(some(s.level[j]), base), inverse));
+        words[j / 4] = either(words[j / 4], shl32(shr32(q, 7), j % 4 * 8));
+        words[2 + j / 4] = either(words[2 + j / 4], shl32(keep32(q, 127), j % 4 * 8));
+      }
+      const Bytes a = low32(words[0], words[1]), b = high32(words[0], words[1]);
+      const Bytes c = low32(words[2], words[3]), d = high32(words[2], words[3]);
+      const Bytes four[4] = {low64(a, c), high64(a, c), low64(b, d), high64(b, d)};  // groups i, i + 4, ...
+#pragma GCC unroll 16
+      for (int i = 0; i < LANES; i++)
+        if (i < here) _mm_storeu_si128((__m128i*)(to + (int64_t)(g + i) * TILE * 16), lane16(four[i % 4], i / 4));
     }
   }
 
@@ -141,71 +204,61 @@ struct LevelWeight {
   }
 };
 
-// The dot product of bytes q with a block of digits, for every lane.
-template <int VECTORS_>
-INLINE Floats block_sum(const Bytes* q, const int8_t* digits) {
-  Sum<1> high, low;
-  for (int n = 0; n < VECTORS_; n++) {
-    high.add(q[n], digits_of<2>(digits, n));
-    low.add(q[n], digits_of<2>(digits + BLOCK, n));
-  }
-  return joined(high.ints(), low.ints());
-}
-
-// out[token][r - first] += rows first..last times the blocks of x. SIGNS: levels are arbitrary, and `own` holds the salient
-// activations; without, a level is the sum of what its bits stand for.
-template <bool SIGNS>
-void dot_levels(const LevelWeight& weight, const LevelWeight::State& state, const Digits& x, const Digits& own, int token,
-                int first, int last, float* out) {
-  constexpr int R = ROWS<2>, V = VECTORS<2>;
-  const int groups = weight.w.groups;
-  const int64_t at = (int64_t)token * weight.blocks;
-  const float *step = x.step.data() + at, *own_step = SIGNS ? own.step.data() + at : nullptr;
-  for (int r = first; r < last; r += R) {
-    const uint8_t* p[R];
-    const float* factor[LevelWeight::TERMS][R];
-    int64_t begin[R];
-    for (int i = 0; i < R; i++) {
-      const int row = std::min(r + i, last - 1);
-      p[i] = weight.row(row);
-      begin[i] = (int64_t)(row - first) * groups;
-      for (int j = 0; j < LevelWeight::TERMS; j++) factor[j][i] = state.factor[j].data() + begin[i];
-    }
-    Floats sums = set(0);
+// out[token][r - first] += rows first..last times the blocks of x. SALIENT: levels depend on the column.
+template <int TOKENS, bool SALIENT>
+void dot_levels(const LevelWeight& weight, const LevelWeight::State& state, const Digits& x, int token, int first, int last,
+                float* out) {
+  constexpr int R = TILES<TOKENS>;
+  const int stride = last - first, groups = weight.w.groups;
+  const Tiled tiled(groups);
+  for (int r = first; r < last; r += R * TILE) {
+    const Rows<R> rows(weight.w.weight, weight.w.row_bytes, r, last - 1);
+    const float *step = state.step_tile.data() + tiled.row(r - first), *base = state.base_tile.data() + tiled.row(r - first);
+    const uint8_t* digits = state.digits.data() + (int64_t)(r - first) * groups * 16;
+    Floats sums[R][TOKENS];
+    for (int j = 0; j < R; j++)
+      for (int t = 0; t < TOKENS; t++) sums[j][t] = set(0);
     for (int k = 0; k < weight.blocks; k++) {
-      const Bytes v = plane2(p);
-      for (int i = 0; i < R; i++) {
-        _mm_prefetch((const char*)p[i] + AHEAD, _MM_HINT_T0);
-        p[i] += 32;
+      const unsigned g = weight.group_of[k];
+      Bytes high[R], low[R];
+      for (int j = 0; j < R; j++) {
+        high[j] = load(digits + (int64_t)(j * groups + g) * WIDTH);
+        low[j] = turned(high[j]);
       }
-      Bytes b0[V], b1[V], b01[V];
-      for (int f = 0; f < V; f++) {
-        b0[f] = keep(shr(v, 2 * f), 1);
-        b1[f] = keep(shr(v, 2 * f + 1), 1);
-        if constexpr (SIGNS) b01[f] = both(b0[f], b1[f]);
-      }
-      const int g = weight.group_of[k];
-      const int8_t* digits = x.block(token, k);
-      Floats sum = mul(block_sum<V>(b0, digits), spread<R>(factor[0], g));
-      sum = fma(block_sum<V>(b1, digits), spread<R>(factor[1], g), sum);
-      if constexpr (SIGNS) sum = fma(block_sum<V>(b01, digits), spread<R>(factor[2], g), sum);
-      sums = fma(sum, set(step[k]), sums);
-      if (SIGNS && own_step[k] != 0) {
-        const int8_t* salient = own.block(token, k);
-        sum = mul(block_sum<V>(b0, salient), spread<R>(factor[3], g));
-        sum = fma(block_sum<V>(b1, salient), spread<R>(factor[4], g), sum);
-        sums = fma(sum, set(own_step[k]), sums);
+      Sum<7> high_high[R][TOKENS], high_low[R][TOKENS], low_high[R][TOKENS];
+      rows.template each_slot_of<2>(k, weight.w.row_bytes, [&](int slot, Many<R> q) {
+        Bytes a[R], b[R];
+        for (int j = 0; j < R; j++) {
+          if constexpr (SALIENT) q.v[j] = either(q.v[j], both16(weight.salient.data() + k * BLOCK + 16 * slot));
+          a[j] = pick(high[j], q.v[j]);
+          b[j] = pick(low[j], q.v[j]);
+        }
+        for (int t = 0; t < TOKENS; t++) {
+          const int8_t* of_x = x.block(token + t, k) + 16 * slot;
+          const Bytes c = both16(of_x), d = both16(of_x + BLOCK);
+          for (int j = 0; j < R; j++) {
+            high_high[j][t].add(a[j], c);
+            high_low[j][t].add(a[j], d);
+            low_high[j][t].add(b[j], c);
+          }
+        }
+      });
+      for (int j = 0; j < R; j++) {
+        const Floats s = spread(loadf(step + j * tiled.span + g / 4 * LANES), g % 4);
+        for (int t = 0; t < TOKENS; t++) {
+          const Floats sum = joined(high_high[j][t].ints(), plus(high_low[j][t].ints(), low_high[j][t].ints()));
+          sums[j][t] = fma(sum, mul(s, set(128 * x.steps(token + t)[k])), sums[j][t]);
+        }
       }
     }
-    float found[R];
-    totals<R>(sums, found);
-    for (int i = 0; i < R && r + i < last; i++) {
-      float y = found[i];
-      if (SIGNS) {
-        y += dot(state.plain.data() + begin[i], x.group_sum.data() + (int64_t)token * groups, groups);
-        y += dot(state.own.data() + begin[i], own.group_sum.data() + (int64_t)token * groups, groups);
+    for (int j = 0; j < R; j++) {
+      for (int t = 0; t < TOKENS; t++) {
+        for (int64_t g = 0; g < tiled.span; g += LANES)
+          sums[j][t] = fma(loadf(base + j * tiled.span + g), four(x.sums(token + t) + g / TILE), sums[j][t]);
+        float found[TILE];
+        totals(sums[j][t], found);
+        for (int i = 0; i < TILE && r + j * TILE + i < last; i++) out[t * stride + r + j * TILE + i - first] += found[i];
       }
-      out[r + i - first] += y;
     }
   }
 }

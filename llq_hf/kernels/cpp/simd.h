@@ -13,15 +13,24 @@ using Floats = __m512;
 
 INLINE Bytes load(const void* p) { return _mm512_loadu_si512(p); }
 INLINE Bytes both16(const void* p) { return _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)p)); }
-INLINE Bytes both32(const void* p) { return _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i*)p)); }
 INLINE Bytes join(__m256i low, __m256i high) { return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1); }
 INLINE Bytes shr(Bytes v, int n) { return _mm512_srli_epi16(v, n); }
 INLINE Bytes shl(Bytes v, int n) { return _mm512_slli_epi16(v, n); }
-INLINE Bytes shr_lanes(Bytes v, int a, int b, int c, int d) {
-  return _mm512_srlv_epi32(v, _mm512_set_epi32(d, d, d, d, c, c, c, c, b, b, b, b, a, a, a, a));
-}
 INLINE Bytes keep(Bytes v, int mask) { return _mm512_and_si512(v, _mm512_set1_epi8((char)mask)); }
-INLINE Bytes both(Bytes a, Bytes b) { return _mm512_and_si512(a, b); }
+INLINE Bytes plus(Bytes a, Bytes b) { return _mm512_add_epi32(a, b); }
+// Of every 16 bytes those that q numbers; the upper 8 bytes first; the first or last two of each, in turns.
+INLINE Bytes pick(Bytes table, Bytes q) { return _mm512_shuffle_epi8(table, q); }
+INLINE Bytes turned(Bytes v) { return _mm512_shuffle_epi32(v, _MM_PERM_BADC); }
+INLINE Bytes low32(Bytes a, Bytes b) { return _mm512_unpacklo_epi32(a, b); }
+INLINE Bytes high32(Bytes a, Bytes b) { return _mm512_unpackhi_epi32(a, b); }
+INLINE Bytes low64(Bytes a, Bytes b) { return _mm512_unpacklo_epi64(a, b); }
+INLINE Bytes high64(Bytes a, Bytes b) { return _mm512_unpackhi_epi64(a, b); }
+INLINE __m128i lane16(Bytes v, int lane) {
+  return lane == 0   ? _mm512_castsi512_si128(v)
+         : lane == 1 ? _mm512_extracti32x4_epi32(v, 1)
+         : lane == 2 ? _mm512_extracti32x4_epi32(v, 2)
+                     : _mm512_extracti32x4_epi32(v, 3);
+}
 INLINE Bytes either(Bytes a, Bytes b) { return _mm512_or_si512(a, b); }
 INLINE Floats set(float v) { return _mm512_set1_ps(v); }
 INLINE Floats loadf(const float* p) { return _mm512_loadu_ps(p); }
@@ -30,18 +39,17 @@ INLINE Floats mul(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
 INLINE Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
 INLINE Floats sub(Floats a, Floats b) { return _mm512_sub_ps(a, b); }
 INLINE Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
+INLINE Floats divided(Floats a, Floats b) { return _mm512_div_ps(a, b); }
+INLINE Bytes rounded(Floats v) { return _mm512_cvtps_epi32(v); }
+INLINE Bytes zeros() { return _mm512_setzero_si512(); }
+INLINE Bytes shr32(Bytes v, int n) { return _mm512_srli_epi32(v, n); }
+INLINE Bytes shl32(Bytes v, int n) { return _mm512_slli_epi32(v, n); }
+INLINE Bytes keep32(Bytes v, int mask) { return _mm512_and_si512(v, _mm512_set1_epi32(mask)); }
 // WIDTH / 4 unsigned bytes as floats.
 INLINE Floats floats(const uint8_t* p) {
   return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)));
 }
 INLINE float total(Floats v) { return _mm512_reduce_add_ps(v); }
-// 16 bytes of a vector.
-INLINE __m128i lane16(Bytes v, int lane) {
-  return lane == 0   ? _mm512_castsi512_si128(v)
-         : lane == 1 ? _mm512_extracti32x4_epi32(v, 1)
-         : lane == 2 ? _mm512_extracti32x4_epi32(v, 2)
-                     : _mm512_extracti32x4_epi32(v, 3);
-}
 // LANES bytes as int32.
 INLINE Bytes widened(const uint8_t* p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)); }
 INLINE Bytes high_half(Bytes v) { return _mm512_srli_epi32(v, 4); }
@@ -69,23 +77,22 @@ INLINE Floats joined(Bytes high, Bytes low) {
   return _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(high, 7), low));
 }
 
-// p[r][a] for the first half of the lanes of row r, p[r][b] for the other; of 1 or 2 rows.
-template <int ROWS>
-INLINE Floats spread_halves(const float* const* p, int a, int b) {
-  Floats v = _mm512_mask_broadcastss_ps(set(p[0][a]), ROWS == 1 ? 0xff00 : 0x00f0, _mm_load_ss(p[0] + b));
-  if constexpr (ROWS == 1) return v;
-  v = _mm512_mask_broadcastss_ps(v, 0x0f00, _mm_load_ss(p[ROWS - 1] + a));
-  return _mm512_mask_broadcastss_ps(v, 0xf000, _mm_load_ss(p[ROWS - 1] + b));
+// Of every four floats number i, four times.
+INLINE Floats spread(Floats v, int i) { return _mm512_permutevar_ps(v, _mm512_set1_epi32(i)); }
+// Four floats for every row of a tile.
+INLINE Floats four(const float* p) { return _mm512_broadcast_f32x4(_mm_loadu_ps(p)); }
+// The sums of every four floats.
+INLINE void totals(Floats v, float* out) {
+  v = _mm512_add_ps(v, _mm512_permute_ps(v, 0xb1));
+  v = _mm512_add_ps(v, _mm512_permute_ps(v, 0x4e));
+  _mm_storeu_ps(out, _mm512_castps512_ps128(_mm512_permutexvar_ps(_mm512_set_epi32(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 12, 8, 4, 0), v)));
 }
-
-// p[r][i] for every lane of row r, where a vector holds ROWS rows.
-template <int ROWS>
-INLINE Floats spread(const float* const* p, int i) {
-  Floats v = set(p[0][i]);
-  if constexpr (ROWS == 4) v = _mm512_mask_broadcastss_ps(v, 0x00f0, _mm_load_ss(p[1] + i));
-  if constexpr (ROWS >= 2) v = _mm512_mask_broadcastss_ps(v, 0xff00, _mm_load_ss(p[ROWS / 2] + i));
-  if constexpr (ROWS == 4) v = _mm512_mask_broadcastss_ps(v, 0xf000, _mm_load_ss(p[3] + i));
-  return v;
+// 16 bytes at each of p[0..3] + at, and what a tile holds of one slot of its rows.
+INLINE Bytes rows16(const uint8_t* const* p, int at) {
+  Bytes v = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i*)(p[0] + at)));
+  v = _mm512_inserti32x4(v, _mm_loadu_si128((const __m128i*)(p[1] + at)), 1);
+  v = _mm512_inserti32x4(v, _mm_loadu_si128((const __m128i*)(p[2] + at)), 2);
+  return _mm512_inserti32x4(v, _mm_loadu_si128((const __m128i*)(p[3] + at)), 3);
 }
 #else
 constexpr int WIDTH = 32;
@@ -96,11 +103,15 @@ INLINE Bytes load(const void* p) { return _mm256_loadu_si256((const __m256i*)p);
 INLINE Bytes both16(const void* p) { return _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)p)); }
 INLINE Bytes shr(Bytes v, int n) { return _mm256_srli_epi16(v, n); }
 INLINE Bytes shl(Bytes v, int n) { return _mm256_slli_epi16(v, n); }
-INLINE Bytes shr_lanes(Bytes v, int a, int b) {
-  return _mm256_srlv_epi32(v, _mm256_set_epi32(b, b, b, b, a, a, a, a));
-}
 INLINE Bytes keep(Bytes v, int mask) { return _mm256_and_si256(v, _mm256_set1_epi8((char)mask)); }
-INLINE Bytes both(Bytes a, Bytes b) { return _mm256_and_si256(a, b); }
+INLINE Bytes plus(Bytes a, Bytes b) { return _mm256_add_epi32(a, b); }
+INLINE Bytes pick(Bytes table, Bytes q) { return _mm256_shuffle_epi8(table, q); }
+INLINE Bytes turned(Bytes v) { return _mm256_shuffle_epi32(v, 0x4e); }
+INLINE Bytes low32(Bytes a, Bytes b) { return _mm256_unpacklo_epi32(a, b); }
+INLINE Bytes high32(Bytes a, Bytes b) { return _mm256_unpackhi_epi32(a, b); }
+INLINE Bytes low64(Bytes a, Bytes b) { return _mm256_unpacklo_epi64(a, b); }
+INLINE Bytes high64(Bytes a, Bytes b) { return _mm256_unpackhi_epi64(a, b); }
+INLINE __m128i lane16(Bytes v, int lane) { return lane ? _mm256_extracti128_si256(v, 1) : _mm256_castsi256_si128(v); }
 INLINE Bytes either(Bytes a, Bytes b) { return _mm256_or_si256(a, b); }
 INLINE Floats set(float v) { return _mm256_set1_ps(v); }
 INLINE Floats loadf(const float* p) { return _mm256_loadu_ps(p); }
@@ -109,10 +120,15 @@ INLINE Floats mul(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
 INLINE Floats fma(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
 INLINE Floats sub(Floats a, Floats b) { return _mm256_sub_ps(a, b); }
 INLINE Floats add(Floats a, Floats b) { return _mm256_add_ps(a, b); }
+INLINE Floats divided(Floats a, Floats b) { return _mm256_div_ps(a, b); }
+INLINE Bytes rounded(Floats v) { return _mm256_cvtps_epi32(v); }
+INLINE Bytes zeros() { return _mm256_setzero_si256(); }
+INLINE Bytes shr32(Bytes v, int n) { return _mm256_srli_epi32(v, n); }
+INLINE Bytes shl32(Bytes v, int n) { return _mm256_slli_epi32(v, n); }
+INLINE Bytes keep32(Bytes v, int mask) { return _mm256_and_si256(v, _mm256_set1_epi32(mask)); }
 INLINE Floats floats(const uint8_t* p) {
   return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)));
 }
-INLINE __m128i lane16(Bytes v, int lane) { return lane ? _mm256_extracti128_si256(v, 1) : _mm256_castsi256_si128(v); }
 INLINE Bytes widened(const uint8_t* p) { return _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)); }
 INLINE Bytes high_half(Bytes v) { return _mm256_srli_epi32(v, 4); }
 INLINE Floats look_up(const float* table, const uint8_t* q) {
@@ -133,7 +149,7 @@ INLINE float total(Floats v) {
   return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
 }
 
-// maddubs sums pairs in int16: of codes up to 15 the sums over a block fit (4 vectors: 4 * 2 * 15 * 127 = 15240).
+// maddubs sums pairs in int16: of codes up to 15 the sums over a block fit (8 slots: 8 * 2 * 15 * 127 = 30480).
 template <int BITS>
 struct Sum {
   Bytes low = _mm256_setzero_si256(), high = _mm256_setzero_si256();
@@ -155,31 +171,55 @@ INLINE Floats joined(Bytes high, Bytes low) {
   return _mm256_cvtepi32_ps(_mm256_add_epi32(_mm256_slli_epi32(high, 7), low));
 }
 
-template <int ROWS>
-INLINE Floats spread_halves(const float* const* p, int a, int b) {
-  return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_broadcast_ss(p[0] + a)), _mm_broadcast_ss(p[0] + b), 1);
+INLINE Floats spread(Floats v, int i) { return _mm256_permutevar_ps(v, _mm256_set1_epi32(i)); }
+INLINE Floats four(const float* p) { return _mm256_broadcast_ps((const __m128*)p); }
+INLINE void totals(Floats v, float* out) {
+  v = _mm256_add_ps(v, _mm256_permute_ps(v, 0xb1));
+  v = _mm256_add_ps(v, _mm256_permute_ps(v, 0x4e));
+  out[0] = _mm256_cvtss_f32(v);
+  out[1] = _mm_cvtss_f32(_mm256_extractf128_ps(v, 1));
 }
-
-template <int ROWS>
-INLINE Floats spread(const float* const* p, int i) {
-  if constexpr (ROWS == 1) return set(p[0][i]);
-  return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_broadcast_ss(p[0] + i)), _mm_broadcast_ss(p[1] + i), 1);
+INLINE Bytes rows16(const uint8_t* const* p, int at) {
+  const __m256i v = _mm256_castsi128_si256(_mm_loadu_si128((const __m128i*)(p[0] + at)));
+  return _mm256_inserti128_si256(v, _mm_loadu_si128((const __m128i*)(p[1] + at)), 1);
 }
 #endif
 
-constexpr int LANES = WIDTH / 4;
-
-// Sums over the lanes of each row.
-template <int ROWS>
-INLINE void totals(Floats v, float* out) {
-  if constexpr (ROWS == 1) {
-    *out = total(v);
-    return;
-  }
-  alignas(64) float lanes[LANES];
-  storef(lanes, v);
-  for (int r = 0; r < ROWS; r++) {
-    out[r] = 0;
-    for (int i = 0; i < LANES / ROWS; i++) out[r] += lanes[r * (LANES / ROWS) + i];
-  }
+// Several vectors that are treated alike.
+template <int N>
+struct Many {
+  Bytes v[N];
+};
+template <int N>
+INLINE Many<N> shr(Many<N> a, int n) {
+  for (Bytes& v : a.v) v = shr(v, n);
+  return a;
 }
+template <int N>
+INLINE Many<N> shl(Many<N> a, int n) {
+  for (Bytes& v : a.v) v = shl(v, n);
+  return a;
+}
+template <int N>
+INLINE Many<N> keep(Many<N> a, int mask) {
+  for (Bytes& v : a.v) v = keep(v, mask);
+  return a;
+}
+template <int N>
+INLINE Many<N> either(Many<N> a, const Many<N>& b) {
+  for (int i = 0; i < N; i++) a.v[i] = either(a.v[i], b.v[i]);
+  return a;
+}
+
+// The same of 16 bytes: one row.
+INLINE __m128i shr(__m128i v, int n) { return _mm_srli_epi16(v, n); }
+INLINE __m128i shl(__m128i v, int n) { return _mm_slli_epi16(v, n); }
+INLINE __m128i keep(__m128i v, int mask) { return _mm_and_si128(v, _mm_set1_epi8((char)mask)); }
+INLINE __m128i either(__m128i a, __m128i b) { return _mm_or_si128(a, b); }
+
+constexpr int LANES = WIDTH / 4;
+constexpr int TILE = WIDTH / 16;  // rows that share a vector: each has 16 bytes of it, or four floats
+// Tiles that are multiplied together, and share what is loaded of the activations of so many tokens.
+template <int TOKENS>
+constexpr int TILES = WIDTH == 64 || TOKENS == 1 ? 2 : 1;
+constexpr int MOST_ROWS = 2 * TILE;

@@ -38,11 +38,16 @@ struct Part {
   // Where groups are of half blocks at least.
   int group_of_half(int k, int half) const { return group((int64_t)source(k) * BLOCK + half * BLOCK / 2); }
   const uint8_t* row(int r) const { return w.weight + r * w.row_bytes; }
+  // What a code of a zero counts.
+  float zero_step() const { return w.zero ? w.zero_step : w.zero_value; }
 };
 
-// Scales and zeros of some rows, by group, as floats.
+// Scales and zeros of some rows, by group. All parts share them, but for what a zero's code counts.
 struct Grids {
-  std::vector<float> scale, zero, offset;  // [rows of the chunk][groups]; offset is scale * zero
+  std::vector<float> scale, zero;   // [rows of the chunk][groups]
+  std::vector<uint8_t> codes;       // of zeros
+  std::vector<float> scale_tile;    // Tiled
+  std::vector<uint8_t> zero_tile;
 
   void read(const Uniform& w, int first, int last) {
     const int64_t from = (int64_t)first * w.groups, count = (int64_t)(last - first) * w.groups;
@@ -54,87 +59,109 @@ struct Grids {
       const auto dtype = (Dtype)w.scale_dtype;
       to_floats((const uint8_t*)w.scale + from * size_of(dtype), dtype, count, scale.data());
     }
-    if (w.zero) {
-      read_zeros(w, from, count);
-    } else {
-      std::fill(zero.begin(), zero.end(), w.zero_value);
+    read_zeros(w, from, count);
+    for (int64_t i = 0; i < count; i++) zero[i] = codes[i];
+  }
+
+  // In the order of tiles.
+  void read_tiles(const Uniform& w, int first, int last) {
+    const int64_t from = (int64_t)first * w.groups;
+    const Tiled tiled(w.groups);
+    const auto dtype = (Dtype)w.scale_dtype;
+    const auto* scales = (const uint8_t*)w.scale + from * size_of(dtype);
+    scale_tile.resize(tiled.size(last - first));
+    zero_tile.resize(scale_tile.size());
+    read_zeros(w, from, (int64_t)(last - first) * w.groups);
+    for (int r = 0; r < last - first; r++) {
+      float* to = scale_tile.data() + tiled.row(r);
+      uint8_t* zeros = zero_tile.data() + tiled.row(r);
+      const int64_t row = (int64_t)r * w.groups;
+      int g = 0;
+      for (; g + 4 <= w.groups; g += 4) {
+        __m128 four = _mm_set1_ps(w.scale_value);
+        if (dtype == F16) four = _mm_cvtph_ps(_mm_loadl_epi64((const __m128i*)(scales + (row + g) * 2)));
+        if (dtype == F32) four = _mm_loadu_ps((const float*)scales + row + g);
+        _mm_storeu_ps(to + g * TILE, four);
+        memcpy(zeros + g * TILE, codes.data() + row + g, 4);
+      }
+      for (; g < w.groups; g++) {
+        float one = w.scale_value;
+        if (dtype != NONE) to_floats(scales + (row + g) * size_of(dtype), dtype, 1, &one);
+        scale_tile[tiled.at(r, g)] = one;
+        zero_tile[tiled.at(r, g)] = codes[row + g];
+      }
     }
-    offset.resize(count);
-    for (int64_t i = 0; i < count; i++) offset[i] = scale[i] * zero[i];
   }
 
  private:
+  // The codes from..from + count; ones where all zeros are the same.
   void read_zeros(const Uniform& w, int64_t from, int64_t count) {
+    if (!w.zero) return codes.assign(count, 1);
     const int64_t total = (int64_t)w.rows * w.groups, whole = total / BLOCK * BLOCK;
-    alignas(64) uint8_t block[BLOCK];
+    codes.resize(count);
     for (int64_t i = 0; i < count;) {
       const int64_t at = from + i, start = at / BLOCK * BLOCK;
       if (start >= whole) {
-        zero[i++] = (float)code_at(w.zero, at, total, w.zero_bits) * w.zero_step;
+        codes[i++] = code_at(w.zero, at, total, w.zero_bits);
         continue;
       }
+      alignas(64) uint8_t block[BLOCK];
       with_bits(w.zero_bits, [&](auto bits) { ordered_codes<bits>(w.zero + start / 8 * w.zero_bits, block); });
       const int64_t here = std::min(start + BLOCK - at, count - i);
-      for (int64_t j = 0; j < here; j++) zero[i + j] = (float)block[at - start + j] * w.zero_step;
+      memcpy(codes.data() + i, block + at - start, here);
       i += here;
     }
   }
 };
 
-// out[token][r - first] += the dot products of rows first..last with the blocks of `x`, in digits. HALVES: a block may belong
-// to two groups, 64 columns to each.
+// out[token][r - first] += the dot products of rows first..last with the blocks of `x`, in digits. HALVES: groups are of 64
+// columns at least, not of 128.
 template <int BITS, int TOKENS, bool HALVES>
 void dot_digits(const Part& part, const Grids& grids, const Digits& x, int token, int first, int last, float* out) {
-  constexpr int R = ROWS<BITS>, V = VECTORS<BITS>;
-  const int groups = part.w.groups, stride = last - first;
-  for (int r = first; r < last; r += R) {
-    const uint8_t* p[4];
-    const float *scale[R], *offset[R];
-    for (int i = 0; i < R; i++) {
-      const int row = std::min(r + i, last - 1);
-      p[i] = part.row(row);
-      scale[i] = grids.scale.data() + (int64_t)(row - first) * groups;
-      offset[i] = grids.offset.data() + (int64_t)(row - first) * groups;
-    }
-    Floats sums[TOKENS];
-    for (int t = 0; t < TOKENS; t++) sums[t] = set(0);
+  constexpr int R = TILES<TOKENS>, PARTS = HALVES ? 2 : 1;
+  const int stride = last - first;
+  const Tiled tiled(part.w.groups);
+  for (int r = first; r < last; r += R * TILE) {
+    const Rows<R> rows(part.w.weight, part.w.row_bytes, r, last - 1);
+    const float* scale = grids.scale_tile.data() + tiled.row(r - first);
+    const uint8_t* zero = grids.zero_tile.data() + tiled.row(r - first);
+    Floats sums[R][TOKENS], less[R][TOKENS];
+    for (int j = 0; j < R; j++)
+      for (int t = 0; t < TOKENS; t++) sums[j][t] = less[j][t] = set(0);
     for (int k = 0; k < part.blocks; k++) {
-      Bytes q[V];
-      codes<BITS>(p, q);
-      for (int i = 0; i < R; i++) {
-        for (int line = 0; line < 16 * BITS; line += 64) _mm_prefetch((const char*)p[i] + AHEAD + line, _MM_HINT_T0);
-        p[i] += 16 * BITS;
-      }
-      constexpr bool apart = HALVES && half_of<BITS>(0) >= 0;  // each half has vectors, and so sums, of its own
-      constexpr int parts = apart ? 2 : 1;
-      const int a = HALVES ? part.group_of_half(k, 0) : part.group_of[k], b = HALVES ? part.group_of_half(k, 1) : a;
-      Floats s[parts];
-      if constexpr (apart) {
-        s[0] = spread<R>(scale, a);
-        s[1] = spread<R>(scale, b);
-      } else if constexpr (HALVES) {
-        s[0] = spread_halves<R>(scale, a, b);
-      } else {
-        s[0] = spread<R>(scale, a);
-      }
-      for (int t = 0; t < TOKENS; t++) {
-        const int8_t* digits = x.block(token + t, k);
-        const Floats step = set(x.step[(int64_t)(token + t) * x.blocks + k]);
-        for (int i = 0; i < parts; i++) {
-          Sum<BITS> high, low;
-          for (int n = i * V / parts; n < (i + 1) * V / parts; n++) {
-            high.add(q[n], digits_of<BITS>(digits, n));
-            low.add(q[n], digits_of<BITS>(digits + BLOCK, n));
+      Sum<BITS> high[PARTS][R][TOKENS], low[PARTS][R][TOKENS];
+      rows.template each_slot_of<BITS>(k, part.w.row_bytes, [&](int slot, Many<R> q) {
+        const int half = slot * PARTS / SLOTS;
+        for (int t = 0; t < TOKENS; t++) {
+          const int8_t* digits = x.block(token + t, k) + 16 * slot;
+          const Bytes a = both16(digits), b = both16(digits + BLOCK);
+          for (int j = 0; j < R; j++) {
+            high[half][j][t].add(q.v[j], a);
+            low[half][j][t].add(q.v[j], b);
           }
-          sums[t] = fma(joined(high.ints(), low.ints()), mul(s[i], step), sums[t]);
+        }
+      });
+      for (int half = 0; half < PARTS; half++) {
+        const unsigned g = HALVES ? part.group_of_half(k, half) : part.group_of[k];
+        for (int j = 0; j < R; j++) {
+          const Floats s = spread(loadf(scale + j * tiled.span + g / 4 * LANES), g % 4);
+          for (int t = 0; t < TOKENS; t++) {
+            const Floats sum = joined(high[half][j][t].ints(), low[half][j][t].ints());
+            sums[j][t] = fma(sum, mul(s, set(x.steps(token + t)[k])), sums[j][t]);
+          }
         }
       }
     }
-    for (int t = 0; t < TOKENS; t++) {
-      float found[R];
-      totals<R>(sums[t], found);
-      for (int i = 0; i < R && r + i < last; i++)
-        out[t * stride + r + i - first] += found[i] - dot(offset[i], x.group_sum.data() + (int64_t)(token + t) * groups, groups);
+    for (int j = 0; j < R; j++) {
+      for (int64_t g = 0; g < tiled.span; g += LANES) {
+        const Floats offset = mul(loadf(scale + j * tiled.span + g), floats(zero + j * tiled.span + g));
+        for (int t = 0; t < TOKENS; t++) less[j][t] = fma(offset, four(x.sums(token + t) + g / TILE), less[j][t]);
+      }
+      for (int t = 0; t < TOKENS; t++) {
+        float found[TILE];
+        totals(sub(sums[j][t], mul(less[j][t], set(part.zero_step()))), found);
+        for (int i = 0; i < TILE && r + j * TILE + i < last; i++) out[t * stride + r + j * TILE + i - first] += found[i];
+      }
     }
   }
 }
@@ -145,8 +172,9 @@ INLINE void values(const Part& part, const float* scale, const float* zero, cons
   alignas(64) uint8_t q[BLOCK];
   ordered_codes<BITS>(row + (int64_t)k * 16 * BITS, q);
   const int g = part.group_of[k];
+  const float step = part.zero_step();
   if (g >= 0) {
-    const Floats s = set(scale[g]), z = set(zero[g]);
+    const Floats s = set(scale[g]), z = set(zero[g] * step);
     for (int i = 0; i < BLOCK; i += LANES) storef(out + i, mul(sub(floats(q + i), z), s));
     return;
   }
@@ -154,7 +182,7 @@ INLINE void values(const Part& part, const float* scale, const float* zero, cons
   for (int i = 0; i < BLOCK;) {
     const int own = part.group(column + i);
     const int stop = std::min<int64_t>(BLOCK, (int64_t)(own + 1) * part.w.group_size - column);
-    for (; i < stop; i++) out[i] = ((float)q[i] - zero[own]) * scale[own];
+    for (; i < stop; i++) out[i] = ((float)q[i] - zero[own] * step) * scale[own];
   }
 }
 
@@ -163,7 +191,7 @@ inline void tail_values(const Part& part, const float* scale, const float* zero,
   const int first = part.blocks * BLOCK;
   for (int i = 0; i < part.tail; i++) {
     const int g = part.group(first + i);
-    out[i] = ((float)code_at(row, first + i, part.w.columns, part.w.bits) - zero[g]) * scale[g];
+    out[i] = ((float)code_at(row, first + i, part.w.columns, part.w.bits) - zero[g] * part.zero_step()) * scale[g];
   }
 }
 
@@ -174,7 +202,7 @@ inline void centred_row(const Part& part, int r, int centre, uint8_t* out) {
   const __m128i all = _mm_set1_epi8((char)centre);
   with_bits(bits, [&](auto width) {
     for (int k = 0; k < part.blocks; k++)
-      each_slot<width>(p + (int64_t)k * 16 * width, [&](int slot, __m128i q) {
+      each_slot_of_row<width>(p + (int64_t)k * 16 * width, [&](int slot, __m128i q) {
         _mm_storeu_si128((__m128i*)(out + k * BLOCK + 16 * slot), _mm_sub_epi8(q, all));
       });
   });
@@ -183,7 +211,7 @@ inline void centred_row(const Part& part, int r, int centre, uint8_t* out) {
 
 // All parts of a weight.
 struct UniformWeight {
-  using State = std::vector<Grids>;  // of some rows, by part
+  using State = Grids;
   std::vector<Part> parts;
   int all_columns;
 
@@ -191,10 +219,7 @@ struct UniformWeight {
   int rows() const { return parts[0].w.rows; }
   int columns() const { return all_columns; }
 
-  void read(State& state, int first, int last) const {
-    if (state.size() < parts.size()) state.resize(parts.size());
-    for (size_t i = 0; i < parts.size(); i++) state[i].read(parts[i].w, first, last);
-  }
+  void read(State& state, int first, int last) const { state.read(parts[0].w, first, last); }
 
   // Whether decode_halves serves: groups are of half blocks at least.
   bool has_halves() const {
@@ -210,12 +235,11 @@ struct UniformWeight {
   void decode_halves(const State& state, int r, int first, Dtype dtype, uint16_t* out) const {
 #ifdef __AVX512VNNI__
     const Floats low = _mm512_set_ps(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0), high = add(low, set(16));
-    for (size_t i = 0; i < parts.size(); i++) {
-      const Part& part = parts[i];
+    for (const Part& part : parts) {
       const int64_t at = (int64_t)(r - first) * part.w.groups;
-      const float *scale = state[i].scale.data() + at, *zero = state[i].zero.data() + at;
+      const float *scale = state.scale.data() + at, *zero = state.zero.data() + at;
       const auto levels_of = [&](int g) {
-        const Floats s = set(scale[g]), z = set(zero[g]);
+        const Floats s = set(scale[g]), z = set(zero[g] * part.zero_step());
         return halves(mul(sub(low, z), s), mul(sub(high, z), s), dtype);
       };
       with_bits(std::min(part.w.bits, MOST_LEVELS_BITS), [&](auto bits) {
@@ -234,10 +258,9 @@ struct UniformWeight {
   }
 
   void decode_row(const State& state, int r, int first, float* out) const {
-    for (size_t i = 0; i < parts.size(); i++) {
-      const Part& part = parts[i];
+    for (const Part& part : parts) {
       const int64_t at = (int64_t)(r - first) * part.w.groups;
-      const float *scale = state[i].scale.data() + at, *zero = state[i].zero.data() + at;
+      const float *scale = state.scale.data() + at, *zero = state.zero.data() + at;
       with_bits(part.w.bits, [&](auto bits) {
         for (int k = 0; k < part.blocks; k++)
           values<bits>(part, scale, zero, part.row(r), k, out + (int64_t)part.source(k) * BLOCK);
