@@ -27,6 +27,14 @@ TILE = 512  # rows decoded at once: 4 MB of bf16 at 4096 columns, which stay in 
 Buffer = ctypes.c_void_p
 Int = ctypes.c_int32
 
+# What the C functions take after the structs; cpp/cpu.cpp defines them. ctypes converts by these faster than we could.
+ARGUMENTS: dict[str, tuple[Any, ...]] = {
+    "digits": (Buffer, Int, Buffer, Int, Int, Int, Buffer, Buffer, Int),
+    "floats": (Buffer, Int, Buffer, Int, Int, Int, Buffer, Buffer, Int),
+    "decode": (Buffer, Int, Int, Int, Int, Int, Buffer, Int),
+    "centred": (Buffer, Int, Int, Int, Buffer, Int),
+}
+
 
 class _Uniform(ctypes.Structure):
     """`Uniform` of cpp/uniform.h."""
@@ -171,11 +179,10 @@ def integer_tiles(x: Tensor, stored: Stored, bias: Tensor | None) -> Tensor:
     tile_RI = torch.empty(min(TILE, stored.rows), stored.columns, dtype=torch.int8)
     x_TI = x.reshape(-1, stored.columns).contiguous()
     y_TO = torch.empty(len(x_TI), stored.rows)
-    structs, threads = _structs(stored), Int(torch.get_num_threads())
+    structs, centred = _structs(stored), _function(type(stored), "centred")
     for first in range(0, stored.rows, TILE):
         last = min(first + TILE, stored.rows)
-        where = (Int(first), Int(last), Int(int(zero)), Buffer(tile_RI.data_ptr()))
-        _function(stored, "centred")(structs, *where, threads)
+        centred(structs, first, last, int(zero), tile_RI.data_ptr(), torch.get_num_threads())
         y_TO[:, first:last] = torch._int_mm(x_TI, tile_RI[: last - first].T)
     y_TO *= scale.float().T
     return (y_TO if bias is None else y_TO + bias).view(*x.shape[:-1], stored.rows)
@@ -184,8 +191,8 @@ def integer_tiles(x: Tensor, stored: Stored, bias: Tensor | None) -> Tensor:
 def decode(stored: Stored, first: int, last: int, out_RI: Tensor) -> None:
     """Rows first..last of the weight into the first rows of `out_RI`, in its dtype."""
     structs = _structs(stored)
-    where = (Int(stored.columns), Int(first), Int(last), Int(DTYPES[out_RI.dtype]), Buffer(out_RI.data_ptr()))
-    _function(stored, "decode")(structs, Int(len(structs)), *where, Int(torch.get_num_threads()))
+    where = (stored.columns, first, last, DTYPES[out_RI.dtype], out_RI.data_ptr())
+    _function(type(stored), "decode")(structs, len(structs), *where, torch.get_num_threads())
 
 
 def _dot(name: str, x: Tensor, stored: Stored, bias: Tensor | None) -> Tensor:
@@ -195,17 +202,24 @@ def _dot(name: str, x: Tensor, stored: Stored, bias: Tensor | None) -> Tensor:
     y_TO = torch.empty(len(x_TI), stored.rows, dtype=x.dtype)
     bias_O = None if bias is None else bias.float().contiguous()
     structs = _structs(stored)
-    activations = (Buffer(x_TI.data_ptr()), Int(DTYPES[x.dtype]), Int(stored.columns), Int(len(x_TI)))
-    outputs = (Buffer(_pointer(bias_O)), Buffer(y_TO.data_ptr()))
-    _function(stored, name)(structs, Int(len(structs)), *activations, *outputs, Int(torch.get_num_threads()))
+    activations = (x_TI.data_ptr(), DTYPES[x.dtype], stored.columns, x_TI.shape[0])
+    outputs = (_pointer(bias_O), y_TO.data_ptr(), torch.get_num_threads())
+    _function(type(stored), name)(structs, len(structs), *activations, *outputs)
     return y_TO.view(*x.shape[:-1], stored.rows)
 
 
-def _function(stored: Stored, name: str) -> Any:
+def _function(kind: type[Stored], name: str) -> Any:
     """The C function of this name for such storage: llq_uniform_digits, llq_levels_decode, ..."""
     found = backend()
     assert found is not None
-    return getattr(found.library, f"llq_{FAMILIES[type(stored)]}_{name}")
+    return _bound(found.library, f"llq_{FAMILIES[kind]}_{name}", name)
+
+
+@cache
+def _bound(library: ctypes.CDLL, function: str, name: str) -> Any:
+    found = getattr(library, function)
+    found.argtypes, found.restype = ARGUMENTS[name], None
+    return found
 
 
 def _structs(stored: Stored) -> Any:

@@ -10,13 +10,13 @@
 
 namespace {
 
-constexpr int CHUNKS = 32, AT_ONCE = 4;  // chunks of rows; tokens that share a pass over a row
+constexpr int CHUNK = 64, AT_ONCE = 4;  // rows whose scales stay in the cache; tokens that share a pass over a row
 
 // Calls work(first row, last row) for chunks of rows.
 template <typename Work>
 void over_rows(int rows, int threads, Work work) {
-  const int size = std::max(16, (rows + CHUNKS - 1) / CHUNKS / MOST_ROWS * MOST_ROWS + MOST_ROWS);
-  pool().run((rows + size - 1) / size, threads, [&](int chunk) { work(chunk * size, std::min(rows, (chunk + 1) * size)); });
+  pool().run((rows + CHUNK - 1) / CHUNK, threads,
+             [&](int chunk) { work(chunk * CHUNK, std::min(rows, (chunk + 1) * CHUNK)); });
 }
 
 // What all products have in common: x [T, I] and y [T, O] of `dtype`, an fp32 bias [O] or null.
@@ -184,9 +184,10 @@ void llq_levels_digits(const Levels* levels, int, const void* x, int dtype, int 
     static thread_local std::vector<float> sums;
     static thread_local LevelWeight::State state;
     sums.assign((int64_t)tokens * (last - first), 0);
-    weight.read_digits(state, first, last);
+    const bool planes = !levels->mean && (tokens == 1 || WIDTH == 32);
+    planes ? weight.read_planes(state, first, last) : weight.read_digits(state, first, last);
     over_tokens(tokens, [&](auto count, int t) {
-      const auto dot = levels->salient ? dot_levels<count, true> : dot_levels<count, false>;
+      const auto dot = planes ? dot_planes<count> : levels->salient ? dot_levels<count, true> : dot_levels<count, false>;
       dot(weight, state, *d, t, first, last, sums.data() + (int64_t)t * (last - first));
     });
     call.store(sums, first, last, weight.rows());

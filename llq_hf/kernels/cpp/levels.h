@@ -1,9 +1,10 @@
 // Codes of 2 bits that pick one of a group's levels, whatever these are: sums of two binary weights (dual binarization), or
 // two signs whose meaning depends on the column (salient or not).
 //
-// For products the levels of a row and group become numbers of 14 bits, base + step (128 high + low), whose digits are picked
-// by code from one vector; with activations in two digits that is three integer products. The error (3e-5 of the levels'
-// range) lies below that of the activations.
+// For products the levels of a row and group become numbers of 14 bits, step (128 high + low - MIDDLE), whose digits are
+// picked by code from one vector; with activations in two digits that is three integer products. The error (6e-5 of the
+// largest level) lies about that of the activations. Sums of two binary weights need none of that for one token: they are
+// the products of the two planes of bits.
 #pragma once
 #include <functional>
 
@@ -22,7 +23,7 @@ struct Levels {
 };
 
 struct LevelWeight {
-  static constexpr float MOST = 127 * 128 + 127;
+  static constexpr int MIDDLE = 1 << 13, PER = LANES / 4;  // groups whose levels are made at once
   const Levels& w;
   int blocks, tail;
   std::vector<int> group_of;       // of each block
@@ -31,9 +32,9 @@ struct LevelWeight {
   // Of some rows, for every group.
   struct State {
     std::vector<float> scale, mean, table;  // table: 8 levels
-    std::vector<float> level[8], base, step;  // [rows][groups]
-    std::vector<float> base_tile, step_tile;  // Tiled
-    std::vector<uint8_t> digits;              // [tile][group][row of the tile][8 high, 8 low]
+    std::vector<float> plane[2];  // Tiled: what each bit counts
+    std::vector<float> step;      // Tiled
+    std::vector<uint8_t> digits;  // [tile][group][row of the tile][8 high, 8 low]
   };
 
   explicit LevelWeight(const Levels& w)
@@ -83,94 +84,101 @@ struct LevelWeight {
     }
   }
 
-  // The same levels as numbers of 14 bits.
-  void read_digits(State& s, int first, int last) const {
-    const int64_t count = read_levels(s, first, last);
-    const int rows = last - first;
-    for (auto& level : s.level) level.resize(count);
-    spread_levels(s, count);
-    s.base.resize(count);
-    s.step.resize(count);
-    float *base = s.base.data(), *step = s.step.data();
-    const int kinds = w.mean ? 8 : 4;
-    std::copy(s.level[0].begin(), s.level[0].end(), base);
-    std::copy(s.level[0].begin(), s.level[0].end(), step);
-    for (int j = 1; j < kinds; j++) {
-      const float* level = s.level[j].data();
-      for (int64_t i = 0; i < count; i++) {
-        base[i] = std::min(base[i], level[i]);
-        step[i] = std::max(step[i], level[i]);
-      }
-    }
-    for (int64_t i = 0; i < count; i++) step[i] = std::max(step[i] - base[i], 1e-30f) * (1.0f / MOST);
+  // What the two bits count, of sums of binary weights.
+  void read_planes(State& s, int first, int last) const {
     const Tiled tiled(w.groups);
-    s.base_tile.resize(tiled.size(rows));
-    s.step_tile.resize(tiled.size(rows));
-    s.digits.resize((int64_t)(rows + MOST_ROWS - 1) / MOST_ROWS * MOST_ROWS * w.groups * 16);
-    for (int r = 0; r < rows; r++) {
-      write_digits(s, r, kinds);
-      for (int g = 0; g < w.groups; g++) {
-        s.base_tile[tiled.at(r, g)] = base[(int64_t)r * w.groups + g];
-        s.step_tile[tiled.at(r, g)] = step[(int64_t)r * w.groups + g];
+    for (auto& plane : s.plane) plane.resize(tiled.size(last - first));
+    with_row_ends(first, last, [&](int r, auto dtype, const uint8_t* scale, const uint8_t*) {
+      float* to[2] = {s.plane[0].data() + tiled.row(r), s.plane[1].data() + tiled.row(r)};
+      for (int g = 0; g < w.groups; g += 4) {
+        const __m256 pairs = load_eight<dtype>(scale + g * 2 * size_of(dtype));
+        const __m128 a = _mm256_castps256_ps128(pairs), b = _mm256_extractf128_ps(pairs, 1);
+        _mm_storeu_ps(to[0] + g * TILE, _mm_shuffle_ps(a, b, 0x88));
+        _mm_storeu_ps(to[1] + g * TILE, _mm_shuffle_ps(a, b, 0xdd));
+      }
+    });
+  }
+
+  // All levels as numbers of 14 bits.
+  void read_digits(State& s, int first, int last) const {
+    const Tiled tiled(w.groups);
+    s.step.resize(tiled.size(last - first));
+    s.digits.resize((int64_t)(last - first + MOST_ROWS) * w.groups * 16);
+    with_row_ends(first, last, [&](int r, auto dtype, const uint8_t* scale, const uint8_t* mean) {
+      uint8_t* digits = s.digits.data() + ((int64_t)r / TILE * w.groups * TILE + r % TILE) * 16;
+      float* step = s.step.data() + tiled.row(r);
+      for (int g = 0; g < w.groups; g += PER) {
+        const Digit made = digits_of<dtype>(scale, mean, g);
+        const int here = std::min(PER, w.groups - g);
+        memcpy(step + g / 4 * LANES + g % 4, made.step, sizeof made.step);
+#pragma GCC unroll 4
+        for (int i = 0; i < PER; i++)
+          if (i < here) _mm_storeu_si128((__m128i*)(digits + (int64_t)(g + i) * WIDTH), lane16(made.digits, i));
+      }
+    });
+  }
+
+ private:
+  // Calls use(row, dtype, its scales, its means) so that vectors may reach behind the row's last number.
+  template <typename Use>
+  void with_row_ends(int first, int last, Use use) const {
+    static thread_local std::vector<uint8_t> end;
+    const auto dtype = (Dtype)w.dtype;
+    const int64_t scales = (w.mean ? 4 : 2) * w.groups * size_of(dtype), means = w.means * w.groups * size_of(dtype);
+    for (int r = first; r < last; r++) {
+      const uint8_t *scale = (const uint8_t*)w.scale + r * scales, *mean = (const uint8_t*)w.mean + r * means;
+      if ((int64_t)(w.rows - 1 - r) * w.groups < 2 * PER) {  // nothing lies behind the matrix
+        end.assign(scales + means + 2 * WIDTH, 0);
+        memcpy(end.data(), scale, scales);
+        if (means) memcpy(end.data() + scales + WIDTH, mean, means);
+        scale = end.data();
+        mean = end.data() + scales + WIDTH;
+      }
+      if (dtype == F16) {
+        use(r - first, std::integral_constant<Dtype, F16>{}, scale, mean);
+      } else {
+        use(r - first, std::integral_constant<Dtype, F32>{}, scale, mean);
       }
     }
   }
 
-  // level[j][i]: level j of row and group i.
-  void spread_levels(State& s, int64_t count) const {
-    const float *a = s.scale.data(), *m = s.mean.data();
-    float* level[8];
-    for (int j = 0; j < 8; j++) level[j] = s.level[j].data();
-    for (int64_t i = 0; !w.mean && i < count; i++) {
-      level[0][i] = 0;
-      level[1][i] = a[2 * i];
-      level[2][i] = a[2 * i + 1];
-      level[3][i] = a[2 * i] + a[2 * i + 1];
+  struct Digit {
+    Bytes digits;  // [group][8 high, 8 low]
+    float step[PER];
+  };
+
+  // Of PER groups from g on.
+  template <Dtype D>
+  INLINE Digit digits_of(const uint8_t* scale, const uint8_t* mean, int g) const {
+    constexpr int SIZE = D == F16 ? 2 : 4;
+    const Floats turns = quads(-1, 1, -1, 1), halves = quads(-1, -1, 1, 1);
+    Floats plain, own = set(0);
+    if (!w.mean) {
+      const Floats a = load_pairs<D>(scale + g * 2 * SIZE);  // 0, first, second, both
+      plain = fma(quad<0, 0, 0, 0>(a), quads(0, 1, 0, 1), mul(quad<1, 1, 1, 1>(a), quads(0, 0, 1, 1)));
+    } else {
+      const Floats a = load_quads<D>(scale + g * 4 * SIZE);
+      const Floats m = w.means == 4 ? load_quads<D>(mean + g * 4 * SIZE) : load_triples<D>(mean + g * 3 * SIZE);
+      _mm_prefetch((const char*)scale + g * 4 * SIZE + AHEAD, _MM_HINT_T0);
+      _mm_prefetch((const char*)mean + g * 4 * SIZE + AHEAD, _MM_HINT_T0);
+      plain = fma(quad<0, 0, 1, 1>(a), turns, quad<0, 0, 1, 1>(m));
+      own = fma(quad<2, 2, 2, 2>(a), halves, add(quad<2, 2, 2, 2>(m), quad<3, 3, 3, 3>(m)));
+      own = fma(quad<3, 3, 3, 3>(a), turns, own);
     }
-    for (int64_t i = 0; w.mean && i < count; i++) {
-      const float* mean = m + w.means * i;
-      const float middle = mean[w.means - 1] + (w.means == 4 ? mean[2] : 0);
-      const float low = middle - a[4 * i + 2], high = middle + a[4 * i + 2];
-      level[0][i] = mean[0] - a[4 * i];
-      level[1][i] = mean[0] + a[4 * i];
-      level[2][i] = mean[1] - a[4 * i + 1];
-      level[3][i] = mean[1] + a[4 * i + 1];
-      level[4][i] = low - a[4 * i + 3];
-      level[5][i] = low + a[4 * i + 3];
-      level[6][i] = high - a[4 * i + 3];
-      level[7][i] = high + a[4 * i + 3];
-    }
+    Floats most = greater(size(plain), size(own));
+    most = greater(most, quad<1, 0, 3, 2>(most));
+    most = greater(greater(most, quad<2, 3, 0, 1>(most)), set(1e-30f));
+    // A rough 1 / most serves where the step is one over that: a division takes longer than all the rest.
+    constexpr float MOST = MIDDLE - 4;
+    const Floats rough = reciprocal(most), inverse = mul(rough, set(MOST));
+    const Bytes q = plus16(packed32(rounded(mul(plain, inverse)), rounded(mul(own, inverse))), MIDDLE);
+    Digit made;
+    made.digits = packed16(shr(q, 7), keep16(q, 127));
+    firsts(mul(fma(most, sub(set(1), mul(rough, most)), most), set(1 / MOST)), made.step);
+    return made;
   }
 
-  // The digits of row r's levels, LANES groups at a time.
-  void write_digits(State& s, int r, int kinds) const {
-    uint8_t* to = s.digits.data() + ((int64_t)r / TILE * w.groups * TILE + r % TILE) * 16;
-    for (int g = 0; g < w.groups; g += LANES) {
-      alignas(64) float buffer[LANES];
-      const int here = std::min(LANES, w.groups - g);
-      const int64_t at = (int64_t)r * w.groups + g;
-      const auto some = [&](const std::vector<float>& from) {
-        if (here == LANES) return loadf(from.data() + at);
-        std::fill(buffer, buffer + LANES, 1.0f);
-        std::copy_n(from.data() + at, here, buffer);
-        return loadf(buffer);
-      };
-      const Floats base = some(s.base), inverse = divided(set(1), some(s.step));
-      Bytes words[4] = {zeros(), zeros(), zeros(), zeros()};  // high of levels 0-3, of 4-7, low of both
-      for (int j = 0; j < kinds; j++) {
-        const Bytes q = rounded(mul(sub(some(s.level[j]), base), inverse));
-        words[j / 4] = either(words[j / 4], shl32(shr32(q, 7), j % 4 * 8));
-        words[2 + j / 4] = either(words[2 + j / 4], shl32(keep32(q, 127), j % 4 * 8));
-      }
-      const Bytes a = low32(words[0], words[1]), b = high32(words[0], words[1]);
-      const Bytes c = low32(words[2], words[3]), d = high32(words[2], words[3]);
-      const Bytes four[4] = {low64(a, c), high64(a, c), low64(b, d), high64(b, d)};  // groups i, i + 4, ...
-#pragma GCC unroll 16
-      for (int i = 0; i < LANES; i++)
-        if (i < here) _mm_storeu_si128((__m128i*)(to + (int64_t)(g + i) * TILE * 16), lane16(four[i % 4], i / 4));
-    }
-  }
-
+ public:
   bool has_halves() const {
 #ifdef __AVX512VNNI__
     return tail == 0;
@@ -204,16 +212,65 @@ struct LevelWeight {
   }
 };
 
+// out[token][r - first] += rows first..last times the blocks of x, of sums of two binary weights.
+template <int TOKENS>
+void dot_planes(const LevelWeight& weight, const LevelWeight::State& state, const Digits& x, int token, int first, int last,
+                float* out) {
+  constexpr int R = TILES<4, TOKENS>;
+  const int stride = last - first;
+  const Tiled tiled(weight.w.groups);
+  for (int r = first; r < last; r += R * TILE) {
+    const Rows<R> rows(weight.w.weight, weight.w.row_bytes, r, last - 1);
+    const int64_t at = tiled.row(r - first);
+    Floats sums[R][TOKENS];
+    for (int j = 0; j < R; j++)
+      for (int t = 0; t < TOKENS; t++) sums[j][t] = set(0);
+    for (int k = 0; k < weight.blocks; k++) {
+      const unsigned g = weight.group_of[k];
+      Sum<1> high[2][R][TOKENS], low[2][R][TOKENS];
+      rows.template each_slot_of<2>(k, weight.w.row_bytes, [&](int slot, Many<R> q) {
+        const Many<R> plane[2] = {keep(q, 1), keep(shr(q, 1), 1)};
+        for (int t = 0; t < TOKENS; t++) {
+          const int8_t* digits = x.block(token + t, k) + 16 * slot;
+          const Bytes a = both16(digits), b = both16(digits + BLOCK);
+          for (int bit = 0; bit < 2; bit++) {
+            for (int j = 0; j < R; j++) {
+              high[bit][j][t].add(plane[bit].v[j], a);
+              low[bit][j][t].add(plane[bit].v[j], b);
+            }
+          }
+        }
+      });
+      for (int bit = 0; bit < 2; bit++) {
+        for (int j = 0; j < R; j++) {
+          const Floats s = spread(loadf(state.plane[bit].data() + at + j * tiled.span + g / 4 * LANES), g % 4);
+          for (int t = 0; t < TOKENS; t++) {
+            const Floats sum = joined(high[bit][j][t].ints(), low[bit][j][t].ints());
+            sums[j][t] = fma(sum, mul(s, set(x.steps(token + t)[k])), sums[j][t]);
+          }
+        }
+      }
+    }
+    for (int j = 0; j < R; j++) {
+      for (int t = 0; t < TOKENS; t++) {
+        float found[TILE];
+        totals(sums[j][t], found);
+        for (int i = 0; i < TILE && r + j * TILE + i < last; i++) out[t * stride + r + j * TILE + i - first] += found[i];
+      }
+    }
+  }
+}
+
 // out[token][r - first] += rows first..last times the blocks of x. SALIENT: levels depend on the column.
 template <int TOKENS, bool SALIENT>
 void dot_levels(const LevelWeight& weight, const LevelWeight::State& state, const Digits& x, int token, int first, int last,
                 float* out) {
-  constexpr int R = TILES<TOKENS>;
+  constexpr int R = TILES<4, TOKENS>;
   const int stride = last - first, groups = weight.w.groups;
   const Tiled tiled(groups);
   for (int r = first; r < last; r += R * TILE) {
     const Rows<R> rows(weight.w.weight, weight.w.row_bytes, r, last - 1);
-    const float *step = state.step_tile.data() + tiled.row(r - first), *base = state.base_tile.data() + tiled.row(r - first);
+    const float* step = state.step.data() + tiled.row(r - first);
     const uint8_t* digits = state.digits.data() + (int64_t)(r - first) * groups * 16;
     Floats sums[R][TOKENS];
     for (int j = 0; j < R; j++)
@@ -253,10 +310,11 @@ void dot_levels(const LevelWeight& weight, const LevelWeight::State& state, cons
     }
     for (int j = 0; j < R; j++) {
       for (int t = 0; t < TOKENS; t++) {
+        Floats less = set(0);
         for (int64_t g = 0; g < tiled.span; g += LANES)
-          sums[j][t] = fma(loadf(base + j * tiled.span + g), four(x.sums(token + t) + g / TILE), sums[j][t]);
+          less = fma(loadf(step + j * tiled.span + g), four(x.sums(token + t) + g / TILE), less);
         float found[TILE];
-        totals(sums[j][t], found);
+        totals(sub(sums[j][t], mul(less, set(LevelWeight::MIDDLE))), found);
         for (int i = 0; i < TILE && r + j * TILE + i < last; i++) out[t * stride + r + j * TILE + i - first] += found[i];
       }
     }

@@ -63,3 +63,39 @@ inline void from_floats(const float* from, int64_t count, Dtype dtype, void* out
     for (; i < count; i++) p[i] = _cvtss_sh(from[i], 0);
   }
 }
+
+// Four floats a group from as many numbers of dtype D, from three (and a zero) or two (twice). A vector is read, whatever of it counts.
+template <Dtype D>
+INLINE Floats load_quads(const uint8_t* p) {
+  if constexpr (D == F32) return loadf((const float*)p);
+#ifdef __AVX512VNNI__
+  return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#else
+  return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#endif
+}
+template <Dtype D>
+INLINE Floats load_triples(const uint8_t* p) {
+  const Floats v = load_quads<D>(p);
+#ifdef __AVX512VNNI__
+  return _mm512_maskz_permutexvar_ps(0x7777, _mm512_setr_epi32(0, 1, 2, 0, 3, 4, 5, 0, 6, 7, 8, 0, 9, 10, 11, 0), v);
+#else
+  return _mm256_blend_ps(_mm256_permutevar8x32_ps(v, _mm256_setr_epi32(0, 1, 2, 0, 3, 4, 5, 0)), _mm256_setzero_ps(), 0x88);
+#endif
+}
+
+// Eight numbers of dtype D as floats.
+template <Dtype D>
+INLINE __m256 load_eight(const uint8_t* p) {
+  if constexpr (D == F32) return _mm256_loadu_ps((const float*)p);
+  return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+}
+template <Dtype D>
+INLINE Floats load_pairs(const uint8_t* p) {
+  const Floats v = load_quads<D>(p);
+#ifdef __AVX512VNNI__
+  return _mm512_permutexvar_ps(_mm512_setr_epi32(0, 1, 0, 1, 2, 3, 2, 3, 4, 5, 4, 5, 6, 7, 6, 7), v);
+#else
+  return _mm256_permutevar8x32_ps(v, _mm256_setr_epi32(0, 1, 0, 1, 2, 3, 2, 3));
+#endif
+}

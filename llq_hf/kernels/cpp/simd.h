@@ -21,10 +21,11 @@ INLINE Bytes plus(Bytes a, Bytes b) { return _mm512_add_epi32(a, b); }
 // Of every 16 bytes those that q numbers; the upper 8 bytes first; the first or last two of each, in turns.
 INLINE Bytes pick(Bytes table, Bytes q) { return _mm512_shuffle_epi8(table, q); }
 INLINE Bytes turned(Bytes v) { return _mm512_shuffle_epi32(v, _MM_PERM_BADC); }
-INLINE Bytes low32(Bytes a, Bytes b) { return _mm512_unpacklo_epi32(a, b); }
-INLINE Bytes high32(Bytes a, Bytes b) { return _mm512_unpackhi_epi32(a, b); }
-INLINE Bytes low64(Bytes a, Bytes b) { return _mm512_unpacklo_epi64(a, b); }
-INLINE Bytes high64(Bytes a, Bytes b) { return _mm512_unpackhi_epi64(a, b); }
+INLINE Bytes plus16(Bytes v, int n) { return _mm512_add_epi16(v, _mm512_set1_epi16(n)); }
+INLINE Bytes keep16(Bytes v, int mask) { return _mm512_and_si512(v, _mm512_set1_epi16(mask)); }
+// Narrowed: of every 16 bytes those of a, then those of b.
+INLINE Bytes packed32(Bytes a, Bytes b) { return _mm512_packs_epi32(a, b); }
+INLINE Bytes packed16(Bytes a, Bytes b) { return _mm512_packus_epi16(a, b); }
 INLINE __m128i lane16(Bytes v, int lane) {
   return lane == 0   ? _mm512_castsi512_si128(v)
          : lane == 1 ? _mm512_extracti32x4_epi32(v, 1)
@@ -39,12 +40,19 @@ INLINE Floats mul(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
 INLINE Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
 INLINE Floats sub(Floats a, Floats b) { return _mm512_sub_ps(a, b); }
 INLINE Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
-INLINE Floats divided(Floats a, Floats b) { return _mm512_div_ps(a, b); }
+INLINE Floats reciprocal(Floats v) { return _mm512_rcp14_ps(v); }  // to 11 bits at least
 INLINE Bytes rounded(Floats v) { return _mm512_cvtps_epi32(v); }
-INLINE Bytes zeros() { return _mm512_setzero_si512(); }
-INLINE Bytes shr32(Bytes v, int n) { return _mm512_srli_epi32(v, n); }
-INLINE Bytes shl32(Bytes v, int n) { return _mm512_slli_epi32(v, n); }
-INLINE Bytes keep32(Bytes v, int mask) { return _mm512_and_si512(v, _mm512_set1_epi32(mask)); }
+INLINE Floats greater(Floats a, Floats b) { return _mm512_max_ps(a, b); }
+INLINE Floats size(Floats v) { return _mm512_abs_ps(v); }
+// The same four floats all over; of every four floats numbers A, B, C, D; of every four floats the first.
+INLINE Floats quads(float a, float b, float c, float d) { return _mm512_broadcast_f32x4(_mm_setr_ps(a, b, c, d)); }
+template <int A, int B, int C, int D>
+INLINE Floats quad(Floats v) {
+  return _mm512_permute_ps(v, A | B << 2 | C << 4 | D << 6);
+}
+INLINE void firsts(Floats v, float* out) {
+  _mm_storeu_ps(out, _mm512_castps512_ps128(_mm512_permutexvar_ps(_mm512_set_epi32(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 12, 8, 4, 0), v)));
+}
 // WIDTH / 4 unsigned bytes as floats.
 INLINE Floats floats(const uint8_t* p) {
   return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)));
@@ -77,15 +85,23 @@ INLINE Floats joined(Bytes high, Bytes low) {
   return _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(high, 7), low));
 }
 
+// The same number all over, as a constant: making one takes longer than loading it.
+struct alignas(64) Number {
+  int32_t all[16];
+  constexpr Number(int n) : all{n, n, n, n, n, n, n, n, n, n, n, n, n, n, n, n} {}
+};
 // Of every four floats number i, four times.
-INLINE Floats spread(Floats v, int i) { return _mm512_permutevar_ps(v, _mm512_set1_epi32(i)); }
+INLINE Floats spread(Floats v, int i) {
+  static constexpr Number numbers[4] = {Number(0), Number(1), Number(2), Number(3)};
+  return _mm512_permutevar_ps(v, _mm512_load_si512(&numbers[i]));
+}
 // Four floats for every row of a tile.
 INLINE Floats four(const float* p) { return _mm512_broadcast_f32x4(_mm_loadu_ps(p)); }
 // The sums of every four floats.
 INLINE void totals(Floats v, float* out) {
   v = _mm512_add_ps(v, _mm512_permute_ps(v, 0xb1));
   v = _mm512_add_ps(v, _mm512_permute_ps(v, 0x4e));
-  _mm_storeu_ps(out, _mm512_castps512_ps128(_mm512_permutexvar_ps(_mm512_set_epi32(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 12, 8, 4, 0), v)));
+  firsts(v, out);
 }
 // 16 bytes at each of p[0..3] + at, and what a tile holds of one slot of its rows.
 INLINE Bytes rows16(const uint8_t* const* p, int at) {
@@ -107,10 +123,10 @@ INLINE Bytes keep(Bytes v, int mask) { return _mm256_and_si256(v, _mm256_set1_ep
 INLINE Bytes plus(Bytes a, Bytes b) { return _mm256_add_epi32(a, b); }
 INLINE Bytes pick(Bytes table, Bytes q) { return _mm256_shuffle_epi8(table, q); }
 INLINE Bytes turned(Bytes v) { return _mm256_shuffle_epi32(v, 0x4e); }
-INLINE Bytes low32(Bytes a, Bytes b) { return _mm256_unpacklo_epi32(a, b); }
-INLINE Bytes high32(Bytes a, Bytes b) { return _mm256_unpackhi_epi32(a, b); }
-INLINE Bytes low64(Bytes a, Bytes b) { return _mm256_unpacklo_epi64(a, b); }
-INLINE Bytes high64(Bytes a, Bytes b) { return _mm256_unpackhi_epi64(a, b); }
+INLINE Bytes plus16(Bytes v, int n) { return _mm256_add_epi16(v, _mm256_set1_epi16(n)); }
+INLINE Bytes keep16(Bytes v, int mask) { return _mm256_and_si256(v, _mm256_set1_epi16(mask)); }
+INLINE Bytes packed32(Bytes a, Bytes b) { return _mm256_packs_epi32(a, b); }
+INLINE Bytes packed16(Bytes a, Bytes b) { return _mm256_packus_epi16(a, b); }
 INLINE __m128i lane16(Bytes v, int lane) { return lane ? _mm256_extracti128_si256(v, 1) : _mm256_castsi256_si128(v); }
 INLINE Bytes either(Bytes a, Bytes b) { return _mm256_or_si256(a, b); }
 INLINE Floats set(float v) { return _mm256_set1_ps(v); }
@@ -120,12 +136,19 @@ INLINE Floats mul(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
 INLINE Floats fma(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
 INLINE Floats sub(Floats a, Floats b) { return _mm256_sub_ps(a, b); }
 INLINE Floats add(Floats a, Floats b) { return _mm256_add_ps(a, b); }
-INLINE Floats divided(Floats a, Floats b) { return _mm256_div_ps(a, b); }
+INLINE Floats reciprocal(Floats v) { return _mm256_rcp_ps(v); }
 INLINE Bytes rounded(Floats v) { return _mm256_cvtps_epi32(v); }
-INLINE Bytes zeros() { return _mm256_setzero_si256(); }
-INLINE Bytes shr32(Bytes v, int n) { return _mm256_srli_epi32(v, n); }
-INLINE Bytes shl32(Bytes v, int n) { return _mm256_slli_epi32(v, n); }
-INLINE Bytes keep32(Bytes v, int mask) { return _mm256_and_si256(v, _mm256_set1_epi32(mask)); }
+INLINE Floats greater(Floats a, Floats b) { return _mm256_max_ps(a, b); }
+INLINE Floats size(Floats v) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), v); }
+INLINE Floats quads(float a, float b, float c, float d) { return _mm256_setr_ps(a, b, c, d, a, b, c, d); }
+template <int A, int B, int C, int D>
+INLINE Floats quad(Floats v) {
+  return _mm256_permute_ps(v, A | B << 2 | C << 4 | D << 6);
+}
+INLINE void firsts(Floats v, float* out) {
+  out[0] = _mm256_cvtss_f32(v);
+  out[1] = _mm_cvtss_f32(_mm256_extractf128_ps(v, 1));
+}
 INLINE Floats floats(const uint8_t* p) {
   return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)));
 }
@@ -149,22 +172,26 @@ INLINE float total(Floats v) {
   return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
 }
 
-// maddubs sums pairs in int16: of codes up to 15 the sums over a block fit (8 slots: 8 * 2 * 15 * 127 = 30480).
+// maddubs sums pairs in int16. Of codes up to 15 the sums over a block fit too (8 slots: 8 * 2 * 15 * 127 = 30480); those of 8
+// bits come in halves.
 template <int BITS>
 struct Sum {
-  Bytes low = _mm256_setzero_si256(), high = _mm256_setzero_si256();
+  Bytes v = _mm256_setzero_si256(), upper = _mm256_setzero_si256();
+  static INLINE Bytes wide(Bytes pairs, int factor) { return _mm256_madd_epi16(pairs, _mm256_set1_epi16(factor)); }
   INLINE void add(Bytes codes, Bytes digits) {
     if constexpr (BITS <= 4) {
-      low = _mm256_add_epi16(low, _mm256_maddubs_epi16(codes, digits));
+      v = _mm256_add_epi16(v, _mm256_maddubs_epi16(codes, digits));
+    } else if constexpr (BITS < 8) {
+      v = plus(v, wide(_mm256_maddubs_epi16(codes, digits), 1));
     } else {
-      low = _mm256_add_epi16(low, _mm256_maddubs_epi16(keep(codes, 15), digits));
-      high = _mm256_add_epi16(high, _mm256_maddubs_epi16(keep(shr(codes, 4), 15), digits));
+      v = _mm256_add_epi16(v, _mm256_maddubs_epi16(keep(codes, 15), digits));
+      upper = _mm256_add_epi16(upper, _mm256_maddubs_epi16(keep(shr(codes, 4), 15), digits));
     }
   }
   INLINE Bytes ints() const {
-    Bytes sums = _mm256_madd_epi16(low, _mm256_set1_epi16(1));
-    if constexpr (BITS <= 4) return sums;
-    return _mm256_add_epi32(sums, _mm256_madd_epi16(high, _mm256_set1_epi16(16)));
+    if constexpr (BITS <= 4) return wide(v, 1);
+    if constexpr (BITS < 8) return v;
+    return plus(wide(v, 1), wide(upper, 16));
   }
 };
 INLINE Floats joined(Bytes high, Bytes low) {
@@ -176,8 +203,7 @@ INLINE Floats four(const float* p) { return _mm256_broadcast_ps((const __m128*)p
 INLINE void totals(Floats v, float* out) {
   v = _mm256_add_ps(v, _mm256_permute_ps(v, 0xb1));
   v = _mm256_add_ps(v, _mm256_permute_ps(v, 0x4e));
-  out[0] = _mm256_cvtss_f32(v);
-  out[1] = _mm_cvtss_f32(_mm256_extractf128_ps(v, 1));
+  firsts(v, out);
 }
 INLINE Bytes rows16(const uint8_t* const* p, int at) {
   const __m256i v = _mm256_castsi128_si256(_mm_loadu_si128((const __m128i*)(p[0] + at)));
@@ -219,7 +245,7 @@ INLINE __m128i either(__m128i a, __m128i b) { return _mm_or_si128(a, b); }
 
 constexpr int LANES = WIDTH / 4;
 constexpr int TILE = WIDTH / 16;  // rows that share a vector: each has 16 bytes of it, or four floats
-// Tiles that are multiplied together, and share what is loaded of the activations of so many tokens.
-template <int TOKENS>
-constexpr int TILES = WIDTH == 64 || TOKENS == 1 ? 2 : 1;
-constexpr int MOST_ROWS = 2 * TILE;
+// Tiles that are multiplied together with so many tokens, sharing what is loaded of them.
+template <int BITS, int TOKENS>
+constexpr int TILES = WIDTH == 32 ? (TOKENS == 1 ? 2 : 1) : (TOKENS == 1 && BITS < 4 ? 4 : 2);
+constexpr int MOST_ROWS = 16;
