@@ -6,18 +6,16 @@
 #ifdef __AVX512VNNI__
 constexpr int MOST_LEVELS_BITS = 5;  // codes that index a vector of 32 halves
 
-// 32 levels as halves.
-INLINE Bytes halves(Floats low, Floats high, Dtype dtype) {
-  __m256i a, b;
-  if (dtype == BF16) {
-    a = _mm256_set_m128i(to_bf16(_mm512_extractf32x8_ps(low, 1)), to_bf16(_mm512_castps512_ps256(low)));
-    b = _mm256_set_m128i(to_bf16(_mm512_extractf32x8_ps(high, 1)), to_bf16(_mm512_castps512_ps256(high)));
-  } else {
-    a = _mm512_cvtps_ph(low, 0);
-    b = _mm512_cvtps_ph(high, 0);
-  }
-  return join(a, b);
+// 16 numbers as halves.
+INLINE __m256i halves(Floats v, Dtype dtype) {
+  if (dtype != BF16) return _mm512_cvtps_ph(v, 0);
+  const __m512i bits = _mm512_castps_si512(v), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i up = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);  // ties to even, as torch
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(up, 16));
 }
+
+// 32 levels as halves.
+INLINE Bytes halves(Floats low, Floats high, Dtype dtype) { return join(halves(low, dtype), halves(high, dtype)); }
 
 // 16 bytes of codes become 16 halves.
 INLINE __m256i pick16(__m128i codes, Bytes levels) {

@@ -54,9 +54,8 @@ INLINE void firsts(Floats v, float* out) {
   _mm_storeu_ps(out, _mm512_castps512_ps128(_mm512_permutexvar_ps(_mm512_set_epi32(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 12, 8, 4, 0), v)));
 }
 // WIDTH / 4 unsigned bytes as floats.
-INLINE Floats floats(const uint8_t* p) {
-  return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)));
-}
+INLINE Floats floats(__m128i v) { return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(v)); }
+INLINE Floats floats(const uint8_t* p) { return floats(_mm_loadu_si128((const __m128i*)p)); }
 INLINE float total(Floats v) { return _mm512_reduce_add_ps(v); }
 // LANES bytes as int32.
 INLINE Bytes widened(const uint8_t* p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)); }

@@ -212,6 +212,26 @@ inline void centred_row(const Part& part, int r, int centre, uint8_t* out) {
   for (int i = part.blocks * BLOCK; i < columns; i++) out[i] = code_at(p, i, columns, bits) - centre;
 }
 
+#ifdef __AVX512VNNI__
+// A row as halves, of codes that have too many levels for a table.
+template <int BITS>
+void compute(const Part& part, const float* scale, const float* zero, int r, Dtype dtype, uint16_t* out) {
+  for (int k = 0; k < part.blocks; k++) {
+    uint16_t* to = out + (int64_t)part.source(k) * BLOCK;
+    Floats s[2], z[2];
+    for (int half = 0; half < 2; half++) {
+      const int g = part.group_of[k] < 0 ? part.group_of_half(k, half) : part.group_of[k];
+      s[half] = set(scale[g]);
+      z[half] = set(zero[g] * part.zero_step());
+    }
+    each_slot_of_row<BITS>(part.row(r) + (int64_t)k * 16 * BITS, [&](int slot, __m128i q) {
+      const int half = slot / (SLOTS / 2);
+      _mm256_storeu_si256((__m256i*)(to + 16 * slot), halves(mul(sub(floats(q), z[half]), s[half]), dtype));
+    });
+  }
+}
+#endif
+
 // All parts of a weight.
 struct UniformWeight {
   using State = Grids;
@@ -228,7 +248,7 @@ struct UniformWeight {
   bool has_halves() const {
 #ifdef __AVX512VNNI__
     for (const Part& part : parts)
-      if (part.w.bits > MOST_LEVELS_BITS || part.tail || (part.halves && part.w.group_size % (BLOCK / 2))) return false;
+      if (part.tail || (part.halves && part.w.group_size % (BLOCK / 2))) return false;
     return true;
 #else
     return false;
@@ -245,6 +265,10 @@ struct UniformWeight {
         const Floats s = set(scale[g]), z = set(zero[g] * part.zero_step());
         return halves(mul(sub(low, z), s), mul(sub(high, z), s), dtype);
       };
+      if (part.w.bits > MOST_LEVELS_BITS) {
+        with_bits(part.w.bits, [&](auto bits) { compute<bits>(part, scale, zero, r, dtype, out); });
+        continue;
+      }
       with_bits(std::min(part.w.bits, MOST_LEVELS_BITS), [&](auto bits) {
         Bytes a = load(out), b = a;
         for (int k = 0; k < part.blocks; k++) {
