@@ -103,7 +103,8 @@ def main() -> None:
             files = [str(root / "model"), str(root / peer), str(root / "ids.npy")]
             commands[peer] = [environment(peer), "-c", PROGRAMS[peer], *files]
         shape = f"hidden {args.hidden}, ffn {args.ffn}, {args.samples} x {args.length} tokens, {args.threads} threads"
-        print(f"GPTQ, 4 bits, groups of 128, one block: {shape}\n\n| tool | clock | processor | ratio |\n|---|---|---|---|")
+        print(f"GPTQ, 4 bits, groups of 128, one block: {shape}\n")
+        print("| tool | clock | processor | ratio |\n|---|---|---|---|")
         base = 0.0
         for tool, command in commands.items():
             clock, processor = timed(command, root / f"{tool}.log")

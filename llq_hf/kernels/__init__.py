@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..bits import BLOCK
 from .native import backend, describe, digits, floats, integer_tiles, tiles
 from .stored import LevelCodes, Numbers, Part, SalientCodes, Stored, TableCodes, UniformCodes, readable
 
@@ -42,7 +43,7 @@ __all__ = [
 HALF = (torch.bfloat16, torch.float16)
 ALL = (*HALF, torch.float32)
 FEW = range(1, 17)
-FEW_LEVELS = range(1, 17)
+FEW_LISTED = range(1, 8)
 FEW_FLOATS = range(1, 5)
 FEW_TABLE = range(1, 9)
 MANY = range(1, 1 << 62)
@@ -61,6 +62,10 @@ class Row(NamedTuple):
 
 def _whole_blocks(stored: Stored) -> bool:
     return stored.whole_blocks
+
+
+def _whole_rows(stored: Stored) -> bool:
+    return stored.whole_blocks and stored.columns % BLOCK == 0
 
 
 def _half_blocks(stored: Stored) -> bool:
@@ -82,11 +87,12 @@ TABLE = (
     Row(UniformCodes, "cpu", MANY, (torch.int8,), _centred_rows, integer_tiles),
     Row(UniformCodes, "cpu", FEW_FLOATS, ALL, _any, floats),
     Row(UniformCodes, "cpu", MANY, ALL, _any, tiles),
-    Row(LevelCodes, "cpu", FEW_LEVELS, HALF, _whole_blocks, digits),
+    Row(LevelCodes, "cpu", FEW, HALF, _whole_blocks, digits),
     Row(LevelCodes, "cpu", FEW_FLOATS, ALL, _whole_blocks, floats),
     Row(LevelCodes, "cpu", MANY, ALL, _whole_blocks, tiles),
     Row(TableCodes, "cpu", FEW_TABLE, ALL, _whole_blocks, floats),
     Row(TableCodes, "cpu", MANY, ALL, _whole_blocks, tiles),
+    Row(SalientCodes, "cpu", FEW_LISTED, HALF, _whole_rows, digits),
     Row(SalientCodes, "cpu", FEW_FLOATS, ALL, _whole_blocks, floats),
     Row(SalientCodes, "cpu", MANY, ALL, _whole_blocks, tiles),
 )

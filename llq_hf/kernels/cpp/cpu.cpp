@@ -203,6 +203,34 @@ void llq_levels_decode(const Levels* levels, int, int, int from, int to, int dty
   decode(LevelWeight(*levels), from, to, (Dtype)dtype, out, threads);
 }
 
+// Columns must be whole blocks.
+void llq_salient_digits(const Salient* salient, int, const void* x, int dtype, int columns, int tokens, const float* bias,
+                        void* y, int threads) {
+  static thread_local std::vector<float> floats;
+  static thread_local Digits split_x;
+  const SalientWeight weight(*salient);
+  const Call call{x, dtype, columns, tokens, bias, y, threads};
+  const auto source = [](int k) { return k; };
+  const auto group = [&](int k, int) { return weight.group_of[k]; };
+  split(call.floats(floats), columns, tokens, weight.blocks, salient->groups, source, group, split_x);
+  const Digits* d = &split_x;  // of this thread: workers have their own
+  over_rows(weight.rows(), threads, [&](int first, int last) {
+    static thread_local std::vector<float> sums;
+    static thread_local SalientWeight::State state;
+    const int size = last - first;
+    sums.resize((int64_t)tokens * size);
+    weight.read(state, first, last);
+    for (int r = first; r < last; r++) {
+      weight.mark_row(state, r, first);
+      weight.read_factors(state, r, first);
+      over_tokens(tokens, [&](auto count, int t) {
+        dot_salient<count>(weight, state, *d, t, r, first, sums.data() + (int64_t)t * size + r - first, size);
+      });
+    }
+    call.store(sums, first, last, weight.rows());
+  });
+}
+
 void llq_salient_floats(const Salient* salient, int, const void* x, int dtype, int columns, int tokens, const float* bias,
                         void* y, int threads) {
   multiply_floats(SalientWeight(*salient), Call{x, dtype, columns, tokens, bias, y, threads});

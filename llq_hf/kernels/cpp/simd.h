@@ -18,6 +18,12 @@ INLINE Bytes shr(Bytes v, int n) { return _mm512_srli_epi16(v, n); }
 INLINE Bytes shl(Bytes v, int n) { return _mm512_slli_epi16(v, n); }
 INLINE Bytes keep(Bytes v, int mask) { return _mm512_and_si512(v, _mm512_set1_epi8((char)mask)); }
 INLINE Bytes plus(Bytes a, Bytes b) { return _mm512_add_epi32(a, b); }
+INLINE Bytes both(Bytes a, Bytes b) { return _mm512_and_si512(a, b); }
+INLINE Bytes without(Bytes a, Bytes b) { return _mm512_andnot_si512(b, a); }
+// Every 16 bytes further to the right by one bit, the first by n.
+INLINE Bytes shr_lanes(Bytes v, int n) {
+  return _mm512_srlv_epi32(v, _mm512_add_epi32(_mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0), _mm512_set1_epi32(n)));
+}
 // Of every 16 bytes those that q numbers; the upper 8 bytes first; the first or last two of each, in turns.
 INLINE Bytes pick(Bytes table, Bytes q) { return _mm512_shuffle_epi8(table, q); }
 INLINE Bytes turned(Bytes v) { return _mm512_shuffle_epi32(v, _MM_PERM_BADC); }
@@ -120,6 +126,11 @@ INLINE Bytes shr(Bytes v, int n) { return _mm256_srli_epi16(v, n); }
 INLINE Bytes shl(Bytes v, int n) { return _mm256_slli_epi16(v, n); }
 INLINE Bytes keep(Bytes v, int mask) { return _mm256_and_si256(v, _mm256_set1_epi8((char)mask)); }
 INLINE Bytes plus(Bytes a, Bytes b) { return _mm256_add_epi32(a, b); }
+INLINE Bytes both(Bytes a, Bytes b) { return _mm256_and_si256(a, b); }
+INLINE Bytes without(Bytes a, Bytes b) { return _mm256_andnot_si256(b, a); }
+INLINE Bytes shr_lanes(Bytes v, int n) {
+  return _mm256_srlv_epi32(v, _mm256_add_epi32(_mm256_set_epi32(1, 1, 1, 1, 0, 0, 0, 0), _mm256_set1_epi32(n)));
+}
 INLINE Bytes pick(Bytes table, Bytes q) { return _mm256_shuffle_epi8(table, q); }
 INLINE Bytes turned(Bytes v) { return _mm256_shuffle_epi32(v, 0x4e); }
 INLINE Bytes plus16(Bytes v, int n) { return _mm256_add_epi16(v, _mm256_set1_epi16(n)); }
