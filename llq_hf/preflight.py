@@ -15,7 +15,7 @@ from . import arch
 from .checkpoint import Checkpoint
 from .errors import LLQError
 from .linear import checked_layout
-from .method import Method
+from .method import Flow, Method
 from .pairs import Pairs
 from .quantize import Progress, RunOptions
 from .stats import Hessian
@@ -104,7 +104,8 @@ def _peak_bytes(
     hessians = 0
     observed = {method.at(name).observes for name in arch.quantizable(skeleton)}
     if any(kind is not None and issubclass(kind, Hessian) for kind in observed):
-        hessians = 4 * (sum(w * w for w in set(widths)) + 4 * max(widths) ** 2)
+        copies = 4 if method.flow is Flow.BOTH else 3  # of the one being solved: itself, its factor, an inverse
+        hessians = 4 * (sum(w * w for w in set(widths)) + copies * max(widths) ** 2)
     activations = 0
     if data is not None and run.offload is None:
         tokens = sum(data.lengths) if isinstance(data, Pairs) else data.numel()

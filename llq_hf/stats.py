@@ -199,7 +199,7 @@ def factorize(H_II: Tensor, damp: float, notes: dict[str, Any], *, inverse: bool
     rungs += [(1.0, 10.0**k) for k in range(1, 4)]
     for rung, floor in rungs:
         for dtype in (torch.float32, torch.float64):
-            damped_II = H_II.to(dtype, copy=True)
+            damped_II = (H_II.flip(0, 1) if inverse and quick else H_II.clone()).to(dtype)
             torch.diagonal(damped_II).add_((rung + floor) * mean_diagonal)
             factor = _factor(damped_II, inverse, quick)
             if factor is not None:
@@ -211,28 +211,45 @@ def factorize(H_II: Tensor, damp: float, notes: dict[str, Any], *, inverse: bool
 
 
 def _factor(H_II: Tensor, inverse: bool, quick: bool) -> Tensor | None:
-    factor_II, info = torch.linalg.cholesky_ex(H_II.flip(0, 1) if inverse and quick else H_II)
-    if int(info) != 0:
+    """Overwrites `H_II` (with quick: its columns and rows reversed): of a 70B model's down projection it has 3.3 GB."""
+    factor_II = _cholesky(H_II)
+    if factor_II is None:
         return None
     if inverse and quick:  # reversed, the lower factor becomes an upper R with R R^T = H, and U = R^-1
-        factor_II = _upper_inverse(factor_II.flip(0, 1))
+        _reverse(factor_II)
+        _invert_upper(factor_II)
     elif inverse:
-        factor_II, info = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor_II), upper=True)
-        if int(info) != 0:
-            return None
-    return factor_II if bool(torch.isfinite(factor_II).all()) else None
+        factor_II = _cholesky(torch.cholesky_inverse(factor_II), upper=True)
+    return factor_II if factor_II is not None and bool(torch.isfinite(factor_II).all()) else None
 
 
-def _upper_inverse(R_II: Tensor) -> Tensor:
-    """Inverse of an upper triangular matrix by halves: nearly all of it matrix products, twice as fast as LAPACK's."""
+def _cholesky(H_II: Tensor, upper: bool = False) -> Tensor | None:
+    """The factor, in the memory of the symmetric `H_II`: its transpose lies as LAPACK wants it. None: there is none."""
+    info = torch.empty((), dtype=torch.int32, device=H_II.device)
+    factor_II, info = torch.linalg.cholesky_ex(H_II.mT, upper=upper, out=(H_II.mT, info))
+    return factor_II if int(info) == 0 else None
+
+
+def _reverse(M_II: Tensor, rows: int = 512) -> None:
+    """The last row and column first, in place."""
+    size = len(M_II)
+    for start in range(0, size // 2, rows):
+        stop = min(start + rows, size // 2)
+        top, bottom = M_II[start:stop].flip(0, 1), M_II[size - stop : size - start].flip(0, 1)
+        M_II[start:stop], M_II[size - stop : size - start] = bottom, top
+    if size % 2:
+        M_II[size // 2] = M_II[size // 2].flip(0)
+
+
+def _invert_upper(R_II: Tensor) -> None:
+    """Inverts an upper triangular matrix in place, by halves: matrix products, twice as fast as LAPACK's."""
     size = len(R_II)
     if size <= 256:
         eye_II = torch.eye(size, dtype=R_II.dtype, device=R_II.device)
-        inverse_II: Tensor = torch.linalg.solve_triangular(R_II, eye_II, upper=True)
-        return inverse_II
+        R_II.copy_(torch.linalg.solve_triangular(R_II, eye_II, upper=True))
+        return
     half = size // 2
-    inverse_II = torch.zeros_like(R_II)
-    first_HH = inverse_II[:half, :half] = _upper_inverse(R_II[:half, :half])
-    second_HH = inverse_II[half:, half:] = _upper_inverse(R_II[half:, half:])
-    inverse_II[:half, half:] = -(first_HH @ R_II[:half, half:]) @ second_HH
-    return inverse_II
+    first_HH, second_HH = R_II[:half, :half], R_II[half:, half:]
+    _invert_upper(first_HH)
+    _invert_upper(second_HH)
+    R_II[:half, half:] = -(first_HH @ R_II[:half, half:]) @ second_HH

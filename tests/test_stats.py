@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from llq_hf.errors import LLQError
-from llq_hf.stats import Hessian, PairedHessian, factorize, revive_dead
+from llq_hf.stats import Hessian, PairedHessian, _reverse, factorize, revive_dead
 
 CPU = torch.device("cpu")
 
@@ -87,8 +87,17 @@ def test_factors_are_what_they_are_called():
 def test_h_is_left_alone():
     H_II = hessian(tokens(64, 10)).H_II
     before = H_II.clone()
-    factorize(H_II, 0.01, {}, inverse=True)
-    assert torch.equal(H_II, before)
+    for inverse, quick in ((True, False), (True, True), (False, False)):
+        factorize(H_II, 0.01, {}, inverse=inverse, quick=quick)
+        assert torch.equal(H_II, before)
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 8, 9])
+def test_reversing_in_place(size: int):
+    M_II = torch.arange(float(size * size)).view(size, size)
+    expected = M_II.flip(0, 1)
+    _reverse(M_II, rows=2)
+    assert torch.equal(M_II, expected)
 
 
 @pytest.mark.parametrize("inverse", [True, False], ids=["inverse", "plain"])
