@@ -13,6 +13,8 @@ from torch import Tensor
 
 from .errors import LLQError
 
+PANEL = 1024  # columns of a Hessian that are summed in one product
+
 
 class Stat(ABC):
     """A statistic of the inputs of one linear (or of several that share their input).
@@ -60,17 +62,37 @@ class Hessian(Stat):
 
     def __init__(self, in_features: int, device: torch.device) -> None:
         super().__init__(in_features, device)
-        self.sum_II = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
+        # While sums are taken, only panels of columns down to the diagonal: half the products of a symmetric matrix.
+        self.upper_II = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
+        self.mirrored = True
         self.sequences = 0
 
     def update(self, x_TI: Tensor, sequences: int) -> None:
         x_TI = x_TI.float()  # before squaring: LLaMA-3's massive activations overflow fp16 and blunt bf16
-        self.sum_II.addmm_(x_TI.T, x_TI)
+        for start in range(0, self.in_features, PANEL):
+            stop = min(start + PANEL, self.in_features)
+            self.upper_II[:stop, start:stop].addmm_(x_TI[:, :stop].T, x_TI[:, start:stop])
+        self.mirrored = False
         self.sequences += sequences
 
     def merge(self, later: Self) -> None:
-        self.sum_II += later.sum_II
+        self.upper_II += later.upper_II
+        self.mirrored = False
         self.sequences += later.sequences
+
+    @property
+    def sum_II(self) -> Tensor:
+        """Sum of x x^T over all tokens."""
+        if not self.mirrored:
+            for start in range(PANEL, self.in_features, PANEL):
+                stop = min(start + PANEL, self.in_features)
+                self.upper_II[start:stop, :start] = self.upper_II[:start, start:stop].T
+            self.mirrored = True
+        return self.upper_II
+
+    @sum_II.setter
+    def sum_II(self, sum_II: Tensor) -> None:
+        self.upper_II, self.mirrored = sum_II, True
 
     @property
     def H_II(self) -> Tensor:
@@ -100,7 +122,7 @@ class PairedHessian(Hessian):
 
     def pair(self, x_TI: Tensor, dense_TI: Tensor) -> None:
         if self.cross_II is None:
-            self.cross_II = torch.zeros_like(self.sum_II)
+            self.cross_II = torch.zeros_like(self.upper_II)
         self.cross_II.addmm_(x_TI.float().T, dense_TI.float())
 
     def merge(self, later: Self) -> None:

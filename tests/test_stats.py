@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from llq_hf import stats
 from llq_hf.errors import LLQError
 from llq_hf.stats import Hessian, PairedHessian, _reverse, factorize, revive_dead
 
@@ -32,6 +33,19 @@ def test_equals_the_running_mean_of_the_authors():
         for part in x_NSI.split(batches):
             stat.update(part.flatten(0, 1), len(part))
         assert torch.allclose(stat.H_II, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("panel", [1, 5, 12, 13])
+def test_panels_of_columns_make_the_whole_matrix(panel: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(stats, "PANEL", panel)
+    first_TI, second_TI, third_TI = tokens(30, 12), 2 * tokens(20, 12), 3 * tokens(9, 12)
+    stat, later = hessian(first_TI), hessian(second_TI)
+    assert torch.allclose(stat.sum_II, first_TI.T @ first_TI, rtol=1e-5)  # read in between, it goes on from there
+    stat.merge(later)
+    stat.update(third_TI, 1)
+    all_TI = torch.cat([first_TI, second_TI, third_TI])
+    assert torch.allclose(stat.sum_II, all_TI.T @ all_TI, rtol=1e-5, atol=1e-4)
+    assert torch.equal(stat.sum_II, stat.sum_II.T)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
