@@ -109,6 +109,7 @@ def quality(records: list[Record], model: str, kind: str) -> Plot | None:
             f"the same within {100 * NEAR - 100:.0f} % of the best", fontsize=10, color=MUTED, loc="left"
         )
     _legend(figure, panels[-1], points)
+    _thin_labels(figure, panels)
     caption = (
         f"{name.capitalize()} of {task} against the bits that the file really holds. The line is the Pareto front: no "
         f"cell with fewer stored bits is {'lower' if lower else 'higher'}. Filled: preset best; open: study."
@@ -122,20 +123,28 @@ NEAR = 1.15  # times the best perplexity: what the second panel shows
 def _quality_panel(axes: Axes, points: list[Point], best: list[Point], dense: float | None) -> None:
     _scatter(axes, points)
     axes.step([p.x for p in best], [p.y for p in best], where="post", color=INK, linewidth=1, zorder=1)
-    labelled = 0.0
     for point in best:
-        if point.x > 1.1 * labelled:  # else it would lie over the last one
-            text = axes.annotate(
-                point.label, (point.x, point.y), (6, 6), textcoords="offset points", fontsize=8, zorder=4
-            )
-            text.set_bbox({"color": "white", "alpha": 0.8, "pad": 1})
-            labelled = point.x
+        text = axes.annotate(point.label, (point.x, point.y), (6, 6), textcoords="offset points", fontsize=8, zorder=4)
+        text.set_bbox({"color": "white", "alpha": 0.8, "pad": 1})
     if dense is not None:
         _line(axes, dense, "full precision")
     axes.set_xscale("log", base=2)
     ticks = [t for t in (1, 1.5, 2, 3, 4, 6, 8) if min(p.x for p in points) / 1.3 < t < max(p.x for p in points) * 1.3]
     axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
     axes.set_xlabel("stored bits per quantized weight")
+
+
+def _thin_labels(figure: Figure, panels: list[Axes]) -> None:
+    """Hides the labels that would lie over one with fewer bits, or over that of a line."""
+    figure.draw_without_rendering()  # only then is it known where anything lies
+    for axes in panels:
+        kept: list[Any] = []
+        for text in sorted(axes.texts, key=lambda text: hasattr(text, "xyann")):  # a line's own text goes first
+            box = text.get_window_extent()
+            if any(box.overlaps(other) for other in kept):
+                text.set_visible(False)
+            else:
+                kept.append(box)
 
 
 def front(points: list[Point], lower: bool) -> list[Point]:
