@@ -1,11 +1,13 @@
 """Speed of one packed linear beside bf16 F.linear, on LLaMA-3-8B's shapes: how many times as fast, batch by batch.
 
     python bench/kernel_speed.py [--methods rtn:4,quip:2] [--shapes 4096x4096] [--batches 1,4,8,64,512] [--rounds 9]
+        [--threads 1]
 
-The whole linear counts: input scales, rotations and the preparation of activations. One thread against one, taking
-turns in one process; weights rotate over more than 128 MB, so that none is found in the cache. Seconds are the thread's
-own (time.thread_time): a shared machine's other work does not count as ours, though it takes memory bandwidth from
-both. Codes are random: speed does not depend on them.
+The whole linear counts: input scales, rotations and the preparation of activations. As many threads on both sides,
+taking turns in one process; weights rotate over more than 128 MB, so that none is found in the cache. Seconds of one
+thread are its own (time.thread_time): a shared machine's other work does not count as ours, though it takes memory
+bandwidth from both. With more threads they are the clock's, and want an idle machine. Codes are random: speed does not
+depend on them.
 """
 
 from __future__ import annotations
@@ -99,9 +101,10 @@ def _copies(nbytes: int) -> int:
 
 
 def _seconds(work: Callable[[], Tensor]) -> float:
-    started = time.thread_time()
+    now = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+    started = now()
     work()
-    return time.thread_time() - started
+    return now() - started
 
 
 def rows(methods: str, shapes: str, batches: str, rounds: int) -> Iterator[tuple[str, str, list[Result]]]:
@@ -124,9 +127,11 @@ def main() -> None:
     parser.add_argument("--shapes", default=SHAPES)
     parser.add_argument("--batches", default=BATCHES)
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
-    torch.set_num_threads(1)
-    print(f"x times bf16 F.linear, least of {args.rounds} (ratio of medians); 1 thread; packed weights: {describe()}\n")
+    torch.set_num_threads(args.threads)
+    said = f"x times bf16 F.linear, least of {args.rounds} (ratio of medians); threads: {args.threads}"
+    print(f"{said}; packed weights: {describe()}\n")
     print("| method | shape | " + " | ".join(f"batch {b}" for b in args.batches.split(",")) + " |")
     print("|---|---|" + "---|" * len(args.batches.split(",")))
     for name, shape, results in rows(args.methods, args.shapes, args.batches, args.rounds):
