@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from llq_hf.kernels import describe
+from llq_hf.kernels import Kept, describe
 from llq_hf.method import Method, Packed
 from llq_hf.methods import build
 
@@ -87,7 +87,7 @@ def measure(method: Method, out_features: int, in_features: int, tokens: int, ro
 def _packs(method: Method, out_features: int, in_features: int) -> list[Packed]:
     first = random_packed(method, out_features, in_features)
     copies = _copies(sum(t.numel() * t.element_size() for t in first.values()))
-    return [{name: t.clone() for name, t in first.items()} for _ in range(copies)]
+    return [Kept({name: t.clone() for name, t in first.items()}) for _ in range(copies)]  # as a QuantLinear holds it
 
 
 @lru_cache(maxsize=1)

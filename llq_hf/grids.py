@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import bits as bitpack
 from .errors import LLQError
-from .kernels import Part, UniformCodes, product
+from .kernels import Part, UniformCodes, kept, product
 
 _TINY_SCALE = 2.0**-24  # the smallest fp16 above zero: a smaller scale would be stored as 0 and divide by zero
 
@@ -266,7 +266,8 @@ class Uniform:
     def linear(self, x: Tensor, packed: dict[str, Tensor], bias: Tensor | None) -> Tensor:
         """F.linear with the weight that `unpack` gives."""
         in_features = x.shape[-1]
-        return product(x, self.readable(packed, in_features), lambda: self.unpack(packed, in_features), bias)
+        stored = kept(packed, lambda: self.readable(packed, in_features))
+        return product(x, stored, lambda: self.unpack(packed, in_features), bias)
 
 
 def joined(grids: Sequence[Grid]) -> Grid:

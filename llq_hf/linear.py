@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .errors import LLQError
 from .grids import Spec
+from .kernels import Kept
 from .method import Method, Packed
 
 
@@ -34,6 +36,7 @@ class QuantLinear(nn.Linear):
         self.method, self.in_features, self.out_features = method, in_features, out_features
         self.layout = checked_layout(method, out_features, in_features)
         self._number = number_of(method)
+        self._held: tuple[list[tuple[Tensor, int]], Kept] | None = None
         for name, spec in self.layout.items():
             empty = torch.empty(spec.shape, dtype=spec.dtype, device=device)
             if name == "weight":
@@ -63,6 +66,20 @@ class QuantLinear(nn.Linear):
         """The stored tensors by name: views, not copies."""
         return {name: getattr(self, name).data for name in self.layout}
 
+    def _kept(self) -> Kept:
+        """What `packed` gives, kept until a tensor is another one or lies elsewhere."""
+        tensors = [getattr(self, name) for name in self.layout]
+        if self._held is not None:
+            known, found = self._held
+            if all(t is old and t.data_ptr() == at for t, (old, at) in zip(tensors, known, strict=True)):
+                return found
+        found = Kept(zip(self.layout, (t.data for t in tensors), strict=True))
+        self._held = [(t, t.data_ptr()) for t in tensors], found
+        return found
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_held": None}  # a copy has tensors of its own
+
     def dequantized(self) -> Tensor:
         """fp32 weight [O, I] that the stored tensors mean."""
         return self.method.dequantize(self.packed(), self.out_features, self.in_features)
@@ -72,7 +89,7 @@ class QuantLinear(nn.Linear):
             stored = [getattr(self, name) for name in self.layout]
             y: Tensor = compiled_linear(x, stored, ",".join(self.layout), self.bias, self._number, self.out_features)
             return y
-        return self.method.linear(x, self.packed(), self.bias, self.out_features)
+        return self.method.linear(x, self._kept(), self.bias, self.out_features)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
         """`.to(dtype)`, `.half()`, ... move stored tensors but never cast them: a scale in bf16 is another scale."""

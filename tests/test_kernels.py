@@ -5,6 +5,7 @@ The library is that of this checkout, or one that the first test to need it comp
 
 from __future__ import annotations
 
+import copy
 import ctypes
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,7 +23,7 @@ from llq_hf.grids import Grid, Uniform
 from llq_hf.kernels import build as building
 from llq_hf.kernels import native
 from llq_hf.linear import QuantLinear
-from llq_hf.method import Method, Packed
+from llq_hf.method import Job, Method, Packed
 from llq_hf.methods import build
 from llq_hf.methods.pb_llm import PBLLM
 from llq_hf.run import quantize_checkpoint
@@ -184,6 +185,33 @@ def test_gradients_and_calibration_go_by_torch(isa: str):
         expected = F.linear(x, grid.unpack(packed, 256))
         assert torch.equal(grid.linear(x, packed, None), expected)
     assert kernels.choose(x, stored) is not None
+
+
+def test_what_a_linear_keeps_for_kernels_ends_with_its_tensors(isa: str):
+    """Kept from call to call; anew after a tensor was replaced, filled from elsewhere, moved or copied."""
+    method, x = build("rtn", bits=4), torch.randn(2, 256, generator=generator()).bfloat16()
+    packs = [method.quantize(torch.randn(32, 256, generator=generator(seed)), None, Job("x")) for seed in range(4)]
+    linear = QuantLinear.from_packed(
+        method, nn.Linear(256, 32, bias=False), {k: t.clone() for k, t in packs[0].items()}
+    )
+
+    def agrees(module: QuantLinear, packed: Packed) -> bool:
+        expected = F.linear(x.float(), method.dequantize(packed, 32, 256))
+        return error(module(x).float(), expected) < 0.01
+
+    assert agrees(linear, packs[0])
+    kept = linear._kept()
+    assert agrees(linear, packs[0])
+    assert linear._kept() is kept
+    linear.weight.data, linear.scale = packs[1]["weight"], packs[1]["scale"]  # lies elsewhere; another tensor
+    linear.zero.copy_(packs[1]["zero"])  # in place
+    assert agrees(linear, packs[1])
+    linear.load_state_dict(packs[2])
+    assert agrees(linear, packs[2])
+    twin = copy.deepcopy(linear.to(torch.float16))
+    twin.load_state_dict(packs[3])
+    assert agrees(twin, packs[3])
+    assert agrees(linear, packs[2])
 
 
 def test_codes_that_c_cannot_read_go_by_torch(isa: str):

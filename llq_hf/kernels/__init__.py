@@ -23,10 +23,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..bits import BLOCK
-from .native import backend, describe, digits, floats, integer_tiles, tiles
-from .stored import LevelCodes, Numbers, Part, SalientCodes, Stored, TableCodes, UniformCodes, readable
+from .native import backend, describe, digits, floats, integer_tiles, structs, tiles
+from .stored import Kept, LevelCodes, Numbers, Part, SalientCodes, Stored, TableCodes, UniformCodes, kept
 
 __all__ = [
+    "Kept",
     "LevelCodes",
     "Numbers",
     "Part",
@@ -36,6 +37,7 @@ __all__ = [
     "UniformCodes",
     "choose",
     "describe",
+    "kept",
     "product",
     "reference",
 ]
@@ -118,7 +120,7 @@ def choose(x: Tensor, stored: Stored | None) -> Callable[[Tensor, Stored, Tensor
     for row in TABLE:
         fits = type(stored) is row.stored and x.device.type == row.device
         if fits and tokens in row.tokens and x.dtype in row.dtypes and row.when(stored):
-            return row.kernel if backend() is not None and readable(stored) else None
+            return row.kernel if backend() is not None and structs(stored) is not None else None
     return None
 
 

@@ -10,6 +10,7 @@ import os
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from torch.nn import functional as F
 from ..cache import cache_root
 from ..errors import LLQError
 from .build import ISAS, PACKAGED, library
-from .stored import LevelCodes, Numbers, Part, SalientCodes, Stored, TableCodes, UniformCodes
+from .stored import LevelCodes, Numbers, Part, SalientCodes, Stored, TableCodes, UniformCodes, readable
 
 DTYPES = {torch.float16: 1, torch.float32: 2, torch.bfloat16: 3}
 FAMILIES = {UniformCodes: "uniform", LevelCodes: "levels", TableCodes: "table", SalientCodes: "salient"}
@@ -179,10 +180,10 @@ def integer_tiles(x: Tensor, stored: Stored, bias: Tensor | None) -> Tensor:
     tile_RI = torch.empty(min(TILE, stored.rows), stored.columns, dtype=torch.int8)
     x_TI = x.reshape(-1, stored.columns).contiguous()
     y_TO = torch.empty(len(x_TI), stored.rows)
-    structs, centred = _structs(stored), _function(type(stored), "centred")
+    given, centred = structs(stored), _function(type(stored), "centred")
     for first in range(0, stored.rows, TILE):
         last = min(first + TILE, stored.rows)
-        centred(structs, first, last, int(zero), tile_RI.data_ptr(), torch.get_num_threads())
+        centred(given, first, last, int(zero), tile_RI.data_ptr(), torch.get_num_threads())
         y_TO[:, first:last] = torch._int_mm(x_TI, tile_RI[: last - first].T)
     y_TO *= scale.float().T
     return (y_TO if bias is None else y_TO + bias).view(*x.shape[:-1], stored.rows)
@@ -190,9 +191,9 @@ def integer_tiles(x: Tensor, stored: Stored, bias: Tensor | None) -> Tensor:
 
 def decode(stored: Stored, first: int, last: int, out_RI: Tensor) -> None:
     """Rows first..last of the weight into the first rows of `out_RI`, in its dtype."""
-    structs = _structs(stored)
+    given = structs(stored)
     where = (stored.columns, first, last, DTYPES[out_RI.dtype], out_RI.data_ptr())
-    _function(type(stored), "decode")(structs, len(structs), *where, torch.get_num_threads())
+    _function(type(stored), "decode")(given, len(given), *where, torch.get_num_threads())
 
 
 def _dot(name: str, x: Tensor, stored: Stored, bias: Tensor | None) -> Tensor:
@@ -201,10 +202,10 @@ def _dot(name: str, x: Tensor, stored: Stored, bias: Tensor | None) -> Tensor:
     x_TI = x.reshape(-1, stored.columns).contiguous()
     y_TO = torch.empty(len(x_TI), stored.rows, dtype=x.dtype)
     bias_O = None if bias is None else bias.float().contiguous()
-    structs = _structs(stored)
+    given = structs(stored)
     activations = (x_TI.data_ptr(), DTYPES[x.dtype], stored.columns, x_TI.shape[0])
     outputs = (_pointer(bias_O), y_TO.data_ptr(), torch.get_num_threads())
-    _function(type(stored), name)(structs, len(structs), *activations, *outputs)
+    _function(type(stored), name)(given, len(given), *activations, *outputs)
     return y_TO.view(*x.shape[:-1], stored.rows)
 
 
@@ -222,14 +223,23 @@ def _bound(library: ctypes.CDLL, function: str, name: str) -> Any:
     return found
 
 
-def _structs(stored: Stored) -> Any:
-    """A C array of the structs that describe it: of uniform codes one for each part."""
-    if isinstance(stored, UniformCodes):
-        structs = [_struct(stored, part) for part in stored.parts]
-    else:
-        readers: dict[type, Any] = {LevelCodes: _levels, TableCodes: _table, SalientCodes: _salient}
-        structs = [readers[type(stored)](stored)]
-    return (type(structs[0]) * len(structs))(*structs)
+_STRUCTS: WeakKeyDictionary[Stored, Any] = WeakKeyDictionary()
+
+
+def structs(stored: Stored) -> Any:
+    """A C array of the structs that describe it, of uniform codes one for each part; None where C cannot read it."""
+    if (found := _STRUCTS.get(stored, _STRUCTS)) is not _STRUCTS:
+        return found
+    array = None
+    if readable(stored):
+        if isinstance(stored, UniformCodes):
+            each = [_struct(stored, part) for part in stored.parts]
+        else:
+            readers: dict[type, Any] = {LevelCodes: _levels, TableCodes: _table, SalientCodes: _salient}
+            each = [readers[type(stored)](stored)]
+        array = (type(each[0]) * len(each))(*each)
+    _STRUCTS[stored] = array
+    return array
 
 
 def _salient(stored: SalientCodes) -> _Salient:

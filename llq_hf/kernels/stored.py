@@ -5,7 +5,9 @@ Legend: O out_features, I in_features, G groups.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -195,6 +197,24 @@ class SalientCodes(_ByRow):
 
 
 Stored = UniformCodes | LevelCodes | TableCodes | SalientCodes
+
+
+S = TypeVar("S", bound=Stored | None)
+
+
+class Kept(dict[str, Tensor]):
+    """Stored tensors by name that are read again and again, and what `kept` made of them, as long as they stay."""
+
+    stored: Stored | None
+
+
+def kept(packed: dict[str, Tensor], make: Callable[[], S]) -> S:
+    """What `make` makes of `packed`; of a Kept it is made once, for it takes as long as a small product."""
+    if not isinstance(packed, Kept):
+        return make()
+    if not hasattr(packed, "stored"):
+        packed.stored = make()
+    return packed.stored  # type: ignore[return-value]
 
 
 def readable(stored: Stored) -> bool:

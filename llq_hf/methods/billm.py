@@ -43,7 +43,7 @@ from ..bits import pack, packed_words, unpack
 from ..errors import LLQError
 from ..feedback import by_blocks
 from ..grids import Spec
-from ..kernels import LevelCodes, product
+from ..kernels import LevelCodes, kept, product
 from ..method import Flow, Job, Method, Packed
 from ..refine import Objective, descend, refit_levels
 from ..stats import PairedHessian, Stat, factorize, revive_dead
@@ -220,8 +220,9 @@ class BiLLM(Method):
 
     def linear(self, x: Tensor, packed: Packed, bias: Tensor | None, out_features: int) -> Tensor:
         in_features = x.shape[-1]
-        stored = LevelCodes(
-            packed["weight"], in_features, packed["scale"], self.block_size, packed["mean"], packed["salient"]
+        tensors = (packed["mean"], packed["salient"])
+        stored = kept(
+            packed, lambda: LevelCodes(packed["weight"], in_features, packed["scale"], self.block_size, *tensors)
         )
         return product(x, stored, lambda: self.dequantize(packed, out_features, in_features), bias)
 

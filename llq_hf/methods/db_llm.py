@@ -34,7 +34,7 @@ from ..bits import pack, packed_words, unpack
 from ..errors import LLQError
 from ..feedback import by_columns
 from ..grids import Spec
-from ..kernels import LevelCodes, product
+from ..kernels import LevelCodes, kept, product
 from ..method import Job, Method, Packed, PassListener, State
 from ..stats import Hessian, Stat, factorize, revive_dead
 from ..training import ScaledLinear, Schedule, grouped, scaled_linears
@@ -130,7 +130,9 @@ class DBLLM(Method):
 
     def linear(self, x: Tensor, packed: Packed, bias: Tensor | None, out_features: int) -> Tensor:
         in_features = x.shape[-1]
-        stored = LevelCodes(packed["weight"], in_features, packed["scale"], self._size(in_features))
+        stored = kept(
+            packed, lambda: LevelCodes(packed["weight"], in_features, packed["scale"], self._size(in_features))
+        )
         return product(x, stored, lambda: self.dequantize(packed, out_features, in_features), bias)
 
     def _size(self, in_features: int) -> int:

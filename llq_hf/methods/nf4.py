@@ -41,7 +41,7 @@ from torch import Tensor
 from ..bits import pack, packed_words, unpack
 from ..errors import LLQError
 from ..grids import Spec
-from ..kernels import Numbers, TableCodes, product
+from ..kernels import Numbers, TableCodes, kept, product
 from ..method import Job, Method, Packed
 from ..stats import Stat
 
@@ -275,7 +275,7 @@ class NF4(Method):
     def linear(self, x: Tensor, packed: Packed, bias: Tensor | None, out_features: int) -> Tensor:
         kernels = _bitsandbytes() if self._has_kernel(x) else None
         if kernels is None:
-            stored = self._readable(packed, out_features, x.shape[-1])
+            stored = kept(packed, lambda: self._readable(packed, out_features, x.shape[-1]))
             return product(x, stored, lambda: self.dequantize(packed, out_features, x.shape[-1]), bias)
         codes = packed["weight"].view(torch.uint8)[: -(-out_features * x.shape[-1] // 2), None]
         state = kernels.functional.QuantState(

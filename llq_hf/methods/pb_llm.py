@@ -48,7 +48,7 @@ from ..bits import pack, packed_words, unpack
 from ..errors import LLQError
 from ..feedback import by_columns
 from ..grids import Grid, Spec, Uniform
-from ..kernels import SalientCodes, product
+from ..kernels import SalientCodes, kept, product
 from ..method import Flow, Job, Method, Packed
 from ..refine import Objective, descend, refit_levels
 from ..stats import PairedHessian, Stat, factorize, revive_dead
@@ -328,7 +328,7 @@ class PBLLM(Method):
         }
 
     def linear(self, x: Tensor, packed: Packed, bias: Tensor | None, out_features: int) -> Tensor:
-        stored = self._readable(packed, out_features, x.shape[-1])
+        stored = kept(packed, lambda: self._readable(packed, out_features, x.shape[-1]))
         return product(x, stored, lambda: self.dequantize(packed, out_features, x.shape[-1]), bias)
 
     def _readable(self, packed: Packed, out_features: int, in_features: int) -> SalientCodes | None:

@@ -33,7 +33,7 @@ from torch import Tensor
 from ..bits import pack, packed_words, unpack
 from ..errors import LLQError
 from ..grids import Affine, Spec, Uniform
-from ..kernels import Part, UniformCodes, product
+from ..kernels import Part, UniformCodes, kept, product
 from ..method import Job, Method, Packed
 from ..rotations import Rotation, rotation
 from ..stats import Hessian, Stat, factorize, revive_dead
@@ -190,7 +190,8 @@ class QuIP(Method):
         V, U = self._sides(packed["seeds"], out_features, x.shape[-1])
         z = V.apply(z) * self._step(packed)  # scaled before the product: fp16 must not overflow
         in_features, top = x.shape[-1], 2**self.bits - 1
-        stored = UniformCodes(packed["weight"], in_features, (Part(self.bits, in_features),), 2.0, top / 2, in_features)
+        parts = (Part(self.bits, in_features),)
+        stored = kept(packed, lambda: UniformCodes(packed["weight"], in_features, parts, 2.0, top / 2, in_features))
         y = product(z.to(x.dtype), stored, lambda: self._odd_levels(packed, in_features))
         y = U.invert(y).to(x.dtype)
         return y if bias is None else y + bias

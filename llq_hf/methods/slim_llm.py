@@ -55,7 +55,7 @@ from ..bits import BLOCK, pack, packed_words, unpack
 from ..errors import LLQError
 from ..feedback import Solution, by_columns, drift, group_aware_order
 from ..grids import Grid, Spec, Uniform
-from ..kernels import Part, UniformCodes, product
+from ..kernels import Part, UniformCodes, kept, product
 from ..method import Flow, Job, Method, Packed, Step
 from ..refine import Objective, descend, refitted
 from ..stats import PairedHessian, Stat, factorize, revive_dead
@@ -258,7 +258,7 @@ class SliMLLM(Method):
 
     def linear(self, x: Tensor, packed: Packed, bias: Tensor | None, out_features: int) -> Tensor:
         in_features = x.shape[-1]
-        stored = self._readable(packed, in_features)
+        stored = kept(packed, lambda: self._readable(packed, in_features))
         return product(x, stored, lambda: self.dequantize(packed, out_features, in_features), bias)
 
     def _readable(self, packed: Packed, in_features: int) -> UniformCodes | None:

@@ -41,7 +41,7 @@ from ..activations import TokenQuant
 from ..bits import unpack
 from ..errors import LLQError
 from ..grids import Affine, Grid, Spec, Uniform
-from ..kernels import choose
+from ..kernels import choose, kept
 from ..method import Flow, Method, Packed, Step
 from ..stats import AbsMax, Stat
 
@@ -159,7 +159,7 @@ class SmoothQuant(Method):
     def _integer_product(self, z: Tensor, packed: Packed) -> Tensor:
         """fp32 y [..., O]."""
         codes_TI, step_T1 = self.tokens.codes(z.reshape(-1, z.shape[-1]))
-        stored = self.grid.readable(packed, z.shape[-1])
+        stored = kept(packed, lambda: self.grid.readable(packed, z.shape[-1]))
         if (kernel := choose(codes_TI, stored)) is not None:
             return (kernel(codes_TI, stored, None) * step_T1).view(*z.shape[:-1], stored.rows)
         tokens = len(codes_TI)
