@@ -282,11 +282,38 @@ def test_methods_multiply_what_they_dequantize(isa: str, name: str, options: dic
     ],
     ids=str,
 )
-def test_other_storage_is_decoded_to_the_last_bit(isa: str, name: str, options: dict[str, Any]):
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_other_storage_is_decoded_to_the_last_bit(isa: str, name: str, options: dict[str, Any], dtype: torch.dtype):
     """The product with the unit matrix is the weight itself."""
     method = build(name, **options)
     packed = random_packed(method, 40, 512)
-    assert torch.equal(method.linear(torch.eye(512), packed, None, 40).T, method.dequantize(packed, 40, 512))
+    found_OI = method.linear(torch.eye(512, dtype=dtype), packed, None, 40).T
+    assert torch.equal(found_OI, method.dequantize(packed, 40, 512).to(dtype))
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("billm", {}),
+        ("billm", {"block_size": 256, "scale_bits": 32}),
+        ("db_llm", {}),
+        ("db_llm", {"group_size": -1, "scale_bits": 32}),
+        ("pb_llm", {"bits": 1.7}),
+        ("pb_llm", {"bits": 2.0, "group_size": -1, "scale_bits": 32}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("rows", [40, 3, 131])
+def test_other_products_in_digits(isa: str, name: str, options: dict[str, Any], rows: int):
+    method = build(name, **options)
+    packed = kernels.Kept(random_packed(method, rows, 1024))
+    weight_OI = method.dequantize(packed, rows, 1024).double()
+    method.linear(torch.ones(1, 1024), packed, None, rows)
+    assert packed.stored is not None
+    for tokens in (1, 2, 7):
+        x = torch.randn(tokens, 1024, generator=generator(tokens))
+        y = native.digits(x, packed.stored, None)
+        assert error(y, F.linear(x.double(), weight_OI)) < DIGITS * 3  # levels are rounded too, and sums cancel
 
 
 def random_packed(method: Method, out_features: int, in_features: int) -> Packed:
