@@ -73,7 +73,7 @@ def timed(command: Sequence[str | Path], log: Path) -> tuple[float, float]:
     """Seconds of the clock and of the processor; exits with the end of its output where it fails."""
     started = time.perf_counter()
     with log.open("wb") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, cwd=log.parent)  # some write logs
         _, status, usage = os.wait4(process.pid, 0)
     if os.waitstatus_to_exitcode(status):
         sys.exit(f"{command[0]} failed:\n{log.read_text(errors='replace')[-3000:]}")

@@ -22,7 +22,7 @@ LLQ = [sys.executable, "-m", "llq_hf"]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--methods", default="rtn:4,rtn:2,quip:2")
+    parser.add_argument("--methods", default="rtn:4,rtn:2")
     parser.add_argument("--blocks", type=int, default=4)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--hidden", type=int, default=4096)
@@ -39,7 +39,7 @@ def main() -> None:
             command = [*LLQ, "quantize", str(root / "model"), packed[-1], "--method", method, "--bits", bits]
             calibration = ["--calibration", str(root / "ids.npy"), "--calibration-samples", "4"]
             subprocess.run([*command, *calibration], check=True)
-        batches = ["--batches", "1,8", "--rounds", "5"]
+        batches = ["--batches", "1,8", "--rounds", "3"]
         subprocess.run([*LLQ, "bench", *packed, "--base", str(root / "model"), *batches], check=True)
 
 

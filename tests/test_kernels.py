@@ -291,6 +291,17 @@ def test_other_storage_is_decoded_to_the_last_bit(isa: str, name: str, options: 
     assert torch.equal(found_OI, method.dequantize(packed, 40, 512).to(dtype))
 
 
+def test_a_broken_weight_breaks_no_other(isa: str):
+    """Groups that are no multiple of four leave places free in what is read of a weight, where another's scales lay."""
+    good, bad = Uniform(4, 128), Uniform(4, 128)
+    x = torch.randn(1, 640, generator=generator()).bfloat16()
+    packed, broken = rounded(good, (32, 640)), rounded(bad, (32, 1024))
+    broken["scale"].fill_(float("inf"))
+    before = good.linear(x, packed, None)
+    assert not bad.linear(torch.ones(1, 1024).bfloat16(), broken, None).isfinite().all()
+    assert torch.equal(good.linear(x, packed, None), before)
+
+
 @pytest.mark.parametrize(
     ("name", "options"),
     [

@@ -102,7 +102,7 @@ struct LevelWeight {
   // All levels as numbers of 14 bits.
   void read_digits(State& s, int first, int last) const {
     const Tiled tiled(w.groups);
-    s.step.resize(tiled.size(last - first));
+    s.step.assign(tiled.size(last - first), 0);  // what is no group must be a number, whatever lay there
     s.digits.resize((int64_t)(last - first + MOST_ROWS) * w.groups * 16);
     with_row_ends(first, last, [&](int r, auto dtype, const uint8_t* scale, const uint8_t* mean) {
       uint8_t* digits = s.digits.data() + ((int64_t)r / TILE * w.groups * TILE + r % TILE) * 16;

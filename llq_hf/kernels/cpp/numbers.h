@@ -6,13 +6,6 @@
 
 enum Dtype : int32_t { NONE = 0, F16 = 1, F32 = 2, BF16 = 3 };
 
-inline float from_bf16(uint16_t v) {
-  const uint32_t bits = (uint32_t)v << 16;
-  float out;
-  memcpy(&out, &bits, 4);
-  return out;
-}
-
 // Rounds to nearest, ties to even, as torch does.
 inline uint16_t to_bf16(float v) {
   uint32_t bits;
@@ -64,7 +57,8 @@ inline void from_floats(const float* from, int64_t count, Dtype dtype, void* out
   }
 }
 
-// Four floats a group from as many numbers of dtype D, from three (and a zero) or two (twice). A vector is read, whatever of it counts.
+// Four floats a group from as many numbers of dtype D, from three (and a zero) or two (twice). A vector is read, whatever of
+// it counts.
 template <Dtype D>
 INLINE Floats load_quads(const uint8_t* p) {
   if constexpr (D == F32) return loadf((const float*)p);
@@ -83,13 +77,6 @@ INLINE Floats load_triples(const uint8_t* p) {
   return _mm256_blend_ps(_mm256_permutevar8x32_ps(v, _mm256_setr_epi32(0, 1, 2, 0, 3, 4, 5, 0)), _mm256_setzero_ps(), 0x88);
 #endif
 }
-
-// Eight numbers of dtype D as floats.
-template <Dtype D>
-INLINE __m256 load_eight(const uint8_t* p) {
-  if constexpr (D == F32) return _mm256_loadu_ps((const float*)p);
-  return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
-}
 template <Dtype D>
 INLINE Floats load_pairs(const uint8_t* p) {
   const Floats v = load_quads<D>(p);
@@ -98,4 +85,11 @@ INLINE Floats load_pairs(const uint8_t* p) {
 #else
   return _mm256_permutevar8x32_ps(v, _mm256_setr_epi32(0, 1, 0, 1, 2, 3, 2, 3));
 #endif
+}
+
+// Eight numbers of dtype D as floats.
+template <Dtype D>
+INLINE __m256 load_eight(const uint8_t* p) {
+  if constexpr (D == F32) return _mm256_loadu_ps((const float*)p);
+  return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
 }

@@ -194,7 +194,8 @@ struct SalientWeight {
   void decode_as(State& s, int r, int first, uint16_t* out) const {
     mark_row(s, r, first);
     const uint8_t* marks = s.marks.data();
-    const float *scale = s.scale.data() + (int64_t)(r - first) * w.groups, *mean = s.mean.data() + (int64_t)(r - first) * w.groups;
+    const int64_t at = (int64_t)(r - first) * w.groups;
+    const float *scale = s.scale.data() + at, *mean = s.mean.data() + at;
     const Floats own = set(s.own_scale[r - first]), zero = set(w.own_zero[r]);
     for (int k = 0; k < blocks; k++) {
       const int g = group_of[k];
@@ -215,7 +216,8 @@ struct SalientWeight {
   void decode_row(State& s, int r, int first, float* out) const {
     static thread_local std::vector<uint8_t> signs;
     signs.resize(w.columns);
-    const float *scale = s.scale.data() + (int64_t)(r - first) * w.groups, *mean = s.mean.data() + (int64_t)(r - first) * w.groups;
+    const int64_t at = (int64_t)(r - first) * w.groups;
+    const float *scale = s.scale.data() + at, *mean = s.mean.data() + at;
     for (int k = 0; k < blocks; k++) {
       ordered_codes<1>(row(r) + 16 * k, signs.data() + k * BLOCK);
       const int g = group_of[k];
@@ -241,7 +243,8 @@ struct SalientWeight {
     s.positive.resize(w.groups);
     s.listed.resize(w.groups);
     s.base.resize(w.groups);
-    const float *scale = s.scale.data() + (int64_t)(r - first) * w.groups, *mean = s.mean.data() + (int64_t)(r - first) * w.groups;
+    const int64_t at = (int64_t)(r - first) * w.groups;
+    const float *scale = s.scale.data() + at, *mean = s.mean.data() + at;
     const float offset = s.own_scale[r - first] * w.own_zero[r];
     for (int g = 0; g < w.groups; g++) {
       s.positive[g] = 2 * scale[g];
@@ -256,8 +259,8 @@ INLINE Bytes signs_of(const uint8_t* p, int part) { return keep(shr_lanes(both16
 
 // out[token] = row r times x, in digits.
 template <int TOKENS>
-void dot_salient(const SalientWeight& weight, SalientWeight::State& s, const Digits& x, int token, int r, int first, float* out,
-                 int stride) {
+void dot_salient(const SalientWeight& weight, const SalientWeight::State& s, const Digits& x, int token, int r, int first,
+                 float* out, int stride) {
   const Salient& w = weight.w;
   const float own = s.own_scale[r - first];
   const uint8_t* p = weight.row(r);

@@ -22,7 +22,8 @@ INLINE Bytes both(Bytes a, Bytes b) { return _mm512_and_si512(a, b); }
 INLINE Bytes without(Bytes a, Bytes b) { return _mm512_andnot_si512(b, a); }
 // Every 16 bytes further to the right by one bit, the first by n.
 INLINE Bytes shr_lanes(Bytes v, int n) {
-  return _mm512_srlv_epi32(v, _mm512_add_epi32(_mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0), _mm512_set1_epi32(n)));
+  const __m512i lane = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+  return _mm512_srlv_epi32(v, _mm512_add_epi32(lane, _mm512_set1_epi32(n)));
 }
 // Of every 16 bytes those that q numbers; the upper 8 bytes first; the first or last two of each, in turns.
 INLINE Bytes pick(Bytes table, Bytes q) { return _mm512_shuffle_epi8(table, q); }
@@ -57,7 +58,8 @@ INLINE Floats quad(Floats v) {
   return _mm512_permute_ps(v, A | B << 2 | C << 4 | D << 6);
 }
 INLINE void firsts(Floats v, float* out) {
-  _mm_storeu_ps(out, _mm512_castps512_ps128(_mm512_permutexvar_ps(_mm512_set_epi32(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 12, 8, 4, 0), v)));
+  const __m512i four = _mm512_setr_epi32(0, 4, 8, 12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0);
+  _mm_storeu_ps(out, _mm512_castps512_ps128(_mm512_permutexvar_ps(four, v)));
 }
 // WIDTH / 4 unsigned bytes as floats.
 INLINE Floats floats(__m128i v) { return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(v)); }

@@ -71,14 +71,18 @@ struct Grids {
     const auto* scales = (const uint8_t*)w.scale + from * size_of(dtype);
     scale_tile.resize(tiled.size(last - first));
     zero_tile.resize(scale_tile.size());
-    if (dtype == NONE) std::fill(scale_tile.begin(), scale_tile.end(), w.scale_value);
+    // What is no group must be a number: what an earlier weight left there need not be.
+    if (dtype == NONE || w.groups % 4) std::fill(scale_tile.begin(), scale_tile.end(), w.scale_value);
     read_zeros(w, from, (int64_t)(last - first) * w.groups);
     for (int r = 0; r < last - first; r++) {
       const int64_t row = (int64_t)r * w.groups, to = tiled.row(r);
       const uint8_t* own = scales + row * size_of(dtype);
-      copy_fours(codes.data() + row, w.groups, zero_tile.data() + to);
-      if (dtype == F16) fours(w.groups, scale_tile.data() + to, [&](int g) { return _mm_cvtph_ps(_mm_loadl_epi64((const __m128i*)(own + 2 * g))); });
-      if (dtype == F32) fours(w.groups, scale_tile.data() + to, [&](int g) { return _mm_loadu_ps((const float*)own + g); });
+      for (int g = 0; g + 4 <= w.groups; g += 4) memcpy(zero_tile.data() + to + g * TILE, codes.data() + row + g, 4);
+      float* scales_of_row = scale_tile.data() + to;
+      for (int g = 0; dtype == F16 && g + 4 <= w.groups; g += 4)
+        _mm_storeu_ps(scales_of_row + g * TILE, _mm_cvtph_ps(_mm_loadl_epi64((const __m128i*)(own + 2 * g))));
+      for (int g = 0; dtype == F32 && g + 4 <= w.groups; g += 4)
+        _mm_storeu_ps(scales_of_row + g * TILE, _mm_loadu_ps((const float*)own + g));
       for (int g = w.groups / 4 * 4; g < w.groups; g++) {
         scale_tile[tiled.at(r, g)] = w.scale_value;
         if (dtype != NONE) to_floats(own + g * size_of(dtype), dtype, 1, &scale_tile[tiled.at(r, g)]);
@@ -88,15 +92,6 @@ struct Grids {
   }
 
  private:
-  // Four groups after the other of one row.
-  template <typename From>
-  static void fours(int groups, float* to, From from) {
-    for (int g = 0; g + 4 <= groups; g += 4) _mm_storeu_ps(to + g * TILE, from(g));
-  }
-  static void copy_fours(const uint8_t* from, int groups, uint8_t* to) {
-    for (int g = 0; g + 4 <= groups; g += 4) memcpy(to + g * TILE, from + g, 4);
-  }
-
   // The codes from..from + count; ones where all zeros are the same.
   void read_zeros(const Uniform& w, int64_t from, int64_t count) {
     if (!w.zero) return codes.assign(count, 1);
