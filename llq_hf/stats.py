@@ -242,7 +242,10 @@ def _factor(H_II: Tensor, inverse: bool, quick: bool) -> Tensor | None:
         _invert_upper(factor_II)
     elif inverse:
         factor_II = _cholesky(torch.cholesky_inverse(factor_II), upper=True)
-    return factor_II if factor_II is not None and bool(torch.isfinite(factor_II).all()) else None
+    if factor_II is None:
+        return None
+    ends = torch.stack(torch.aminmax(factor_II))  # isfinite of all would take as much memory as two more
+    return factor_II if bool(torch.isfinite(ends).all()) else None
 
 
 def _cholesky(H_II: Tensor, upper: bool = False) -> Tensor | None:
@@ -274,4 +277,4 @@ def _invert_upper(R_II: Tensor) -> None:
     first_HH, second_HH = R_II[:half, :half], R_II[half:, half:]
     _invert_upper(first_HH)
     _invert_upper(second_HH)
-    R_II[:half, half:] = -(first_HH @ R_II[:half, half:]) @ second_HH
+    R_II[:half, half:] = (first_HH @ R_II[:half, half:]).neg_() @ second_HH
