@@ -20,12 +20,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from check_exports import PACKAGES as GPTQMODEL
+from check_exports import environment
 from streaming_memory import make_checkpoint
 
-PACKAGES = {
-    "llmcompressor": ["llmcompressor>=0.14"],
-    "gptqmodel": ["gptqmodel>=7.7", "optimum", "transformers==5.23.0"],
-}
+PACKAGES = {"llmcompressor": ["llmcompressor>=0.14"], "gptqmodel": GPTQMODEL}
 IDS = """
 import sys
 import numpy as np
@@ -55,18 +54,6 @@ model.quantize(rows, batch_size=1)
 model.save(out)
 """,
 }
-
-
-def environment(peer: str) -> str:
-    """The Python that has it."""
-    folder = Path(tempfile.gettempdir()) / f"llq-{peer}"
-    python = str(folder / "bin" / "python")
-    if not Path(python).is_file():
-        subprocess.run(["uv", "venv", "--quiet", folder], check=True)
-        # From there: in a folder of this project uv would hold it to this project's tested versions.
-        install = ["uv", "pip", "install", "--quiet", "--directory", str(folder), "--python", python]
-        subprocess.run([*install, *PACKAGES[peer]], check=True)
-    return python
 
 
 def timed(command: Sequence[str | Path], log: Path) -> tuple[float, float]:
@@ -101,7 +88,8 @@ def main() -> None:
         commands = {"llq": [*ours, "--device", "cpu"]}
         for peer in filter(None, args.peers.split(",")):
             files = [str(root / "model"), str(root / peer), str(root / "ids.npy")]
-            commands[peer] = [environment(peer), "-c", PROGRAMS[peer], *files]
+            python = environment(Path(tempfile.gettempdir()) / f"llq-{peer}", PACKAGES[peer])
+            commands[peer] = [str(python), "-c", PROGRAMS[peer], *files]
         shape = f"hidden {args.hidden}, ffn {args.ffn}, {args.samples} x {args.length} tokens, {args.threads} threads"
         print(f"GPTQ, 4 bits, groups of 128, one block: {shape}\n")
         print("| tool | clock | processor | ratio |\n|---|---|---|---|")

@@ -53,20 +53,20 @@ def run(*command: object) -> None:
     subprocess.run(list(map(str, command)), check=True)
 
 
-def environment(folder: Path) -> Path:
-    """The interpreter of an environment with GPTQModel."""
+def environment(folder: Path, packages: list[str]) -> Path:
+    """The interpreter of an environment with these packages, which uv makes unless it is there."""
     python = folder / "bin" / "python"
     if not python.exists():
         run("uv", "venv", "--quiet", "--python", f"{sys.version_info[0]}.{sys.version_info[1]}", folder)
         # From there: in a folder of this project uv would hold it to this project's tested versions.
-        run("uv", "pip", "install", "--quiet", "--directory", folder, "--python", python, *PACKAGES)
+        run("uv", "pip", "install", "--quiet", "--directory", folder, "--python", python, *packages)
     return python
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--environment", type=Path, default=Path("/tmp/llq-gptqmodel"))
-    python, failed = environment(parser.parse_args().environment), []
+    python, failed = environment(parser.parse_args().environment, PACKAGES), []
     for name, (form, options) in CASES.items():
         with tempfile.TemporaryDirectory() as scratch:
             packed, exported = Path(scratch) / "packed", Path(scratch) / "exported"

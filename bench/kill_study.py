@@ -20,6 +20,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from kill_finetune import finish, llq
+
 INTO_A_CELL = 2.0  # seconds
 MEASURED = {"cost", "run", "seconds", "peak_bytes", "finished", "began", "added_bytes"}
 
@@ -35,21 +37,10 @@ def records(out: Path) -> dict[str, Any]:
     return {file.name: said(json.loads(file.read_text())) for file in sorted((out / "records").glob("*.json"))}
 
 
-def start(command: list[str], cache: Path) -> subprocess.Popen[bytes]:
-    environment = {**os.environ, "LLQ_CACHE": str(cache)}
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    return subprocess.Popen(command, start_new_session=True, env=environment, **quiet)  # type: ignore[call-overload,no-any-return]
-
-
-def finish(command: list[str], cache: Path) -> None:
-    code = start(command, cache).wait()
-    if code not in (0, 1):  # 1: some cell was refused
-        sys.exit(f"{' '.join(command)} ended with {code}")
-
-
-def kill_after(command: list[str], cache: Path, out: Path, done: int) -> None:
+def kill_after(command: list[str], out: Path, done: int) -> None:
     """Start, or go on, until `done` records are there and another cell runs; then SIGKILL to all of it."""
-    process = start(command, cache)
+    quiet = subprocess.DEVNULL
+    process = subprocess.Popen(command, start_new_session=True, stdout=quiet, stderr=quiet)
     while len(list((out / "records").glob("*.json"))) < done:
         if process.poll() is not None:
             sys.exit(f"the study ended with {process.returncode} before its record number {done}")
@@ -68,25 +59,17 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="llq-kill-") as name:
         root = Path(name)
         whole, killed = root / "whole", root / "killed"
-        command = [sys.executable, "-m", "llq_hf", "study", "--models", "demo", "--methods", args.methods]
-        command += [
-            "--bits",
-            args.bits,
-            "--presets",
-            "study,best",
-            "--tasks",
-            "llq_demo",
-            "--batch-size",
-            "16",
-            "--out",
-        ]
-        finish([*command, str(whole)], root / "whole-cache")
+        options = ["--methods", args.methods, "--bits", args.bits, "--presets", "study,best", "--tasks", "llq_demo"]
+        command = llq("study", "--models", "demo", *options, "--batch-size", "16", "--out")
+        os.environ["LLQ_CACHE"] = str(root / "whole-cache")
+        finish([*command, str(whole)])
         wanted = records(whole)
+        os.environ["LLQ_CACHE"] = str(root / "killed-cache")
         for kill in range(args.kills):
             done = (kill + 1) * len(wanted) // (args.kills + 1)
-            kill_after([*command, str(killed)], root / "killed-cache", killed, done)
+            kill_after([*command, str(killed)], killed, done)
             print(f"killed after {done} of {len(wanted)} records", flush=True)
-        finish([*command, str(killed)], root / "killed-cache")
+        finish([*command, str(killed)])
         found = records(killed)
     differing = [name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name)]
     states = [record["status"] for record in wanted.values()]

@@ -214,6 +214,18 @@ def test_what_a_linear_keeps_for_kernels_ends_with_its_tensors(isa: str):
     assert agrees(linear, packs[2])
 
 
+def test_values_filled_in_place_are_read_anew(isa: str):
+    """Of SliM-LLM's widths kernels get lists: other widths in the same tensor are other lists."""
+    method, x = build("slim_llm", bits=2), torch.randn(2, 1024, generator=generator()).bfloat16()
+    first, second = random_packed(method, 32, 1024), random_packed(method, 32, 1024)
+    second["widths"] = second["widths"].flip(0)
+    assert not torch.equal(first["widths"], second["widths"])
+    linear = QuantLinear.from_packed(method, nn.Linear(1024, 32, bias=False), first)
+    linear(x)
+    linear.load_state_dict(second)
+    assert error(linear(x).float(), F.linear(x.float(), method.dequantize(second, 32, 1024))) < 0.01
+
+
 def test_codes_that_c_cannot_read_go_by_torch(isa: str):
     grid = Uniform(4, 128)
     packed = rounded(grid, (32, 256))
@@ -320,10 +332,12 @@ def test_other_products_in_digits(isa: str, name: str, options: dict[str, Any], 
     packed = kernels.Kept(random_packed(method, rows, 1024))
     weight_OI = method.dequantize(packed, rows, 1024).double()
     method.linear(torch.ones(1, 1024), packed, None, rows)
-    assert packed.stored is not None
+    assert packed.made is not None
+    stored = packed.made[1]
+    assert stored is not None
     for tokens in (1, 2, 7):
         x = torch.randn(tokens, 1024, generator=generator(tokens))
-        y = native.digits(x, packed.stored, None)
+        y = native.digits(x, stored, None)
         assert error(y, F.linear(x.double(), weight_OI)) < DIGITS * 3  # levels are rounded too, and sums cancel
 
 

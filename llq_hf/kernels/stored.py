@@ -5,7 +5,7 @@ Legend: O out_features, I in_features, G groups.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -205,16 +205,19 @@ S = TypeVar("S", bound=Stored | None)
 class Kept(dict[str, Tensor]):
     """Stored tensors by name that are read again and again, and what `kept` made of them, as long as they stay."""
 
-    stored: Stored | None
+    made: tuple[Hashable, Stored | None] | None = None
 
 
-def kept(packed: dict[str, Tensor], make: Callable[[], S]) -> S:
-    """What `make` makes of `packed`; of a Kept it is made once, for it takes as long as a small product."""
+def kept(packed: dict[str, Tensor], make: Callable[[], S], read: Hashable = None) -> S:
+    """What `make` makes of `packed`; of a Kept it is made once, for it takes as long as a small product.
+
+    read: the values that `make` reads, if any, for tensors may be filled in place: other values, made anew.
+    """
     if not isinstance(packed, Kept):
         return make()
-    if not hasattr(packed, "stored"):
-        packed.stored = make()
-    return packed.stored  # type: ignore[return-value]
+    if packed.made is None or packed.made[0] != read:
+        packed.made = read, make()
+    return packed.made[1]  # type: ignore[return-value]
 
 
 def readable(stored: Stored) -> bool:

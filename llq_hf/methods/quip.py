@@ -190,8 +190,8 @@ class QuIP(Method):
         V, U = self._sides(packed["seeds"], out_features, x.shape[-1])
         z = V.apply(z) * self._step(packed)  # scaled before the product: fp16 must not overflow
         in_features, top = x.shape[-1], 2**self.bits - 1
-        parts = (Part(self.bits, in_features),)
-        stored = kept(packed, lambda: UniformCodes(packed["weight"], in_features, parts, 2.0, top / 2, in_features))
+        part = Part(self.bits, in_features)
+        stored = kept(packed, lambda: UniformCodes(packed["weight"], in_features, (part,), 2.0, top / 2, in_features))
         y = product(z.to(x.dtype), stored, lambda: self._odd_levels(packed, in_features))
         y = U.invert(y).to(x.dtype)
         return y if bias is None else y + bias

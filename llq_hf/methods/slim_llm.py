@@ -258,7 +258,7 @@ class SliMLLM(Method):
 
     def linear(self, x: Tensor, packed: Packed, bias: Tensor | None, out_features: int) -> Tensor:
         in_features = x.shape[-1]
-        stored = kept(packed, lambda: self._readable(packed, in_features))
+        stored = kept(packed, lambda: self._readable(packed, in_features), read=tuple(packed["widths"].tolist()))
         return product(x, stored, lambda: self.dequantize(packed, out_features, in_features), bias)
 
     def _readable(self, packed: Packed, in_features: int) -> UniformCodes | None:

@@ -35,6 +35,13 @@ struct Tiled {
   int64_t at(int r, int group) const { return row(r) + group / 4 * LANES + group % 4; }
 };
 
+// Adds the sums of a tile's rows to out[0..], of no more than `rows` of them.
+INLINE void add_totals(Floats v, int rows, float* out) {
+  float found[TILE];
+  totals(v, found);
+  for (int i = 0; i < TILE && i < rows; i++) out[i] += found[i];
+}
+
 struct Digits {
   int blocks = 0, stride = 0;
   std::vector<int8_t> digits;    // [token][block][high 128, low 128]

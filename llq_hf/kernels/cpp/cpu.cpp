@@ -96,6 +96,18 @@ void over_tokens(int tokens, Work work) {
   for (; t < tokens; t++) work(std::integral_constant<int, 1>{}, t);
 }
 
+// The activations of blocks that lie in order and belong to one group each. The calling thread's own: they last until its
+// next product.
+template <typename Weight>
+const Digits& digits_of(const Call& call, const Weight& weight) {
+  static thread_local std::vector<float> floats;
+  static thread_local Digits digits;
+  const auto source = [](int k) { return k; };
+  const auto group = [&](int k, int) { return weight.group_of[k]; };
+  split(call.floats(floats), call.columns, call.tokens, weight.blocks, weight.w.groups, source, group, digits);
+  return digits;
+}
+
 // Products with the columns behind the last whole block, in fp32.
 void add_tail(const Part& part, Grids& grids, const float* x_TI, const Call& call, int first, int last, float* sums) {
   static thread_local std::vector<float> rest;
@@ -172,14 +184,9 @@ void llq_uniform_centred(const Uniform* weight, int from, int to, int centre, ui
 // Columns must be whole blocks.
 void llq_levels_digits(const Levels* levels, int, const void* x, int dtype, int columns, int tokens, const float* bias, void* y,
                        int threads) {
-  static thread_local std::vector<float> floats;
-  static thread_local Digits split_x;
   const LevelWeight weight(*levels);
   const Call call{x, dtype, columns, tokens, bias, y, threads};
-  const auto source = [](int k) { return k; };
-  const auto group = [&](int k, int) { return weight.group_of[k]; };
-  split(call.floats(floats), columns, tokens, weight.blocks, levels->groups, source, group, split_x);
-  const Digits* d = &split_x;  // of this thread: workers have their own
+  const Digits& d = digits_of(call, weight);
   over_rows(weight.rows(), threads, [&](int first, int last) {
     static thread_local std::vector<float> sums;
     static thread_local LevelWeight::State state;
@@ -188,7 +195,7 @@ void llq_levels_digits(const Levels* levels, int, const void* x, int dtype, int 
     planes ? weight.read_planes(state, first, last) : weight.read_digits(state, first, last);
     over_tokens(tokens, [&](auto count, int t) {
       const auto dot = planes ? dot_planes<count> : levels->salient ? dot_levels<count, true> : dot_levels<count, false>;
-      dot(weight, state, *d, t, first, last, sums.data() + (int64_t)t * (last - first));
+      dot(weight, state, d, t, first, last, sums.data() + (int64_t)t * (last - first));
     });
     call.store(sums, first, last, weight.rows());
   });
@@ -206,14 +213,9 @@ void llq_levels_decode(const Levels* levels, int, int, int from, int to, int dty
 // Columns must be whole blocks.
 void llq_salient_digits(const Salient* salient, int, const void* x, int dtype, int columns, int tokens, const float* bias,
                         void* y, int threads) {
-  static thread_local std::vector<float> floats;
-  static thread_local Digits split_x;
   const SalientWeight weight(*salient);
   const Call call{x, dtype, columns, tokens, bias, y, threads};
-  const auto source = [](int k) { return k; };
-  const auto group = [&](int k, int) { return weight.group_of[k]; };
-  split(call.floats(floats), columns, tokens, weight.blocks, salient->groups, source, group, split_x);
-  const Digits* d = &split_x;  // of this thread: workers have their own
+  const Digits& d = digits_of(call, weight);
   over_rows(weight.rows(), threads, [&](int first, int last) {
     static thread_local std::vector<float> sums;
     static thread_local SalientWeight::State state;
@@ -224,7 +226,7 @@ void llq_salient_digits(const Salient* salient, int, const void* x, int dtype, i
       weight.mark_row(state, r, first);
       weight.read_factors(state, r, first);
       over_tokens(tokens, [&](auto count, int t) {
-        dot_salient<count>(weight, state, *d, t, r, first, sums.data() + (int64_t)t * size + r - first, size);
+        dot_salient<count>(weight, state, d, t, r, first, sums.data() + (int64_t)t * size + r - first, size);
       });
     }
     call.store(sums, first, last, weight.rows());

@@ -159,8 +159,6 @@ struct LevelWeight {
     } else {
       const Floats a = load_quads<D>(scale + g * 4 * SIZE);
       const Floats m = w.means == 4 ? load_quads<D>(mean + g * 4 * SIZE) : load_triples<D>(mean + g * 3 * SIZE);
-      _mm_prefetch((const char*)scale + g * 4 * SIZE + AHEAD, _MM_HINT_T0);
-      _mm_prefetch((const char*)mean + g * 4 * SIZE + AHEAD, _MM_HINT_T0);
       plain = fma(quad<0, 0, 1, 1>(a), turns, quad<0, 0, 1, 1>(m));
       own = fma(quad<2, 2, 2, 2>(a), halves, add(quad<2, 2, 2, 2>(m), quad<3, 3, 3, 3>(m)));
       own = fma(quad<3, 3, 3, 3>(a), turns, own);
@@ -253,9 +251,7 @@ void dot_planes(const LevelWeight& weight, const LevelWeight::State& state, cons
     }
     for (int j = 0; j < R; j++) {
       for (int t = 0; t < TOKENS; t++) {
-        float found[TILE];
-        totals(sums[j][t], found);
-        for (int i = 0; i < TILE && r + j * TILE + i < last; i++) out[t * stride + r + j * TILE + i - first] += found[i];
+        add_totals(sums[j][t], last - r - j * TILE, out + t * stride + r + j * TILE - first);
       }
     }
   }
@@ -313,9 +309,8 @@ void dot_levels(const LevelWeight& weight, const LevelWeight::State& state, cons
         Floats less = set(0);
         for (int64_t g = 0; g < tiled.span; g += LANES)
           less = fma(loadf(step + j * tiled.span + g), four(x.sums(token + t) + g / TILE), less);
-        float found[TILE];
-        totals(sub(sums[j][t], mul(less, set(LevelWeight::MIDDLE))), found);
-        for (int i = 0; i < TILE && r + j * TILE + i < last; i++) out[t * stride + r + j * TILE + i - first] += found[i];
+        const Floats y = sub(sums[j][t], mul(less, set(LevelWeight::MIDDLE)));
+        add_totals(y, last - r - j * TILE, out + t * stride + r + j * TILE - first);
       }
     }
   }

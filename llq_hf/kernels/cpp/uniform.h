@@ -156,9 +156,8 @@ void dot_digits(const Part& part, const Grids& grids, const Digits& x, int token
         for (int t = 0; t < TOKENS; t++) less[j][t] = fma(offset, four(x.sums(token + t) + g / TILE), less[j][t]);
       }
       for (int t = 0; t < TOKENS; t++) {
-        float found[TILE];
-        totals(sub(sums[j][t], mul(less[j][t], set(part.zero_step()))), found);
-        for (int i = 0; i < TILE && r + j * TILE + i < last; i++) out[t * stride + r + j * TILE + i - first] += found[i];
+        const Floats y = sub(sums[j][t], mul(less[j][t], set(part.zero_step())));
+        add_totals(y, last - r - j * TILE, out + t * stride + r + j * TILE - first);
       }
     }
   }
