@@ -35,14 +35,14 @@ class Rotation(NamedTuple):
 
     def apply(self, x: Tensor) -> Tensor:
         """Q x for every vector x [..., n], in fp32."""
-        grid = x.float().index_select(-1, self.permute_in).reshape(-1, self.first.shape[-1], self.second.shape[-1])
+        grid = x.index_select(-1, self.permute_in).float().reshape(-1, self.first.shape[-1], self.second.shape[-1])
         grid = self.first @ grid if self.first.ndim == 2 else torch.einsum("bij,tjb->tib", self.first, grid)
         grid = grid @ self.second.T if self.second.ndim == 2 else torch.einsum("aij,taj->tai", self.second, grid)
         return grid.reshape(x.shape).index_select(-1, self.permute_out)
 
     def invert(self, x: Tensor) -> Tensor:
         """Q^T x for every vector x [..., n], in fp32."""
-        grid = x.float().index_select(-1, self.unpermute_out)
+        grid = x.index_select(-1, self.unpermute_out).float()
         grid = grid.reshape(-1, self.first.shape[-1], self.second.shape[-1])
         grid = grid @ self.second if self.second.ndim == 2 else torch.einsum("aji,taj->tai", self.second, grid)
         grid = self.first.T @ grid if self.first.ndim == 2 else torch.einsum("bji,tjb->tib", self.first, grid)

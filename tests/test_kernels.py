@@ -29,7 +29,7 @@ from llq_hf.methods.pb_llm import PBLLM
 from llq_hf.run import quantize_checkpoint
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-ISAS = ["avx512", "avx2"]
+ISAS = ["avx512vbmi2", "avx512", "avx2"]
 # Of the error of y, relative to its norm: digits with Gaussian activations; fp32 sums.
 DIGITS, FLOATS = 1e-4, 2e-6
 ROUNDING = {torch.float32: FLOATS, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # of y alone, once

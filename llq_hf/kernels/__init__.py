@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ContextDecorator
 from types import TracebackType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,9 +45,8 @@ __all__ = [
 HALF = (torch.bfloat16, torch.float16)
 ALL = (*HALF, torch.float32)
 FEW = range(1, 17)
-FEW_LISTED = range(1, 8)
+FEW_LISTED = range(1, 9)
 FEW_FLOATS = range(1, 5)
-FEW_TABLE = range(1, 9)
 MANY = range(1, 1 << 62)
 
 
@@ -74,6 +73,10 @@ def _half_blocks(stored: Stored) -> bool:
     return isinstance(stored, UniformCodes) and stored.half_blocks
 
 
+def _half_groups(stored: Stored) -> bool:
+    return isinstance(stored, TableCodes) and stored.half_groups
+
+
 def _centred_rows(stored: Stored) -> bool:
     return isinstance(stored, UniformCodes) and stored.centred
 
@@ -92,7 +95,8 @@ TABLE = (
     Row(LevelCodes, "cpu", FEW, HALF, _whole_blocks, digits),
     Row(LevelCodes, "cpu", FEW_FLOATS, ALL, _whole_blocks, floats),
     Row(LevelCodes, "cpu", MANY, ALL, _whole_blocks, tiles),
-    Row(TableCodes, "cpu", FEW_TABLE, ALL, _whole_blocks, floats),
+    Row(TableCodes, "cpu", FEW, HALF, _half_groups, digits),
+    Row(TableCodes, "cpu", FEW_FLOATS, ALL, _whole_blocks, floats),
     Row(TableCodes, "cpu", MANY, ALL, _whole_blocks, tiles),
     Row(SalientCodes, "cpu", FEW_LISTED, HALF, _whole_rows, digits),
     Row(SalientCodes, "cpu", FEW_FLOATS, ALL, _whole_blocks, floats),
@@ -114,13 +118,20 @@ def product(x: Tensor, stored: Stored | None, dense: Callable[[], Tensor], bias:
 
 def choose(x: Tensor, stored: Stored | None) -> Callable[[Tensor, Stored, Tensor | None], Tensor] | None:
     """The kernel for this call; None: torch's own operations. Of int8 activations y is fp32, and exact but for that."""
-    if stored is None or reference.depth or x.numel() == 0 or (x.requires_grad and torch.is_grad_enabled()):
+    if stored is None or reference.depth or (x.requires_grad and torch.is_grad_enabled()) or backend() is None:
         return None
-    tokens = x.numel() // x.shape[-1]
+    call = (min(x.numel() // stored.columns, FEW.stop), x.dtype, x.device.type)  # beyond a few all are many
+    if call not in stored.memo:
+        stored.memo[call] = _first_fit(stored, *call)
+    kernel: Callable[[Tensor, Stored, Tensor | None], Tensor] | None = stored.memo[call]
+    return kernel
+
+
+def _first_fit(stored: Stored, tokens: int, dtype: torch.dtype, device: str) -> Any:
     for row in TABLE:
-        fits = type(stored) is row.stored and x.device.type == row.device
-        if fits and tokens in row.tokens and x.dtype in row.dtypes and row.when(stored):
-            return row.kernel if backend() is not None and structs(stored) is not None else None
+        fits = type(stored) is row.stored and device == row.device
+        if fits and tokens in row.tokens and dtype in row.dtypes and row.when(stored):
+            return row.kernel if structs(stored) is not None else None
     return None
 
 

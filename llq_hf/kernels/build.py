@@ -19,9 +19,12 @@ from pathlib import Path
 HERE = Path(__file__).parent
 SOURCES, PACKAGED = HERE / "cpp", HERE / "lib"
 # Best first. What a processor must have for each is asked in native.py.
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mbmi2"]
 ISAS = {
-    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mavx2", "-mfma", "-mf16c"],
-    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "avx512vbmi2": [*AVX512, "-mavx512vbmi", "-mavx512vbmi2", "-mavx512vpopcntdq"],  # Ice Lake, Zen 4
+    "avx512": AVX512,
+    "avx2": AVX2,
 }
 FLAGS = [
     *("-O3", "-std=c++17", "-fPIC", "-shared", "-pthread", "-static-libstdc++", "-static-libgcc"),

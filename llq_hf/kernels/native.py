@@ -10,7 +10,6 @@ import os
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -108,7 +107,9 @@ def cache_folder() -> Path:
 def supported() -> list[str]:
     """The instruction sets of this processor that there are kernels for, best first."""
     has_vnni = torch.cpu._is_vnni_supported() and torch.backends.cpu.get_cpu_capability() == "AVX512"
-    has = {"avx512": has_vnni, "avx2": torch.cpu._is_avx2_supported()}
+    more = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    has_vbmi2 = has_vnni and all(more.get(f"avx512_{name}") for name in ("vbmi", "vbmi2", "vpopcntdq"))
+    has = {"avx512vbmi2": has_vbmi2, "avx512": has_vnni, "avx2": torch.cpu._is_avx2_supported()}
     return [isa for isa in ISAS if has[isa]]
 
 
@@ -197,16 +198,14 @@ def decode(stored: Stored, first: int, last: int, out_RI: Tensor) -> None:
 
 
 def _dot(name: str, x: Tensor, stored: Stored, bias: Tensor | None) -> Tensor:
-    if not x.is_floating_point():
-        x = x.float()
-    x_TI = x.reshape(-1, stored.columns).contiguous()
-    y_TO = torch.empty(len(x_TI), stored.rows, dtype=x.dtype)
+    x = (x if x.is_floating_point() else x.float()).contiguous()
+    y = torch.empty(*x.shape[:-1], stored.rows, dtype=x.dtype)
     bias_O = None if bias is None else bias.float().contiguous()
     given = structs(stored)
-    activations = (x_TI.data_ptr(), DTYPES[x.dtype], stored.columns, x_TI.shape[0])
-    outputs = (_pointer(bias_O), y_TO.data_ptr(), torch.get_num_threads())
+    activations = (x.data_ptr(), DTYPES[x.dtype], stored.columns, x.numel() // stored.columns)
+    outputs = (_pointer(bias_O), y.data_ptr(), torch.get_num_threads())
     _function(type(stored), name)(given, len(given), *activations, *outputs)
-    return y_TO.view(*x.shape[:-1], stored.rows)
+    return y
 
 
 def _function(kind: type[Stored], name: str) -> Any:
@@ -223,23 +222,20 @@ def _bound(library: ctypes.CDLL, function: str, name: str) -> Any:
     return found
 
 
-_STRUCTS: WeakKeyDictionary[Stored, Any] = WeakKeyDictionary()
-
-
 def structs(stored: Stored) -> Any:
     """A C array of the structs that describe it, of uniform codes one for each part; None where C cannot read it."""
-    if (found := _STRUCTS.get(stored, _STRUCTS)) is not _STRUCTS:
-        return found
-    array = None
-    if readable(stored):
-        if isinstance(stored, UniformCodes):
-            each = [_struct(stored, part) for part in stored.parts]
-        else:
-            readers: dict[type, Any] = {LevelCodes: _levels, TableCodes: _table, SalientCodes: _salient}
-            each = [readers[type(stored)](stored)]
-        array = (type(each[0]) * len(each))(*each)
-    _STRUCTS[stored] = array
-    return array
+    if "structs" not in stored.memo:
+        stored.memo["structs"] = _structs(stored) if readable(stored) else None
+    return stored.memo["structs"]
+
+
+def _structs(stored: Stored) -> Any:
+    if isinstance(stored, UniformCodes):
+        each = [_struct(stored, part) for part in stored.parts]
+    else:
+        readers: dict[type, Any] = {LevelCodes: _levels, TableCodes: _table, SalientCodes: _salient}
+        each = [readers[type(stored)](stored)]
+    return (type(each[0]) * len(each))(*each)
 
 
 def _salient(stored: SalientCodes) -> _Salient:

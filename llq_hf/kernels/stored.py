@@ -6,8 +6,8 @@ Legend: O out_features, I in_features, G groups.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
-from typing import TypeVar
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -30,7 +30,14 @@ class Part:
 
 
 @dataclass(frozen=True, eq=False)
-class UniformCodes:
+class _Stored:
+    """memo: what kernels found out about it, once; a linear of few tokens takes no longer than looking twice would."""
+
+    memo: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)
+
+
+@dataclass(frozen=True, eq=False)
+class UniformCodes(_Stored):
     """value = scale * (code - zero), with a scale and a zero for every row and group of columns.
 
     scale: [O, G] fp16 or fp32, or one number; zero: codes packed over [O, G], or one number. Groups of `group_size`
@@ -75,7 +82,7 @@ class UniformCodes:
         return [tensor for tensor in found if isinstance(tensor, Tensor)]
 
 
-class _ByRow:
+class _ByRow(_Stored):
     """Storage whose weight [O, ..] and scale [O, G, ..] have a row for every output."""
 
     weight: Tensor
@@ -132,7 +139,7 @@ class Numbers:
 
 
 @dataclass(frozen=True, eq=False)
-class TableCodes:
+class TableCodes(_Stored):
     """value = levels[code] * scale + shift, with a scale and a shift for every `group_size` weights of the flat matrix.
 
     levels: fp32 [2**bits], of at most 4 bits. 4-bit codes: the first of two in the high half of a byte.
@@ -157,6 +164,12 @@ class TableCodes:
         """Whether groups and blocks of codes end where rows do."""
         whole = self.columns % self.group_size == 0 and self.group_size % UNIT == 0
         return whole and (self.bits == 4 or self.columns % BLOCK == 0)
+
+    @property
+    def half_groups(self) -> bool:
+        """Whether codes have 4 bits, rows are whole blocks, and groups whole half blocks of 64 columns."""
+        whole = self.columns % max(self.group_size, BLOCK) == 0 and self.group_size % (BLOCK // 2) == 0
+        return self.bits == 4 and whole
 
     @property
     def tensors(self) -> list[Tensor]:

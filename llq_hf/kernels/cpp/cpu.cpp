@@ -219,16 +219,12 @@ void llq_salient_digits(const Salient* salient, int, const void* x, int dtype, i
   over_rows(weight.rows(), threads, [&](int first, int last) {
     static thread_local std::vector<float> sums;
     static thread_local SalientWeight::State state;
-    const int size = last - first;
-    sums.resize((int64_t)tokens * size);
+    sums.assign((int64_t)tokens * (last - first), 0);
     weight.read(state, first, last);
-    for (int r = first; r < last; r++) {
-      weight.mark_row(state, r, first);
-      weight.read_factors(state, r, first);
-      over_tokens(tokens, [&](auto count, int t) {
-        dot_salient<count>(weight, state, d, t, r, first, sums.data() + (int64_t)t * size + r - first, size);
-      });
-    }
+    weight.read_factors(state, first, last);
+    over_tokens(tokens, [&](auto count, int t) {
+      dot_salient<count>(weight, state, d, t, first, last, sums.data() + (int64_t)t * (last - first));
+    });
     call.store(sums, first, last, weight.rows());
   });
 }
@@ -242,27 +238,34 @@ void llq_salient_decode(const Salient* salient, int, int, int from, int to, int 
   decode(SalientWeight(*salient), from, to, (Dtype)dtype, out, threads);
 }
 
-// Groups divide the columns, and are whole units of 32.
-void llq_table_floats(const Table* table, int, const void* x, int dtype, int columns, int tokens, const float* bias, void* y,
+// Columns must be whole blocks, codes of 4 bits, groups of half blocks at least.
+void llq_table_digits(const Table* table, int, const void* x, int dtype, int columns, int tokens, const float* bias, void* y,
                       int threads) {
-  static thread_local std::vector<float> floats;
-  static thread_local Halved halved;
+  static thread_local std::vector<float> floats, halved;
+  static thread_local Digits digits;
   const TableWeight weight(*table);
   const Call call{x, dtype, columns, tokens, bias, y, threads};
-  if (table->bits != 4) return multiply_floats(weight, call);
-  halved.read(call.floats(floats), columns, tokens, table->group_size);
-  const Halved* h = &halved;  // of this thread
+  halve(call.floats(floats), (int64_t)columns * tokens, halved);
+  const auto source = [](int k) { return k; };
+  const auto group = [&](int k, int half) { return weight.group_of_half(k, half); };
+  split(halved.data(), columns, tokens, weight.blocks, table->groups, source, group, digits);
+  const Digits& d = digits;  // of this thread
   over_rows(weight.rows(), threads, [&](int first, int last) {
     static thread_local std::vector<float> sums;
     static thread_local TableWeight::State state;
-    const int size = last - first;
-    sums.resize((int64_t)tokens * size);
-    weight.read(state, first, last);
+    sums.assign((int64_t)tokens * (last - first), 0);
+    weight.read_tiles(state, first, last);
     over_tokens(tokens, [&](auto count, int t) {
-      dot_table<count>(weight, state, *h, t, first, last, sums.data() + (int64_t)t * size);
+      dot_table<count>(weight, state, d, t, first, last, sums.data() + (int64_t)t * (last - first));
     });
     call.store(sums, first, last, weight.rows());
   });
+}
+
+// Groups divide the columns, and are whole units of 32.
+void llq_table_floats(const Table* table, int, const void* x, int dtype, int columns, int tokens, const float* bias, void* y,
+                      int threads) {
+  multiply_floats(TableWeight(*table), Call{x, dtype, columns, tokens, bias, y, threads});
 }
 
 void llq_table_decode(const Table* table, int, int, int from, int to, int dtype, void* out, int threads) {

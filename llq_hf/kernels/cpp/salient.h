@@ -2,10 +2,11 @@
 // and a grid of their row: the sign, and 7 bits beside it.
 //
 // The list holds positions in the flat matrix as Elias and Fano do: low bits as they are; high parts in unary, position k as
-// a one at bit (high part + k). Rows find their part of it by counting zeros.
+// a one at bit (high part + k). Rows find their part of it by counting zeros: the zero behind a *cell*'s last high part is
+// where the next cell begins. A cell is 128 columns, or what one high part stands for if that is more.
 //
-// For products the listed codes of a row become a row of bytes, marked by their top bit. That makes three products of
-// integers: of the positive signs of what is not listed, of the marks, and of the codes.
+// Products take all signs for what they say, like any plane of bits, and then put right what is listed, cell by cell: four
+// rows at once (two with AVX2), 16 weights of each, whose activations are gathered out of the 128 of the block.
 #pragma once
 #include <limits>
 
@@ -32,118 +33,133 @@ inline void read_codes(const uint8_t* p, int64_t count, int bits, int64_t first,
   const int64_t begin = first / BLOCK * BLOCK, whole = std::min(count / BLOCK * BLOCK, (last + BLOCK - 1) / BLOCK * BLOCK);
   out.resize(last - begin + BLOCK);
   with_bits(bits, [&](auto width) {
-    for (int64_t i = begin; i < whole; i += BLOCK) ordered_codes<width>(p + i / BLOCK * 16 * width, out.data() + i - begin);
+    for (int64_t i = begin; i < whole; i += BLOCK) {
+      const uint8_t* from = p + i / BLOCK * 16 * width;
+      for (int line = 0; line < 16 * width; line += 64) _mm_prefetch((const char*)from + AHEAD + line, _MM_HINT_T0);
+      ordered_codes<width>(from, out.data() + i - begin);
+    }
   });
   for (int64_t i = std::max(whole, begin); i < last; i++) out[i - begin] = code_at(p, i, count, bits);
 }
 
+// The number of the first bit that is zero but for n others before it.
+inline int zero_at(uint64_t bits, int n) {
+#ifdef __BMI2__
+  return __builtin_ctzll(_pdep_u64(1ull << (n & 63), ~bits));
+#else
+  uint64_t zeros = ~bits;
+  while (n--) zeros &= zeros - 1;
+  return __builtin_ctzll(zeros);
+#endif
+}
+
+// What is listed in some cells: its place in the cell and its code. Cell c has those from begin[c - first] to the next begin.
+struct List {
+  std::vector<uint8_t> place, code, low;
+  std::vector<int32_t> begin;
+  int64_t first;
+};
+
 struct SalientWeight {
-  static constexpr int SPAN = 32;  // blocks whose zeros are counted together
+  static constexpr int SPAN = 64;  // words whose zeros are counted together
   const Salient& w;
-  int blocks;
+  int blocks, cell, parts;     // columns of a cell, and high parts
   std::vector<int> group_of;   // of each block
   std::vector<int64_t> zeros;  // before each span
 
-  // Of some rows: levels by group; and the salient weights, row by row.
+  // Of some rows: levels by group; and the salient weights.
   struct State {
     std::vector<float> scale, mean, own_scale;
-    std::vector<int32_t> position;  // from the first row on; a larger one than any comes last
-    std::vector<uint8_t> low, code, marks;
-    int64_t skipped;  // codes before the one that belongs to position[0]
-    int next;         // the first of the next row: rows are read in order
-    std::vector<float> positive, listed, base;  // [groups], of one row: what products count, and what all columns have
+    List list;
+    // For products, Tiled: what a positive sign counts, what all columns have, and a listed weight less what its code does.
+    std::vector<float> positive, base, listed;
   };
 
-  explicit SalientWeight(const Salient& w) : w(w), blocks(w.columns / BLOCK), group_of(blocks), zeros{0} {
+  explicit SalientWeight(const Salient& w)
+      : w(w), blocks(w.columns / BLOCK), cell(std::max(BLOCK, 1 << w.low_bits)), parts(cell >> w.low_bits),
+        group_of(blocks), zeros{0} {
     for (int k = 0; k < blocks; k++) group_of[k] = std::min(k * BLOCK / w.group_size, w.groups - 1);
-    const int64_t whole = w.unary / BLOCK;
-    for (int64_t b = 0; b < whole; b += SPAN) {
-      const int64_t end = std::min(whole, b + SPAN);
-      int64_t ones = 0;
-      for (int64_t i = b; i < end; i++) ones += ones_of(i);
-      zeros.push_back(zeros.back() + (end - b) * BLOCK - ones);
+    const int64_t whole = w.unary / BLOCK * 2;
+    for (int64_t i = 0; i < whole; i += SPAN) {
+      const int64_t end = std::min(whole, i + SPAN);
+      zeros.push_back(zeros.back() + (end - i) * 64 - ones_of(i, end));
     }
   }
   int rows() const { return w.rows; }
   int columns() const { return w.columns; }
   const uint8_t* row(int r) const { return w.weight + r * w.row_bytes; }
-  int ones_of(int64_t block) const {
-    uint64_t v[2];
-    memcpy(v, w.high + 16 * block, 16);
-    return __builtin_popcountll(v[0]) + __builtin_popcountll(v[1]);
+
+  // Words of 64 bits come in pairs: of a block. Their ones, whatever the order of the bits in a block.
+  int64_t ones_of(int64_t first, int64_t last) const {
+    int64_t ones = 0;
+    for (int64_t i = first; i < last; i++) {
+      uint64_t v;
+      memcpy(&v, w.high + 8 * i, 8);
+      ones += __builtin_popcountll(v);
+    }
+    return ones;
   }
 
-  // The bits of a block in their order.
+  // The bits of a block in their order; behind the last one zeros.
   void bits_of(int64_t block, uint64_t* out) const {
-    const __m128i v = _mm_loadu_si128((const __m128i*)(w.high + 16 * block));
+    _mm_prefetch((const char*)w.high + 16 * block + AHEAD, _MM_HINT_T0);
+    if (block < w.unary / BLOCK) return planes(_mm_loadu_si128((const __m128i*)(w.high + 16 * block)), out);
     out[0] = out[1] = 0;
-    for (int f = 0; f < 8; f++) {  // bit f of the 16 bytes stands for positions 16 f ..
-      const uint64_t part = (uint16_t)_mm_movemask_epi8(_mm_sll_epi16(v, _mm_cvtsi32_si128(7 - f)));
-      out[f / 4] |= part << f % 4 * 16;
-    }
-  }
-  // Those of the last bits, which are no block.
-  void tail_bits(uint64_t* out) const {
-    out[0] = out[1] = 0;
-    for (int64_t i = w.unary / BLOCK * BLOCK; i < w.unary; i++)
+    for (int64_t i = block * BLOCK; i < w.unary; i++)
       out[i % BLOCK / 64] |= (uint64_t)code_at(w.high, i, w.unary, 1) << i % 64;
   }
 
-  // Where the ones of high part `high` begin, or a little before: a block, and how many ones come before it.
-  struct Place {
-    int64_t block, ones;
+  // A block where no more than `high` zeros have passed, and how many.
+  struct Start {
+    int64_t block, zeros;
   };
-  Place place(int64_t high) const {
+  Start start_of(int64_t high) const {
     const int64_t span = std::lower_bound(zeros.begin() + 1, zeros.end(), high) - zeros.begin() - 1;
-    int64_t passed = zeros[span], block = span * SPAN;
-    for (const int64_t whole = w.unary / BLOCK; block < whole; block++) {
-      const int here = BLOCK - ones_of(block);
-      if (passed + here >= high) break;
-      passed += here;
+    Start at{span * SPAN / 2, zeros[span]};
+    for (const int64_t whole = w.unary / BLOCK; at.block < whole; at.block++) {
+      const int64_t here = BLOCK - ones_of(2 * at.block, 2 * at.block + 2);
+      if (at.zeros + here >= high) break;
+      at.zeros += here;
     }
-    return {block, block * BLOCK - passed};
+    return at;
   }
 
-  // Where 128 bits are set, counted from `origin`, to out[0..]; how many. 16 more may be written.
-  static int ones(const uint64_t* bits, int origin, int32_t* out) {
-    int found = 0;
-#ifdef __AVX512VNNI__
-    const __m512i steps = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-    for (int i = 0; i < BLOCK; i += 16) {
-      const __mmask16 some = bits[i / 64] >> i % 64;
-      const __m512i places = _mm512_add_epi32(_mm512_maskz_compress_epi32(some, steps), _mm512_set1_epi32(origin + i));
-      _mm512_storeu_si512(out + found, places);
-      found += __builtin_popcount(some);
-    }
-#else
-    for (int half = 0; half < 2; half++)
-      for (uint64_t v = bits[half]; v; v &= v - 1) out[found++] = origin + 64 * half + __builtin_ctzll(v);
-#endif
-    return found;
-  }
-
-  // The salient weights of the flat positions from..to - 1, and perhaps some before and behind; the number of the first.
-  int64_t read_positions(State& s, int64_t from, int64_t to) const {
-    const Place start = place(from >> w.low_bits);
-    const int64_t last = to >> w.low_bits, whole = w.unary / BLOCK;
-    int64_t found = 0;
-    for (int64_t block = start.block; block <= whole; block++) {
-      if ((int64_t)s.position.size() < found + 2 * BLOCK) s.position.resize(2 * (found + BLOCK));
+  // The list of cells first..last.
+  void read_list(int64_t first, int64_t last, List& list) const {
+    const Start at = start_of(first * parts);
+    const int64_t before = at.block * BLOCK - at.zeros, origin = before / BLOCK * BLOCK;  // ones; that of the list's indices
+    const int shift = w.low_bits, log_parts = __builtin_ctz(parts), most = 63 / parts + 1;  // cells that begin in a word
+    int64_t ones = before - origin, zeros = at.zeros;
+    list.first = zeros >> log_parts;
+    list.begin.assign(last - list.first + 2 + 2 * most, w.count - origin);
+    if (first == 0) list.begin[0] = 0;
+    int32_t* begin = list.begin.data();
+    for (int64_t block = at.block; zeros < last * parts && block * BLOCK < w.unary; block++) {
+      if ((int64_t)list.place.size() < ones + 3 * BLOCK) list.place.resize(2 * ones + 3 * BLOCK);
+      uint8_t* places = list.place.data() + ones;
       uint64_t bits[2];
-      block < whole ? bits_of(block, bits) : tail_bits(bits);
-      found += ones(bits, (block - start.block) * BLOCK, s.position.data() + found);
-      if ((block + 1) * BLOCK - (start.ones + found) > last) break;  // zeros so far: all high parts up to `last` are seen
+      bits_of(block, bits);
+      for (const uint64_t word : bits) {
+        int32_t* here = begin + (zeros >> log_parts) + 1 - list.first;
+        int n = parts - 1 - (zeros & (parts - 1));  // of the zero behind the cell's last high part
+        for (int i = 0; i < most; i++, n += parts) here[i] = ones + zero_at(word, n) - n;  // the next word mends excess
+        places_of_ones(word, places);
+        for (int i = 0; i < 64; i += WIDTH)
+          store(places + i, shl(keep(plus8(load(places + i), zeros), parts - 1), shift));
+        const int found = __builtin_popcountll(word);
+        places += found;
+        ones += found;
+        zeros += 64 - found;
+      }
     }
-    s.position.resize(found + 1);
-    if (w.low_bits) read_codes(w.low, w.count, w.low_bits, start.ones, start.ones + found, s.low);
-    const uint8_t* low = s.low.data() + start.ones % BLOCK;
-    const int shift = w.low_bits, rest = from & ((1 << shift) - 1);
-    const int32_t high = start.block * BLOCK - start.ones - (from >> shift);  // of the first bit, less that of `from`
-    int32_t* position = s.position.data();
-    for (int i = 0; shift && i < found; i++) position[i] = ((position[i] + high - i) << shift) + low[i] - rest;
-    for (int i = 0; !shift && i < found; i++) position[i] += high - i;
-    position[found] = std::numeric_limits<int32_t>::max();
-    return start.ones;
+    for (int64_t c = std::max(first, (zeros >> log_parts) + 1); c <= last; c++) begin[c - list.first] = w.count - origin;
+    if (w.low_bits) {
+      read_codes(w.low, w.count, w.low_bits, before, origin + ones, list.low);
+      uint8_t* place = list.place.data();
+      const uint8_t* low = list.low.data();
+      for (int64_t i = before - origin; i < ones; i++) place[i] |= low[i];
+    }
+    read_codes(w.code, w.count, 7, before, origin + ones, list.code);
   }
 
   void read(State& s, int first, int last) const {
@@ -151,27 +167,52 @@ struct SalientWeight {
     const int64_t at = (int64_t)first * w.groups, count = (int64_t)(last - first) * w.groups;
     s.scale.resize(count);
     s.mean.resize(count);
-    s.own_scale.resize(last - first);
+    s.own_scale.assign(last - first + MOST_ROWS, 0);
     to_floats((const uint8_t*)w.scale + at * size_of(dtype), dtype, count, s.scale.data());
     to_floats((const uint8_t*)w.mean + at * size_of(dtype), dtype, count, s.mean.data());
     to_floats((const uint8_t*)w.own_scale + first * size_of(dtype), dtype, last - first, s.own_scale.data());
-    const int64_t number = read_positions(s, (int64_t)first * w.columns, (int64_t)last * w.columns);
-    read_codes(w.code, w.count, 7, number, number + s.position.size() - 1, s.code);
-    s.skipped = number % BLOCK;
-    for (s.next = 0; s.position[s.next] < 0;) s.next++;
-    s.marks.resize(w.columns + BLOCK);
+    read_list((int64_t)first * w.columns / cell, ((int64_t)last * w.columns + cell - 1) / cell, s.list);
   }
 
-  // The next row's listed codes where they belong, with the top bit; zeros elsewhere.
-  void mark_row(State& s, int r, int first) const {
-    std::fill(s.marks.begin(), s.marks.end(), 0);
-    uint8_t* marks = s.marks.data() - (int64_t)(r - first) * w.columns;
-    const uint8_t* code = s.code.data() + s.skipped;
-    const int32_t* position = s.position.data();
-    const int32_t end = (r - first + 1) * w.columns;
-    int j = s.next;  // on its own: a byte's store may change all that the state holds
-    for (; position[j] < end; j++) marks[position[j]] = 0x80 | code[j];
-    s.next = j;
+  // What products count, of whole tiles.
+  void read_factors(State& s, int first, int last) const {
+    const Tiled tiled(w.groups);
+    for (auto* all : {&s.positive, &s.base, &s.listed}) all->assign(tiled.size(last - first), 0);
+    for (int r = 0; r < last - first; r++) {
+      const int64_t from = (int64_t)r * w.groups, to = tiled.row(r);
+      const float *scale = s.scale.data() + from, *mean = s.mean.data() + from, offset = s.own_scale[r] * w.own_zero[first + r];
+      int g = 0;
+      for (; g + 4 <= w.groups; g += 4) {
+        const __m128 alpha = _mm_loadu_ps(scale + g), base = _mm_sub_ps(_mm_loadu_ps(mean + g), alpha);
+        _mm_storeu_ps(&s.positive[to + g * TILE], _mm_add_ps(alpha, alpha));
+        _mm_storeu_ps(&s.base[to + g * TILE], base);
+        _mm_storeu_ps(&s.listed[to + g * TILE], _mm_sub_ps(_mm_set1_ps(-offset), base));
+      }
+      for (; g < w.groups; g++) {
+        s.positive[tiled.at(r, g)] = 2 * scale[g];
+        s.base[tiled.at(r, g)] = mean[g] - scale[g];
+        s.listed[tiled.at(r, g)] = -offset - (mean[g] - scale[g]);
+      }
+    }
+  }
+
+  // Calls use(column, code of 8 bits) for what is listed of a row.
+  template <typename Use>
+  INLINE void each_listed(const State& s, int r, Use use) const {
+    const int64_t from = (int64_t)r * w.columns, to = from + w.columns;
+    const uint8_t* signs = row(r);
+    const uint8_t *place = s.list.place.data(), *code = s.list.code.data();
+    for (int64_t c = from / cell; c * cell < to; c++) {
+      const int64_t column = c * cell - from;
+      const int end = s.list.begin[c + 1 - s.list.first];
+      for (int i = s.list.begin[c - s.list.first]; i < end; i++) {
+        const int64_t at = column + place[i];
+        if (at < 0 || at >= w.columns) continue;  // of a neighbouring row
+        const int sign = at < blocks * BLOCK ? signs[at / BLOCK * 16 + at % 16] >> at % BLOCK / 16 & 1
+                                             : code_at(signs, at, w.columns, 1);
+        use(at, code[i] | sign << 7);
+      }
+    }
   }
 
   bool has_halves() const {
@@ -183,112 +224,140 @@ struct SalientWeight {
   }
 
   // In the order of torch's operations, like decode_row.
-  void decode_halves(State& s, int r, int first, Dtype dtype, uint16_t* out) const {
+  void decode_halves(const State& s, int r, int first, Dtype dtype, uint16_t* out) const {
 #ifdef __AVX512VNNI__
-    dtype == BF16 ? decode_as<BF16>(s, r, first, out) : decode_as<F16>(s, r, first, out);
-#endif
-  }
-
-#ifdef __AVX512VNNI__
-  template <Dtype D>
-  void decode_as(State& s, int r, int first, uint16_t* out) const {
-    mark_row(s, r, first);
-    const uint8_t* marks = s.marks.data();
     const int64_t at = (int64_t)(r - first) * w.groups;
     const float *scale = s.scale.data() + at, *mean = s.mean.data() + at;
-    const Floats own = set(s.own_scale[r - first]), zero = set(w.own_zero[r]);
     for (int k = 0; k < blocks; k++) {
       const int g = group_of[k];
-      const Floats low = set(mean[g] - scale[g]), high = set(mean[g] + scale[g]);
-      each_slot_of_row<1>(row(r) + 16 * k, [&](int slot, __m128i sign) {
-        const int i = k * BLOCK + 16 * slot;
-        const __m128i mark = _mm_loadu_si128((const __m128i*)(marks + i));
-        const __m128i code = either(keep(mark, 127), shl(sign, 7));
-        const Floats plain = _mm512_mask_blend_ps(_mm_test_epi8_mask(sign, sign), low, high);
-        const Floats v = _mm512_mask_blend_ps(_mm_movepi8_mask(mark), plain, mul(own, sub(floats(code), zero)));
-        _mm256_storeu_si256((__m256i*)(out + i), halves(v, D));
-      });
+      const Floats two = _mm512_mask_blend_ps(2, set(mean[g] - scale[g]), set(mean[g] + scale[g]));
+      const Bytes levels = halves(two, two, dtype);
+      pick<1>(row(r) + 16 * k, levels, levels, nullptr, out + k * BLOCK);
     }
-  }
+    const Floats own = set(s.own_scale[r - first]), zero = set(w.own_zero[r]);
+    const Floats steps = _mm512_set_ps(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    alignas(32) uint16_t values[256];
+    for (int i = 0; i < 256; i += LANES)
+      _mm256_store_si256((__m256i*)(values + i), halves(mul(own, sub(add(steps, set(i)), zero)), dtype));
+    each_listed(s, r, [&](int64_t column, int code) { out[column] = values[code]; });
 #endif
+  }
 
   // In the order of torch's operations.
-  void decode_row(State& s, int r, int first, float* out) const {
-    static thread_local std::vector<uint8_t> signs;
-    signs.resize(w.columns);
+  void decode_row(const State& s, int r, int first, float* out) const {
+    alignas(64) uint8_t signs[BLOCK];
     const int64_t at = (int64_t)(r - first) * w.groups;
     const float *scale = s.scale.data() + at, *mean = s.mean.data() + at;
     for (int k = 0; k < blocks; k++) {
-      ordered_codes<1>(row(r) + 16 * k, signs.data() + k * BLOCK);
+      ordered_codes<1>(row(r) + 16 * k, signs);
       const int g = group_of[k];
       alignas(32) const float levels[8] = {mean[g] - scale[g], mean[g] + scale[g]};
-      for (int i = k * BLOCK; i < (k + 1) * BLOCK; i += LANES) storef(out + i, look_up(levels, signs.data() + i));
+      for (int i = 0; i < BLOCK; i += LANES) storef(out + k * BLOCK + i, look_up(levels, signs + i));
     }
     for (int i = blocks * BLOCK; i < w.columns; i++) {
-      signs[i] = code_at(row(r), i, w.columns, 1);
       const int g = std::min(i / w.group_size, w.groups - 1);
-      out[i] = signs[i] ? mean[g] + scale[g] : mean[g] - scale[g];
+      out[i] = code_at(row(r), i, w.columns, 1) ? mean[g] + scale[g] : mean[g] - scale[g];
     }
     const float own = s.own_scale[r - first], zero = w.own_zero[r];
-    const int base = (r - first) * w.columns;
-    const uint8_t* code = s.code.data() + s.skipped;
-    for (; s.position[s.next] < base + w.columns; s.next++) {
-      const int i = s.position[s.next] - base;
-      out[i] = own * ((float)(code[s.next] | signs[i] << 7) - zero);
-    }
-  }
-
-  // What the products of a row count.
-  void read_factors(State& s, int r, int first) const {
-    s.positive.resize(w.groups);
-    s.listed.resize(w.groups);
-    s.base.resize(w.groups);
-    const int64_t at = (int64_t)(r - first) * w.groups;
-    const float *scale = s.scale.data() + at, *mean = s.mean.data() + at;
-    const float offset = s.own_scale[r - first] * w.own_zero[r];
-    for (int g = 0; g < w.groups; g++) {
-      s.positive[g] = 2 * scale[g];
-      s.base[g] = mean[g] - scale[g];
-      s.listed[g] = -s.base[g] - offset;
-    }
+    each_listed(s, r, [&](int64_t column, int code) { out[column] = own * ((float)code - zero); });
   }
 };
 
-// The signs of WIDTH columns from WIDTH * part on, one byte each, where their block's begin at p.
-INLINE Bytes signs_of(const uint8_t* p, int part) { return keep(shr_lanes(both16(p), part * TILE), 1); }
+// Up to 16 of what is listed of one cell of every row of a tile.
+struct Listed {
+  Bytes place, code, some;  // some: 255 for those that there are
 
-// out[token] = row r times x, in digits.
+  INLINE Listed(const List& list, const int32_t* const* begin, int passed) {
+    static constexpr uint8_t masks[32] = {255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255};
+    const uint8_t *places[TILE], *codes[TILE], *mask[TILE];
+    for (int i = 0; i < TILE; i++) {
+      const int64_t at = begin[i][0] + passed;
+      places[i] = list.place.data() + at;
+      codes[i] = list.code.data() + at;
+      mask[i] = masks + 16 - std::max<int64_t>(0, std::min<int64_t>(begin[i][1] - at, 16));
+    }
+    place = rows16(places, 0);
+    code = rows16(codes, 0);
+    some = rows16(mask, 0);
+  }
+};
+
+// The bits of a plane at `place` of each row's block, whose 16 bytes are `rows`: bytes of zeros or ones.
+INLINE Bytes bits_at(Bytes rows, Bytes place) {
+  return tested(pick(rows, keep(place, 15)), pick(eights(0x8040201008040201), keep(shr(place, 4), 7)));
+}
+
+// out[token][r - first] += rows first..last times the blocks of x, in digits.
 template <int TOKENS>
-void dot_salient(const SalientWeight& weight, const SalientWeight::State& s, const Digits& x, int token, int r, int first,
-                 float* out, int stride) {
+void dot_salient(const SalientWeight& weight, const SalientWeight::State& s, const Digits& x, int token, int first, int last,
+                 float* out) {
+  constexpr int R = TILES<4, TOKENS>;
   const Salient& w = weight.w;
-  const float own = s.own_scale[r - first];
-  const uint8_t* p = weight.row(r);
-  Floats sums[TOKENS];
-  for (int t = 0; t < TOKENS; t++) sums[t] = set(0);
-  for (int k = 0; k < weight.blocks; k++) {
-    const int g = weight.group_of[k];
-    Sum<1> positive[TOKENS][2], listed[TOKENS][2];
-    Sum<8> codes[TOKENS][2];
-    for (int part = 0; part < BLOCK / WIDTH; part++) {
-      const Bytes mark = load(s.marks.data() + k * BLOCK + part * WIDTH), sign = signs_of(p + 16 * k, part);
-      const Bytes is_listed = keep(shr(mark, 7), 1), is_positive = without(sign, is_listed);
-      const Bytes code = either(keep(mark, 127), shl(both(sign, is_listed), 7));
-      for (int t = 0; t < TOKENS; t++) {
-        for (int digit = 0; digit < 2; digit++) {
-          const Bytes of_x = load(x.block(token + t, k) + digit * BLOCK + part * WIDTH);
-          positive[t][digit].add(is_positive, of_x);
-          listed[t][digit].add(is_listed, of_x);
-          codes[t][digit].add(code, of_x);
+  const int stride = last - first;
+  const Tiled tiled(w.groups);
+  const Bytes one = eights(0x0101010101010101);
+  for (int r = first; r < last; r += R * TILE) {
+    const Rows<R> rows(w.weight, w.row_bytes, r, last - 1);
+    const int64_t at = tiled.row(r - first);
+    Floats own[R], sums[R][TOKENS];
+    const int32_t* begin_of[R * TILE];  // rows behind the last are that one
+    for (int i = 0; i < R * TILE; i++)
+      begin_of[i] = s.list.begin.data() + (int64_t)std::min(r + i, last - 1) * weight.blocks - s.list.first;
+    for (int j = 0; j < R; j++) {
+      own[j] = each_row(s.own_scale.data() + r - first + j * TILE);
+      for (int t = 0; t < TOKENS; t++) sums[j][t] = set(0);
+    }
+    for (int k = 0; k < weight.blocks; k++) {
+      const unsigned g = weight.group_of[k];
+      Sum<1> positive[R][TOKENS][2];
+      rows.template each_slot_of<1>(k, w.row_bytes, [&](int slot, Many<R> q) {
+        for (int t = 0; t < TOKENS; t++) {
+          for (int digit = 0; digit < 2; digit++) {
+            const Bytes of_x = both16(x.block(token + t, k) + digit * BLOCK + 16 * slot);
+            for (int j = 0; j < R; j++) positive[j][t][digit].add(q.v[j], of_x);
+          }
+        }
+      });
+      for (int j = 0; j < R; j++) {
+        Sum<1> listed[TOKENS][2];
+        Sum<8> codes[TOKENS][2];
+        const Bytes signs = rows16(rows.p + j * TILE, 16 * k);
+        const int32_t* begin[TILE];
+        int most = 0;
+        for (int i = 0; i < TILE; i++) {
+          begin[i] = begin_of[j * TILE + i] + k;
+          most = std::max(most, begin[i][1] - begin[i][0]);
+        }
+        for (int passed = 0; passed < most; passed += 16) {
+          const Listed list(s.list, begin, passed);
+          const Bytes sign = both(bits_at(signs, list.place), list.some);
+          const Bytes code = either(both(list.code, list.some), keep(sign, 128));
+          const Bytes is_listed = both(list.some, one), is_positive = both(sign, one);
+          for (int t = 0; t < TOKENS; t++) {
+            for (int digit = 0; digit < 2; digit++) {
+              const Bytes of_x = gather128(x.block(token + t, k) + digit * BLOCK, list.place);
+              positive[j][t][digit].add(is_positive, minus(of_x));
+              listed[t][digit].add(is_listed, of_x);
+              codes[t][digit].add(code, of_x);
+            }
+          }
+        }
+        const Floats of_positive = spread(loadf(s.positive.data() + at + j * tiled.span + g / 4 * LANES), g % 4);
+        const Floats of_listed = spread(loadf(s.listed.data() + at + j * tiled.span + g / 4 * LANES), g % 4);
+        for (int t = 0; t < TOKENS; t++) {
+          Floats sum = mul(joined(positive[j][t][0].ints(), positive[j][t][1].ints()), of_positive);
+          sum = fma(joined(listed[t][0].ints(), listed[t][1].ints()), of_listed, sum);
+          sum = fma(joined(codes[t][0].ints(), codes[t][1].ints()), own[j], sum);
+          sums[j][t] = fma(sum, set(x.steps(token + t)[k]), sums[j][t]);
         }
       }
     }
-    for (int t = 0; t < TOKENS; t++) {
-      Floats sum = mul(joined(positive[t][0].ints(), positive[t][1].ints()), set(s.positive[g]));
-      sum = fma(joined(listed[t][0].ints(), listed[t][1].ints()), set(s.listed[g]), sum);
-      sum = fma(joined(codes[t][0].ints(), codes[t][1].ints()), set(own), sum);
-      sums[t] = fma(sum, set(x.steps(token + t)[k]), sums[t]);
+    for (int j = 0; j < R; j++) {
+      for (int t = 0; t < TOKENS; t++) {
+        for (int64_t g = 0; g < tiled.span; g += LANES)
+          sums[j][t] = fma(loadf(s.base.data() + at + j * tiled.span + g), four(x.sums(token + t) + g / TILE), sums[j][t]);
+        add_totals(sums[j][t], last - r - j * TILE, out + t * stride + r + j * TILE - first);
+      }
     }
   }
-  for (int t = 0; t < TOKENS; t++) out[t * stride] = total(sums[t]) + dot(s.base.data(), x.sums(token + t), w.groups);
 }

@@ -12,6 +12,7 @@ using Bytes = __m512i;
 using Floats = __m512;
 
 INLINE Bytes load(const void* p) { return _mm512_loadu_si512(p); }
+INLINE void store(void* p, Bytes v) { _mm512_storeu_si512(p, v); }
 INLINE Bytes both16(const void* p) { return _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)p)); }
 INLINE Bytes join(__m256i low, __m256i high) { return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1); }
 INLINE Bytes shr(Bytes v, int n) { return _mm512_srli_epi16(v, n); }
@@ -19,15 +20,16 @@ INLINE Bytes shl(Bytes v, int n) { return _mm512_slli_epi16(v, n); }
 INLINE Bytes keep(Bytes v, int mask) { return _mm512_and_si512(v, _mm512_set1_epi8((char)mask)); }
 INLINE Bytes plus(Bytes a, Bytes b) { return _mm512_add_epi32(a, b); }
 INLINE Bytes both(Bytes a, Bytes b) { return _mm512_and_si512(a, b); }
-INLINE Bytes without(Bytes a, Bytes b) { return _mm512_andnot_si512(b, a); }
-// Every 16 bytes further to the right by one bit, the first by n.
-INLINE Bytes shr_lanes(Bytes v, int n) {
-  const __m512i lane = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
-  return _mm512_srlv_epi32(v, _mm512_add_epi32(lane, _mm512_set1_epi32(n)));
-}
+INLINE Bytes minus(Bytes v) { return _mm512_sub_epi8(_mm512_setzero_si512(), v); }
+INLINE Bytes eights(uint64_t v) { return _mm512_set1_epi64(v); }
+// 255 where a has the one bit that b has.
+INLINE Bytes tested(Bytes a, Bytes b) { return _mm512_movm_epi8(_mm512_test_epi8_mask(a, b)); }
 // Of every 16 bytes those that q numbers; the upper 8 bytes first; the first or last two of each, in turns.
 INLINE Bytes pick(Bytes table, Bytes q) { return _mm512_shuffle_epi8(table, q); }
+INLINE Bytes flip(Bytes v, int mask) { return _mm512_xor_si512(v, _mm512_set1_epi8(mask)); }
+INLINE Bytes saturated(Bytes v, int n) { return _mm512_adds_epu8(v, _mm512_set1_epi8(n)); }
 INLINE Bytes turned(Bytes v) { return _mm512_shuffle_epi32(v, _MM_PERM_BADC); }
+INLINE Bytes plus8(Bytes v, int n) { return _mm512_add_epi8(v, _mm512_set1_epi8(n)); }
 INLINE Bytes plus16(Bytes v, int n) { return _mm512_add_epi16(v, _mm512_set1_epi16(n)); }
 INLINE Bytes keep16(Bytes v, int mask) { return _mm512_and_si512(v, _mm512_set1_epi16(mask)); }
 // Narrowed: of every 16 bytes those of a, then those of b.
@@ -104,6 +106,11 @@ INLINE Floats spread(Floats v, int i) {
 }
 // Four floats for every row of a tile.
 INLINE Floats four(const float* p) { return _mm512_broadcast_f32x4(_mm_loadu_ps(p)); }
+// One number for every row of a tile, four times.
+INLINE Floats each_row(const float* p) {
+  const __m512i row = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+  return _mm512_permutexvar_ps(row, _mm512_castps128_ps512(_mm_loadu_ps(p)));
+}
 // The sums of every four floats.
 INLINE void totals(Floats v, float* out) {
   v = _mm512_add_ps(v, _mm512_permute_ps(v, 0xb1));
@@ -117,24 +124,35 @@ INLINE Bytes rows16(const uint8_t* const* p, int at) {
   v = _mm512_inserti32x4(v, _mm_loadu_si128((const __m128i*)(p[2] + at)), 2);
   return _mm512_inserti32x4(v, _mm_loadu_si128((const __m128i*)(p[3] + at)), 3);
 }
+// Bit 0 of all 16 bytes, then bit 1, ...
+INLINE void planes(__m128i v, uint64_t* out) {
+  const Bytes all = _mm512_broadcast_i32x4(v), bit = _mm512_setr_epi64(
+      0x0101010101010101, 0x0101010101010101, 0x0202020202020202, 0x0202020202020202,
+      0x0404040404040404, 0x0404040404040404, 0x0808080808080808, 0x0808080808080808);
+  out[0] = _mm512_test_epi8_mask(all, bit);
+  out[1] = _mm512_test_epi8_mask(all, _mm512_slli_epi16(bit, 4));
+}
 #else
 constexpr int WIDTH = 32;
 using Bytes = __m256i;
 using Floats = __m256;
 
 INLINE Bytes load(const void* p) { return _mm256_loadu_si256((const __m256i*)p); }
+INLINE void store(void* p, Bytes v) { _mm256_storeu_si256((__m256i*)p, v); }
 INLINE Bytes both16(const void* p) { return _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)p)); }
 INLINE Bytes shr(Bytes v, int n) { return _mm256_srli_epi16(v, n); }
 INLINE Bytes shl(Bytes v, int n) { return _mm256_slli_epi16(v, n); }
 INLINE Bytes keep(Bytes v, int mask) { return _mm256_and_si256(v, _mm256_set1_epi8((char)mask)); }
 INLINE Bytes plus(Bytes a, Bytes b) { return _mm256_add_epi32(a, b); }
 INLINE Bytes both(Bytes a, Bytes b) { return _mm256_and_si256(a, b); }
-INLINE Bytes without(Bytes a, Bytes b) { return _mm256_andnot_si256(b, a); }
-INLINE Bytes shr_lanes(Bytes v, int n) {
-  return _mm256_srlv_epi32(v, _mm256_add_epi32(_mm256_set_epi32(1, 1, 1, 1, 0, 0, 0, 0), _mm256_set1_epi32(n)));
-}
+INLINE Bytes minus(Bytes v) { return _mm256_sub_epi8(_mm256_setzero_si256(), v); }
+INLINE Bytes eights(uint64_t v) { return _mm256_set1_epi64x(v); }
+INLINE Bytes tested(Bytes a, Bytes b) { return _mm256_cmpeq_epi8(_mm256_and_si256(a, b), b); }
 INLINE Bytes pick(Bytes table, Bytes q) { return _mm256_shuffle_epi8(table, q); }
+INLINE Bytes flip(Bytes v, int mask) { return _mm256_xor_si256(v, _mm256_set1_epi8(mask)); }
+INLINE Bytes saturated(Bytes v, int n) { return _mm256_adds_epu8(v, _mm256_set1_epi8(n)); }
 INLINE Bytes turned(Bytes v) { return _mm256_shuffle_epi32(v, 0x4e); }
+INLINE Bytes plus8(Bytes v, int n) { return _mm256_add_epi8(v, _mm256_set1_epi8(n)); }
 INLINE Bytes plus16(Bytes v, int n) { return _mm256_add_epi16(v, _mm256_set1_epi16(n)); }
 INLINE Bytes keep16(Bytes v, int mask) { return _mm256_and_si256(v, _mm256_set1_epi16(mask)); }
 INLINE Bytes packed32(Bytes a, Bytes b) { return _mm256_packs_epi32(a, b); }
@@ -212,6 +230,7 @@ INLINE Floats joined(Bytes high, Bytes low) {
 
 INLINE Floats spread(Floats v, int i) { return _mm256_permutevar_ps(v, _mm256_set1_epi32(i)); }
 INLINE Floats four(const float* p) { return _mm256_broadcast_ps((const __m128*)p); }
+INLINE Floats each_row(const float* p) { return _mm256_setr_m128(_mm_set1_ps(p[0]), _mm_set1_ps(p[1])); }
 INLINE void totals(Floats v, float* out) {
   v = _mm256_add_ps(v, _mm256_permute_ps(v, 0xb1));
   v = _mm256_add_ps(v, _mm256_permute_ps(v, 0x4e));
@@ -220,6 +239,36 @@ INLINE void totals(Floats v, float* out) {
 INLINE Bytes rows16(const uint8_t* const* p, int at) {
   const __m256i v = _mm256_castsi128_si256(_mm_loadu_si128((const __m128i*)(p[0] + at)));
   return _mm256_inserti128_si256(v, _mm_loadu_si128((const __m128i*)(p[1] + at)), 1);
+}
+INLINE void planes(__m128i v, uint64_t* out) {
+  out[0] = out[1] = 0;
+  for (int f = 0; f < 8; f++)
+    out[f / 4] |= (uint64_t)_mm_movemask_epi8(_mm_sll_epi16(v, _mm_cvtsi32_si128(7 - f))) << f % 4 * 16;
+}
+#endif
+
+#ifdef __AVX512VBMI2__
+// Of 128 bytes those that `index` numbers.
+INLINE Bytes gather128(const int8_t* table, Bytes index) {
+  return _mm512_permutex2var_epi8(load(table), index, load(table + WIDTH));
+}
+// Where ones of `bits` stand, less how many came before, to out[0..]; 64 may be written.
+INLINE void places_of_ones(uint64_t bits, uint8_t* out) {
+  alignas(64) static constexpr uint8_t steps[64] = {
+      0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31,
+      32, 33, 34, 35, 36, 37, 38, 39, 40, 41, 42, 43, 44, 45, 46, 47, 48, 49, 50, 51, 52, 53, 54, 55, 56, 57, 58, 59, 60, 61, 62, 63};
+  const Bytes all = load(steps);
+  _mm512_storeu_si512(out, _mm512_sub_epi8(_mm512_maskz_compress_epi8(bits, all), all));
+}
+#else
+INLINE Bytes gather128(const int8_t* table, Bytes index) {
+  Bytes found{};
+  for (int slot = 0; slot < 8; slot++)  // a number of another slot gets its top bit, for which `pick` gives zero
+    found = either(found, pick(both16(table + 16 * slot), saturated(flip(index, 16 * slot), 0x70)));
+  return found;
+}
+INLINE void places_of_ones(uint64_t bits, uint8_t* out) {
+  for (int i = 0; bits; bits &= bits - 1, i++) out[i] = __builtin_ctzll(bits) - i;
 }
 #endif
 

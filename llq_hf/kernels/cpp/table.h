@@ -2,7 +2,7 @@
 // shift: NormalFloat. Scales and shifts may themselves be 8-bit codes of a map, times a step for 256 of them.
 //
 // 4-bit codes lie as bitsandbytes puts them, the first of two in the high half of a byte; narrower ones in blocks of 128.
-// Activations stay fp32: 16 levels are one vector (two with AVX2), and looking them up costs less than integers would.
+// For products the levels are numbers of 14 bits, step (128 high + low - MIDDLE), whose digits are picked by code.
 #pragma once
 #include "activations.h"
 #include "halves.h"
@@ -31,33 +31,78 @@ inline void read_numbers(const Numbers& n, int64_t from, int64_t count, std::vec
     return;
   }
   const uint8_t* codes = (const uint8_t*)n.values + from;
-  for (int64_t i = 0; i < count; i++) out[i] = n.map[codes[i]] * n.step[(from + i) >> 8];
+  for (int64_t i = 0; i < count;) {
+    const float step = n.step[(from + i) >> 8];
+    for (const int64_t end = std::min(count, i + 256 - (from + i) % 256); i < end; i++) out[i] = n.map[codes[i]] * step;
+  }
   if (n.mean)
     for (int64_t i = 0; i < count; i++) out[i] += *n.mean;
 }
 
+// Numbers from..from + 3, `from` a multiple of four.
+INLINE __m128 four_numbers(const Numbers& n, int64_t from) {
+  if (!n.map) return _mm_loadu_ps((const float*)n.values + from);
+  const uint8_t* code = (const uint8_t*)n.values + from;
+  const __m128 v = _mm_setr_ps(n.map[code[0]], n.map[code[1]], n.map[code[2]], n.map[code[3]]);
+  return _mm_add_ps(_mm_mul_ps(v, _mm_set1_ps(n.step[from >> 8])), _mm_set1_ps(n.mean ? *n.mean : 0));
+}
+
 struct TableWeight {
+  static constexpr int MIDDLE = 1 << 13;
   const Table& w;
   Sixteen levels;
+  int blocks;
+  float step;
+  alignas(16) uint8_t digits[32];  // 16 high, 16 low
 
-  // Of some rows, for every group.
+  // Of some rows, for every group; for products Tiled.
   struct State {
     std::vector<float> scale, shift;
   };
 
-  explicit TableWeight(const Table& w) : w(w) {
+  explicit TableWeight(const Table& w) : w(w), blocks(w.columns / BLOCK), step(1e-30f) {
     alignas(64) float all[16] = {};
     memcpy(all, w.levels, (1 << w.bits) * sizeof(float));
     levels = Sixteen(all);
+    for (const float level : all) step = std::fmax(step, std::fabs(level) / (MIDDLE - 1));
+    for (int i = 0; i < 16; i++) {
+      const int q = (int)std::rint(all[i] / step) + MIDDLE;
+      digits[i] = q >> 7;
+      digits[16 + i] = q & 127;
+    }
   }
   int rows() const { return w.rows; }
   int columns() const { return w.columns; }
-  const uint8_t* row(int r) const { return w.weight + (int64_t)r * w.columns * w.bits / 8; }
+  int64_t row_bytes() const { return (int64_t)w.columns * w.bits / 8; }
+  const uint8_t* row(int r) const { return w.weight + r * row_bytes(); }
+  int group_of_half(int k, int half) const { return (k * BLOCK + half * BLOCK / 2) / w.group_size; }
 
   void read(State& s, int first, int last) const {
     const int64_t from = (int64_t)first * w.groups, count = (int64_t)(last - first) * w.groups;
     read_numbers(w.scale, from, count, s.scale);
     if (w.shift.values) read_numbers(w.shift, from, count, s.shift);
+  }
+
+  void read_tiles(State& s, int first, int last) const {
+    read_tiles_of(w.scale, first, last, s.scale);
+    if (w.shift.values) read_tiles_of(w.shift, first, last, s.shift);
+  }
+
+  // Numbers of some rows, Tiled.
+  void read_tiles_of(const Numbers& n, int first, int last, std::vector<float>& out) const {
+    static thread_local std::vector<float> row;
+    const Tiled tiled(w.groups);
+    out.assign(tiled.size(last - first), 0);
+    for (int r = first; r < last; r++) {
+      const int64_t from = (int64_t)r * w.groups;
+      float* to = out.data() + tiled.row(r - first);
+      if (w.groups % 4 == 0) {
+        for (int g = 0; g < w.groups; g += 4) _mm_storeu_ps(to + g * TILE, four_numbers(n, from + g));
+        continue;
+      }
+      read_numbers(n, from, w.groups, row);
+      for (int g = 0; g < w.groups; g++) out[tiled.at(r - first, g)] = row[g];
+    }
   }
 
   // The codes of 32 columns from 32 * part on, one byte each.
@@ -109,67 +154,70 @@ struct TableWeight {
   }
 };
 
-// x [tokens, columns] as the products read it: of every 2 LANES columns the even ones, then the odd ones; and its sums by
-// group.
-struct Halved {
-  std::vector<float> x, group_sum;
-
-  void read(const float* from, int64_t columns, int tokens, int group_size) {
-    x.resize(tokens * columns);
-    group_sum.assign(tokens * columns / group_size, 0);
-    for (int64_t i = 0; i < tokens * columns; i++) {
-      const int at = i % (2 * LANES);
-      x[i - at + at / 2 + at % 2 * LANES] = from[i];
-      group_sum[i / group_size] += from[i];  // groups divide the columns
+// Of every 32 columns the odd ones, then the even ones: as slots of 4-bit codes have them here.
+inline void halve(const float* x, int64_t count, std::vector<float>& out) {
+  out.resize(count);
+  for (int64_t i = 0; i < count; i += UNIT) {
+    for (int j = 0; j < UNIT / 2; j++) {
+      out[i + j] = x[i + 2 * j + 1];
+      out[i + UNIT / 2 + j] = x[i + 2 * j];
     }
   }
-};
+}
 
-// out[token][r - first] of T tokens, of 4-bit codes. Two rows share every load of x.
-template <int T>
-void dot_table(const TableWeight& weight, const TableWeight::State& state, const Halved& x, int token, int first, int last,
+// out[token][r - first] += rows first..last times the blocks of x, in digits, of 4-bit codes in groups of half blocks at least.
+template <int TOKENS>
+void dot_table(const TableWeight& weight, const TableWeight::State& state, const Digits& x, int token, int first, int last,
                float* out) {
-  constexpr int R = 2;
-  const Table& w = weight.w;
-  const Sixteen levels = weight.levels;
-  const float* from = x.x.data() + (int64_t)token * w.columns;
-  for (int r = first; r < last; r += R) {
-    const uint8_t* p[R];
-    int64_t begin[R];
-    Floats sums[R][T];
-    for (int j = 0; j < R; j++) {
-      const int row = std::min(r + j, last - 1);
-      p[j] = weight.row(row);
-      begin[j] = (int64_t)(row - first) * w.groups;
-      for (int t = 0; t < T; t++) sums[j][t] = set(0);
-    }
-    for (int g = 0, i = 0; g < w.groups; g++) {
-      Floats group[R][T];
-      for (int j = 0; j < R; j++)
-        for (int t = 0; t < T; t++) group[j][t] = set(0);
-      for (const int end = i + w.group_size; i < end; i += 2 * LANES) {
-        Floats even[R], odd[R];
+  constexpr int R = TILES<4, TOKENS>, HALF = SLOTS / 2;
+  const int stride = last - first;
+  const Tiled tiled(weight.w.groups);
+  const Bytes high = both16(weight.digits), low = both16(weight.digits + 16);
+  for (int r = first; r < last; r += R * TILE) {
+    const Rows<R> rows(weight.row(0), weight.row_bytes(), r, last - 1);
+    const int64_t at = tiled.row(r - first);
+    Floats sums[R][TOKENS];
+    Sum<7> high_high[R][TOKENS], cross[R][TOKENS];
+    for (int j = 0; j < R; j++)
+      for (int t = 0; t < TOKENS; t++) sums[j][t] = set(0);
+    for (int k = 0; k < weight.blocks; k++) {
+      rows.template each_slot_of<4>(k, weight.row_bytes(), [&](int slot, Many<R> q) {
+        Bytes a[R], b[R];
         for (int j = 0; j < R; j++) {
-          _mm_prefetch((const char*)p[j] + AHEAD, _MM_HINT_T0);
-          const Bytes pair = widened(p[j]);  // what stands above the low 4 bits is not looked at
-          even[j] = levels.at(high_half(pair));
-          odd[j] = levels.at(pair);
-          p[j] += LANES;
+          a[j] = pick(high, q.v[j]);
+          b[j] = pick(low, q.v[j]);
         }
-        for (int t = 0; t < T; t++) {
-          const Floats a = loadf(from + (int64_t)t * w.columns + i), b = loadf(from + (int64_t)t * w.columns + i + LANES);
-          for (int j = 0; j < R; j++) group[j][t] = fma(odd[j], b, fma(even[j], a, group[j][t]));
+        for (int t = 0; t < TOKENS; t++) {
+          const int8_t* of_x = x.block(token + t, k) + 16 * slot;
+          const Bytes c = both16(of_x), d = both16(of_x + BLOCK);
+          for (int j = 0; j < R; j++) {
+            high_high[j][t].add(a[j], c);
+            cross[j][t].add(a[j], d);
+            cross[j][t].add(b[j], c);
+          }
         }
-      }
-      for (int j = 0; j < R; j++)
-        for (int t = 0; t < T; t++) sums[j][t] = fma(group[j][t], set(state.scale[begin[j] + g]), sums[j][t]);
+        if (slot % HALF != HALF - 1) return;
+        const unsigned g = weight.group_of_half(k, slot / HALF);
+        for (int j = 0; j < R; j++) {
+          const Floats s = spread(loadf(state.scale.data() + at + j * tiled.span + g / 4 * LANES), g % 4);
+          for (int t = 0; t < TOKENS; t++) {
+            const Floats sum = joined(high_high[j][t].ints(), cross[j][t].ints());
+            sums[j][t] = fma(sum, mul(s, set(128 * x.steps(token + t)[k])), sums[j][t]);
+            high_high[j][t] = cross[j][t] = {};
+          }
+        }
+      });
     }
-    for (int j = 0; j < R && r + j < last; j++) {
-      for (int t = 0; t < T; t++) {
-        float y = total(sums[j][t]);
-        if (w.shift.values)
-          y += dot(state.shift.data() + begin[j], x.group_sum.data() + (int64_t)(token + t) * w.groups, w.groups);
-        out[(int64_t)t * (last - first) + r + j - first] = y;
+    for (int j = 0; j < R; j++) {
+      for (int t = 0; t < TOKENS; t++) {
+        Floats less = set(0), shift = set(0);
+        for (int64_t g = 0; g < tiled.span; g += LANES) {
+          const Floats of_x = four(x.sums(token + t) + g / TILE);
+          less = fma(loadf(state.scale.data() + at + j * tiled.span + g), of_x, less);
+          if (weight.w.shift.values) shift = fma(loadf(state.shift.data() + at + j * tiled.span + g), of_x, shift);
+        }
+        const Floats y = fma(sub(sums[j][t], mul(less, set(TableWeight::MIDDLE))), set(weight.step), shift);
+        add_totals(y, last - r - j * TILE, out + t * stride + r + j * TILE - first);
       }
     }
   }
