@@ -60,6 +60,11 @@ struct List {
   int64_t first;
 };
 
+// The bits of a plane at `place` of each row's block, whose 16 bytes are `rows`: bytes of zeros or ones.
+INLINE Bytes bits_at(Bytes rows, Bytes place) {
+  return tested(pick(rows, keep(place, 15)), pick(eights(0x8040201008040201), keep(shr(place, 4), 7)));
+}
+
 struct SalientWeight {
   static constexpr int SPAN = 64;  // words whose zeros are counted together
   const Salient& w;
@@ -180,7 +185,8 @@ struct SalientWeight {
     for (auto* all : {&s.positive, &s.base, &s.listed}) all->assign(tiled.size(last - first), 0);
     for (int r = 0; r < last - first; r++) {
       const int64_t from = (int64_t)r * w.groups, to = tiled.row(r);
-      const float *scale = s.scale.data() + from, *mean = s.mean.data() + from, offset = s.own_scale[r] * w.own_zero[first + r];
+      const float *scale = s.scale.data() + from, *mean = s.mean.data() + from;
+      const float offset = s.own_scale[r] * w.own_zero[first + r];
       int g = 0;
       for (; g + 4 <= w.groups; g += 4) {
         const __m128 alpha = _mm_loadu_ps(scale + g), base = _mm_sub_ps(_mm_loadu_ps(mean + g), alpha);
@@ -217,13 +223,13 @@ struct SalientWeight {
 
   bool has_halves() const {
 #ifdef __AVX512VNNI__
-    return w.columns % BLOCK == 0;
+    return w.columns % BLOCK == 0 && cell == BLOCK;
 #else
     return false;
 #endif
   }
 
-  // In the order of torch's operations, like decode_row.
+  // Both in the order of torch's operations.
   void decode_halves(const State& s, int r, int first, Dtype dtype, uint16_t* out) const {
 #ifdef __AVX512VNNI__
     const int64_t at = (int64_t)(r - first) * w.groups;
@@ -239,11 +245,20 @@ struct SalientWeight {
     alignas(32) uint16_t values[256];
     for (int i = 0; i < 256; i += LANES)
       _mm256_store_si256((__m256i*)(values + i), halves(mul(own, sub(add(steps, set(i)), zero)), dtype));
-    each_listed(s, r, [&](int64_t column, int code) { out[column] = values[code]; });
+    const int32_t* begin = s.list.begin.data() + (int64_t)r * blocks - s.list.first;
+    alignas(64) uint8_t codes[WIDTH];
+    for (int k = 0; k < blocks; k++, out += BLOCK) {
+      const Bytes signs = both16(row(r) + 16 * k);
+      for (int i = begin[k]; i < begin[k + 1]; i += WIDTH) {
+        const uint8_t* place = s.list.place.data() + i;
+        store(codes, either(load(s.list.code.data() + i), keep(bits_at(signs, load(place)), 128)));
+        const int here = std::min(WIDTH, begin[k + 1] - i);
+        for (int j = 0; j < here; j++) out[place[j]] = values[codes[j]];
+      }
+    }
 #endif
   }
 
-  // In the order of torch's operations.
   void decode_row(const State& s, int r, int first, float* out) const {
     alignas(64) uint8_t signs[BLOCK];
     const int64_t at = (int64_t)(r - first) * w.groups;
@@ -282,82 +297,66 @@ struct Listed {
   }
 };
 
-// The bits of a plane at `place` of each row's block, whose 16 bytes are `rows`: bytes of zeros or ones.
-INLINE Bytes bits_at(Bytes rows, Bytes place) {
-  return tested(pick(rows, keep(place, 15)), pick(eights(0x8040201008040201), keep(shr(place, 4), 7)));
-}
-
 // out[token][r - first] += rows first..last times the blocks of x, in digits.
 template <int TOKENS>
 void dot_salient(const SalientWeight& weight, const SalientWeight::State& s, const Digits& x, int token, int first, int last,
                  float* out) {
-  constexpr int R = TILES<4, TOKENS>;
   const Salient& w = weight.w;
   const int stride = last - first;
   const Tiled tiled(w.groups);
   const Bytes one = eights(0x0101010101010101);
-  for (int r = first; r < last; r += R * TILE) {
-    const Rows<R> rows(w.weight, w.row_bytes, r, last - 1);
+  for (int r = first; r < last; r += TILE) {
+    const Rows<1> rows(w.weight, w.row_bytes, r, last - 1);
     const int64_t at = tiled.row(r - first);
-    Floats own[R], sums[R][TOKENS];
-    const int32_t* begin_of[R * TILE];  // rows behind the last are that one
-    for (int i = 0; i < R * TILE; i++)
+    const Floats own = each_row(s.own_scale.data() + r - first);
+    const int32_t* begin_of[TILE];  // rows behind the last are that one
+    for (int i = 0; i < TILE; i++)
       begin_of[i] = s.list.begin.data() + (int64_t)std::min(r + i, last - 1) * weight.blocks - s.list.first;
-    for (int j = 0; j < R; j++) {
-      own[j] = each_row(s.own_scale.data() + r - first + j * TILE);
-      for (int t = 0; t < TOKENS; t++) sums[j][t] = set(0);
-    }
+    Floats sums[TOKENS];
+    for (int t = 0; t < TOKENS; t++) sums[t] = set(0);
     for (int k = 0; k < weight.blocks; k++) {
-      const unsigned g = weight.group_of[k];
-      Sum<1> positive[R][TOKENS][2];
-      rows.template each_slot_of<1>(k, w.row_bytes, [&](int slot, Many<R> q) {
+      Sum<1> positive[TOKENS][2], listed[TOKENS][2];
+      Sum<8> codes[TOKENS][2];
+      rows.template each_slot_of<1>(k, w.row_bytes, [&](int slot, Many<1> q) {
+        for (int t = 0; t < TOKENS; t++)
+          for (int digit = 0; digit < 2; digit++)
+            positive[t][digit].add(q.v[0], both16(x.block(token + t, k) + digit * BLOCK + 16 * slot));
+      });
+      const Bytes signs = rows16(rows.p, 16 * k);
+      const int32_t* begin[TILE];
+      int most = 0;
+      for (int i = 0; i < TILE; i++) {
+        begin[i] = begin_of[i] + k;
+        most = std::max(most, begin[i][1] - begin[i][0]);
+      }
+      for (int passed = 0; passed < most; passed += 16) {
+        const Listed list(s.list, begin, passed);
+        const Bytes sign = both(bits_at(signs, list.place), list.some);
+        const Bytes code = either(both(list.code, list.some), keep(sign, 128));
+        const Bytes is_listed = both(list.some, one), is_positive = both(sign, one);
         for (int t = 0; t < TOKENS; t++) {
           for (int digit = 0; digit < 2; digit++) {
-            const Bytes of_x = both16(x.block(token + t, k) + digit * BLOCK + 16 * slot);
-            for (int j = 0; j < R; j++) positive[j][t][digit].add(q.v[j], of_x);
+            const Bytes of_x = gather128(x.block(token + t, k) + digit * BLOCK, list.place);
+            positive[t][digit].add(is_positive, minus(of_x));
+            listed[t][digit].add(is_listed, of_x);
+            codes[t][digit].add(code, of_x);
           }
         }
-      });
-      for (int j = 0; j < R; j++) {
-        Sum<1> listed[TOKENS][2];
-        Sum<8> codes[TOKENS][2];
-        const Bytes signs = rows16(rows.p + j * TILE, 16 * k);
-        const int32_t* begin[TILE];
-        int most = 0;
-        for (int i = 0; i < TILE; i++) {
-          begin[i] = begin_of[j * TILE + i] + k;
-          most = std::max(most, begin[i][1] - begin[i][0]);
-        }
-        for (int passed = 0; passed < most; passed += 16) {
-          const Listed list(s.list, begin, passed);
-          const Bytes sign = both(bits_at(signs, list.place), list.some);
-          const Bytes code = either(both(list.code, list.some), keep(sign, 128));
-          const Bytes is_listed = both(list.some, one), is_positive = both(sign, one);
-          for (int t = 0; t < TOKENS; t++) {
-            for (int digit = 0; digit < 2; digit++) {
-              const Bytes of_x = gather128(x.block(token + t, k) + digit * BLOCK, list.place);
-              positive[j][t][digit].add(is_positive, minus(of_x));
-              listed[t][digit].add(is_listed, of_x);
-              codes[t][digit].add(code, of_x);
-            }
-          }
-        }
-        const Floats of_positive = spread(loadf(s.positive.data() + at + j * tiled.span + g / 4 * LANES), g % 4);
-        const Floats of_listed = spread(loadf(s.listed.data() + at + j * tiled.span + g / 4 * LANES), g % 4);
-        for (int t = 0; t < TOKENS; t++) {
-          Floats sum = mul(joined(positive[j][t][0].ints(), positive[j][t][1].ints()), of_positive);
-          sum = fma(joined(listed[t][0].ints(), listed[t][1].ints()), of_listed, sum);
-          sum = fma(joined(codes[t][0].ints(), codes[t][1].ints()), own[j], sum);
-          sums[j][t] = fma(sum, set(x.steps(token + t)[k]), sums[j][t]);
-        }
+      }
+      const unsigned g = weight.group_of[k];
+      const Floats of_positive = spread(loadf(s.positive.data() + at + g / 4 * LANES), g % 4);
+      const Floats of_listed = spread(loadf(s.listed.data() + at + g / 4 * LANES), g % 4);
+      for (int t = 0; t < TOKENS; t++) {
+        Floats sum = mul(joined(positive[t][0].ints(), positive[t][1].ints()), of_positive);
+        sum = fma(joined(listed[t][0].ints(), listed[t][1].ints()), of_listed, sum);
+        sum = fma(joined(codes[t][0].ints(), codes[t][1].ints()), own, sum);
+        sums[t] = fma(sum, set(x.steps(token + t)[k]), sums[t]);
       }
     }
-    for (int j = 0; j < R; j++) {
-      for (int t = 0; t < TOKENS; t++) {
-        for (int64_t g = 0; g < tiled.span; g += LANES)
-          sums[j][t] = fma(loadf(s.base.data() + at + j * tiled.span + g), four(x.sums(token + t) + g / TILE), sums[j][t]);
-        add_totals(sums[j][t], last - r - j * TILE, out + t * stride + r + j * TILE - first);
-      }
+    for (int t = 0; t < TOKENS; t++) {
+      for (int64_t g = 0; g < tiled.span; g += LANES)
+        sums[t] = fma(loadf(s.base.data() + at + g), four(x.sums(token + t) + g / TILE), sums[t]);
+      add_totals(sums[t], last - r, out + t * stride + r - first);
     }
   }
 }

@@ -255,8 +255,9 @@ INLINE Bytes gather128(const int8_t* table, Bytes index) {
 // Where ones of `bits` stand, less how many came before, to out[0..]; 64 may be written.
 INLINE void places_of_ones(uint64_t bits, uint8_t* out) {
   alignas(64) static constexpr uint8_t steps[64] = {
-      0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31,
-      32, 33, 34, 35, 36, 37, 38, 39, 40, 41, 42, 43, 44, 45, 46, 47, 48, 49, 50, 51, 52, 53, 54, 55, 56, 57, 58, 59, 60, 61, 62, 63};
+      0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21,
+      22, 23, 24, 25, 26, 27, 28, 29, 30, 31, 32, 33, 34, 35, 36, 37, 38, 39, 40, 41, 42, 43,
+      44, 45, 46, 47, 48, 49, 50, 51, 52, 53, 54, 55, 56, 57, 58, 59, 60, 61, 62, 63};
   const Bytes all = load(steps);
   _mm512_storeu_si512(out, _mm512_sub_epi8(_mm512_maskz_compress_epi8(bits, all), all));
 }

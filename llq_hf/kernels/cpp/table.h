@@ -165,7 +165,7 @@ inline void halve(const float* x, int64_t count, std::vector<float>& out) {
   }
 }
 
-// out[token][r - first] += rows first..last times the blocks of x, in digits, of 4-bit codes in groups of half blocks at least.
+// out[token][r - first] += rows first..last times the blocks of x, in digits: 4-bit codes, groups of half blocks at least.
 template <int TOKENS>
 void dot_table(const TableWeight& weight, const TableWeight::State& state, const Digits& x, int token, int first, int last,
                float* out) {
