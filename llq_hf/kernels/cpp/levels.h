@@ -32,7 +32,7 @@ struct LevelWeight {
   // Of some rows, for every group.
   struct State {
     std::vector<float> scale, mean, table;  // table: 8 levels
-    std::vector<float> plane[2];  // Tiled: what each bit counts
+    std::vector<float> plane[2];  // Tiled: what each bit counts where it stands
     std::vector<float> step;      // Tiled
     std::vector<uint8_t> digits;  // [tile][group][row of the tile][8 high, 8 low]
   };
@@ -94,7 +94,7 @@ struct LevelWeight {
         const __m256 pairs = load_eight<dtype>(scale + g * 2 * size_of(dtype));
         const __m128 a = _mm256_castps256_ps128(pairs), b = _mm256_extractf128_ps(pairs, 1);
         _mm_storeu_ps(to[0] + g * TILE, _mm_shuffle_ps(a, b, 0x88));
-        _mm_storeu_ps(to[1] + g * TILE, _mm_shuffle_ps(a, b, 0xdd));
+        _mm_storeu_ps(to[1] + g * TILE, _mm_mul_ps(_mm_shuffle_ps(a, b, 0xdd), _mm_set1_ps(0.5f)));
       }
     });
   }
@@ -225,9 +225,9 @@ void dot_planes(const LevelWeight& weight, const LevelWeight::State& state, cons
       for (int t = 0; t < TOKENS; t++) sums[j][t] = set(0);
     for (int k = 0; k < weight.blocks; k++) {
       const unsigned g = weight.group_of[k];
-      Sum<1> high[2][R][TOKENS], low[2][R][TOKENS];
+      Sum<2> high[2][R][TOKENS], low[2][R][TOKENS];
       rows.template each_slot_of<2>(k, weight.w.row_bytes, [&](int slot, Many<R> q) {
-        const Many<R> plane[2] = {keep(q, 1), keep(shr(q, 1), 1)};
+        const Many<R> plane[2] = {keep(q, 1), keep(q, 2)};  // the second counts twice: its scale is halved
         for (int t = 0; t < TOKENS; t++) {
           const int8_t* digits = x.block(token + t, k) + 16 * slot;
           const Bytes a = both16(digits), b = both16(digits + BLOCK);
