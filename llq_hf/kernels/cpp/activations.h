@@ -9,7 +9,6 @@
 #include "numbers.h"
 
 constexpr float TOP = 127 * 128;
-constexpr int AHEAD = 4096;  // bytes that are fetched before they are needed: streams cross pages
 
 // The dot product of n floats.
 inline float dot(const float* a, const float* b, int64_t n) {

@@ -5,10 +5,12 @@
 #pragma once
 #include <algorithm>
 #include <cstring>
+#include <vector>
 
 #include "simd.h"
 
 constexpr int BLOCK = 128, SLOTS = 8, UNIT = 32;
+constexpr int AHEAD = 4096;  // bytes that are fetched before they are needed: streams cross pages
 
 constexpr int64_t packed_bytes(int64_t n, int bits) {
   return n / BLOCK * 16 * bits + (n % BLOCK + UNIT - 1) / UNIT * 4 * bits;
@@ -31,6 +33,13 @@ inline int code_at(const uint8_t* p, int64_t i, int64_t n, int bits) {
   return code;
 }
 
+// The `width` bits of every byte from bit n on, moved to bit `to`.
+template <typename Vector>
+INLINE Vector field(Vector v, int n, int to, int width) {
+  if (n != to) v = n > to ? shr(v, n - to) : shl(v, to - n);
+  return width < 8 ? keep(v, ((1 << width) - 1) << to) : v;
+}
+
 // Calls use(slot, its codes) for the slots of a block, in order. at16(i) are its bytes i .. i + 15: of one row, or of every
 // row of a tile.
 template <int BITS, typename At, typename Use>
@@ -43,13 +52,12 @@ INLINE void each_slot(At at16, Use use) {
 #pragma GCC unroll 8
   for (int slot = 0; slot < SLOTS; slot++) {
     if (slot % FIELDS == 0) high = at16(slot / FIELDS * 16);
-    Vector q = shr(high, slot % FIELDS * WIDE);
-    if constexpr (WIDE < 8) q = keep(q, (1 << WIDE) - 1);
+    Vector q = field(high, slot % FIELDS * WIDE, BITS - WIDE, WIDE);
     if constexpr (two) {
       if (slot % 4 == 0) middle = at16(64 + slot / 4 * 16);
-      q = either(shl(q, 2), keep(shr(middle, slot % 4 * 2), 3));
+      q = either(q, field(middle, slot % 4 * 2, one, 2));
     }
-    if constexpr (one) q = either(shl(q, 1), keep(shr(low, slot), 1));
+    if constexpr (one) q = either(q, field(low, slot, 0, 1));
     use(slot, q);
   }
 }
@@ -107,4 +115,18 @@ INLINE void with_bits(int bits, F f) {
     case 7: return f(std::integral_constant<int, 7>{});
     default: return f(std::integral_constant<int, 8>{});
   }
+}
+
+// Codes first..last of `count` that are packed at p, from out[first % BLOCK] on.
+inline void read_codes(const uint8_t* p, int64_t count, int bits, int64_t first, int64_t last, std::vector<uint8_t>& out) {
+  const int64_t begin = first / BLOCK * BLOCK, whole = std::min(count / BLOCK * BLOCK, (last + BLOCK - 1) / BLOCK * BLOCK);
+  out.resize(last - begin + BLOCK);
+  with_bits(bits, [&](auto width) {
+    for (int64_t i = begin; i < whole; i += BLOCK) {
+      const uint8_t* from = p + i / BLOCK * 16 * width;
+      for (int line = 0; line < 16 * width; line += 64) _mm_prefetch((const char*)from + AHEAD + line, _MM_HINT_T0);
+      ordered_codes<width>(from, out.data() + i - begin);
+    }
+  });
+  for (int64_t i = std::max(whole, begin); i < last; i++) out[i - begin] = code_at(p, i, count, bits);
 }

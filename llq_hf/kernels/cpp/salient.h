@@ -28,20 +28,6 @@ struct Salient {
   int32_t rows, columns, groups, group_size, dtype, low_bits;
 };
 
-// Codes first..last of a list of `count`, from out[first % BLOCK] on.
-inline void read_codes(const uint8_t* p, int64_t count, int bits, int64_t first, int64_t last, std::vector<uint8_t>& out) {
-  const int64_t begin = first / BLOCK * BLOCK, whole = std::min(count / BLOCK * BLOCK, (last + BLOCK - 1) / BLOCK * BLOCK);
-  out.resize(last - begin + BLOCK);
-  with_bits(bits, [&](auto width) {
-    for (int64_t i = begin; i < whole; i += BLOCK) {
-      const uint8_t* from = p + i / BLOCK * 16 * width;
-      for (int line = 0; line < 16 * width; line += 64) _mm_prefetch((const char*)from + AHEAD + line, _MM_HINT_T0);
-      ordered_codes<width>(from, out.data() + i - begin);
-    }
-  });
-  for (int64_t i = std::max(whole, begin); i < last; i++) out[i - begin] = code_at(p, i, count, bits);
-}
-
 // The number of the first bit that is zero but for n others before it.
 inline int zero_at(uint64_t bits, int n) {
 #ifdef __BMI2__

@@ -45,7 +45,6 @@ struct Part {
 // Scales and zeros of some rows, by group. All parts share them, but for what a zero's code counts.
 struct Grids {
   std::vector<float> scale, zero;   // [rows of the chunk][groups]
-  std::vector<uint8_t> codes;       // of zeros
   std::vector<float> scale_tile;    // Tiled
   std::vector<uint8_t> zero_tile;
 
@@ -59,7 +58,7 @@ struct Grids {
       const auto dtype = (Dtype)w.scale_dtype;
       to_floats((const uint8_t*)w.scale + from * size_of(dtype), dtype, count, scale.data());
     }
-    read_zeros(w, from, count);
+    const uint8_t* codes = read_zeros(w, from, count);
     for (int64_t i = 0; i < count; i++) zero[i] = codes[i];
   }
 
@@ -73,42 +72,35 @@ struct Grids {
     zero_tile.resize(scale_tile.size());
     // What is no group must be a number: what an earlier weight left there need not be.
     if (dtype == NONE || w.groups % 4) std::fill(scale_tile.begin(), scale_tile.end(), w.scale_value);
-    read_zeros(w, from, (int64_t)(last - first) * w.groups);
-    for (int r = 0; r < last - first; r++) {
-      const int64_t row = (int64_t)r * w.groups, to = tiled.row(r);
-      const uint8_t* own = scales + row * size_of(dtype);
-      for (int g = 0; g + 4 <= w.groups; g += 4) memcpy(zero_tile.data() + to + g * TILE, codes.data() + row + g, 4);
-      float* scales_of_row = scale_tile.data() + to;
-      for (int g = 0; dtype == F16 && g + 4 <= w.groups; g += 4)
-        _mm_storeu_ps(scales_of_row + g * TILE, _mm_cvtph_ps(_mm_loadl_epi64((const __m128i*)(own + 2 * g))));
-      for (int g = 0; dtype == F32 && g + 4 <= w.groups; g += 4)
-        _mm_storeu_ps(scales_of_row + g * TILE, _mm_loadu_ps((const float*)own + g));
-      for (int g = w.groups / 4 * 4; g < w.groups; g++) {
+    const uint8_t* codes = read_zeros(w, from, (int64_t)(last - first) * w.groups);
+    const int groups = w.groups;  // the stores below may be to anything, as far as a compiler knows
+    for (int r = 0; r < last - first; r++, codes += groups, scales += groups * size_of(dtype)) {
+      float* scale = scale_tile.data() + tiled.row(r);
+      uint8_t* zero = zero_tile.data() + tiled.row(r);
+      for (int g = 0; g + 4 <= groups; g += 4) memcpy(zero + g * TILE, codes + g, 4);
+      for (int g = 0; dtype == F16 && g + 4 <= groups; g += 4)
+        _mm_storeu_ps(scale + g * TILE, _mm_cvtph_ps(_mm_loadl_epi64((const __m128i*)(scales + 2 * g))));
+      for (int g = 0; dtype == F32 && g + 4 <= groups; g += 4)
+        _mm_storeu_ps(scale + g * TILE, _mm_loadu_ps((const float*)scales + g));
+      for (int g = groups / 4 * 4; g < groups; g++) {
         scale_tile[tiled.at(r, g)] = w.scale_value;
-        if (dtype != NONE) to_floats(own + g * size_of(dtype), dtype, 1, &scale_tile[tiled.at(r, g)]);
-        zero_tile[tiled.at(r, g)] = codes[row + g];
+        if (dtype != NONE) to_floats(scales + g * size_of(dtype), dtype, 1, &scale_tile[tiled.at(r, g)]);
+        zero_tile[tiled.at(r, g)] = codes[g];
       }
     }
   }
 
  private:
+  std::vector<uint8_t> codes_;  // of zeros
+
   // The codes from..from + count; ones where all zeros are the same.
-  void read_zeros(const Uniform& w, int64_t from, int64_t count) {
-    if (!w.zero) return codes.assign(count, 1);
-    const int64_t total = (int64_t)w.rows * w.groups, whole = total / BLOCK * BLOCK;
-    codes.resize(count);
-    for (int64_t i = 0; i < count;) {
-      const int64_t at = from + i, start = at / BLOCK * BLOCK;
-      if (start >= whole) {
-        codes[i++] = code_at(w.zero, at, total, w.zero_bits);
-        continue;
-      }
-      alignas(64) uint8_t block[BLOCK];
-      with_bits(w.zero_bits, [&](auto bits) { ordered_codes<bits>(w.zero + start / 8 * w.zero_bits, block); });
-      const int64_t here = std::min(start + BLOCK - at, count - i);
-      memcpy(codes.data() + i, block + at - start, here);
-      i += here;
+  const uint8_t* read_zeros(const Uniform& w, int64_t from, int64_t count) {
+    if (!w.zero) {
+      codes_.assign(count, 1);
+      return codes_.data();
     }
+    read_codes(w.zero, (int64_t)w.rows * w.groups, w.zero_bits, from, from + count, codes_);
+    return codes_.data() + from % BLOCK;
   }
 };
 
