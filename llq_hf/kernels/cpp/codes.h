@@ -12,6 +12,11 @@
 constexpr int BLOCK = 128, SLOTS = 8, UNIT = 32;
 constexpr int AHEAD = 4096;  // bytes that are fetched before they are needed: streams cross pages
 
+// Asks for memory that will be read.
+INLINE void fetch(const uint8_t* p, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch((const char*)p + i, _MM_HINT_T0);
+}
+
 constexpr int64_t packed_bytes(int64_t n, int bits) {
   return n / BLOCK * 16 * bits + (n % BLOCK + UNIT - 1) / UNIT * 4 * bits;
 }
@@ -124,7 +129,7 @@ inline void read_codes(const uint8_t* p, int64_t count, int bits, int64_t first,
   with_bits(bits, [&](auto width) {
     for (int64_t i = begin; i < whole; i += BLOCK) {
       const uint8_t* from = p + i / BLOCK * 16 * width;
-      for (int line = 0; line < 16 * width; line += 64) _mm_prefetch((const char*)from + AHEAD + line, _MM_HINT_T0);
+      fetch(from + AHEAD, 16 * width);
       ordered_codes<width>(from, out.data() + i - begin);
     }
   });

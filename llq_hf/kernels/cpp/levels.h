@@ -127,6 +127,8 @@ struct LevelWeight {
     const int64_t scales = (w.mean ? 4 : 2) * w.groups * size_of(dtype), means = w.means * w.groups * size_of(dtype);
     for (int r = first; r < last; r++) {
       const uint8_t *scale = (const uint8_t*)w.scale + r * scales, *mean = (const uint8_t*)w.mean + r * means;
+      fetch(scale + AHEAD, scales);
+      fetch(mean + AHEAD, means);
       if ((int64_t)(w.rows - 1 - r) * w.groups < 2 * PER) {  // nothing lies behind the matrix
         end.assign(scales + means + 2 * WIDTH, 0);
         memcpy(end.data(), scale, scales);

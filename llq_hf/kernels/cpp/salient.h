@@ -93,7 +93,7 @@ struct SalientWeight {
 
   // The bits of a block in their order; behind the last one zeros.
   void bits_of(int64_t block, uint64_t* out) const {
-    _mm_prefetch((const char*)w.high + 16 * block + AHEAD, _MM_HINT_T0);
+    fetch(w.high + 16 * block + AHEAD, 16);
     if (block < w.unary / BLOCK) return planes(_mm_loadu_si128((const __m128i*)(w.high + 16 * block)), out);
     out[0] = out[1] = 0;
     for (int64_t i = block * BLOCK; i < w.unary; i++)

@@ -77,6 +77,7 @@ struct Grids {
     for (int r = 0; r < last - first; r++, codes += groups, scales += groups * size_of(dtype)) {
       float* scale = scale_tile.data() + tiled.row(r);
       uint8_t* zero = zero_tile.data() + tiled.row(r);
+      fetch(scales + AHEAD, groups * size_of(dtype));
       for (int g = 0; g + 4 <= groups; g += 4) memcpy(zero + g * TILE, codes + g, 4);
       for (int g = 0; dtype == F16 && g + 4 <= groups; g += 4)
         _mm_storeu_ps(scale + g * TILE, _mm_cvtph_ps(_mm_loadl_epi64((const __m128i*)(scales + 2 * g))));
