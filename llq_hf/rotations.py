@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from .errors import LLQError
+from .kernels import Turn
 
 
 class Rotation(NamedTuple):
@@ -32,6 +33,8 @@ class Rotation(NamedTuple):
     permute_out: Tensor
     unpermute_in: Tensor  # inverse permutations: found once, used at every call
     unpermute_out: Tensor
+    forth: Turn | None  # `apply` and `invert` as kernels read them; None: blocked
+    back: Turn | None
 
     def apply(self, x: Tensor) -> Tensor:
         """Q x for every vector x [..., n], in fp32."""
@@ -72,7 +75,12 @@ def rotation(seed: int, n: int, blocked: bool, device: torch.device) -> Rotation
     if not blocked:
         first, second = first[0], second[0]
     parts = (permute_in, first, second, permute_out, torch.argsort(permute_in), torch.argsort(permute_out))
-    return Rotation(*(part.to(device) for part in parts))
+    permute_in, first, second, permute_out, unpermute_in, unpermute_out = (part.to(device) for part in parts)
+    forth = back = None
+    if not blocked:
+        forth = Turn(permute_in.int(), first.contiguous(), second.T.contiguous(), permute_out.int())
+        back = Turn(unpermute_out.int(), first.T.contiguous(), second.contiguous(), unpermute_in.int())
+    return Rotation(permute_in, first, second, permute_out, unpermute_in, unpermute_out, forth, back)
 
 
 def _orthogonal(random: np.random.RandomState, count: int, size: int, dtype: type = np.float32) -> Tensor:

@@ -26,6 +26,7 @@ from llq_hf.linear import QuantLinear
 from llq_hf.method import Job, Method, Packed
 from llq_hf.methods import build
 from llq_hf.methods.pb_llm import PBLLM
+from llq_hf.rotations import rotation
 from llq_hf.run import quantize_checkpoint
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -339,6 +340,35 @@ def test_other_products_in_digits(isa: str, name: str, options: dict[str, Any], 
         x = torch.randn(tokens, 1024, generator=generator(tokens))
         y = native.digits(x, stored, None)
         assert error(y, F.linear(x.double(), weight_OI)) < DIGITS * 3  # levels are rounded too, and sums cancel
+
+
+@pytest.mark.parametrize("n", [256, 1024, 11008, 13824])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_turns_agree_with_torch(isa: str, n: int, dtype: torch.dtype):
+    Q = rotation(3, n, False, torch.device("cpu"))
+    assert Q.forth is not None
+    assert Q.back is not None
+    divisor, factor = torch.rand(n, generator=generator()).half() + 0.5, torch.tensor([0.3])
+    for shape in ((n,), (3, n), (2, 1, n)):
+        x = torch.randn(shape, generator=generator(1)).to(dtype)
+        forth = kernels.turned(x, Q.forth, lambda: pytest.fail("torch was asked"), divisor, factor)
+        back = kernels.turned(x, Q.back, lambda: pytest.fail("torch was asked"))
+        assert forth.dtype == back.dtype == dtype
+        assert forth.shape == back.shape == x.shape
+        tolerance = 1e-6 if dtype == torch.float32 else 2.0**-8
+        assert error(forth, 0.3 * Q.apply(x.double() / divisor.double()).double()) < tolerance
+        assert error(back, Q.invert(x).double()) < tolerance
+
+
+def test_turns_that_kernels_cannot_make_go_by_torch(isa: str):
+    x, slow = torch.randn(2, 96), torch.zeros(2, 96)
+    odd = rotation(3, 96, False, torch.device("cpu"))  # 8 x 12: no whole vectors
+    assert kernels.turned(x, odd.forth, lambda: slow) is slow
+    assert kernels.turned(x, rotation(3, 96, True, torch.device("cpu")).forth, lambda: slow) is slow  # blocked
+    whole = rotation(3, 256, False, torch.device("cpu")).forth
+    with kernels.reference():
+        assert kernels.turned(torch.randn(2, 256), whole, lambda: slow) is slow
+    assert kernels.turned(torch.randn(2, 256, requires_grad=True), whole, lambda: slow) is slow
 
 
 def random_packed(method: Method, out_features: int, in_features: int) -> Packed:

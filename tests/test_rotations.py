@@ -63,11 +63,11 @@ def test_global_generators_have_no_say(blocked: bool):
     rotation.cache_clear()
     np.random.seed(0)
     torch.manual_seed(0)
-    first = rotation(5, 96, blocked, CPU)
+    first = rotation(5, 96, blocked, CPU)[:6]
     rotation.cache_clear()
     np.random.seed(1)
     torch.manual_seed(1)
-    assert all(torch.equal(a, b) for a, b in zip(first, rotation(5, 96, blocked, CPU), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(first, rotation(5, 96, blocked, CPU)[:6], strict=True))
 
 
 PINNED = {

@@ -7,6 +7,8 @@ says which kernel reads such storage. Where none does, and wherever results must
     few tokens (decoding)     codes are multiplied as they are, straight from the rows of the file
     many tokens (prefill)     tiles of rows are decoded into a buffer that stays in the cache; F.linear does the rest
 
+`turned` is the same for a method's transforms of inputs and outputs.
+
 No kernel keeps a copy of a weight, so a loaded model is as large as its file. For CUDA there are none of ours yet: rows
 for it go into the same table.
 """
@@ -23,8 +25,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..bits import BLOCK
+from . import native
 from .native import backend, describe, digits, floats, integer_tiles, structs, tiles
-from .stored import Kept, LevelCodes, Numbers, Part, SalientCodes, Stored, TableCodes, UniformCodes, kept
+from .stored import Kept, LevelCodes, Numbers, Part, SalientCodes, Stored, TableCodes, Turn, UniformCodes, kept
 
 __all__ = [
     "Kept",
@@ -34,12 +37,14 @@ __all__ = [
     "SalientCodes",
     "Stored",
     "TableCodes",
+    "Turn",
     "UniformCodes",
     "choose",
     "describe",
     "kept",
     "product",
     "reference",
+    "turned",
 ]
 
 HALF = (torch.bfloat16, torch.float16)
@@ -118,13 +123,30 @@ def product(x: Tensor, stored: Stored | None, dense: Callable[[], Tensor], bias:
 
 def choose(x: Tensor, stored: Stored | None) -> Callable[[Tensor, Stored, Tensor | None], Tensor] | None:
     """The kernel for this call; None: torch's own operations. Of int8 activations y is fp32, and exact but for that."""
-    if stored is None or reference.depth or (x.requires_grad and torch.is_grad_enabled()) or backend() is None:
+    if stored is None or not _native(x):
         return None
     call = (min(x.numel() // stored.columns, FEW.stop), x.dtype, x.device.type)  # beyond a few all are many
     if call not in stored.memo:
         stored.memo[call] = _first_fit(stored, *call)
     kernel: Callable[[Tensor, Stored, Tensor | None], Tensor] | None = stored.memo[call]
     return kernel
+
+
+def turned(
+    x: Tensor, by: Turn | None, slow: Callable[[], Tensor], divisor: Tensor | None = None, factor: Tensor | None = None
+) -> Tensor:
+    """factor * the transform of x / divisor in the dtype of x: what `slow` gives by torch's operations.
+
+    divisor: fp16 [n]; factor: fp32 [1].
+    """
+    if by is None or not by.whole_vectors or x.device.type != "cpu" or x.dtype not in ALL or not _native(x):
+        return slow()
+    return native.turn(x, by, divisor, factor)
+
+
+def _native(x: Tensor) -> bool:
+    """Whether kernels may serve at all: there are some, calibration is not running, and nobody wants gradients."""
+    return not reference.depth and not (x.requires_grad and torch.is_grad_enabled()) and backend() is not None
 
 
 def _first_fit(stored: Stored, tokens: int, dtype: torch.dtype, device: str) -> Any:

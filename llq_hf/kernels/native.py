@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from ..cache import cache_root
 from ..errors import LLQError
 from .build import ISAS, PACKAGED, library
-from .stored import LevelCodes, Numbers, Part, SalientCodes, Stored, TableCodes, UniformCodes, readable
+from .stored import LevelCodes, Numbers, Part, SalientCodes, Stored, TableCodes, Turn, UniformCodes, readable
 
 DTYPES = {torch.float16: 1, torch.float32: 2, torch.bfloat16: 3}
 FAMILIES = {UniformCodes: "uniform", LevelCodes: "levels", TableCodes: "table", SalientCodes: "salient"}
@@ -33,6 +33,7 @@ ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "floats": (Buffer, Int, Buffer, Int, Int, Int, Buffer, Buffer, Int),
     "decode": (Buffer, Int, Int, Int, Int, Int, Buffer, Int),
     "centred": (Buffer, Int, Int, Int, Buffer, Int),
+    "turn": (Buffer, Buffer, Int, Int, Buffer, Buffer, Buffer, Int),
 }
 
 
@@ -91,6 +92,12 @@ class _Salient(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("count", "unary")),
         *((name, Int) for name in ("rows", "columns", "groups", "group_size", "dtype", "low_bits")),
     )
+
+
+class _Turn(ctypes.Structure):
+    """`Turn` of cpp/turn.h."""
+
+    _fields_ = (*((name, Buffer) for name in ("source", "left", "right", "target")), ("a", Int), ("b", Int))
 
 
 class Backend(NamedTuple):
@@ -195,6 +202,21 @@ def decode(stored: Stored, first: int, last: int, out_RI: Tensor) -> None:
     given = structs(stored)
     where = (stored.columns, first, last, DTYPES[out_RI.dtype], out_RI.data_ptr())
     _function(type(stored), "decode")(given, len(given), *where, torch.get_num_threads())
+
+
+def turn(x: Tensor, by: Turn, divisor: Tensor | None, factor: Tensor | None) -> Tensor:
+    """factor * the transform of x / divisor, all in fp32, in the dtype of x."""
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    if "structs" not in by.memo:
+        tensors = (by.source, by.left, by.right, by.target)
+        by.memo["structs"] = _Turn(*map(_pointer, tensors), by.left.shape[0], by.right.shape[0])
+    given = ctypes.byref(by.memo["structs"])
+    rows = (x.data_ptr(), DTYPES[x.dtype], x.numel() // x.shape[-1], _pointer(divisor), _pointer(factor), y.data_ptr())
+    found = backend()
+    assert found is not None
+    _bound(found.library, "llq_turn", "turn")(given, *rows, torch.get_num_threads())
+    return y
 
 
 def _dot(name: str, x: Tensor, stored: Stored, bias: Tensor | None) -> Tensor:

@@ -209,6 +209,23 @@ class SalientCodes(_ByRow):
         return found if self.low is None else [*found, self.low]
 
 
+@dataclass(frozen=True, eq=False)
+class Turn(_Stored):
+    """A transform in two factors: n = A * B numbers x[source] seen as [A, B], left @ . @ right, and of that [target].
+
+    source, target: int32 [n]; left: fp32 [A, A]; right: fp32 [B, B].
+    """
+
+    source: Tensor
+    left: Tensor
+    right: Tensor
+    target: Tensor
+
+    @property
+    def whole_vectors(self) -> bool:
+        return self.right.shape[0] % 16 == 0
+
+
 Stored = UniformCodes | LevelCodes | TableCodes | SalientCodes
 
 

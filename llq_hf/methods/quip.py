@@ -33,7 +33,7 @@ from torch import Tensor
 from ..bits import pack, packed_words, unpack
 from ..errors import LLQError
 from ..grids import Affine, Spec, Uniform
-from ..kernels import Part, UniformCodes, kept, product
+from ..kernels import Part, UniformCodes, kept, product, turned
 from ..method import Job, Method, Packed
 from ..rotations import Rotation, rotation
 from ..stats import Hessian, Stat, factorize, revive_dead
@@ -184,17 +184,21 @@ class QuIP(Method):
         return self.row_grid.affine(packed, in_features)
 
     def linear(self, x: Tensor, packed: Packed, bias: Tensor | None, out_features: int) -> Tensor:
-        z = x / packed["in_scale"].float() if self.rescale else x
         if not self.incoherence:
-            return self.row_grid.linear(z.to(x.dtype), packed, bias)
-        V, U = self._sides(packed["seeds"], out_features, x.shape[-1])
-        z = V.apply(z) * self._step(packed)  # scaled before the product: fp16 must not overflow
+            return self.row_grid.linear(self._scaled(x, packed).to(x.dtype), packed, bias)
         in_features, top = x.shape[-1], 2**self.bits - 1
+        V, U = self._sides(packed["seeds"], out_features, in_features)
+        step = self._step(packed)  # z is scaled before the product: fp16 must not overflow
+        s_I = packed["in_scale"] if self.rescale else None
+        z = turned(x, V.forth, lambda: (V.apply(self._scaled(x, packed)) * step).to(x.dtype), s_I, step)
         part = Part(self.bits, in_features)
         stored = kept(packed, lambda: UniformCodes(packed["weight"], in_features, (part,), 2.0, top / 2, in_features))
-        y = product(z.to(x.dtype), stored, lambda: self._odd_levels(packed, in_features))
-        y = U.invert(y).to(x.dtype)
+        y = product(z, stored, lambda: self._odd_levels(packed, in_features))
+        y = turned(y, U.back, lambda: U.invert(y).to(x.dtype))
         return y if bias is None else y + bias
+
+    def _scaled(self, x: Tensor, packed: Packed) -> Tensor:
+        return x / packed["in_scale"].float() if self.rescale else x
 
     def _odd_levels(self, packed: Packed, in_features: int) -> Tensor:
         """2 k - (2**bits - 1), int16: exact in bf16 at every width."""

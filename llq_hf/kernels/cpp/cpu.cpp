@@ -6,6 +6,7 @@
 #include "levels.h"
 #include "salient.h"
 #include "table.h"
+#include "turn.h"
 #include "uniform.h"
 
 namespace {
@@ -270,5 +271,24 @@ void llq_table_floats(const Table* table, int, const void* x, int dtype, int col
 
 void llq_table_decode(const Table* table, int, int, int from, int to, int dtype, void* out, int threads) {
   decode(TableWeight(*table), from, to, (Dtype)dtype, out, threads);
+}
+
+// y [T, I] = factor * the transform of x [T, I] / divisor, y in the dtype of x. divisor: fp16 [I], or null; factor: or null.
+void llq_turn(const Turn* given, const void* x, int dtype, int tokens, const void* divisor, const float* factor, void* y,
+              int threads) {
+  const int n = given->a * given->b;
+  const int64_t bytes = n * size_of((Dtype)dtype);
+  static thread_local std::vector<float> divisors;
+  divisors.assign(n, 1);
+  if (divisor) to_floats(divisor, F16, n, divisors.data());
+  const float *by = divisors.data(), times = factor ? *factor : 1;
+  pool().run(tokens, threads, [&](int t) {
+    static thread_local std::vector<float> row;
+    row.resize(n);
+    to_floats((const uint8_t*)x + t * bytes, (Dtype)dtype, n, row.data());
+    for (int i = 0; divisor && i < n; i++) row[i] /= by[i];
+    turn(*given, times, row.data());
+    from_floats(row.data(), n, (Dtype)dtype, (uint8_t*)y + t * bytes);
+  });
 }
 }
