@@ -32,6 +32,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -82,7 +83,7 @@ class AWQ(Method):
         if not 0 <= self.damp <= 1:
             raise LLQError(f"damp={self.damp} must lie in 0..1, a share of the Hessian's mean diagonal")
 
-    @property
+    @cached_property
     def grid(self) -> Uniform:
         return Uniform(self.bits, self.group_size, self.sym, scale_bits=self.scale_bits)
 

@@ -34,6 +34,7 @@ import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -110,7 +111,7 @@ class EfficientQAT(Method):
             if not 0 <= getattr(self, option) < math.inf:
                 raise LLQError(f"{option}={getattr(self, option)} must be a number of at least 0")
 
-    @property
+    @cached_property
     def grid(self) -> Uniform:
         return Uniform(self.bits, self.group_size, search=self.solved)
 

@@ -32,6 +32,7 @@ more (theirs stops with an error), and at last rounded to nearest, which the not
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -84,7 +85,7 @@ class GPTQ(Method):
         if self.act_group_aware and (self.act_order or self.static_groups):
             raise LLQError("act_group_aware is another order of columns: it goes without act_order and static_groups")
 
-    @property
+    @cached_property
     def grid(self) -> Uniform:
         return Uniform(self.bits, self.group_size, self.sym, self.search_range, self.scale_bits)
 

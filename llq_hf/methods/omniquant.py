@@ -39,6 +39,7 @@ import copy
 import itertools
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -97,7 +98,7 @@ class OmniQuant(Method):
         if not 0 <= self.alpha <= 1:
             raise LLQError(f"alpha={self.alpha} must lie in 0..1")
 
-    @property
+    @cached_property
     def grid(self) -> Uniform:
         return Uniform(self.bits, self.group_size, self.sym)
 

@@ -25,6 +25,7 @@ keeps the one of least tr(dW H dW^T): 2.4 sigma is right near 4 bits only.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -81,7 +82,7 @@ class QuIP(Method):
         if not 0 <= self.damp <= 1:
             raise LLQError(f"damp={self.damp} must lie in 0..1, a share of the Hessian's mean diagonal")
 
-    @property
+    @cached_property
     def row_grid(self) -> Uniform:
         """The grid of `incoherence=False`: the authors' qfn "a", per row."""
         return Uniform(self.bits)

@@ -21,6 +21,7 @@ Departure: scales are rounded to the stored fp16 before codes are chosen (the au
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -47,7 +48,7 @@ class RTN(Method):
     def check(self) -> None:
         _ = self.grid  # validates group_size and scale_bits
 
-    @property
+    @cached_property
     def grid(self) -> Uniform:
         return Uniform(self.bits, self.group_size, self.sym, self.search_range, self.scale_bits)
 

@@ -31,7 +31,7 @@ is least.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -72,7 +72,7 @@ class SmoothQuant(Method):
         if not 0 <= self.alpha <= 1:
             raise LLQError(f"alpha={self.alpha} must lie in 0..1")
 
-    @property
+    @cached_property
     def grid(self) -> Uniform:
         """Storage of the codes; and with `search_range`, the grid itself."""
         return Uniform(self.bits, sym=True, search=self.search_range, scale_bits=self.scale_bits)

@@ -25,7 +25,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from typing import Any, ClassVar, Self
 
 import torch
@@ -88,7 +88,7 @@ class SpinQuant(Method):
         if self.head_dim < 0:
             raise LLQError(f"head_dim={self.head_dim} must not be negative (0: to be read from the model)")
 
-    @property
+    @cached_property
     def grid(self) -> Uniform:
         return Uniform(self.bits, self.group_size, True, self.w_clip, self.scale_bits, self.levels)
 
