@@ -164,6 +164,10 @@ class LLQQuantizer(HfQuantizer):  # type: ignore[misc]
     def is_trainable(self) -> bool:
         return True  # with adapters: the packed weights themselves are frozen
 
+    @property
+    def is_compileable(self) -> bool:
+        return True  # `generate` then compiles decoding with a static cache on GPUs by itself
+
 
 def _check_files(model: PreTrainedModel, files: list[str]) -> None:
     """Every tensor of every QuantLinear is in the files, with its shape and dtype; else LLQError, before any is loaded.

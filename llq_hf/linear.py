@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import cache
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .errors import LLQError
+from .graph import known, node
 from .grids import Spec
-from .kernels import Kept
+from .kernels import keep
 from .method import Method, Packed
 
 
@@ -35,8 +35,7 @@ class QuantLinear(nn.Linear):
         nn.Module.__init__(self)  # not nn.Linear's: it would allocate the dense weight
         self.method, self.in_features, self.out_features = method, in_features, out_features
         self.layout = checked_layout(method, out_features, in_features)
-        self._number = number_of(method)
-        self._held: tuple[list[tuple[Tensor, int]], Kept] | None = None
+        self._known = known(method)
         for name, spec in self.layout.items():
             empty = torch.empty(spec.shape, dtype=spec.dtype, device=device)
             if name == "weight":
@@ -66,30 +65,19 @@ class QuantLinear(nn.Linear):
         """The stored tensors by name: views, not copies."""
         return {name: getattr(self, name).data for name in self.layout}
 
-    def _kept(self) -> Kept:
-        """What `packed` gives, kept until a tensor is another one or lies elsewhere."""
-        tensors = [getattr(self, name) for name in self.layout]
-        if self._held is not None:
-            known, found = self._held
-            if all(t is old and t.data_ptr() == at for t, (old, at) in zip(tensors, known, strict=True)):
-                return found
-        found = Kept(zip(self.layout, (t.data for t in tensors), strict=True))
-        self._held = [(t, t.data_ptr()) for t in tensors], found
-        return found
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_held": None}  # a copy has tensors of its own
-
     def dequantized(self) -> Tensor:
         """fp32 weight [O, I] that the stored tensors mean."""
         return self.method.dequantize(self.packed(), self.out_features, self.in_features)
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_compiling() and not (x.requires_grad and torch.is_grad_enabled()):
-            stored = [getattr(self, name) for name in self.layout]
-            y: Tensor = compiled_linear(x, stored, ",".join(self.layout), self.bias, self._number, self.out_features)
-            return y
-        return self.method.linear(x, self._kept(), self.bias, self.out_features)
+        stored = [getattr(self, name) for name in self.layout]
+        if torch.compiler.is_compiling():
+            return node(x, stored, ",".join(self.layout), self.bias, self._known, self.out_features)
+        return self.method.linear(x, keep(self.layout, stored), self.bias, self.out_features)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        known(self.method)  # in the process of a copy, too
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
         """`.to(dtype)`, `.half()`, ... move stored tensors but never cast them: a scale in bf16 is another scale."""
@@ -105,32 +93,6 @@ class QuantLinear(nn.Linear):
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {self.method}"
-
-
-# --- one operator for torch.compile --------------------------------------------------------------------------------
-
-_NUMBERED: list[Method] = []  # what the operator's `method` stands for, in this process
-
-
-@cache
-def number_of(method: Method) -> int:
-    """An integer for a method: all that an operator can be given."""
-    _NUMBERED.append(method)
-    return len(_NUMBERED) - 1
-
-
-@torch.library.custom_op("llq::linear", mutates_args=())
-def compiled_linear(
-    x: Tensor, stored: Sequence[Tensor], names: str, bias: Tensor | None, method: int, out_features: int
-) -> Tensor:
-    """`Method.linear` as one node of a graph: whatever a method does with its tensors, nothing breaks the graph."""
-    packed = dict(zip(names.split(","), stored, strict=True))
-    return _NUMBERED[method].linear(x, packed, bias, out_features).contiguous()
-
-
-@compiled_linear.register_fake
-def _(x: Tensor, stored: Sequence[Tensor], names: str, bias: Tensor | None, method: int, out_features: int) -> Tensor:
-    return x.new_empty(*x.shape[:-1], out_features)
 
 
 def checked_layout(method: Method, out_features: int, in_features: int) -> dict[str, Spec]:

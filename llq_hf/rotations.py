@@ -113,8 +113,6 @@ class Hadamard(NamedTuple):
         return turned
 
 
-@lru_cache(maxsize=64)
-@torch.inference_mode(False)
 def hadamard(n: int, device: torch.device) -> Hadamard:
     """The Hadamard transform of size n = 2**a * k, k odd: the same for ever, for checkpoints hold only its results.
 
@@ -122,6 +120,12 @@ def hadamard(n: int, device: torch.device) -> Hadamard:
     14336 = 28 * 512, 896 = 28 * 32. Where there is none up to K = 256 (172 = 4 * 43), a fixed random orthogonal k x k
     matrix stands for it.
     """
+    return _hadamard(n, device)
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def _hadamard(n: int, device: torch.device) -> Hadamard:
     odd = n // (n & -n)
     sizes = [odd << a for a in range(n.bit_length()) if n % (odd << a) == 0 and odd << a <= MOST_PALEY]
     for size in sizes:
@@ -131,6 +135,8 @@ def hadamard(n: int, device: torch.device) -> Hadamard:
     random = np.random.RandomState(odd)
     return Hadamard(_orthogonal(random, 1, odd, np.float64)[0].to(device), n // odd)
 
+
+torch.compiler.assume_constant_result(hadamard)  # type: ignore[no-untyped-call]  # graphs hold it, not how it is found
 
 MOST_PALEY = 256  # beyond, its K x K matrix would cost more than the linear gains
 

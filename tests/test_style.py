@@ -16,7 +16,7 @@ LAYERS = [  # imports go one way: a module may import modules of its own row and
     {"method"},
     {"training", "allocation"},
     {"methods"},
-    {"linear", "attention", "checkpoint", "data", "journal", "distributed", "loading", "pairs"},
+    {"graph", "linear", "attention", "checkpoint", "data", "journal", "distributed", "loading", "pairs"},
     {"walk", "packed"},
     {"quantize"},
     {"preflight"},

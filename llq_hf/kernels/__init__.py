@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from ..bits import BLOCK
 from . import native
 from .native import backend, describe, digits, floats, integer_tiles, structs, tiles
-from .stored import Kept, LevelCodes, Numbers, Part, SalientCodes, Stored, TableCodes, Turn, UniformCodes, kept
+from .stored import Kept, LevelCodes, Numbers, Part, SalientCodes, Stored, TableCodes, Turn, UniformCodes, keep, kept
 
 __all__ = [
     "Kept",
@@ -41,6 +41,7 @@ __all__ = [
     "UniformCodes",
     "choose",
     "describe",
+    "keep",
     "kept",
     "product",
     "reference",

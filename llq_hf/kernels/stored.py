@@ -5,9 +5,12 @@ Legend: O out_features, I in_features, G groups.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from functools import partial
+from operator import is_
+from typing import Any, NamedTuple, TypeVar
+from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor
@@ -229,25 +232,58 @@ class Turn(_Stored):
 Stored = UniformCodes | LevelCodes | TableCodes | SalientCodes
 
 
-S = TypeVar("S", bound=Stored | None)
+Made = TypeVar("Made")
 
 
 class Kept(dict[str, Tensor]):
-    """Stored tensors by name that are read again and again, and what `kept` made of them, as long as they stay."""
+    """Stored tensors by name that are read again and again, and what `kept` made of them."""
 
-    made: tuple[Hashable, Stored | None] | None = None
+    def __init__(self, packed: Mapping[str, Tensor]) -> None:
+        super().__init__(packed)
+        self.made: dict[str, Any] = {}
 
 
-def kept(packed: dict[str, Tensor], make: Callable[[], S], read: Hashable = None) -> S:
+class _Held(NamedTuple):
+    """A Kept, and by what it is told that it still stands: the tensors, where they lie, how often each was changed."""
+
+    first: ReferenceType[Tensor]
+    others: list[Tensor]
+    state: list[tuple[int, int]]
+    kept: Kept
+
+
+_HELD: dict[int, _Held] = {}  # by the id of a linear's first tensor, with which it ends
+
+
+def keep(names: Iterable[str], tensors: Sequence[Tensor]) -> Kept:
+    """The Kept of a linear's tensors: the same one until a tensor is another one, lies elsewhere or is filled anew.
+
+    Found by the tensors alone, so that an operator in a graph, which is given no more than them, finds it too.
+    """
+    first, *others = tensors
+    if any(map(Tensor.is_inference, tensors)):  # these count no changes
+        return Kept(dict(zip(names, tensors, strict=True)))
+    state, key = [(tensor.data_ptr(), tensor._version) for tensor in tensors], id(first)
+    held = _HELD.get(key)
+    if held is not None and held.first() is first and held.state == state and all(map(is_, held.others, others)):
+        return held.kept
+    found = Kept(dict(zip(names, (tensor.data for tensor in tensors), strict=True)))
+    ending = partial(_HELD.pop, key)  # called with the dead reference, which serves as pop's default
+    _HELD[key] = _Held(ref(first, ending), others, state, found)
+    return found
+
+
+def kept(packed: dict[str, Tensor], make: Callable[[], Made], name: str = "stored") -> Made:
     """What `make` makes of `packed`; of a Kept it is made once, for it takes as long as a small product.
 
-    read: the values that `make` reads, if any, for tensors may be filled in place: other values, made anew.
+    Values that the host reads of a tensor belong in here as well: on a GPU each reading waits, and no CUDA graph may.
     """
     if not isinstance(packed, Kept):
         return make()
-    if packed.made is None or packed.made[0] != read:
-        packed.made = read, make()
-    return packed.made[1]  # type: ignore[return-value]
+    if name not in packed.made:
+        packed.made[name] = make()
+    made: Made = packed.made[name]
+    return made
 
 
 def readable(stored: Stored) -> bool:

@@ -31,6 +31,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, ClassVar
@@ -96,6 +97,13 @@ def dynamic_levels() -> tuple[Tensor, Tensor]:
     return values_256, (values_256[1:] + values_256[:-1]) / 2
 
 
+@cache
+@torch.inference_mode(False)
+def _on(device: torch.device, table: Callable[..., tuple[Tensor, Tensor]], *bits: int) -> Tensor:
+    """The values of `levels` or `dynamic_levels` on a device: copied there once, for no CUDA graph may copy them."""
+    return table(*bits)[0].to(device)
+
+
 class Eight:
     """Numbers [B] in 8 bits: a code of the dynamic map for each, times the largest magnitude of 256 neighbours."""
 
@@ -111,7 +119,7 @@ class Eight:
     @staticmethod
     def decode(codes_B: Tensor, absmax_S: Tensor) -> Tensor:
         absmax_B = absmax_S.repeat_interleave(SUPER)[: len(codes_B)]
-        return dynamic_levels()[0].to(codes_B.device)[codes_B.int()] * absmax_B
+        return _on(codes_B.device, dynamic_levels)[codes_B.int()] * absmax_B
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -265,7 +273,7 @@ class NF4(Method):
 
     def dequantize(self, packed: Packed, out_features: int, in_features: int) -> Tensor:
         weights = out_features * in_features
-        values = levels(self.bits)[0].to(packed["weight"].device)
+        values = _on(packed["weight"].device, levels, self.bits)
         weight_BK = _rows(values[self._unpack_codes(packed["weight"], weights)], self.block_size)
         weight_BK *= self._scales(packed)[:, None]
         if self.icq:
@@ -284,7 +292,7 @@ class NF4(Method):
             dtype=x.dtype,
             blocksize=self.block_size,
             quant_type="nf4",
-            code=levels(4)[0].to(x.device),
+            code=_on(x.device, levels, 4),
         )
         if not self.icq:
             y: Tensor = kernels.matmul_4bit(x, codes.t(), quant_state=state, bias=bias)

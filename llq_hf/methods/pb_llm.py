@@ -117,8 +117,8 @@ class Positions:
             return torch.arange(self.count, device=device)
         low = self.low_bits
         if low is None:
-            return unpack(packed["position"], 1, self.total).nonzero().flatten()
-        ones_K = unpack(packed["position"], 1, self.unary_bits).nonzero().flatten()
+            return _ones(unpack(packed["position"], 1, self.total), self.count)
+        ones_K = _ones(unpack(packed["position"], 1, self.unary_bits), self.listed)
         listed_K = (ones_K - torch.arange(self.listed, device=device)) << low
         if low:
             listed_K |= unpack(packed["position_low"], low, self.listed)
@@ -126,7 +126,13 @@ class Positions:
             return listed_K
         salient_N = torch.ones(self.total, dtype=torch.bool, device=device)
         salient_N[listed_K] = False
-        return salient_N.nonzero().flatten()
+        return _ones(salient_N, self.count)
+
+
+def _ones(mask_N: Tensor, count: int) -> Tensor:
+    """Where the `count` ones of a mask are [count]: known beforehand, so that a GPU need not stop to count them."""
+    torch._assert_async(mask_N.sum() == count, "the list of salient weights is damaged")
+    return torch.nonzero_static(mask_N, size=count).flatten()
 
 
 class Coder:

@@ -188,8 +188,10 @@ class QuIP(Method):
         if not self.incoherence:
             return self.row_grid.linear(self._scaled(x, packed).to(x.dtype), packed, bias)
         in_features, top = x.shape[-1], 2**self.bits - 1
-        V, U = self._sides(packed["seeds"], out_features, in_features)
-        step = self._step(packed)  # z is scaled before the product: fp16 must not overflow
+        V, U = kept(packed, lambda: self._sides(packed["seeds"], out_features, in_features), "sides")
+        step = kept(
+            packed, lambda: self._step(packed), "step"
+        )  # z is scaled before the product: fp16 must not overflow
         s_I = packed["in_scale"] if self.rescale else None
         z = turned(x, V.forth, lambda: (V.apply(self._scaled(x, packed)) * step).to(x.dtype), s_I, step)
         part = Part(self.bits, in_features)

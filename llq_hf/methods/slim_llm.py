@@ -240,7 +240,8 @@ class SliMLLM(Method):
     def dequantize(self, packed: Packed, out_features: int, in_features: int) -> Tensor:
         weight, scale_OG, start = packed["weight"], packed["scale"].float(), 0
         weight_OI = torch.empty(out_features, in_features, device=weight.device)
-        for width, columns in self._runs(packed["widths"].tolist(), in_features, weight.device):
+        widths: list[int] = kept(packed, packed["widths"].tolist, "widths")
+        for width, columns in self._runs(widths, in_features, weight.device):
             stop = start + packed_words(len(columns), width)
             weight_OI[:, columns] = unpack(weight[:, start:stop], width, len(columns)).float()
             start = stop
@@ -258,7 +259,7 @@ class SliMLLM(Method):
 
     def linear(self, x: Tensor, packed: Packed, bias: Tensor | None, out_features: int) -> Tensor:
         in_features = x.shape[-1]
-        stored = kept(packed, lambda: self._readable(packed, in_features), read=tuple(packed["widths"].tolist()))
+        stored = kept(packed, lambda: self._readable(packed, in_features))
         return product(x, stored, lambda: self.dequantize(packed, out_features, in_features), bias)
 
     def _readable(self, packed: Packed, in_features: int) -> UniformCodes | None:

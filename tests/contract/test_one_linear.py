@@ -193,10 +193,10 @@ def test_training_after_inference_mode(case: Case):
 
 
 def forget_caches() -> None:
-    from llq_hf.rotations import hadamard, rotation
+    from llq_hf.rotations import _hadamard, rotation
 
     rotation.cache_clear()
-    hadamard.cache_clear()
+    _hadamard.cache_clear()
 
 
 @each_case
