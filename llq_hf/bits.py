@@ -14,6 +14,8 @@ fast kernel only has to interleave rows. Bit streams in GPTQ's format make 3-bit
 
 from __future__ import annotations
 
+from functools import reduce
+
 import torch
 from torch import Tensor
 
@@ -36,8 +38,9 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
     Raises ValueError on a code outside the range: a wrapped code would be a silently different weight.
     """
-    if codes.numel() and (int(codes.min()) < 0 or int(codes.max()) >= 1 << bits):
-        raise ValueError(f"codes span {int(codes.min())}..{int(codes.max())}, which {bits} bits cannot hold")
+    least, most = map(int, torch.aminmax(codes)) if codes.numel() else (0, 0)
+    if least < 0 or most >= 1 << bits:
+        raise ValueError(f"codes span {least}..{most}, which {bits} bits cannot hold")
     n = codes.shape[-1]
     whole = n // BLOCK * BLOCK
     codes = torch.nn.functional.pad(codes.to(torch.uint8), (0, -(n - whole) % UNIT))
@@ -74,9 +77,9 @@ def _pack_blocks(codes: Tensor, bits: int, block: int) -> Tensor:
     planes, low = [], bits
     for width in plane_widths(bits):
         low -= width  # this plane holds bits low .. low + width - 1 of every code
-        plane = (blocks >> low) & ((1 << width) - 1)
-        fields = plane.reshape(*lead, count, *_chunks(width, block))
-        planes.append((fields << _shifts(width, codes)).sum(-2, dtype=torch.uint8).flatten(-2))
+        plane = (blocks >> low).bitwise_and_((1 << width) - 1)
+        fields = plane.view(*lead, count, *_chunks(width, block)).bitwise_left_shift_(_shifts(width, codes))
+        planes.append(reduce(torch.bitwise_or, fields.unbind(-2)).flatten(-2))
     return torch.cat(planes, dim=-1).reshape(*lead, count * block * bits // 8)
 
 

@@ -1,6 +1,6 @@
 """GPTQ's feedback: the error of a column, once rounded, is spread over the columns still to come.
 
-Legend: O out_features, I in_features, B columns of a block, G groups.
+Legend: O out_features, I in_features, B columns of a block, L later ones of it, G groups.
 
 With U the upper Cholesky factor of H^-1 (`stats.factorize(..., inverse=True)`), rounding column j of W to q_j costs
 ((w_j - q_j) / U_jj)^2 on the calibration outputs, and the best repair of the later columns is -(w_j - q_j) / U_jj *
@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .errors import LLQError
 from .grids import Grid, Uniform, joined
 
 BLOCK = 128  # columns repaired together
@@ -42,28 +43,31 @@ def by_columns(
     A block is held transposed, so that a column is contiguous: half the time, the same codes.
     """
     columns = W_OI.shape[1]
+    errors_BO = W_OI.new_empty(min(block, columns), len(W_OI))
     for start in range(0, columns, block):
         stop = min(start + block, columns)
         begin(start, stop)
-        block_BO = W_OI[:, start:stop].T.contiguous()
-        errors_BO = torch.empty_like(block_BO)
-        before_BO = torch.empty_like(block_BO) if drift_II is not None else block_BO
-        for j in range(start, stop):
-            w_O = block_BO[j - start]
-            value_O = rounded(j, w_O)
-            if U_II is not None:
-                error_O = torch.sub(w_O, value_O, out=errors_BO[j - start]).div_(U_II[j, j])
-                if drift_II is not None:
-                    before_BO[j - start] = w_O
-                    block_BO[j - start :].addcmul_(drift_II[j, j:stop, None], before_BO[j - start])
-                if fused:
-                    block_BO[j - start :].addcmul_(U_II[j, j:stop, None], error_O, value=-1)
-                else:
-                    block_BO[j - start :].sub_(U_II[j, j:stop, None] * error_O)
-        if U_II is not None:
-            W_OI[:, stop:].addmm_(errors_BO.T, U_II[start:stop, stop:], alpha=-1)
+        block_BO = W_OI[:, start:stop].contiguous().T.contiguous()  # torch transposes fast only what is in one piece
+        if U_II is None:
+            for j, w_O in enumerate(block_BO, start):
+                rounded(j, w_O)
+            continue
+        U_BB = U_II[start:stop, start:stop].contiguous()
+        steps = zip(block_BO, errors_BO, U_BB[..., None], torch.diagonal(U_BB), strict=False)
+        for i, (w_O, error_O, u_B1, pivot) in enumerate(steps):
+            torch.sub(w_O, rounded(start + i, w_O), out=error_O).div_(pivot)
+            later_LO, u_L1 = block_BO[i + 1 :], u_B1[i + 1 :]
             if drift_II is not None:
-                W_OI[:, stop:].addmm_(before_BO.T, drift_II[start:stop, stop:])
+                later_LO.addcmul_(drift_II[start + i, start + i + 1 : stop, None], w_O)
+            if fused:
+                later_LO.addcmul_(u_L1, error_O, value=-1)
+            else:
+                later_LO.sub_(u_L1 * error_O)
+        W_OI[:, stop:].addmm_(errors_BO[: stop - start].T, U_II[start:stop, stop:], alpha=-1)
+        if drift_II is not None:  # each column of the block is still what it was before it was rounded
+            W_OI[:, stop:].addmm_(block_BO.T, drift_II[start:stop, stop:])
+    if U_II is not None and bool(block_BO[-1].isnan().any()):  # NaN spreads: the last column tells of all
+        raise LLQError("repairing columns overflows fp32: the weights or the calibration inputs are not usable")
 
 
 def by_blocks(
@@ -82,7 +86,7 @@ def by_blocks(
 
 
 class Solution(NamedTuple):
-    """Codes [O, I], the grids [O, G] they lie on, and the group [I] of each column."""
+    """Codes [O, I] (uint8 of `solve`), the grids [O, G] they lie on, and the group [I] of each column."""
 
     codes_OI: Tensor
     grid_OG: Grid
@@ -113,19 +117,20 @@ def solve(
     reached, from W_OI as finished blocks left it; importance_I weights errors where ranges are searched.
     """
     size = W_OI.shape[1] if uniform.group_size == -1 else uniform.group_size
-    codes_IO, groups, found = torch.empty_like(W_OI.T), group_I.tolist(), list[Grid]()
+    codes_IO = W_OI.new_empty(W_OI.shape[::-1], dtype=torch.uint8)
+    groups: list[int] = group_I.tolist()
+    grids_O: list[Grid] = [] if grid_OG is None else grid_OG.apart()
 
     def rounded(j: int, w_O: Tensor) -> Tensor:
-        if grid_OG is None and groups[j] == len(found):
+        if groups[j] == len(grids_O):
             importance_g = None if importance_I is None else importance_I[j : j + size]
-            found.append(uniform.grid(W_OI[:, j : j + size], importance_g))
-        grid, column = (found[-1], 0) if grid_OG is None else (grid_OG, groups[j])
-        grid_O = grid._replace(scale=grid.scale[:, column], zero=grid.zero[:, column])
+            grids_O.extend(uniform.grid(W_OI[:, j : j + size], importance_g).apart())
+        grid_O = grids_O[groups[j]]
         codes_IO[j] = code_O = grid_O.codes(w_O, uniform.bits)
         return grid_O.values(code_O)
 
     by_columns(W_OI, U_II, rounded, block=block, drift_II=drift_II)
-    return Solution(codes_IO.T.contiguous(), joined(found) if grid_OG is None else grid_OG, group_I)
+    return Solution(codes_IO.T.contiguous(), joined(grids_O) if grid_OG is None else grid_OG, group_I)
 
 
 def drift(H_II: Tensor, C_II: Tensor, U_II: Tensor, share: float) -> Tensor:

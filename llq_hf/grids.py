@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -42,10 +42,15 @@ class Grid(NamedTuple):
 
     def codes(self, weight: Tensor, bits: int) -> Tensor:
         """Nearest code of every weight, fp32 of integers; rounds half to even, before the zero point is added."""
-        return (torch.round(weight / self.scale) + self.zero).clamp_(0, 2**bits - 1)
+        return (weight / self.scale).round_().add_(self.zero).clamp_(0, 2**bits - 1)
 
     def values(self, codes: Tensor) -> Tensor:
         return self.scale * (codes - self.zero)
+
+    def apart(self) -> list[Self]:
+        """Grids [O] of the groups of one [O, G]."""
+        parts = (part.T.contiguous() for part in self)
+        return [self._replace(scale=scale, zero=zero) for scale, zero in zip(*parts, strict=True)]
 
 
 class HalfGrid(Grid):
@@ -271,6 +276,6 @@ class Uniform:
 
 
 def joined(grids: Sequence[Grid]) -> Grid:
-    """Grids [O, 1] of consecutive groups as one [O, G]."""
-    scale, zero = (torch.cat(parts, dim=1) for parts in zip(*grids, strict=True))
+    """Grids [O] or [O, 1] of consecutive groups as one [O, G]."""
+    scale, zero = (torch.column_stack(parts) for parts in zip(*grids, strict=True))
     return grids[0]._replace(scale=scale, zero=zero)

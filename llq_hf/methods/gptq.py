@@ -168,7 +168,9 @@ class GPTQ(Method):
         if self.act_group_aware and self.group_size != -1:  # groups were found in the order of solving
             back_G = torch.argsort(order_I[:: self.group_size].div(self.group_size, rounding_mode="floor"))
             grid_OG = Grid(*(part[:, back_G] for part in grid_OG))
-        return self.grid.pack(codes_OI[:, torch.argsort(order_I)], grid_OG)
+        if self.act_order or self.act_group_aware:
+            codes_OI = codes_OI[:, torch.argsort(order_I)]
+        return self.grid.pack(codes_OI, grid_OG)
 
     def dequantize(self, packed: Packed, out_features: int, in_features: int) -> Tensor:
         weight_OI = self.grid.unpack(packed, in_features)
