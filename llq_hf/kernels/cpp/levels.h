@@ -1,10 +1,10 @@
 // Codes of 2 bits that pick one of a group's levels, whatever these are: sums of two binary weights (dual binarization), or
 // two signs whose meaning depends on the column (salient or not).
 //
-// For products the levels of a row and group become numbers of 14 bits, step (128 high + low - MIDDLE), whose digits are
-// picked by code from one vector; with activations in two digits that is three integer products. The error (6e-5 of the
-// largest level) lies about that of the activations. Sums of two binary weights need none of that for one token: they are
-// the products of the two planes of bits.
+// For products the levels of a row become numbers of 14 bits, step (128 high + low - MIDDLE), a step for every row, whose
+// digits are picked by code from one vector; with activations in two digits that is three integer products. The error (6e-5
+// of the row's largest level) lies about that of the activations. Sums of two binary weights need none of that for one token:
+// they are the products of the two planes of bits.
 #pragma once
 #include <functional>
 
@@ -33,7 +33,7 @@ struct LevelWeight {
   struct State {
     std::vector<float> scale, mean, table;  // table: 8 levels
     std::vector<float> plane[2];  // Tiled: what each bit counts where it stands
-    std::vector<float> step;      // Tiled
+    std::vector<float> step;      // of each row
     std::vector<uint8_t> digits;  // [tile][group][row of the tile][8 high, 8 low]
   };
 
@@ -101,25 +101,27 @@ struct LevelWeight {
 
   // All levels as numbers of 14 bits.
   void read_digits(State& s, int first, int last) const {
-    const Tiled tiled(w.groups);
-    s.step.assign(tiled.size(last - first), 0);  // what is no group must be a number, whatever lay there
+    constexpr float MOST = MIDDLE - 4;
+    s.step.assign(last - first + MOST_ROWS, 0);
     s.digits.resize((int64_t)(last - first + MOST_ROWS) * w.groups * 16);
     with_row_ends(first, last, [&](int r, auto dtype, const uint8_t* scale, const uint8_t* mean) {
       uint8_t* digits = s.digits.data() + ((int64_t)r / TILE * w.groups * TILE + r % TILE) * 16;
-      float* step = s.step.data() + tiled.row(r);
+      Floats most = set(1e-30f);
+      for (int g = 0; g < w.groups; g += PER) most = greater(most, largest_of<dtype>(scale, mean, g));
+      s.step[r] = largest(most) / MOST;
+      const Floats inverse = set(1 / s.step[r]);
       for (int g = 0; g < w.groups; g += PER) {
-        const Digit made = digits_of<dtype>(scale, mean, g);
+        const Bytes made = digits_of<dtype>(scale, mean, g, inverse);
         const int here = std::min(PER, w.groups - g);
-        memcpy(step + g / 4 * LANES + g % 4, made.step, sizeof made.step);
 #pragma GCC unroll 4
         for (int i = 0; i < PER; i++)
-          if (i < here) _mm_storeu_si128((__m128i*)(digits + (int64_t)(g + i) * WIDTH), lane16(made.digits, i));
+          if (i < here) _mm_storeu_si128((__m128i*)(digits + (int64_t)(g + i) * WIDTH), lane16(made, i));
       }
     });
   }
 
  private:
-  // Calls use(row, dtype, its scales, its means) so that vectors may reach behind the row's last number.
+  // Calls use(row, dtype, its scales, its means); vectors of PER groups may reach behind the last one, and find zeros there.
   template <typename Use>
   void with_row_ends(int first, int last, Use use) const {
     static thread_local std::vector<uint8_t> end;
@@ -129,7 +131,7 @@ struct LevelWeight {
       const uint8_t *scale = (const uint8_t*)w.scale + r * scales, *mean = (const uint8_t*)w.mean + r * means;
       fetch(scale + AHEAD, scales);
       fetch(mean + AHEAD, means);
-      if ((int64_t)(w.rows - 1 - r) * w.groups < 2 * PER) {  // nothing lies behind the matrix
+      if (w.groups % PER || (int64_t)(w.rows - 1 - r) * w.groups < 2 * PER) {  // nothing lies behind the matrix
         end.assign(scales + means + 2 * WIDTH, 0);
         memcpy(end.data(), scale, scales);
         if (means) memcpy(end.data() + scales + WIDTH, mean, means);
@@ -144,38 +146,40 @@ struct LevelWeight {
     }
   }
 
-  struct Digit {
-    Bytes digits;  // [group][8 high, 8 low]
-    float step[PER];
-  };
-
-  // Of PER groups from g on.
   template <Dtype D>
-  INLINE Digit digits_of(const uint8_t* scale, const uint8_t* mean, int g) const {
-    constexpr int SIZE = D == F16 ? 2 : 4;
+  INLINE Floats means_of(const uint8_t* mean, int g) const {
+    return w.means == 4 ? load_quads<D>(mean + g * 4 * size_of(D)) : load_triples<D>(mean + g * 3 * size_of(D));
+  }
+
+  // No level of PER groups from g on is larger than one of these.
+  template <Dtype D>
+  INLINE Floats largest_of(const uint8_t* scale, const uint8_t* mean, int g) const {
+    if (!w.mean) {
+      const Floats a = size(load_pairs<D>(scale + g * 2 * size_of(D)));
+      return add(a, quad<1, 0, 3, 2>(a));
+    }
+    // Of low and mid; of both salient signs together.
+    const Floats each = add(size(load_quads<D>(scale + g * 4 * size_of(D))), size(means_of<D>(mean, g)));
+    return fma(quad<0, 1, 3, 3>(each), quads(0, 0, 1, 0), each);
+  }
+
+  // Of PER groups from g on: [group][8 high, 8 low].
+  template <Dtype D>
+  INLINE Bytes digits_of(const uint8_t* scale, const uint8_t* mean, int g, Floats inverse) const {
     const Floats turns = quads(-1, 1, -1, 1), halves = quads(-1, -1, 1, 1);
     Floats plain, own = set(0);
     if (!w.mean) {
-      const Floats a = load_pairs<D>(scale + g * 2 * SIZE);  // 0, first, second, both
-      plain = fma(quad<0, 0, 0, 0>(a), quads(0, 1, 0, 1), mul(quad<1, 1, 1, 1>(a), quads(0, 0, 1, 1)));
+      const Floats a = mul(load_pairs<D>(scale + g * 2 * size_of(D)), inverse);  // 0, first, second, both
+      plain = fma(quad<0, 0, 0, 0>(a), quads(0, 1, 0, 1), fma(quad<1, 1, 1, 1>(a), quads(0, 0, 1, 1), set(MIDDLE)));
     } else {
-      const Floats a = load_quads<D>(scale + g * 4 * SIZE);
-      const Floats m = w.means == 4 ? load_quads<D>(mean + g * 4 * SIZE) : load_triples<D>(mean + g * 3 * SIZE);
+      const Floats a = mul(load_quads<D>(scale + g * 4 * size_of(D)), inverse);
+      const Floats m = fma(means_of<D>(mean, g), inverse, quads(MIDDLE, MIDDLE, MIDDLE, 0));
       plain = fma(quad<0, 0, 1, 1>(a), turns, quad<0, 0, 1, 1>(m));
       own = fma(quad<2, 2, 2, 2>(a), halves, add(quad<2, 2, 2, 2>(m), quad<3, 3, 3, 3>(m)));
       own = fma(quad<3, 3, 3, 3>(a), turns, own);
     }
-    Floats most = greater(size(plain), size(own));
-    most = greater(most, quad<1, 0, 3, 2>(most));
-    most = greater(greater(most, quad<2, 3, 0, 1>(most)), set(1e-30f));
-    // A rough 1 / most serves where the step is one over that: a division takes longer than all the rest.
-    constexpr float MOST = MIDDLE - 4;
-    const Floats rough = reciprocal(most), inverse = mul(rough, set(MOST));
-    const Bytes q = plus16(packed32(rounded(mul(plain, inverse)), rounded(mul(own, inverse))), MIDDLE);
-    Digit made;
-    made.digits = packed16(shr(q, 7), keep16(q, 127));
-    firsts(mul(fma(most, sub(set(1), mul(rough, most)), most), set(1 / MOST)), made.step);
-    return made;
+    const Bytes q = packed32(rounded(plain), rounded(own));
+    return packed16(shr(q, 7), keep16<127>(q));
   }
 
  public:
@@ -265,10 +269,11 @@ void dot_levels(const LevelWeight& weight, const LevelWeight::State& state, cons
                 float* out) {
   constexpr int R = TILES<4, TOKENS>;
   const int stride = last - first, groups = weight.w.groups;
-  const Tiled tiled(groups);
+  float all[TOKENS] = {};  // of x, for every level has MIDDLE too much
+  for (int t = 0; t < TOKENS; t++)
+    for (int g = 0; g < groups; g++) all[t] += x.sums(token + t)[g];
   for (int r = first; r < last; r += R * TILE) {
     const Rows<R> rows(weight.w.weight, weight.w.row_bytes, r, last - 1);
-    const float* step = state.step.data() + tiled.row(r - first);
     const uint8_t* digits = state.digits.data() + (int64_t)(r - first) * groups * 16;
     Floats sums[R][TOKENS];
     for (int j = 0; j < R; j++)
@@ -299,20 +304,17 @@ void dot_levels(const LevelWeight& weight, const LevelWeight::State& state, cons
         }
       });
       for (int j = 0; j < R; j++) {
-        const Floats s = spread(loadf(step + j * tiled.span + g / 4 * LANES), g % 4);
         for (int t = 0; t < TOKENS; t++) {
           const Floats sum = joined(high_high[j][t].ints(), plus(high_low[j][t].ints(), low_high[j][t].ints()));
-          sums[j][t] = fma(sum, mul(s, set(128 * x.steps(token + t)[k])), sums[j][t]);
+          sums[j][t] = fma(sum, set(128 * x.steps(token + t)[k]), sums[j][t]);
         }
       }
     }
     for (int j = 0; j < R; j++) {
+      const float* step = state.step.data() + r + j * TILE - first;
       for (int t = 0; t < TOKENS; t++) {
-        Floats less = set(0);
-        for (int64_t g = 0; g < tiled.span; g += LANES)
-          less = fma(loadf(step + j * tiled.span + g), four(x.sums(token + t) + g / TILE), less);
-        const Floats y = sub(sums[j][t], mul(less, set(LevelWeight::MIDDLE)));
-        add_totals(y, last - r - j * TILE, out + t * stride + r + j * TILE - first);
+        const Floats less = quads(LevelWeight::MIDDLE * all[t], 0, 0, 0);
+        add_totals(mul(sub(sums[j][t], less), each_row(step)), last - r - j * TILE, out + t * stride + r + j * TILE - first);
       }
     }
   }

@@ -22,7 +22,7 @@ INLINE __m128i to_bf16(__m256 v) {
   return _mm_packus_epi32(_mm256_castsi256_si128(up), _mm256_extracti128_si256(up, 1));
 }
 
-inline int64_t size_of(Dtype dtype) { return dtype == F32 ? 4 : 2; }
+constexpr int64_t size_of(Dtype dtype) { return dtype == F32 ? 4 : 2; }
 
 inline void to_floats(const void* from, Dtype dtype, int64_t count, float* out) {
   if (dtype == F32) {

@@ -6,6 +6,11 @@
 
 #define INLINE inline __attribute__((always_inline))
 
+// The same number all over, as a constant: making one takes longer than loading it.
+struct alignas(64) Number {
+  int32_t all[16];
+  constexpr Number(int n) : all{n, n, n, n, n, n, n, n, n, n, n, n, n, n, n, n} {}
+};
 #ifdef __AVX512VNNI__
 constexpr int WIDTH = 64;  // bytes in a vector
 using Bytes = __m512i;
@@ -30,8 +35,6 @@ INLINE Bytes flip(Bytes v, int mask) { return _mm512_xor_si512(v, _mm512_set1_ep
 INLINE Bytes saturated(Bytes v, int n) { return _mm512_adds_epu8(v, _mm512_set1_epi8(n)); }
 INLINE Bytes turned(Bytes v) { return _mm512_shuffle_epi32(v, _MM_PERM_BADC); }
 INLINE Bytes plus8(Bytes v, int n) { return _mm512_add_epi8(v, _mm512_set1_epi8(n)); }
-INLINE Bytes plus16(Bytes v, int n) { return _mm512_add_epi16(v, _mm512_set1_epi16(n)); }
-INLINE Bytes keep16(Bytes v, int mask) { return _mm512_and_si512(v, _mm512_set1_epi16(mask)); }
 // Narrowed: of every 16 bytes those of a, then those of b.
 INLINE Bytes packed32(Bytes a, Bytes b) { return _mm512_packs_epi32(a, b); }
 INLINE Bytes packed16(Bytes a, Bytes b) { return _mm512_packus_epi16(a, b); }
@@ -49,7 +52,7 @@ INLINE Floats mul(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
 INLINE Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
 INLINE Floats sub(Floats a, Floats b) { return _mm512_sub_ps(a, b); }
 INLINE Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
-INLINE Floats reciprocal(Floats v) { return _mm512_rcp14_ps(v); }  // to 11 bits at least
+INLINE float largest(Floats v) { return _mm512_reduce_max_ps(v); }
 INLINE Bytes rounded(Floats v) { return _mm512_cvtps_epi32(v); }
 INLINE Floats greater(Floats a, Floats b) { return _mm512_max_ps(a, b); }
 INLINE Floats size(Floats v) { return _mm512_abs_ps(v); }
@@ -94,11 +97,6 @@ INLINE Floats joined(Bytes high, Bytes low) {
   return _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(high, 7), low));
 }
 
-// The same number all over, as a constant: making one takes longer than loading it.
-struct alignas(64) Number {
-  int32_t all[16];
-  constexpr Number(int n) : all{n, n, n, n, n, n, n, n, n, n, n, n, n, n, n, n} {}
-};
 // Of every four floats number i, four times.
 INLINE Floats spread(Floats v, int i) {
   static constexpr Number numbers[4] = {Number(0), Number(1), Number(2), Number(3)};
@@ -153,8 +151,6 @@ INLINE Bytes flip(Bytes v, int mask) { return _mm256_xor_si256(v, _mm256_set1_ep
 INLINE Bytes saturated(Bytes v, int n) { return _mm256_adds_epu8(v, _mm256_set1_epi8(n)); }
 INLINE Bytes turned(Bytes v) { return _mm256_shuffle_epi32(v, 0x4e); }
 INLINE Bytes plus8(Bytes v, int n) { return _mm256_add_epi8(v, _mm256_set1_epi8(n)); }
-INLINE Bytes plus16(Bytes v, int n) { return _mm256_add_epi16(v, _mm256_set1_epi16(n)); }
-INLINE Bytes keep16(Bytes v, int mask) { return _mm256_and_si256(v, _mm256_set1_epi16(mask)); }
 INLINE Bytes packed32(Bytes a, Bytes b) { return _mm256_packs_epi32(a, b); }
 INLINE Bytes packed16(Bytes a, Bytes b) { return _mm256_packus_epi16(a, b); }
 INLINE __m128i lane16(Bytes v, int lane) { return lane ? _mm256_extracti128_si256(v, 1) : _mm256_castsi256_si128(v); }
@@ -166,7 +162,11 @@ INLINE Floats mul(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
 INLINE Floats fma(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
 INLINE Floats sub(Floats a, Floats b) { return _mm256_sub_ps(a, b); }
 INLINE Floats add(Floats a, Floats b) { return _mm256_add_ps(a, b); }
-INLINE Floats reciprocal(Floats v) { return _mm256_rcp_ps(v); }
+INLINE float largest(Floats v) {
+  const __m128 half = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  const __m128 pair = _mm_max_ps(half, _mm_movehl_ps(half, half));
+  return _mm_cvtss_f32(_mm_max_ss(pair, _mm_movehdup_ps(pair)));
+}
 INLINE Bytes rounded(Floats v) { return _mm256_cvtps_epi32(v); }
 INLINE Floats greater(Floats a, Floats b) { return _mm256_max_ps(a, b); }
 INLINE Floats size(Floats v) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), v); }
@@ -297,6 +297,13 @@ template <int N>
 INLINE Many<N> either(Many<N> a, const Many<N>& b) {
   for (int i = 0; i < N; i++) a.v[i] = either(a.v[i], b.v[i]);
   return a;
+}
+
+// The bits of `mask` of every 16.
+template <int MASK>
+INLINE Bytes keep16(Bytes v) {
+  static constexpr Number mask(MASK << 16 | MASK);
+  return both(v, load(&mask));
 }
 
 // The same of 16 bytes: one row.
