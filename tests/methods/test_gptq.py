@@ -9,6 +9,8 @@ from contract import checks
 from reference.gptq import gptq
 
 from llq_hf.bits import unpack
+from llq_hf.errors import LLQError
+from llq_hf.feedback import by_columns
 from llq_hf.method import Job, stored_bits
 from llq_hf.methods import build
 from llq_hf.quantize import quantize_model
@@ -91,6 +93,14 @@ def test_without_a_factor_it_is_rtn():
         packed = build("gptq", bits=3, **options).quantize(weight_OI, stat, job)
         assert job.notes["fallback"] == "rtn"
         checks.check_same_bits(packed, checks.quantize(build("rtn", bits=3, **options), weight_OI))
+
+
+def test_a_repair_that_overflows_is_an_error():
+    """uint8 codes cannot show that the values they were rounded from are none."""
+    W_OI, U_II = torch.full((4, 200), 10.0), torch.eye(200)
+    U_II[0, 5:], U_II[1, 5:] = 3e38, -3e38  # one infinity, and then the other
+    with pytest.raises(LLQError, match="overflows fp32"):
+        by_columns(W_OI, U_II, lambda j, w_O: torch.zeros_like(w_O))
 
 
 def test_the_damping_ladder_is_climbed_and_noted():
