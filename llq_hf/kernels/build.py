@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -62,20 +63,22 @@ def build(folder: Path = PACKAGED) -> list[Path]:
     if program is None:
         raise BuildError("no C++ compiler for x86-64 was found; install g++ or clang++, or set CXX")
     folder.mkdir(parents=True, exist_ok=True)
-    done = []
-    for isa, flags in ISAS.items():
-        target = library(folder, isa)
-        with tempfile.TemporaryDirectory(dir=folder) as draft:
-            command = [program, *FLAGS, *flags, str(SOURCES / "cpu.cpp"), "-o", f"{draft}/lib.so"]
-            ran = subprocess.run(command, capture_output=True, text=True, check=False)
-            if ran.returncode:
-                raise BuildError(f"{' '.join(command)} failed:\n{ran.stderr[-2000:]}")
-            os.replace(f"{draft}/lib.so", target)
-        for stale in folder.glob(f"llq-{isa}-*.so"):
-            if stale != target:
-                stale.unlink()
-        done.append(target)
-    return done
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        return list(threads.map(lambda isa: _compile(program, isa, folder), ISAS))
+
+
+def _compile(program: str, isa: str, folder: Path) -> Path:
+    target = library(folder, isa)
+    with tempfile.TemporaryDirectory(dir=folder) as draft:
+        command = [program, *FLAGS, *ISAS[isa], str(SOURCES / "cpu.cpp"), "-o", f"{draft}/lib.so"]
+        ran = subprocess.run(command, capture_output=True, text=True, check=False)
+        if ran.returncode:
+            raise BuildError(f"{' '.join(command)} failed:\n{ran.stderr[-2000:]}")
+        os.replace(f"{draft}/lib.so", target)
+    for stale in folder.glob(f"llq-{isa}-*.so"):
+        if stale != target:
+            stale.unlink()
+    return target
 
 
 if __name__ == "__main__":
