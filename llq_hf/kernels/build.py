@@ -21,7 +21,7 @@ HERE = Path(__file__).parent
 SOURCES, PACKAGED = HERE / "cpp", HERE / "lib"
 # Best first. What a processor must have for each is asked in native.py.
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
-AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mbmi2"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni"]
 ISAS = {
     "avx512vbmi2": [*AVX512, "-mavx512vbmi", "-mavx512vbmi2", "-mavx512vpopcntdq"],  # Ice Lake, Zen 4
     "avx512": AVX512,

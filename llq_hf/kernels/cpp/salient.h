@@ -28,17 +28,6 @@ struct Salient {
   int32_t rows, columns, groups, group_size, dtype, low_bits;
 };
 
-// The number of the first bit that is zero but for n others before it.
-inline int zero_at(uint64_t bits, int n) {
-#ifdef __BMI2__
-  return __builtin_ctzll(_pdep_u64(1ull << (n & 63), ~bits));
-#else
-  uint64_t zeros = ~bits;
-  while (n--) zeros &= zeros - 1;
-  return __builtin_ctzll(zeros);
-#endif
-}
-
 // What is listed in some cells: its place in the cell and its code. Cell c has those from begin[c - first] to the next begin.
 struct List {
   std::vector<uint8_t> place, code, low;
@@ -122,7 +111,7 @@ struct SalientWeight {
     const int shift = w.low_bits, log_parts = __builtin_ctz(parts), most = 63 / parts + 1;  // cells that begin in a word
     int64_t ones = before - origin, zeros = at.zeros;
     list.first = zeros >> log_parts;
-    list.begin.assign(last - list.first + 2 + 2 * most, w.count - origin);
+    list.begin.assign(last - list.first + 2 + 2 * most + 16, w.count - origin);
     if (first == 0) list.begin[0] = 0;
     int32_t* begin = list.begin.data();
     for (int64_t block = at.block; zeros < last * parts && block * BLOCK < w.unary; block++) {
@@ -132,9 +121,10 @@ struct SalientWeight {
       bits_of(block, bits);
       for (const uint64_t word : bits) {
         int32_t* here = begin + (zeros >> log_parts) + 1 - list.first;
-        int n = parts - 1 - (zeros & (parts - 1));  // of the zero behind the cell's last high part
-        for (int i = 0; i < most; i++, n += parts) here[i] = ones + zero_at(word, n) - n;  // the next word mends excess
-        places_of_ones(word, places);
+        const int n = parts - 1 - (zeros & (parts - 1));  // of the zero behind the cell's last high part
+        ones_before_zeros(word, n, parts, most, here);    // the next word mends what is too many
+        for (int i = 0; i < most; i++) here[i] += ones;
+        zeros_before_ones(word, places);
         for (int i = 0; i < 64; i += WIDTH)
           store(places + i, shl(keep(plus8(load(places + i), zeros), parts - 1), shift));
         const int found = __builtin_popcountll(word);

@@ -252,14 +252,26 @@ INLINE void planes(__m128i v, uint64_t* out) {
 INLINE Bytes gather128(const int8_t* table, Bytes index) {
   return _mm512_permutex2var_epi8(load(table), index, load(table + WIDTH));
 }
-// Where ones of `bits` stand, less how many came before, to out[0..]; 64 may be written.
-INLINE void places_of_ones(uint64_t bits, uint8_t* out) {
+// Where ones of `bits` stand, less how many came before: that is, how many zeros.
+INLINE Bytes zeros_before_ones(uint64_t bits) {
   alignas(64) static constexpr uint8_t steps[64] = {
       0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21,
       22, 23, 24, 25, 26, 27, 28, 29, 30, 31, 32, 33, 34, 35, 36, 37, 38, 39, 40, 41, 42, 43,
       44, 45, 46, 47, 48, 49, 50, 51, 52, 53, 54, 55, 56, 57, 58, 59, 60, 61, 62, 63};
   const Bytes all = load(steps);
-  _mm512_storeu_si512(out, _mm512_sub_epi8(_mm512_maskz_compress_epi8(bits, all), all));
+  return _mm512_sub_epi8(_mm512_maskz_compress_epi8(bits, all), all);
+}
+// The same to out[0..]; 64 may be written.
+INLINE void zeros_before_ones(uint64_t bits, uint8_t* out) { store(out, zeros_before_ones(bits)); }
+// How many ones come before the zeros number n, n + step, ... of `bits`, `count` of them, where there are that many; 16 or a
+// multiple may be written.
+INLINE void ones_before_zeros(uint64_t bits, int n, int step, int count, int32_t* out) {
+  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const Bytes all = zeros_before_ones(~bits), strides = _mm512_mullo_epi32(lane, _mm512_set1_epi32(step));
+  for (int i = 0; i < count; i += 16, n += 16 * step) {
+    const Bytes found = _mm512_permutexvar_epi8(plus(strides, _mm512_set1_epi32(n)), all);
+    store(out + i, both(found, _mm512_set1_epi32(255)));
+  }
 }
 #else
 INLINE Bytes gather128(const int8_t* table, Bytes index) {
@@ -268,8 +280,15 @@ INLINE Bytes gather128(const int8_t* table, Bytes index) {
     found = either(found, pick(both16(table + 16 * slot), saturated(flip(index, 16 * slot), 0x70)));
   return found;
 }
-INLINE void places_of_ones(uint64_t bits, uint8_t* out) {
+INLINE void zeros_before_ones(uint64_t bits, uint8_t* out) {
   for (int i = 0; bits; bits &= bits - 1, i++) out[i] = __builtin_ctzll(bits) - i;
+}
+INLINE void ones_before_zeros(uint64_t bits, int n, int step, int count, int32_t* out) {
+  uint64_t zeros = ~bits;
+  for (int i = 0, passed = 0; i < count; i++, n += step) {
+    for (; passed < n; passed++) zeros &= zeros - 1;
+    out[i] = zeros ? __builtin_ctzll(zeros) - n : 0;
+  }
 }
 #endif
 
