@@ -98,3 +98,9 @@ def _unpack_blocks(as_bytes: Tensor, bits: int, block: int) -> Tensor:
         start = stop
     assert codes is not None
     return codes.reshape(*lead, count * block)
+
+
+def count_ones(words: Tensor) -> int:
+    """How many bits of an int32 tensor are set."""
+    of_byte_256 = torch.tensor([byte.bit_count() for byte in range(256)], dtype=torch.int32, device=words.device)
+    return int(of_byte_256[words.view(torch.uint8).int()].sum())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llq_hf.bits import pack, packed_words, plane_widths, unpack
+from llq_hf.bits import count_ones, pack, packed_words, plane_widths, unpack
 
 WIDTHS = range(1, 9)
 LENGTHS = [1, 2, 31, 32, 33, 63, 64, 65, 96, 127, 128, 129, 160, 172, 255, 256, 300, 513]
@@ -92,3 +92,8 @@ def test_shapes_of_any_rank_and_views():
 def test_floats_that_are_not_whole_never_reach_the_file_as_their_neighbours():
     with pytest.raises(ValueError):  # noqa: PT011 (any text: what matters is that nothing is stored)
         pack(torch.tensor([float("nan"), 0.0]), 4)
+
+
+def test_ones_are_counted():
+    words = torch.tensor([[0, -1], [1, -(1 << 31)]], dtype=torch.int32)
+    assert count_ones(words) == 0 + 32 + 1 + 1

@@ -44,7 +44,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..bits import pack, packed_words, unpack
+from ..bits import count_ones, pack, packed_words, unpack
 from ..errors import LLQError
 from ..feedback import by_columns
 from ..grids import Grid, Spec, Uniform
@@ -55,6 +55,7 @@ from ..stats import PairedHessian, Stat, factorize, revive_dead
 
 SALIENCES = ("hessian", "magnitude")
 MEANS = ("group", "binarized")
+DAMAGED = "the list of salient weights is damaged: it holds another number of them than bits says"
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ class Positions:
 
 def _ones(mask_N: Tensor, count: int) -> Tensor:
     """Where the `count` ones of a mask are [count]: known beforehand, so that a GPU need not stop to count them."""
-    torch._assert_async(mask_N.sum() == count, "the list of salient weights is damaged")
+    torch._assert_async(mask_N.sum() == count, DAMAGED)
     return torch.nonzero_static(mask_N, size=count).flatten()
 
 
@@ -342,6 +343,8 @@ class PBLLM(Method):
         positions = self._positions(out_features, in_features)
         if not positions.count or positions.listed < positions.count or positions.low_bits is None:
             return None
+        if count_ones(packed["position"]) != positions.listed:  # kernels would read behind the codes
+            raise LLQError(DAMAGED)
         return SalientCodes(
             weight=packed["weight"],
             columns=in_features,

@@ -11,7 +11,7 @@ from methods.test_gptq import hessian_of, well_conditioned
 from reference.pb_llm import pb_llm
 
 from llq_hf.errors import LLQError
-from llq_hf.method import Flow, stored_bits
+from llq_hf.method import Flow, Job, stored_bits
 from llq_hf.methods import build
 from llq_hf.methods.pb_llm import Positions
 from llq_hf.stats import PairedHessian, Stat
@@ -188,3 +188,15 @@ def test_options_are_checked():
 def test_levels_that_fp16_cannot_hold_are_refused():
     with pytest.raises(LLQError, match="fp16"):
         checks.quantize(build("pb_llm"), checks.weight(8, 64) * 1e8, well_conditioned(64))
+
+
+@pytest.mark.parametrize("word", [-1, 0], ids=["more", "fewer"])
+def test_a_list_of_the_wrong_length_is_an_error(word: int):
+    """Whoever multiplies: kernels would read codes that are not there."""
+    method, x_TI = build("pb_llm", bits=1.7), torch.randn(2, 256).bfloat16()
+    packed = method.quantize(torch.randn(16, 256), statistic(torch.randn(300, 256)), Job("x"))
+    method.linear(x_TI, packed, None, 16)
+    packed["position"][2] = word
+    for call in (lambda: method.linear(x_TI, packed, None, 16), lambda: method.dequantize(packed, 16, 256)):
+        with pytest.raises((LLQError, RuntimeError), match="list of salient weights is damaged"):
+            call()
