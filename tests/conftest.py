@@ -46,6 +46,12 @@ SIZES: dict[str, object] = {  # grouped queries, widths that no group size divid
 torch.set_num_threads(1)  # tensors here are tiny: on a busy machine a second thread makes them 10 times slower
 
 
+@pytest.fixture(scope="session", autouse=True)
+def inductor_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """torch.compile's cache: in the user's, what a killed process left half written fails tests for ever."""
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path_factory.mktemp("inductor"))
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The shared folder beside the repository (or $LLQ_SHARED): models and golden numbers that are too big for git."""
