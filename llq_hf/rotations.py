@@ -5,7 +5,8 @@ Legend: n size, A x B = n with A and B near sqrt(n), K x P = n with P a power of
 Q = permute_out . (Q0 x Q1) . permute_in: a vector is permuted, seen as an [A, B] matrix, multiplied along its first
 axis by an A x A and along its second by a B x B random orthogonal matrix, and permuted again (QuIP, Chee et al. 2023,
 section 4). Randomness comes from numpy's RandomState, whose streams numpy has promised never to change (NEP 19): a
-checkpoint must mean the same weights in ten years. Factors are kept in fp32, about 8 (A + B) sqrt(n) bytes.
+checkpoint must mean the same weights in ten years. Factors are kept in fp32, and transposed for kernels: 8 (A^2 + B^2)
+bytes, beside 16 n of the permutations.
 
 Hadamards are H_K x H_P: a fast Walsh-Hadamard transform along P, a small K x K matrix across (see `hadamard`).
 """
@@ -74,13 +75,16 @@ def rotation(seed: int, n: int, blocked: bool, device: torch.device) -> Rotation
     second = _orthogonal(random, a if blocked else 1, b)
     if not blocked:
         first, second = first[0], second[0]
-    parts = (permute_in, first, second, permute_out, torch.argsort(permute_in), torch.argsort(permute_out))
-    permute_in, first, second, permute_out, unpermute_in, unpermute_out = (part.to(device) for part in parts)
+    first, second = first.to(device), second.to(device)
+    into, out, from_in, from_out = (
+        order.to(device, torch.int32)
+        for order in (permute_in, permute_out, torch.argsort(permute_in), torch.argsort(permute_out))
+    )
     forth = back = None
     if not blocked:
-        forth = Turn(permute_in.int(), first.contiguous(), second.T.contiguous(), permute_out.int())
-        back = Turn(unpermute_out.int(), first.T.contiguous(), second.contiguous(), unpermute_in.int())
-    return Rotation(permute_in, first, second, permute_out, unpermute_in, unpermute_out, forth, back)
+        forth = Turn(into, first, second.T.contiguous(), out)
+        back = Turn(from_out, first.T.contiguous(), second, from_in)
+    return Rotation(into, first, second, out, from_in, from_out, forth, back)
 
 
 def _orthogonal(random: np.random.RandomState, count: int, size: int, dtype: type = np.float32) -> Tensor:

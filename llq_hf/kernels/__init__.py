@@ -25,8 +25,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..bits import BLOCK
-from . import native
-from .native import backend, describe, digits, floats, integer_tiles, structs, tiles
+from .native import backend, describe, digits, floats, integer_tiles, structs, tiles, turn
 from .stored import Kept, LevelCodes, Numbers, Part, SalientCodes, Stored, TableCodes, Turn, UniformCodes, keep, kept
 
 __all__ = [
@@ -140,9 +139,10 @@ def turned(
 
     divisor: fp16 [n]; factor: fp32 [1].
     """
-    if by is None or not by.whole_vectors or x.device.type != "cpu" or x.dtype not in ALL or not _native(x):
+    fits = by is not None and by.whole_vectors and x.device.type == "cpu" and x.dtype in ALL
+    if by is None or not fits or not _native(x) or structs(by) is None:
         return slow()
-    return native.turn(x, by, divisor, factor)
+    return turn(x, by, divisor, factor)
 
 
 def _native(x: Tensor) -> bool:

@@ -208,14 +208,10 @@ def turn(x: Tensor, by: Turn, divisor: Tensor | None, factor: Tensor | None) -> 
     """factor * the transform of x / divisor, all in fp32, in the dtype of x."""
     x = x.contiguous()
     y = torch.empty_like(x)
-    if "structs" not in by.memo:
-        tensors = (by.source, by.left, by.right, by.target)
-        by.memo["structs"] = _Turn(*map(_pointer, tensors), by.left.shape[0], by.right.shape[0])
-    given = ctypes.byref(by.memo["structs"])
     rows = (x.data_ptr(), DTYPES[x.dtype], x.numel() // x.shape[-1], _pointer(divisor), _pointer(factor), y.data_ptr())
     found = backend()
     assert found is not None
-    _bound(found.library, "llq_turn", "turn")(given, *rows, torch.get_num_threads())
+    _bound(found.library, "llq_turn", "turn")(structs(by), *rows, torch.get_num_threads())
     return y
 
 
@@ -244,20 +240,24 @@ def _bound(library: ctypes.CDLL, function: str, name: str) -> Any:
     return found
 
 
-def structs(stored: Stored) -> Any:
+def structs(stored: Stored | Turn) -> Any:
     """A C array of the structs that describe it, of uniform codes one for each part; None where C cannot read it."""
     if "structs" not in stored.memo:
         stored.memo["structs"] = _structs(stored) if readable(stored) else None
     return stored.memo["structs"]
 
 
-def _structs(stored: Stored) -> Any:
+def _structs(stored: Stored | Turn) -> Any:
     if isinstance(stored, UniformCodes):
         each = [_struct(stored, part) for part in stored.parts]
     else:
-        readers: dict[type, Any] = {LevelCodes: _levels, TableCodes: _table, SalientCodes: _salient}
+        readers: dict[type, Any] = {LevelCodes: _levels, TableCodes: _table, SalientCodes: _salient, Turn: _turn}
         each = [readers[type(stored)](stored)]
     return (type(each[0]) * len(each))(*each)
+
+
+def _turn(by: Turn) -> _Turn:
+    return _Turn(*map(_pointer, by.tensors), by.left.shape[0], by.right.shape[0])
 
 
 def _salient(stored: SalientCodes) -> _Salient:

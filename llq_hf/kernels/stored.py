@@ -34,7 +34,7 @@ class Part:
 
 @dataclass(frozen=True, eq=False)
 class _Stored:
-    """memo: what kernels found out about it, once; a linear of few tokens takes no longer than looking twice would."""
+    """memo: what kernels found out about it, once: finding it again would take as long as a small product."""
 
     memo: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)
 
@@ -228,6 +228,10 @@ class Turn(_Stored):
     def whole_vectors(self) -> bool:
         return self.right.shape[0] % 16 == 0
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [self.source, self.left, self.right, self.target]
+
 
 Stored = UniformCodes | LevelCodes | TableCodes | SalientCodes
 
@@ -286,7 +290,7 @@ def kept(packed: dict[str, Tensor], make: Callable[[], Made], name: str = "store
     return made
 
 
-def readable(stored: Stored) -> bool:
+def readable(stored: Stored | Turn) -> bool:
     """Whether every tensor lies in memory as C expects it."""
     dtypes = (torch.int32, torch.uint8, torch.float16, torch.float32)
     return all(t.is_contiguous() and t.dtype in dtypes and t.device.type == "cpu" for t in stored.tensors)

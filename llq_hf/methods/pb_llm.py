@@ -55,7 +55,6 @@ from ..stats import PairedHessian, Stat, factorize, revive_dead
 
 SALIENCES = ("hessian", "magnitude")
 MEANS = ("group", "binarized")
-DAMAGED = "the list of salient weights is damaged: it holds another number of them than bits says"
 
 
 @dataclass(frozen=True)
@@ -129,10 +128,15 @@ class Positions:
         salient_N[listed_K] = False
         return _ones(salient_N, self.count)
 
+    def check(self, packed: Packed) -> None:
+        """LLQError where the list has another length: `unpack` and kernels rely on it."""
+        wanted = self.count if self.low_bits is None else self.listed
+        if self.listed and (found := count_ones(packed["position"])) != wanted:
+            raise LLQError(f"the list of salient weights is damaged: it holds {found} of them, not {wanted}")
+
 
 def _ones(mask_N: Tensor, count: int) -> Tensor:
     """Where the `count` ones of a mask are [count]: known beforehand, so that a GPU need not stop to count them."""
-    torch._assert_async(mask_N.sum() == count, DAMAGED)
     return torch.nonzero_static(mask_N, size=count).flatten()
 
 
@@ -343,8 +347,7 @@ class PBLLM(Method):
         positions = self._positions(out_features, in_features)
         if not positions.count or positions.listed < positions.count or positions.low_bits is None:
             return None
-        if count_ones(packed["position"]) != positions.listed:  # kernels would read behind the codes
-            raise LLQError(DAMAGED)
+        kept(packed, lambda: positions.check(packed), "checked")
         return SalientCodes(
             weight=packed["weight"],
             columns=in_features,
@@ -369,6 +372,7 @@ class PBLLM(Method):
             part_OB.mul_(packed["scale"][:, g, None].float()).add_(packed["mean"][:, g, None].float())
         positions = self._positions(out_features, in_features)
         if positions.count:
+            kept(packed, lambda: positions.check(packed), "checked")
             at_S = positions.unpack(packed, weight_OI.device)
             code_S = unpack(packed["code"], 7, positions.count) | top_OI.view(-1)[at_S] << 7
             row_S = torch.div(at_S, in_features, rounding_mode="floor")

@@ -175,7 +175,7 @@ class QuIP(Method):
             weight_OI = V.invert(U.invert(levels_OI.T).T)
         else:
             weight_OI = self.row_grid.unpack(packed, in_features)
-        return weight_OI / packed["in_scale"].float() if self.rescale else weight_OI
+        return self._scaled(weight_OI, packed)
 
     def affine(self, packed: Packed, out_features: int, in_features: int) -> Affine:
         if self.incoherence:
@@ -189,10 +189,9 @@ class QuIP(Method):
             return self.row_grid.linear(self._scaled(x, packed).to(x.dtype), packed, bias)
         in_features, top = x.shape[-1], 2**self.bits - 1
         V, U = kept(packed, lambda: self._sides(packed["seeds"], out_features, in_features), "sides")
-        step = kept(
-            packed, lambda: self._step(packed), "step"
-        )  # z is scaled before the product: fp16 must not overflow
+        step = kept(packed, lambda: self._step(packed), "step")
         s_I = packed["in_scale"] if self.rescale else None
+        # Scaled before the product: fp16 must not overflow.
         z = turned(x, V.forth, lambda: (V.apply(self._scaled(x, packed)) * step).to(x.dtype), s_I, step)
         part = Part(self.bits, in_features)
         stored = kept(packed, lambda: UniformCodes(packed["weight"], in_features, (part,), 2.0, top / 2, in_features))

@@ -17,10 +17,6 @@ INLINE void fetch(const uint8_t* p, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch((const char*)p + i, _MM_HINT_T0);
 }
 
-constexpr int64_t packed_bytes(int64_t n, int bits) {
-  return n / BLOCK * 16 * bits + (n % BLOCK + UNIT - 1) / UNIT * 4 * bits;
-}
-
 // Code i of n that are packed at p. For what no vector is worth: tails of rows.
 inline int code_at(const uint8_t* p, int64_t i, int64_t n, int bits) {
   const int64_t whole = n / BLOCK * BLOCK;

@@ -279,7 +279,7 @@ void llq_turn(const Turn* given, const void* x, int dtype, int tokens, const voi
   const int n = given->a * given->b;
   const int64_t bytes = n * size_of((Dtype)dtype);
   static thread_local std::vector<float> divisors;
-  divisors.assign(n, 1);
+  divisors.resize(n);
   if (divisor) to_floats(divisor, F16, n, divisors.data());
   const float *by = divisors.data(), times = factor ? *factor : 1;
   pool().run(tokens, threads, [&](int t) {

@@ -72,7 +72,6 @@ INLINE Floats floats(const uint8_t* p) { return floats(_mm_loadu_si128((const __
 INLINE float total(Floats v) { return _mm512_reduce_add_ps(v); }
 // LANES bytes as int32.
 INLINE Bytes widened(const uint8_t* p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)); }
-INLINE Bytes high_half(Bytes v) { return _mm512_srli_epi32(v, 4); }
 // table[q[i]] for LANES codes below 8.
 INLINE Floats look_up(const float* table, const uint8_t* q) {
   return _mm512_permutexvar_ps(widened(q), _mm512_castps256_ps512(_mm256_loadu_ps(table)));
@@ -183,7 +182,6 @@ INLINE Floats floats(const uint8_t* p) {
   return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)));
 }
 INLINE Bytes widened(const uint8_t* p) { return _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)); }
-INLINE Bytes high_half(Bytes v) { return _mm256_srli_epi32(v, 4); }
 INLINE Floats look_up(const float* table, const uint8_t* q) {
   return _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), widened(q));
 }
