@@ -32,7 +32,7 @@ def inspect_checkpoint(path: Path) -> dict[str, Any]:
     report = read_report(path) if (path / REPORT).is_file() else {"linears": [], "bits": {}}
     weights = sum(record["shape"][0] * record["shape"][1] for record in report["linears"])
     if not weights:  # saved by save_pretrained, which writes no report
-        weights = sum(linear.weight.numel() for linear in arch.quantizable(build_skeleton(checkpoint)).values())
+        weights = sum(linear.weight.numel() for linear in arch.quantizable(build_skeleton(path)).values())
     return {
         "path": str(path),
         "method": method.name,

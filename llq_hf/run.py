@@ -103,7 +103,7 @@ def prepare(
     if checkpoint.is_quantized:
         kind = checkpoint.config["quantization_config"].get("quant_method", "unknown")
         raise LLQError(f"{model} is quantized already ({kind}); give the full-precision model")
-    skeleton = build_skeleton(checkpoint)
+    skeleton = build_skeleton(checkpoint.path)
     method = method.fitted(skeleton)
     dtype = _dtype(run.dtype, skeleton)
     check_device(run.device)
@@ -349,14 +349,14 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def build_skeleton(checkpoint: Checkpoint) -> PreTrainedModel:
-    """The model of the checkpoint's config on the meta device: shapes, no memory."""
+def build_skeleton(path: Path) -> PreTrainedModel:
+    """The model of a checkpoint folder's config on the meta device: shapes, no memory."""
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # transformers and the Hub client validate with a dozen types
-        raise LLQError(f"{checkpoint.path / 'config.json'} describes no model: {one_line(error)}") from error
+        raise LLQError(f"{path / 'config.json'} describes no model: {one_line(error)}") from error
     with torch.device("meta"):
         return auto_class(config).from_config(config)
 

@@ -74,7 +74,7 @@ def test_visual_tokens_are_in_the_statistics(tiny_llava: Path, pairs: Pairs) -> 
     assert images > 50
 
     checkpoint = Checkpoint.open(str(tiny_llava))
-    skeleton = build_skeleton(checkpoint)
+    skeleton = build_skeleton(checkpoint.path)
     named = checkpoint.named(module_names(skeleton, checkpoint.files))
     blocks = StreamedBlocks(named, skeleton, torch.float32, torch.device("cpu"))
     stream = Stream(blocks, pairs, None, PassListener())

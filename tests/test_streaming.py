@@ -114,7 +114,7 @@ def test_a_streamed_block_is_the_live_block(model):
     from transformers import AutoModelForCausalLM
 
     checkpoint = Checkpoint.open(str(model))
-    skeleton = build_skeleton(checkpoint)
+    skeleton = build_skeleton(checkpoint.path)
     assert all(parameter.is_meta for parameter in skeleton.parameters())
     streamed = StreamedBlocks(checkpoint, skeleton, torch.float32, torch.device("cpu"))
     live = LiveBlocks(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32))

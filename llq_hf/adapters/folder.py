@@ -19,7 +19,6 @@ from torch import nn
 
 from ..checkpoint import read_json
 from ..errors import LLQError
-from ..hf import LLQConfig
 from ..linear import QuantLinear
 
 NOTE, ADAPTER, BASE = "llq_adapter.json", "adapter_config.json", "base"
@@ -73,7 +72,7 @@ def packed_sha256(model: nn.Module) -> str:
 
 def _fingerprint(model: nn.Module) -> str | None:
     config = getattr(getattr(model, "config", None), "quantization_config", None)
-    return config.fingerprint if isinstance(config, LLQConfig) else None
+    return getattr(config, "fingerprint", None)
 
 
 def _shown(fingerprint: str | None) -> str:

@@ -43,7 +43,7 @@ def export(
     checkpoint = Checkpoint.open(str(path))
     if out.exists():
         raise LLQError(f"{out} exists; give a folder that does not")
-    skeleton = build_skeleton(checkpoint)
+    skeleton = build_skeleton(checkpoint.path)
     form = kind(dtype or kind.preferred or skeleton.dtype)
     draft = out.with_name(out.name + ".part")
     shutil.rmtree(draft, ignore_errors=True)

@@ -82,13 +82,13 @@ def assert_same_tensors(first: dict[str, Tensor], second: dict[str, Tensor]) -> 
 
 def fitted(base: Path, name: str, bits: float, options: dict[str, Any]) -> Method:
     """The method as a run on this model has it."""
-    return build(name, bits=bits, **options).fitted(build_skeleton(Checkpoint.open(str(base))))
+    return build(name, bits=bits, **options).fitted(build_skeleton(base))
 
 
 def rewritten(base: Path, method: Method) -> Checkpoint:
     """The dense checkpoint as the method has it before it quantizes (most methods: as it is)."""
     checkpoint = Checkpoint.open(str(base))
-    return Rewritten.of(checkpoint, method.rewrite(build_skeleton(checkpoint), {}))
+    return Rewritten.of(checkpoint, method.rewrite(build_skeleton(checkpoint.path), {}))
 
 
 def file_tensors(folder: Path) -> dict[str, Tensor]:

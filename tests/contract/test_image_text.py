@@ -84,7 +84,7 @@ def test_only_the_text_decoder_is_quantized(
     assert set(stored) == set(again)  # the Hub's names, whoever writes
     assert {key for key in base if key not in stored} == set()
     checkpoint = Checkpoint.open(str(tiny_llava))
-    skeleton = build_skeleton(checkpoint)
+    skeleton = build_skeleton(checkpoint.path)
     rewrite = build(name, bits=bits, **options).fitted(skeleton).rewrite(skeleton, {})
     source = Rewritten.of(checkpoint.named(module_names(skeleton, base)), rewrite)
     state = streamed.state_dict()
