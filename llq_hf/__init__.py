@@ -6,13 +6,13 @@ LLQError, and one configuration type per method (RTNConfig, GPTQConfig, QuIPConf
 """
 
 _WHERE = {
-    "Calibration": "data",
-    "LLQError": "errors",
-    "QuantizedLlama": "modeling",
-    "QuantizedLlavaNext": "modeling",
+    "Calibration": "data.windows",
+    "LLQError": "common.errors",
+    "QuantizedLlama": "hosts.hf_models",
+    "QuantizedLlavaNext": "hosts.hf_models",
     "build": "methods",
-    "quantize_checkpoint": "run",
-    "quantize_model": "quantize",
+    "quantize_checkpoint": "engine.execute",
+    "quantize_model": "engine.step",
 }
 
 
@@ -22,7 +22,9 @@ def __getattr__(name: str):  # type: ignore[no-untyped-def]
     if name in _WHERE:
         return getattr(import_module(f"{__name__}.{_WHERE[name]}"), name)
     if name.endswith("Config") and not name.startswith("_"):
-        configs = {config.__name__: config for config in import_module(f"{__name__}.hf").CONFIGS.values()}
+        configs = {
+            config.__name__: config for config in import_module(f"{__name__}.hosts.hf_quantizer").CONFIGS.values()
+        }
         if name in configs:
             return configs[name]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def _on_transformers(module: "ModuleType") -> None:
-    import llq_hf.hf  # noqa: F401 (registers itself as its last statement; a no-op while it is itself being imported)
+    import llq_hf.hosts.hf_quantizer  # noqa: F401 (registers itself as its last statement; a no-op while it is itself being imported)
 
 
 def _on_lm_eval_models(module: "ModuleType") -> None:
@@ -23,13 +23,13 @@ def _on_lm_eval_models(module: "ModuleType") -> None:
     from lm_eval.api.registry import model_registry
 
     if "llq" not in model_registry:
-        model_registry.register("llq", target="llq_hf.lm_eval:LLQLM")
+        model_registry.register("llq", target="llq_hf.hosts.lm_eval_model:LLQLM")
 
 
 def _on_lm_eval_huggingface(module: "ModuleType") -> None:
     # Our perplexity tasks ask for windows of tokens: a request type that every Hugging Face model gets, `hf` too.
     def llq_windows_nll(self, requests):  # type: ignore[no-untyped-def]
-        from llq_hf.lm_tasks import windows_nll
+        from llq_hf.hosts.lm_eval_perplexity import windows_nll
 
         return windows_nll(self, requests)
 
@@ -38,6 +38,8 @@ def _on_lm_eval_huggingface(module: "ModuleType") -> None:
 
 def _on_lm_eval_tasks(module: "ModuleType") -> None:
     from pathlib import Path
+
+    from llq_hf.common.resources import tasks_folder
 
     original, builtin, ours = module.TaskIndex.build, Path(module.__file__ or "").parent, tasks_folder("lm_eval")
 
@@ -68,7 +70,7 @@ def _check_adapters(loader: type, folder_of: "Callable[..., object]") -> None:
     def load_adapter(self, *args, **options):  # type: ignore[no-untyped-def]
         folder = folder_of(*args, **options)
         if folder:  # None: tensors are given, not a folder
-            from llq_hf.adapters.folder import check_base
+            from llq_hf.checkpoints.adapter import check_base
 
             check_base(self, str(folder))
         return original(self, *args, **options)
@@ -77,6 +79,8 @@ def _check_adapters(loader: type, folder_of: "Callable[..., object]") -> None:
 
 
 def _on_lmms_eval_tasks(module: "ModuleType") -> None:
+    from llq_hf.common.resources import tasks_folder
+
     original = module.TaskManager.initialize_tasks
 
     def initialize_tasks(self, include_path=None, include_defaults=True):  # type: ignore[no-untyped-def]
@@ -102,9 +106,9 @@ def _wrap(module: "ModuleType", name: str, wrapper: str) -> None:
     original = module.__dict__[name]
 
     def wrapped(*args, **kwargs):  # type: ignore[no-untyped-def]
-        from llq_hf import lmms_eval
+        from llq_hf.hosts import lmms_eval_model
 
-        return getattr(lmms_eval, wrapper)(original)(*args, **kwargs)
+        return getattr(lmms_eval_model, wrapper)(original)(*args, **kwargs)
 
     module.__dict__[name] = wrapped
 
@@ -113,16 +117,7 @@ def lmms_eval_models():  # type: ignore[no-untyped-def]
     """Entry point `lmms_eval.models`: here, since it is loaded whichever model lmms-eval runs."""
     from lmms_eval.models.registry_v2 import ModelManifest
 
-    return ModelManifest(model_id="llq", simple_class_path="llq_hf.lmms_eval.LLQ")
-
-
-def tasks_folder(harness: str):  # type: ignore[no-untyped-def]
-    """Folder of our task YAMLs: inside the wheel, or beside the package in a checkout."""
-    from pathlib import Path
-
-    package = Path(__file__).parent
-    inside = package / "_tasks" / harness
-    return inside if inside.is_dir() else package.parent / "tasks" / harness
+    return ModelManifest(model_id="llq", simple_class_path="llq_hf.hosts.lmms_eval_model.LLQ")
 
 
 HOOKS = {

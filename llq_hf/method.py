@@ -19,10 +19,10 @@ from typing import Any, ClassVar, Protocol, Self, get_type_hints
 
 from torch import Tensor, nn
 
-from .activations import Attention
-from .errors import LLQError
-from .grids import Affine, Spec
-from .stats import Stat
+from .common.errors import LLQError
+from .numerics.activations import Attention
+from .numerics.grids import Affine, Spec
+from .numerics.stats import Stat
 
 FORMAT_VERSION = 1
 Packed = dict[str, Tensor]

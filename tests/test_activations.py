@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from llq_hf import attention
-from llq_hf.activations import Attention, TokenQuant
-from llq_hf.errors import LLQError
+from llq_hf.common.errors import LLQError
+from llq_hf.layers import attention
+from llq_hf.numerics.activations import Attention, TokenQuant
 
 
 def slow(quant: TokenQuant, x_TI: Tensor) -> Tensor:

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from llq_hf import allocation, arch
-from llq_hf.allocation import Measured, Option, Predicted, knapsack, observe, output_gradients
-from llq_hf.errors import LLQError
+from llq_hf.common.errors import LLQError
 from llq_hf.method import PassListener
-from llq_hf.stats import Hessian
+from llq_hf.methods.hybrid import costs
+from llq_hf.methods.hybrid.costs import Measured, Option, Predicted, knapsack, observe, output_gradients
+from llq_hf.models.decoder import quantizable
+from llq_hf.numerics.stats import Hessian
 
 
 def some_units(seed: int, step: int) -> list[list[Option]]:
@@ -49,7 +50,7 @@ def test_the_knapsack_finds_the_best_of_all_choices(seed: int, step: int, share:
 
 
 def test_with_few_buckets_the_budget_still_holds(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(allocation, "BUCKETS", 16)
+    monkeypatch.setattr(costs, "BUCKETS", 16)
     for seed in range(8):
         units = some_units(seed, 1)
         budget = sum(min(option.bits for option in unit) for unit in units) + 61
@@ -66,7 +67,7 @@ def test_a_budget_below_the_cheapest_is_refused():
 def test_the_gradients_are_those_of_the_model_s_own_draws(tiny_llama: Path, calibration_ids: Tensor):
     """Against a loop that asks autograd for one linear's output."""
     model = AutoModelForCausalLM.from_pretrained(tiny_llama).eval()
-    linears = arch.quantizable(model)
+    linears = quantizable(model)
     ids_NS = calibration_ids[:2, :6]
     found = output_gradients(model, linears, ids_NS, 3, PassListener())
     name, random = "model.layers.0.mlp.up_proj", torch.Generator().manual_seed(3)
@@ -88,7 +89,7 @@ def test_the_gradients_are_those_of_the_model_s_own_draws(tiny_llama: Path, cali
 def test_costs_are_the_divergence_measured_and_predicted(tiny_llama: Path, calibration_ids: Tensor):
     """Of small random changes of one linear: measured as a literal KL is, predicted within a factor of 2 of that."""
     model = AutoModelForCausalLM.from_pretrained(tiny_llama).eval()
-    linears, listener = arch.quantizable(model), PassListener()
+    linears, listener = quantizable(model), PassListener()
     names = [f"model.layers.{layer}.{linear}" for layer in (0, 1) for linear in ("self_attn.o_proj", "mlp.down_proj")]
     with torch.enable_grad():
         predict = Predicted(model, linears, calibration_ids, 0, listener)

@@ -20,14 +20,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from llq_hf import cli
-from llq_hf.data import Calibration
-from llq_hf.errors import LLQError
-from llq_hf.inspection import inspect_checkpoint
-from llq_hf.journal import Journal
+from llq_hf.checkpoints.inspection import inspect_checkpoint
+from llq_hf.checkpoints.journal import Journal
+from llq_hf.common.errors import LLQError
+from llq_hf.common.terminal import RichProgress
+from llq_hf.data.windows import Calibration
+from llq_hf.engine.execute import quantize_checkpoint
+from llq_hf.engine.step import RunOptions
 from llq_hf.methods import build, method_type
-from llq_hf.progress import RichProgress
-from llq_hf.quantize import RunOptions
-from llq_hf.run import quantize_checkpoint
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 

@@ -8,8 +8,8 @@ import torch
 from typer.testing import CliRunner
 
 from llq_hf import Calibration, LLQError, build, cli
-from llq_hf.bench import Load, compare, disk_bytes, load_model, loaded_bytes, peak_memory, ratios
-from llq_hf.run import quantize_checkpoint
+from llq_hf.engine.execute import quantize_checkpoint
+from llq_hf.study.cost import Load, compare, disk_bytes, load_model, loaded_bytes, peak_memory, ratios
 
 LOAD = Load(batches=(1, 2), prompt_tokens=8, new_tokens=2, rounds=3)
 
@@ -33,7 +33,7 @@ def test_models_take_turns_and_medians_are_of_the_rounds_kept(
         turns.append((names[id(model)], len(ids_BS)))
         return [float(len(turns)), 2.0 * len(turns)]
 
-    monkeypatch.setattr("llq_hf.bench.time_phases", timed)
+    monkeypatch.setattr("llq_hf.study.cost.time_phases", timed)
     found = compare(models, LOAD)
     assert turns == [("a", 1), ("a", 2), ("b", 1), ("b", 2)] * (1 + LOAD.rounds)
     speed = found["b"]["speed"]["2"]

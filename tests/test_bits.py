@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llq_hf.bits import count_ones, pack, packed_words, plane_widths, unpack
+from llq_hf.kernels.bitpack import count_ones, pack, packed_words, plane_widths, unpack
 
 WIDTHS = range(1, 9)
 LENGTHS = [1, 2, 31, 32, 33, 63, 64, 65, 96, 127, 128, 129, 160, 172, 255, 256, 300, 513]

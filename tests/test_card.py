@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 import yaml
 
-from llq_hf.card import make_card, template_path
-from llq_hf.data import Calibration
-from llq_hf.errors import LLQError
-from llq_hf.inspection import inspect_checkpoint
+from llq_hf.checkpoints.inspection import inspect_checkpoint
+from llq_hf.common.errors import LLQError
+from llq_hf.common.resources import template_path
+from llq_hf.data.windows import Calibration
+from llq_hf.engine.execute import quantize_checkpoint
 from llq_hf.methods import build
-from llq_hf.run import quantize_checkpoint
+from llq_hf.publish.card import make_card
 
 BASE_CARD = """---
 license: llama3

@@ -17,15 +17,15 @@ from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, CompileConfig, StaticCache
 
-from llq_hf import graph
-from llq_hf.activations import Attention, TokenQuant
-from llq_hf.data import Calibration
+from llq_hf.data.windows import Calibration
+from llq_hf.engine.execute import quantize_checkpoint
 from llq_hf.kernels import Kept, keep, reference
 from llq_hf.kernels import build as building
-from llq_hf.kernels.stored import _HELD
-from llq_hf.linear import QuantLinear
+from llq_hf.kernels.views import _HELD
+from llq_hf.layers import ops
+from llq_hf.layers.linear import QuantLinear
 from llq_hf.methods import METHODS, build
-from llq_hf.run import quantize_checkpoint
+from llq_hf.numerics.activations import Attention, TokenQuant
 
 PROMPT, TOKENS = 5, 4
 
@@ -69,7 +69,7 @@ def tensors_of(linear: QuantLinear) -> list[Tensor]:
 def arguments(linear: QuantLinear) -> tuple[Any, ...]:
     """What a graph calls the operator with, after x."""
     names = ",".join(linear.layout)
-    return tensors_of(linear), names, linear.bias, graph.known(linear.method), linear.out_features
+    return tensors_of(linear), names, linear.bias, ops.known(linear.method), linear.out_features
 
 
 def whole(model: Any, backend: str = "aot_eager") -> Any:
@@ -146,7 +146,7 @@ def test_what_is_kept_is_found_in_a_graph_and_ends_with_the_linear():
 def test_a_linear_sent_to_another_process_compiles_there(monkeypatch: pytest.MonkeyPatch):
     linear, x = linear_of(CASES[0]), checks.inputs()[:1]
     sent = pickle.dumps(linear)
-    monkeypatch.setattr(graph, "_KNOWN", {})
+    monkeypatch.setattr(ops, "_KNOWN", {})
     assert torch.equal(whole(pickle.loads(sent))(x), linear(x))
 
 

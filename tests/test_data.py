@@ -12,9 +12,16 @@ import numpy as np
 import pytest
 import torch
 
-from llq_hf import data
-from llq_hf.data import Calibration, calibration_ids, evaluation_windows, ids_sha256, load_evaluation, read_texts
-from llq_hf.errors import LLQError
+from llq_hf.common.errors import LLQError
+from llq_hf.data.windows import (
+    Calibration,
+    calibration_ids,
+    evaluation_text,
+    evaluation_windows,
+    ids_sha256,
+    load_evaluation,
+    read_texts,
+)
 
 VOCAB = 64
 
@@ -134,17 +141,17 @@ def test_text_windows_are_those_of_gptq(tmp_path, seed):
 @pytest.mark.parametrize("seed", [0, 3])
 def test_c4_windows_are_those_of_gptq(monkeypatch, seed):
     documents = [words(count, count) for count in (5, 60, 12, 33, 8, 50)]
-    monkeypatch.setattr(data, "_c4", lambda split, cure: documents)
+    monkeypatch.setattr("llq_hf.data.windows._c4", lambda split, cure: documents)
     got = calibration_ids("c4", Words(), samples=20, seqlen=12, seed=seed)
     assert torch.equal(got, gptq_document_windows(documents, 20, 12, seed))
 
 
 def test_a_document_of_exactly_seqlen_is_passed_over(monkeypatch):
     exact, longer = words(11), words(12)
-    monkeypatch.setattr(data, "_c4", lambda split, cure: [exact, longer])
+    monkeypatch.setattr("llq_hf.data.windows._c4", lambda split, cure: [exact, longer])
     got = calibration_ids("c4", Words(), samples=4, seqlen=12)
     assert torch.equal(got, torch.tensor([Words()(longer)["input_ids"][:12]] * 4))
-    monkeypatch.setattr(data, "_c4", lambda split, cure: [exact])
+    monkeypatch.setattr("llq_hf.data.windows._c4", lambda split, cure: [exact])
     with pytest.raises(LLQError, match=r"more than 12 tokens .* among 1 drawn .*longest has 12"):
         calibration_ids("c4", Words(), samples=4, seqlen=12)
 
@@ -152,7 +159,7 @@ def test_a_document_of_exactly_seqlen_is_passed_over(monkeypatch):
 def test_named_sources_join_as_gptq_does(monkeypatch):
     sentences = [words(30, seed) for seed in range(4)]
     for name, joint in (("wikitext2", "\n\n"), ("ptb", " ")):
-        monkeypatch.setattr(data, f"_{name}", lambda split, cure: sentences if split == "train" else [])
+        monkeypatch.setattr(f"llq_hf.data.windows._{name}", lambda split, cure: sentences if split == "train" else [])
         seen = []
 
         def tokenizer(text, verbose=True, seen=seen):
@@ -296,18 +303,18 @@ def test_sha256_knows_values_and_shape():
 
 def test_evaluation_joins_by_name(tmp_path):
     path = write(tmp_path / "a.json", ["a b", "", "c"])
-    assert data.evaluation_text("wikitext2", path) == data.evaluation_text("ptb", path) == "a b\n\n\n\nc"
-    assert data.evaluation_text("ptb_new", path) == data.evaluation_text("c4_new", path) == "a b  c"
+    assert evaluation_text("wikitext2", path) == evaluation_text("ptb", path) == "a b\n\n\n\nc"
+    assert evaluation_text("ptb_new", path) == evaluation_text("c4_new", path) == "a b  c"
     with pytest.raises(LLQError, match="call windows"):
-        data.evaluation_text("c4", path)
+        evaluation_text("c4", path)
     with pytest.raises(LLQError, match="did you mean 'c4_new'"):
-        data.evaluation_text("c4new", path)
+        evaluation_text("c4new", path)
 
 
 def test_lines_of_a_treebank_file_are_sentences(tmp_path):
     path = write(tmp_path / "ptb.txt", " no it was \n but while \n\n")
-    assert data.evaluation_text("ptb", path) == "no it was\n\nbut while"
-    assert data.evaluation_text("ptb_new", path) == "no it was but while"
+    assert evaluation_text("ptb", path) == "no it was\n\nbut while"
+    assert evaluation_text("ptb_new", path) == "no it was but while"
 
 
 def test_windows_are_disjoint_and_the_rest_is_dropped(tmp_path):

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-from llq_hf.data import calibration_ids
+from llq_hf.data.windows import calibration_ids
 from llq_hf.demo import MODELS, calibration_for, drawings, resolve
 from llq_hf.demo.world import seeded
+from llq_hf.engine.step import quantize_model
 from llq_hf.methods import build
-from llq_hf.quantize import quantize_model
-from llq_hf.seeing import Prompt, Seeing
+from llq_hf.models.vision import Prompt, Seeing
 
 pytest.importorskip("lmms_eval", reason="lmms-eval is not installed: uv run --extra dev pytest")
 train_vlm = pytest.importorskip("llq_hf.demo.train_vlm")
@@ -132,8 +132,8 @@ def test_task_runs_in_lmms_eval_without_a_network(monkeypatch: pytest.MonkeyPatc
     from lmms_eval.evaluator import simple_evaluate
     from lmms_eval.tasks import TaskManager
 
-    from llq_hf._startup import tasks_folder
-    from llq_hf.lmms_eval import LLQ
+    from llq_hf.common.resources import tasks_folder
+    from llq_hf.hosts.lmms_eval_model import LLQ
 
     monkeypatch.chdir(tmp_path)
     manager = TaskManager(include_defaults=False, include_path=str(tasks_folder("lmms_eval") / "llq_demo_vqa"))
@@ -152,7 +152,7 @@ def test_task_runs_in_lmms_eval_without_a_network(monkeypatch: pytest.MonkeyPatc
     [("yes", "red yes", 1), ("no", "red yes", 0), ("B", "B", 1), ("B", "", 0)],
 )
 def test_an_answer_counts_for_its_form(answer: str, said: str, hit: float) -> None:
-    from llq_hf.lmms_tasks import process_results
+    from llq_hf.hosts.lmms_eval_tasks import process_results
 
     form = "yes_no" if answer in ("yes", "no") else "choice"
     assert process_results({"answer": answer}, [said]) == {"accuracy": hit, form: hit}

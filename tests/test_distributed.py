@@ -11,14 +11,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from llq_hf.bits import unpack
-from llq_hf.data import Calibration
-from llq_hf.distributed import Team, and_notes, batches_of, edges_of, with_notes
-from llq_hf.errors import LLQError
+from llq_hf.common.errors import LLQError
+from llq_hf.data.windows import Calibration
+from llq_hf.engine.execute import prepare, quantize_checkpoint
+from llq_hf.engine.step import Progress, RunOptions
+from llq_hf.engine.team import Team, and_notes, batches_of, edges_of, with_notes
+from llq_hf.kernels.bitpack import unpack
 from llq_hf.methods import build
-from llq_hf.quantize import Progress, RunOptions
-from llq_hf.run import prepare, quantize_checkpoint
-from llq_hf.stats import AbsMax, Hessian, PairedHessian, Samples, Stat
+from llq_hf.numerics.stats import AbsMax, Hessian, PairedHessian, Samples, Stat
 
 METHOD = {"bits": 3, "group_size": 32}
 

@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from llq_hf.adapters import elastic
+from llq_hf.finetune import elastic
 
 WIDTHS = [(4, 16, 24), (4, 18, 10), (6, 9, 21), (8, 5, 7)]  # rank, inputs, outputs: dividing, and not
 

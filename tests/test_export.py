@@ -1,7 +1,7 @@
 """Exports hold our codes, bit for bit, and compute our logits in the library that reads them.
 
-GPTQModel lives in an environment of its own: `bench/check_exports.py` loads the `gptq` and `awq` exports with it. Here
-they are decoded by loops that follow the formats' definitions.
+GPTQModel lives in an environment of its own: `tests/bench/check_exports.py` loads the `gptq` and `awq` exports with
+it. Here they are decoded by loops that follow the formats' definitions.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 from typer.testing import CliRunner
 
 from llq_hf import cli
-from llq_hf.checkpoint import Checkpoint
-from llq_hf.data import Calibration
-from llq_hf.errors import LLQError
+from llq_hf.checkpoints.dense import Checkpoint
+from llq_hf.common.errors import LLQError
+from llq_hf.data.windows import Calibration
+from llq_hf.engine.execute import quantize_checkpoint
 from llq_hf.export import FORMATS, export
-from llq_hf.grids import Affine
-from llq_hf.linear import QuantLinear
+from llq_hf.layers.linear import QuantLinear
 from llq_hf.methods import build
-from llq_hf.run import quantize_checkpoint
+from llq_hf.numerics.grids import Affine
 
 IDS = torch.arange(2, 34)[None]
 FITTING: dict[str, tuple[str, dict[str, Any]]] = {

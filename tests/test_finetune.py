@@ -21,18 +21,18 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from llq_hf import cli
-from llq_hf.adapters import elastic, train
-from llq_hf.adapters.folder import base_of, is_adapter
-from llq_hf.data import Calibration
-from llq_hf.errors import LLQError
+from llq_hf.checkpoints.adapter import base_of, is_adapter
+from llq_hf.common.errors import LLQError
+from llq_hf.data.windows import Calibration
+from llq_hf.engine.execute import quantize_checkpoint
+from llq_hf.finetune import elastic, trainer
 from llq_hf.methods import build
-from llq_hf.run import quantize_checkpoint
 
-RECIPE = train.Recipe(
+RECIPE = trainer.Recipe(
     rank=4, alpha=8, max_steps=6, batch_size=4, micro_batch=2, learning_rate=1e-2, heldout=4, recompute=False
 )
 ELASTIC = replace(RECIPE, connections=True)
-MACHINE = train.Machine(save_steps=2)
+MACHINE = trainer.Machine(save_steps=2)
 WORDS = ["fox", "king", "hill", "river", "night", "day", "name", "red", "old", "small"]
 
 
@@ -70,7 +70,7 @@ def base(pack: Callable[..., Path]) -> Path:
 def trained(base: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """Folder and note of an unbroken IR-QLoRA run."""
     out = tmp_path_factory.mktemp("trained") / "out"
-    return out, train.finetune(str(base), out, str(data), ELASTIC, MACHINE)
+    return out, trainer.finetune(str(base), out, str(data), ELASTIC, MACHINE)
 
 
 @torch.no_grad()
@@ -118,7 +118,7 @@ def test_the_saved_adapter_is_the_trained_one(
         merge(model)
 
     monkeypatch.setattr(elastic, "merge", spy)
-    train.finetune(str(base), tmp_path / "out", str(data), replace(ELASTIC, max_steps=2), MACHINE)
+    trainer.finetune(str(base), tmp_path / "out", str(data), replace(ELASTIC, max_steps=2), MACHINE)
     assert torch.equal(logits(on_base(tmp_path / "out"), calibration_ids), seen[0])
 
 
@@ -133,7 +133,7 @@ def test_any_packed_base_can_be_trained_on(
     if name != "quip":
         options = {**options, "group_size": 32}
     base = pack(name, **options)
-    note = train.finetune(str(base), tmp_path / "out", str(data), replace(RECIPE, max_steps=3), MACHINE)
+    note = trainer.finetune(str(base), tmp_path / "out", str(data), replace(RECIPE, max_steps=3), MACHINE)
     assert note["after"]["loss"] < note["before"]["loss"]
     tensors = load_file(tmp_path / "out" / "adapter_model.safetensors")
     assert all(tensor.any() for key, tensor in tensors.items() if ".lora_B." in key)
@@ -144,7 +144,7 @@ def test_any_packed_base_can_be_trained_on(
 
 def first_loss(base: Path, data: Path, out: Path, **changes: Any) -> float:
     recipe = replace(RECIPE, max_steps=1, **changes)
-    return train.finetune(str(base), out, str(data), recipe, MACHINE)["losses"][0]
+    return trainer.finetune(str(base), out, str(data), recipe, MACHINE)["losses"][0]
 
 
 def test_packing_and_recomputing_change_no_loss(base: Path, data: Path, tmp_path: Path):
@@ -163,8 +163,8 @@ def test_a_killed_run_goes_on_to_the_same_losses(
     base: Path, data: Path, tmp_path: Path, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ):
     recipe = replace(ELASTIC, dropout=0.1, **changes)
-    unbroken = train.finetune(str(base), tmp_path / "unbroken", str(data), recipe, MACHINE)
-    out, step_end = tmp_path / "killed", train._Told.on_step_end
+    unbroken = trainer.finetune(str(base), tmp_path / "unbroken", str(data), recipe, MACHINE)
+    out, step_end = tmp_path / "killed", trainer._Told.on_step_end
 
     def killed(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == 5:
@@ -172,14 +172,14 @@ def test_a_killed_run_goes_on_to_the_same_losses(
         step_end(self, args, state, control, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train._Told, "on_step_end", killed)
+        patch.setattr(trainer._Told, "on_step_end", killed)
         with pytest.raises(KeyboardInterrupt):
-            train.finetune(str(base), out, str(data), recipe, MACHINE)
+            trainer.finetune(str(base), out, str(data), recipe, MACHINE)
     assert not is_adapter(str(out))
     work = out.with_name("killed.training")
     assert (work / "checkpoint-4").is_dir()
     (work / "checkpoint-4" / "trainer_state.json").unlink()  # killed while this one was written
-    resumed = train.finetune(str(base), out, str(data), recipe, MACHINE)
+    resumed = trainer.finetune(str(base), out, str(data), recipe, MACHINE)
     assert resumed["losses"] == unbroken["losses"]
     assert resumed["after"] == unbroken["after"]
     first, second = (load_file(folder / "adapter_model.safetensors") for folder in (out, tmp_path / "unbroken"))
@@ -193,15 +193,15 @@ def test_a_finished_run_is_left_alone_and_another_is_refused(
 ):
     out, note = trained
     before = (out / "adapter_model.safetensors").stat().st_mtime_ns
-    assert train.finetune(str(base), out, str(data), ELASTIC, MACHINE)["losses"] == note["losses"]
+    assert trainer.finetune(str(base), out, str(data), ELASTIC, MACHINE)["losses"] == note["losses"]
     assert (out / "adapter_model.safetensors").stat().st_mtime_ns == before
     with pytest.raises(LLQError, match=r"begun with other inputs: .*rank"):
-        train.finetune(str(base), out, str(data), replace(ELASTIC, rank=2), MACHINE)
+        trainer.finetune(str(base), out, str(data), replace(ELASTIC, rank=2), MACHINE)
     other = shutil.copyfile(data, tmp_path / data.name)
     with other.open("a") as file:
         file.write('{"prompt": "a", "completion": "b"}\n')
     with pytest.raises(LLQError, match=r"begun with other inputs: .*sha256"):
-        train.finetune(str(base), out, str(other), ELASTIC, MACHINE)
+        trainer.finetune(str(base), out, str(other), ELASTIC, MACHINE)
 
 
 def test_two_processes_train_one_adapter(base: Path, data: Path, tmp_path: Path):
@@ -216,7 +216,7 @@ def test_two_processes_train_one_adapter(base: Path, data: Path, tmp_path: Path)
     assert done.returncode == 0, done.stderr[-3000:]
     note = json.loads((tmp_path / "two" / "llq_adapter.json").read_text())
     assert note["identity"]["processes"] == 2
-    one = train.finetune(str(base), tmp_path / "one", str(data), replace(RECIPE, max_steps=3), MACHINE)
+    one = trainer.finetune(str(base), tmp_path / "one", str(data), replace(RECIPE, max_steps=3), MACHINE)
     assert note["losses"] == pytest.approx(one["losses"], rel=1e-3)
     assert note["after"]["loss"] == pytest.approx(one["after"]["loss"], rel=1e-2)
 
@@ -227,7 +227,7 @@ def test_alpaca_on_a_model_of_stories(shared: Path, tmp_path: Path):
     quantize_checkpoint(str(shared / "models" / "stories260K"), base, build("nf4"), Calibration("demo"))
     recipe = replace(RECIPE, rank=8, max_steps=12, micro_batch=4, streaming=True, answer_tokens=64, heldout=16)
     alpaca = str(shared / "data" / "text" / "alpaca_data.json")
-    note = train.finetune(str(base), tmp_path / "out", alpaca, recipe, MACHINE)
+    note = trainer.finetune(str(base), tmp_path / "out", alpaca, recipe, MACHINE)
     assert sum(note["losses"][-4:]) < 0.95 * sum(note["losses"][:4])
     assert note["after"]["loss"] < note["before"]["loss"]
 
@@ -259,7 +259,7 @@ def test_the_same_base_saved_again_is_the_same(trained: tuple[Path, dict[str, An
 
 
 def test_lm_eval_scores_base_and_adapter(trained: tuple[Path, dict[str, Any]], calibration_ids: Tensor, tmp_path: Path):
-    from llq_hf.lm_eval import LLQLM
+    from llq_hf.hosts.lm_eval_model import LLQLM
 
     out, _ = trained
     scored = LLQLM(pretrained=str(out), device="cpu")
@@ -295,16 +295,16 @@ def test_recipes_are_checked(changes: dict[str, Any], words: str):
 
 def test_a_dense_base_is_refused(tiny_llama: Path, data: Path, tmp_path: Path):
     with pytest.raises(LLQError, match="quantization_config"):
-        train.finetune(str(tiny_llama), tmp_path / "out", str(data), RECIPE, MACHINE)
+        trainer.finetune(str(tiny_llama), tmp_path / "out", str(data), RECIPE, MACHINE)
     assert not (tmp_path / "out").exists()
 
 
 def test_a_folder_of_something_else_is_refused(base: Path, data: Path, tmp_path: Path):
     (tmp_path / "model.safetensors").write_text("mine")
     with pytest.raises(LLQError, match=r"not empty .model.safetensors."):
-        train.finetune(str(base), tmp_path, str(data), RECIPE, MACHINE)
+        trainer.finetune(str(base), tmp_path, str(data), RECIPE, MACHINE)
     with pytest.raises(LLQError, match="paged=True needs a GPU"):
-        train.finetune(str(base), tmp_path / "out", str(data), replace(RECIPE, paged=True), MACHINE)
+        trainer.finetune(str(base), tmp_path / "out", str(data), replace(RECIPE, paged=True), MACHINE)
 
 
 # --- the command ------------------------------------------------------------------------------------------------------

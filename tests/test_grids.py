@@ -6,8 +6,8 @@ import pytest
 import torch
 from reference.grid import code_of, grid_of, searched, value_of
 
-from llq_hf.errors import LLQError
-from llq_hf.grids import Grid, Spec, Uniform
+from llq_hf.common.errors import LLQError
+from llq_hf.numerics.grids import Grid, Spec, Uniform
 
 RANDOM = torch.Generator().manual_seed(5)
 SLICES = {

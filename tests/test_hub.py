@@ -19,14 +19,14 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from llq_hf import cli
-from llq_hf.data import Calibration
+from llq_hf.checkpoints.packed import read_report
+from llq_hf.common.errors import LLQError
+from llq_hf.data.windows import Calibration
 from llq_hf.demo import resolve
-from llq_hf.errors import LLQError
-from llq_hf.hub import prepare_upload, push
+from llq_hf.engine.execute import quantize_checkpoint
+from llq_hf.hosts.hf_models import QuantizedLlama
 from llq_hf.methods import build
-from llq_hf.modeling import QuantizedLlama
-from llq_hf.packed import read_report
-from llq_hf.run import quantize_checkpoint
+from llq_hf.publish.hub import prepare_upload, push
 
 IDS = torch.arange(2, 66)[None]
 

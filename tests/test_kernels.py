@@ -17,17 +17,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llq_hf import kernels
-from llq_hf.data import Calibration
-from llq_hf.errors import LLQError
-from llq_hf.grids import Grid, Uniform
+from llq_hf.common.errors import LLQError
+from llq_hf.data.windows import Calibration
+from llq_hf.engine.execute import quantize_checkpoint
 from llq_hf.kernels import build as building
 from llq_hf.kernels import native
-from llq_hf.linear import QuantLinear
+from llq_hf.layers.linear import QuantLinear
 from llq_hf.method import Job, Method, Packed
 from llq_hf.methods import build
 from llq_hf.methods.pb_llm import PBLLM
-from llq_hf.rotations import rotation
-from llq_hf.run import quantize_checkpoint
+from llq_hf.numerics.grids import Grid, Uniform
+from llq_hf.numerics.rotations import rotation
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ISAS = ["avx512vbmi2", "avx512", "avx2"]

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from llq_hf import LLQError
-from llq_hf.hf import check_quantized
-from llq_hf.lm_eval import LLQLM
-from llq_hf.run import quantize_checkpoint
+from llq_hf.engine.execute import quantize_checkpoint
+from llq_hf.hosts.hf_quantizer import check_quantized
+from llq_hf.hosts.lm_eval_model import LLQLM
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def options(calibration_npy: Path, tmp_path: Path) -> dict[str, object]:
 
 def test_quantizes_once_and_reuses(tiny_llama: Path, options: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     first = LLQLM(pretrained=str(tiny_llama), method="gptq", bits=3, **options)
-    monkeypatch.setattr("llq_hf.scoring.execute", lambda *a: pytest.fail("quantized again"))
+    monkeypatch.setattr("llq_hf.hosts.model_args.execute", lambda *a: pytest.fail("quantized again"))
     second = LLQLM(pretrained=str(tiny_llama), method="gptq", bits=3, **options)
     ids = torch.arange(20)[None]
     assert torch.equal(first.model(ids).logits, second.model(ids).logits)

@@ -35,7 +35,7 @@ def request(row: int, text: str = "Is it a cat?", **generation: Any) -> Any:
 @pytest.fixture(scope="module")
 def llq(tiny_llava: Path, calibration_npy: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
     """The harness's model on the tiny LLaVA-Next, with rows of a task `t`."""
-    from llq_hf.lmms_eval import LLQ
+    from llq_hf.hosts.lmms_eval_model import LLQ
 
     cache = str(tmp_path_factory.mktemp("cache"))
 
@@ -125,7 +125,7 @@ def test_refused_options(llq: Callable[..., Any], options: dict, message: str) -
 
 
 def test_refused_models_and_requests(llq: Callable[..., Any], tiny_llama: Path) -> None:
-    from llq_hf.lmms_eval import LLQ
+    from llq_hf.hosts.lmms_eval_model import LLQ
 
     with pytest.raises(LLQError, match="takes no images"):
         LLQ(pretrained=str(tiny_llama), method="none", device="cpu")
@@ -139,7 +139,7 @@ def test_refused_models_and_requests(llq: Callable[..., Any], tiny_llama: Path) 
 
 def test_a_failed_evaluation_ends_with_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     """lmms-eval logs errors and exits with 0; the command of `--model llq` does not."""
-    from llq_hf.lmms_eval import failing_loudly
+    from llq_hf.hosts.lmms_eval_model import failing_loudly
 
     def fail(args: Any = None, cli_args: Any = None) -> None:
         raise LLQError("mme/test row 3: its image is missing")
@@ -269,7 +269,7 @@ def test_the_command_finds_the_model_and_fails_with_a_status(tiny_llama: Path, t
 
 def test_lm_eval_scores_the_language_part(tiny_llava: Path, calibration_npy: Path, tmp_path: Path) -> None:
     """Perplexity of the same packed checkpoint through lm-eval: the study's table 11."""
-    from llq_hf.lm_eval import LLQLM
+    from llq_hf.hosts.lm_eval_model import LLQLM
 
     options = {"calibration": str(calibration_npy), "cache_dir": str(tmp_path), "device": "cpu"}
     model = LLQLM(pretrained=str(tiny_llava), method="gptq", bits=3, calibration_samples=8, **options)

@@ -13,7 +13,7 @@ from transformers import (
 )
 
 from llq_hf import LLQError, QuantizedLlama, QuantizedLlavaNext
-from llq_hf.hf import check_quantized
+from llq_hf.hosts.hf_quantizer import check_quantized
 
 
 @pytest.fixture

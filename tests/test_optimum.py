@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from llq_hf.packed import read_report
+from llq_hf.checkpoints.packed import read_report
 
 CLI = Path(sys.executable).with_name("optimum-cli")
 REGISTERED = "optimum/commands/register/register_llq.py"

@@ -14,19 +14,19 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from llq_hf import arch
-from llq_hf.checkpoint import Checkpoint
-from llq_hf.data import Calibration
-from llq_hf.errors import LLQError
-from llq_hf.hf import CONFIGS
-from llq_hf.linear import QuantLinear
-from llq_hf.loading import module_names
+from llq_hf.checkpoints.dense import Checkpoint
+from llq_hf.common.errors import LLQError
+from llq_hf.data.pairs import Pairs, read_pairs
+from llq_hf.data.windows import Calibration
+from llq_hf.engine.execute import build_skeleton, load_processor, quantize_checkpoint
+from llq_hf.engine.walk import LiveBlocks, Ragged, Stream, StreamedBlocks
+from llq_hf.hosts.hf_quantizer import CONFIGS
+from llq_hf.layers.linear import QuantLinear
 from llq_hf.method import PassListener
 from llq_hf.methods import build
-from llq_hf.pairs import Pairs, read_pairs
-from llq_hf.run import build_skeleton, load_processor, quantize_checkpoint
-from llq_hf.stats import Hessian
-from llq_hf.walk import LiveBlocks, Ragged, Stream, StreamedBlocks
+from llq_hf.models.decoder import block_linears, block_prefixes
+from llq_hf.models.load import module_names
+from llq_hf.numerics.stats import Hessian
 
 SHAPES = [(48, 32), (30, 60), (28, 28), (64, 64), (90, 20)]
 
@@ -59,8 +59,8 @@ def model_of(base: Path, **options: Any) -> Any:
 def test_visual_tokens_are_in_the_statistics(tiny_llava: Path, pairs: Pairs) -> None:
     """Of every linear's input in the first block: those of the model itself, run on the pairs one by one."""
     model, seen = model_of(tiny_llava), {}
-    prefix = arch.block_prefixes(model)[0]
-    names = list(arch.block_linears(model.get_submodule(prefix)))
+    prefix = block_prefixes(model)[0]
+    names = list(block_linears(model.get_submodule(prefix)))
     for name in names:
         seen[name] = Hessian(model.get_submodule(f"{prefix}.{name}").in_features, torch.device("cpu"))
         hook = lambda module, args, name=name: seen[name].update(args[0].flatten(0, -2), 1)  # noqa: E731
@@ -139,7 +139,7 @@ def test_pairs_are_drawn_by_seed(tiny_llava: Path, folder: Path) -> None:
 def test_a_killed_run_on_pairs_goes_on(
     tiny_llava: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import llq_hf.run
+    import llq_hf.engine.execute
 
     class KilledError(Exception):
         pass
@@ -148,14 +148,14 @@ def test_a_killed_run_on_pairs_goes_on(
         quantize_checkpoint(str(tiny_llava), out, build("gptq", bits=3), Calibration(str(folder), samples=5))
         return out
 
-    step, whole = llq_hf.run.quantize_step, quantize(tmp_path / "whole")
+    step, whole = llq_hf.engine.execute.quantize_step, quantize(tmp_path / "whole")
 
     def second_block_kills(given: Any, *arguments: Any) -> Any:
         if ".layers.1" in given.prefix:
             raise KilledError
         return step(given, *arguments)
 
-    monkeypatch.setattr(llq_hf.run, "quantize_step", second_block_kills)
+    monkeypatch.setattr(llq_hf.engine.execute, "quantize_step", second_block_kills)
     with pytest.raises(KilledError):
         quantize(tmp_path / "out")
     monkeypatch.undo()
@@ -219,9 +219,9 @@ def test_pairs_of_a_hub_dataset(tiny_llava: Path, folder: Path, pairs: Pairs, mo
     rows = [{"image": str(folder / line["image"]), "question": line.get("question", "")} for line in lines]
     rows = [{**row, "answer": line.get("answer", line.get("text"))} for row, line in zip(rows, lines, strict=True)]
     table = datasets.Dataset.from_list(rows).cast_column("image", datasets.Image())
-    monkeypatch.setattr("llq_hf.pairs.hub_rows", lambda name, split, offline_cure: table)
+    monkeypatch.setattr("llq_hf.data.pairs.hub_rows", lambda name, split, offline_cure: table)
     found = read_pairs("hub:user/pictures", load_processor(tiny_llava), 5, 0).measured(2048)
     assert found.sha256 == pairs.sha256
-    monkeypatch.setattr("llq_hf.pairs.hub_rows", lambda name, split, offline_cure: table.remove_columns("image"))
+    monkeypatch.setattr("llq_hf.data.pairs.hub_rows", lambda name, split, offline_cure: table.remove_columns("image"))
     with pytest.raises(LLQError, match="has no column `image`"):
         read_pairs("hub:user/pictures", load_processor(tiny_llava), 5, 0)

@@ -9,9 +9,9 @@ import pytest
 import torch
 from reference import refine as slow
 
-from llq_hf import refine
-from llq_hf.grids import Uniform
-from llq_hf.refine import Objective, Solution
+from llq_hf.numerics import coordinate_descent
+from llq_hf.numerics.coordinate_descent import Objective, Solution
+from llq_hf.numerics.grids import Uniform
 
 OUT, IN = 6, 150
 
@@ -33,7 +33,7 @@ def problem(bits: int, group_size: int, seed: int = 0) -> tuple[Objective, Solut
 @pytest.mark.parametrize("group_size", [64, 40, IN])
 def test_descent_equals_the_slow_one(bits: int, group_size: int):
     objective, solution, _ = problem(bits, group_size)
-    fast = refine.descended(objective, solution, bits)
+    fast = coordinate_descent.descended(objective, solution, bits)
     off = 0
     for row in range(OUT):
         codes = slow.descend(
@@ -53,7 +53,7 @@ def test_descent_equals_the_slow_one(bits: int, group_size: int):
 @pytest.mark.parametrize("group_size", [64, 40, IN])
 def test_refit_equals_the_slow_one_where_it_stays_in_reach(group_size: int):
     objective, solution, uniform = problem(4, group_size)
-    fast = refine.refitted(objective, solution, uniform).scale
+    fast = coordinate_descent.refitted(objective, solution, uniform).scale
     compared = 0
     for row in range(OUT):
         scales = slow.refit(
@@ -80,9 +80,9 @@ def test_no_row_ever_gets_worse(bits: int, scale_bits: int):
         solution = solution._replace(grid_OG=solution.grid_OG._replace(scale=uniform.stored(solution.grid_OG.scale)))
         losses = [objective.loss(solution.values())]
         for _ in range(3):
-            solution = solution._replace(codes_OI=refine.descended(objective, solution, bits))
+            solution = solution._replace(codes_OI=coordinate_descent.descended(objective, solution, bits))
             losses.append(objective.loss(solution.values()))
-            solution = solution._replace(grid_OG=refine.refitted(objective, solution, uniform))
+            solution = solution._replace(grid_OG=coordinate_descent.refitted(objective, solution, uniform))
             losses.append(objective.loss(solution.values()))
         for before, after in pairwise(losses):
             assert (after <= before + 1e-4 * before.abs()).all()
@@ -95,13 +95,13 @@ def test_a_group_of_zeros_keeps_its_scale():
     codes_OI = solution.codes_OI.clone()
     codes_OI[2, 50:100] = solution.grid_OG.zero[2, 1]
     solution = solution._replace(codes_OI=codes_OI)
-    fitted = refine.refitted(objective, solution, uniform)
+    fitted = coordinate_descent.refitted(objective, solution, uniform)
     assert torch.isfinite(fitted.scale).all()
     assert fitted.scale[2, 1] == pytest.approx(float(solution.grid_OG.scale[2, 1]), rel=1e-3)
 
 
 def test_many_rows_are_solved_in_parts(monkeypatch):
     objective, solution, uniform = problem(3, 50)
-    whole = refine.refitted(objective, solution, uniform)
-    monkeypatch.setattr(refine, "ROWS", 4)
-    assert torch.allclose(refine.refitted(objective, solution, uniform).scale, whole.scale, rtol=1e-5)
+    whole = coordinate_descent.refitted(objective, solution, uniform)
+    monkeypatch.setattr(coordinate_descent, "ROWS", 4)
+    assert torch.allclose(coordinate_descent.refitted(objective, solution, uniform).scale, whole.scale, rtol=1e-5)

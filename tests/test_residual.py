@@ -10,9 +10,9 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from llq_hf.errors import LLQError
-from llq_hf.quantize import rewrite_model
-from llq_hf.residual import CHUNK_ROWS, Residual, Turned, residual_of
+from llq_hf.common.errors import LLQError
+from llq_hf.engine.step import rewrite_model
+from llq_hf.models.residual_stream import CHUNK_ROWS, Residual, Turned, residual_of
 
 SIZES = {
     "hidden_size": 48,

@@ -24,12 +24,12 @@ import torch
 from contract.cases import CHECKPOINTS
 from safetensors.torch import load_file, save_file
 
-from llq_hf.data import Calibration
-from llq_hf.errors import LLQError
-from llq_hf.journal import Journal
+from llq_hf.checkpoints.journal import Journal
+from llq_hf.common.errors import LLQError
+from llq_hf.data.windows import Calibration
+from llq_hf.engine.execute import quantize_checkpoint
+from llq_hf.engine.step import Progress, RunOptions
 from llq_hf.methods import METHODS, build
-from llq_hf.quantize import Progress, RunOptions
-from llq_hf.run import quantize_checkpoint
 
 BLOCKS = 6
 METHOD_BITS = {"rtn": 4, "gptq": 3, "quip": 2}  # these are really killed, too
@@ -208,7 +208,13 @@ class Runner:
 def runner(model: Path, calibration_npy: Path) -> Runner:
     runner = Runner(model, calibration_npy)
     runner.context.set_forkserver_preload(
-        ["llq_hf.cli", "llq_hf.run", "llq_hf.progress", "transformers.models.llama.modeling_llama", "test_resume"]
+        [
+            "llq_hf.cli",
+            "llq_hf.engine.execute",
+            "llq_hf.common.terminal",
+            "transformers.models.llama.modeling_llama",
+            "test_resume",
+        ]
     )
     return runner
 

@@ -9,8 +9,8 @@ from itertools import pairwise
 import pytest
 import torch
 
-from llq_hf.errors import LLQError
-from llq_hf.rotations import cayley_step, factor_sizes, hadamard, nearest_orthogonal, rotation
+from llq_hf.common.errors import LLQError
+from llq_hf.numerics.rotations import cayley_step, factor_sizes, hadamard, nearest_orthogonal, rotation
 
 CPU = torch.device("cpu")
 SIZES = [1, 2, 7, 12, 64, 96, 97, 172, 256]

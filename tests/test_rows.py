@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from llq_hf.adapters import rows
+from llq_hf.common.errors import LLQError
 from llq_hf.demo import instructions, world
-from llq_hf.errors import LLQError
+from llq_hf.finetune import rows
 
 ALPACA = [
     {"instruction": "Name a colour.", "input": "", "output": "Red."},

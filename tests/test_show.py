@@ -12,9 +12,9 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from llq_hf import LLQError, build, cli
-from llq_hf.data import Calibration
-from llq_hf.harness import harness_of
-from llq_hf.run import quantize_checkpoint
+from llq_hf.data.windows import Calibration
+from llq_hf.engine.execute import quantize_checkpoint
+from llq_hf.hosts.harnesses import harness_of
 
 
 @pytest.fixture

@@ -135,7 +135,7 @@ def test_broken_plugin_does_not_break_transformers(tmp_path):
         import sys, warnings
         sys.path.insert(0, {str(ROOT)!r})
         import llq_hf._startup
-        sys.modules["llq_hf.hf"] = None
+        sys.modules["llq_hf.hosts.hf_quantizer"] = None
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING as table
@@ -249,7 +249,7 @@ def test_hosts_know_us_with_no_flag(installed, elsewhere):
     """
     text = python(code, executable=installed, cwd=elsewhere, HF_HUB_OFFLINE="1").splitlines()[-1]
     found = json.loads(text)
-    assert found["model"] == "llq_hf.lm_eval.LLQLM"
+    assert found["model"] == "llq_hf.hosts.lm_eval_model.LLQLM"
     assert found["other"] == "HFLM"
     assert found["windows"]
     assert found["builtin"]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llq_hf import stats
-from llq_hf.errors import LLQError
-from llq_hf.stats import Hessian, PairedHessian, _reverse, factorize, revive_dead
+from llq_hf.common.errors import LLQError
+from llq_hf.numerics import stats
+from llq_hf.numerics.stats import Hessian, PairedHessian, _reverse, factorize, revive_dead
 
 CPU = torch.device("cpu")
 

@@ -16,13 +16,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from llq_hf import arch
-from llq_hf.checkpoint import INDEX, SINGLE, Checkpoint
-from llq_hf.data import Calibration
+from llq_hf.checkpoints.dense import INDEX, SINGLE, Checkpoint
+from llq_hf.data.windows import Calibration
+from llq_hf.engine.execute import build_skeleton, quantize_checkpoint
+from llq_hf.engine.step import RunOptions
+from llq_hf.engine.walk import Activations, LiveBlocks, PassListener, Stream, StreamedBlocks
 from llq_hf.methods import build
-from llq_hf.quantize import RunOptions
-from llq_hf.run import build_skeleton, quantize_checkpoint
-from llq_hf.walk import Activations, LiveBlocks, PassListener, Stream, StreamedBlocks
+from llq_hf.models.decoder import quantizable
 
 BLOCKS = 5
 
@@ -170,7 +170,7 @@ def test_offload_leaves_nothing_when_a_run_fails(quantize, tmp_path, monkeypatch
     def fail(*arguments: Any) -> None:
         raise FailedError
 
-    monkeypatch.setattr("llq_hf.run.quantize_step", fail)
+    monkeypatch.setattr("llq_hf.engine.execute.quantize_step", fail)
     with pytest.raises(FailedError):
         quantize(tmp_path / "out", offload=tmp_path / "offload")
     gc.collect()
@@ -209,7 +209,7 @@ def test_tied_and_biased_models_load(quantize, request, tmp_path, fixture, metho
     quantize(tmp_path / "out", method, base=base)
     dense = AutoModelForCausalLM.from_pretrained(base)
     packed = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    for name, linear in arch.quantizable(dense).items():
+    for name, linear in quantizable(dense).items():
         found = packed.get_submodule(name)
         assert type(found) is not nn.Linear
         assert (found.bias is None) == (linear.bias is None)
@@ -223,8 +223,8 @@ def test_the_same_as_in_memory(quantize, model, whole, calibration_ids):
     """A model quantized in place has the packed tensors that the checkpoint run wrote."""
     from transformers import AutoModelForCausalLM
 
-    from llq_hf.linear import QuantLinear
-    from llq_hf.quantize import quantize_model
+    from llq_hf.engine.step import quantize_model
+    from llq_hf.layers.linear import QuantLinear
 
     live = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     quantize_model(live, build("gptq", bits=3), calibration_ids)

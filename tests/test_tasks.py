@@ -18,8 +18,9 @@ from lm_eval.models.huggingface import HFLM  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 from lm_eval.tasks._yaml_loader import load_yaml  # noqa: E402
 
-from llq_hf import data, lm_tasks  # noqa: E402
-from llq_hf.errors import LLQError  # noqa: E402
+from llq_hf.common.errors import LLQError  # noqa: E402
+from llq_hf.data.windows import EVALUATION_TEXTS, evaluation_windows, load_evaluation  # noqa: E402
+from llq_hf.hosts import lm_eval_perplexity  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 YAMLS = ROOT / "tasks" / "lm_eval"
@@ -47,7 +48,7 @@ def lm():
         num_key_value_heads=1, max_position_embeddings=64, initializer_range=0.4,
     )  # fmt: skip
     if not hasattr(HFLM, "llq_windows_nll"):  # the start-up hook adds it where the project is installed
-        HFLM.llq_windows_nll = lm_tasks.windows_nll
+        HFLM.llq_windows_nll = lm_eval_perplexity.windows_nll
     return HFLM(pretrained=LlamaForCausalLM(config).eval(), tokenizer=tokenizer, device="cpu", batch_size=3)
 
 
@@ -110,7 +111,7 @@ def test_perplexity_is_that_of_the_gptq_loop(lm, tmp_path, length, seqlen):
     assert results["results"]["llq_wikitext2"]["token_perplexity,none"] == pytest.approx(expected, rel=1e-5)
     metadata = results["configs"]["llq_wikitext2"]["metadata"]
     assert (metadata["seqlen"], metadata["text_source"], metadata["unknown"]) == (seqlen, file, [1])
-    assert metadata["text_sha256"] == data.load_evaluation("wikitext2", file).sha256
+    assert metadata["text_sha256"] == load_evaluation("wikitext2", file).sha256
     assert results["higher_is_better"]["llq_wikitext2"] == {"token_perplexity": False}
 
 
@@ -143,7 +144,7 @@ def test_c4_scores_random_windows(lm, tmp_path):
     documents = [letters(20 + 5 * index, index) for index in range(12)]
     file = write_lines(tmp_path / "c4.jsonl", [{"text": text} for text in documents])
     results = evaluate(lm, "llq_c4", text_file=file, seqlen=24)["results"]["llq_c4"]
-    windows = data.evaluation_windows("c4", lm.tokenizer, 24, file)
+    windows = evaluation_windows("c4", lm.tokenizer, 24, file)
     assert windows.shape == (256, 24)
     expected = gptq_perplexity(lm, windows.flatten().tolist(), 24)
     assert results["token_perplexity,none"] == pytest.approx(expected, rel=1e-5)
@@ -175,10 +176,10 @@ def test_foreign_ids_are_refused(lm, tmp_path, monkeypatch):
 
 def test_nothing_scored_is_no_perplexity():
     with pytest.raises(LLQError, match="No window was scored"):
-        lm_tasks.token_perplexity([(0.0, 0)])
-    assert lm_tasks.token_perplexity([(-3.0, 2), (0.0, 0), (-1.0, 2)]) == pytest.approx(math.e)
-    assert lm_tasks.token_perplexity([(-1e6, 1)]) == math.inf
-    assert math.isnan(lm_tasks.token_perplexity([(math.nan, 1)]))
+        lm_eval_perplexity.token_perplexity([(0.0, 0)])
+    assert lm_eval_perplexity.token_perplexity([(-3.0, 2), (0.0, 0), (-1.0, 2)]) == pytest.approx(math.e)
+    assert lm_eval_perplexity.token_perplexity([(-1e6, 1)]) == math.inf
+    assert math.isnan(lm_eval_perplexity.token_perplexity([(math.nan, 1)]))
 
 
 def test_a_rank_without_windows(lm, tmp_path):
@@ -205,7 +206,7 @@ def test_sample_logs_hold_no_text(lm, tmp_path):
     text = letters(500)
     results = evaluate(lm, "llq_ptb_new", log_samples=True, text_file=write(tmp_path / "a.txt", text), seqlen=32)
     samples = results["samples"]["llq_ptb_new"]
-    assert len(samples) == lm_tasks.SHARDS
+    assert len(samples) == lm_eval_perplexity.SHARDS
     logged = json.dumps(samples, default=str)
     assert text[:20] not in logged
     assert len(logged) < 30_000
@@ -382,7 +383,7 @@ def test_parquet_and_hub_rows_read_alike(tmp_path, monkeypatch):
         )
         return datasets.Dataset.from_list(mmlu_rows(6, 2) if "mmlu" in repository else HUB_ROWS[name])
 
-    monkeypatch.setattr(data, "hub_rows", hub_rows)
+    monkeypatch.setattr("llq_hf.hosts.lm_eval_perplexity.hub_rows", hub_rows)
     for name, rows in HUB_ROWS.items():
         datasets.Dataset.from_list(rows).to_parquet(tmp_path / f"{name}.parquet")
         assert prompts(task(f"llq_{name}", folder=str(tmp_path))) == prompts(task(f"llq_{name}"))
@@ -452,14 +453,14 @@ def test_mmlu_has_the_subjects_and_categories_of_lm_eval():
 def test_study_holds_every_task(tmp_path, monkeypatch):
     rows = {"mmlu": mmlu_rows(6, 0), **HUB_ROWS}
     monkeypatch.setattr(
-        lm_tasks,
+        lm_eval_perplexity,
         "_local_docs",
-        lambda name, folder, split, subject: lm_tasks._converted(rows[name], name, subject, "x"),
+        lambda name, folder, split, subject: lm_eval_perplexity._converted(rows[name], name, subject, "x"),
     )
     file = write(tmp_path / "a.txt", letters(100))
     loaded = manager(folder=str(tmp_path), text_file=file).load(["llq_study"])
     names = set(loaded["tasks"])
-    texts = {f"llq_{text}" for text in data.EVALUATION_TEXTS if text != "demo"}
+    texts = {f"llq_{text}" for text in EVALUATION_TEXTS if text != "demo"}
     assert {name for name in names if not name.startswith("llq_mmlu_")} == texts | {f"llq_{name}" for name in HUB_ROWS}
     assert len(names) == 10 + 57
 
@@ -508,7 +509,7 @@ def test_shared_questions_are_read_whole():
 def test_golden_perplexity_of_the_shared_model():
     """The reference figure was measured with the official GPTQ code on these 200 windows."""
     if not hasattr(HFLM, "llq_windows_nll"):
-        HFLM.llq_windows_nll = lm_tasks.windows_nll
+        HFLM.llq_windows_nll = lm_eval_perplexity.windows_nll
     model = HFLM(pretrained=str(SHARED / "models" / "stories260K"), device="cpu", batch_size=20)
     ids = str(SHARED / "golden" / "eval_ids_260k.npy")
     results = evaluate(model, "llq_wikitext2", text_file=ids, seqlen=256)["results"]["llq_wikitext2"]

@@ -7,15 +7,15 @@ import sys
 from rich.console import Console
 from rich.markup import escape
 
-from ..errors import LLQError
+from ..common.errors import LLQError
 from . import (  # each adds its commands to `app`
     bench,
+    build_kernels,
     evaluate,
     export,
     finetune,
-    inspect,
-    kernels,
-    push,
+    info,
+    publish,
     quantize,
     show,
     study,
@@ -25,13 +25,13 @@ from .app import app
 __all__ = [
     "app",
     "bench",
+    "build_kernels",
     "evaluate",
     "export",
     "finetune",
-    "inspect",
-    "kernels",
+    "info",
     "main",
-    "push",
+    "publish",
     "quantize",
     "show",
     "study",

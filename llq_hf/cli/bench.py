@@ -29,9 +29,9 @@ def bench(
     """
     import torch
 
-    from ..bench import Load, measure
+    from ..common.terminal import RichProgress
     from ..demo import resolve
-    from ..progress import RichProgress
+    from ..study.cost import Load, measure
 
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     load = Load(tuple(int(word) for word in batches.split(",")), prompt_tokens, new_tokens, rounds)

@@ -29,7 +29,7 @@ def eval(
 
     Example: **llq eval /tmp/demo-quip --tasks llq_demo --batch_size 8 --output_path /tmp/results**
     """
-    from ..harness import harness_of
+    from ..hosts.harnesses import harness_of
 
     harness = harness_of(tasks)
     # lmms-eval's own module exits with 0 after an error, unless it is imported, as ours does

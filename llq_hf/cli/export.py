@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from ..errors import LLQError
+from ..common.errors import LLQError
 from .app import app, console
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -34,10 +34,10 @@ def export(
     """
     import torch
 
+    from ..common.terminal import RichProgress
     from ..export import FORMATS
     from ..export import export as write
     from ..method import nearest
-    from ..progress import RichProgress
 
     if to not in FORMATS:
         raise LLQError(f"format={to!r} is unknown{nearest(to, FORMATS)}; there are {', '.join(FORMATS)}")

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from ..errors import LLQError
+from ..common.errors import LLQError
 from ..methods import METHODS, build
 from ..methods.nf4 import NF4
 from .app import app, console
@@ -57,15 +57,15 @@ def finetune(
 
     Example: **llq finetune demo /tmp/demo-lora --data demo --max-steps 200 --rank 16**
     """
-    from ..adapters import train
-    from ..progress import RichProgress
-    from ..quantize import Progress
+    from ..common.terminal import RichProgress
+    from ..engine.step import Progress
+    from ..finetune import trainer
 
     if method not in ADAPTERS:
         raise LLQError(f"unknown method {method!r}; there are: {', '.join(ADAPTERS)}")
     # transformers has new names for gradient checkpointing, which its earlier 5.x do not know
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated")
-    recipe = train.Recipe(
+    recipe = trainer.Recipe(
         connections=ADAPTERS[method],
         rank=rank,
         alpha=alpha,
@@ -83,13 +83,13 @@ def finetune(
         recompute=recompute,
         seed=seed,
     )
-    machine = train.machine(device, dtype, save_steps)
+    machine = trainer.machine(device, dtype, save_steps)
     main_process = machine.processes.is_main_process
     progress = RichProgress() if main_process else Progress()
     started = time.perf_counter()
     try:
         base = _packed(model, out, base_method, bits, calibration, recipe.connections, machine.device, progress)
-        note = train.finetune(base, out, data, recipe, machine, progress)
+        note = trainer.finetune(base, out, data, recipe, machine, progress)
     finally:
         progress.close()
     if main_process:
@@ -108,11 +108,11 @@ def _packed(
     progress: Any,
 ) -> str:
     """The packed checkpoint to train on: `model` itself, or what it is packed into."""
-    from ..adapters.folder import BASE
-    from ..checkpoint import fetch, read_json
+    from ..checkpoints.adapter import BASE
+    from ..checkpoints.dense import fetch, read_json
     from ..demo import calibration_for, resolve
-    from ..quantize import RunOptions
-    from ..run import execute, prepare
+    from ..engine.execute import execute, prepare
+    from ..engine.step import RunOptions
 
     model = resolve(model)
     if "quantization_config" in read_json(fetch(model) / "config.json"):

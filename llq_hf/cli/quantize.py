@@ -12,7 +12,7 @@ from rich.table import Table
 
 from ..methods import METHODS, method_type
 from .app import app, console
-from .inspect import print_served
+from .info import print_served
 from .options import with_method_options
 
 
@@ -61,12 +61,12 @@ def quantize(
     import torch
     from transformers import AutoConfig
 
+    from ..common.terminal import RichProgress
     from ..demo import calibration_for, resolve
-    from ..distributed import Team
-    from ..loading import auto_class
-    from ..progress import RichProgress
-    from ..quantize import Progress, RunOptions
-    from ..run import check_device, peak_bytes, prepare, quantize_checkpoint
+    from ..engine.execute import check_device, peak_bytes, prepare, quantize_checkpoint
+    from ..engine.step import Progress, RunOptions
+    from ..engine.team import Team
+    from ..models.load import auto_class
 
     built = method_type(method).build(preset, **options)
     data = calibration_for(model, calibration, calibration_samples, calibration_seqlen, calibration_seed)

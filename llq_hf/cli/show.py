@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.panel import Panel
 from rich.text import Text
 
-from ..errors import LLQError
+from ..common.errors import LLQError
 from .app import app, console
 
 
@@ -50,7 +50,7 @@ def show(
 def _picture(file: Path) -> Any:
     from PIL import Image
 
-    from ..pairs import truncated_images_refused
+    from ..data.pairs import truncated_images_refused
 
     try:
         with truncated_images_refused():
@@ -61,9 +61,9 @@ def _picture(file: Path) -> Any:
 
 def _asked(path: str, picture: Any, questions: list[str], max_new_tokens: int, device: str) -> tuple[str, list[str]]:
     """(what the model is, its answers). One model is in memory at a time."""
-    from ..hf import check_quantized
-    from ..scoring import described, usable_device
-    from ..seeing import Prompt, Seeing
+    from ..hosts.hf_quantizer import check_quantized
+    from ..hosts.model_args import described, usable_device
+    from ..models.vision import Prompt, Seeing
 
     seeing = Seeing.load(path, device=usable_device("cuda" if device == "auto" else device))
     told = described(seeing.model)

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import LLQError
+from ..common.errors import LLQError
 from .app import app, console
 
 if TYPE_CHECKING:
-    from ..study.engine import Engine
+    from ..study.launch import Engine
     from ..study.plan import Cell
 
 
@@ -56,9 +56,9 @@ def study(
     """
     import torch
 
-    from ..bench import Load
     from ..study.cell import Setup, run_cell
-    from ..study.engine import sweep
+    from ..study.cost import Load
+    from ..study.launch import sweep
     from ..study.paper import remember
     from ..study.plan import expand
     from ..study.watch import RichWatcher
@@ -150,7 +150,7 @@ def _json(text: str | None) -> Any:
 
 
 def _engine(name: str, resources: str) -> Engine:
-    from ..study.engine import RayCluster, local
+    from ..study.launch import RayCluster, local
 
     given = {key: value for key, _, value in (pair.partition("=") for pair in resources.split(",") if pair)}
     if name == "local" and not given:

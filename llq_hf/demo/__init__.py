@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ..data import Calibration
+    from ..data.windows import Calibration
 
 MODELS: dict[str, Path] = {"demo": Path(__file__).parent / "llama", "demo-vlm": Path(__file__).parent / "vlm"}
 
@@ -30,7 +30,7 @@ def calibration_for(
 
     The text of a bundled model is the calibration source that has its name.
     """
-    from ..data import Calibration
+    from ..data.windows import Calibration
 
     bundled = next((name for name, folder in MODELS.items() if resolve(model) == str(folder)), None)
     return Calibration(

@@ -34,7 +34,7 @@ from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, NamedTuple
 
-from llq_hf.demo.world import of_split, one_of, seeded, shuffled
+from .world import of_split, one_of, seeded, shuffled
 
 if TYPE_CHECKING:
     from PIL import Image

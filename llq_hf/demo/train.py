@@ -36,7 +36,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from llq_hf.demo import world
+from . import world
 
 BOS, EOS = "<|begin_of_text|>", "<|end_of_text|>"
 console = Console()

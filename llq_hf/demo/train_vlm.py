@@ -55,9 +55,9 @@ from transformers import (
 )
 from transformers.image_utils import SizeDict
 
-from llq_hf.demo import drawings, train
-from llq_hf.demo.drawings import CELLS, COLOURS, KINDS, SIDE_PIXELS, Item, Picture
-from llq_hf.demo.world import seeded, shuffled
+from . import drawings, train
+from .drawings import CELLS, COLOURS, KINDS, SIDE_PIXELS, Item, Picture
+from .world import seeded, shuffled
 
 USER, ASSISTANT, IMAGE = "<|user|>", "<|assistant|>", "<image>"
 TEMPLATE = (
@@ -507,7 +507,7 @@ def keys_of(item: Item) -> tuple[str, str, str]:
 
 def generated(folder: Path, pictures: int, batch_size: int = 64) -> dict[str, float]:
     """Share of right answers to everything that held-out pictures are asked, by category and form, as generated."""
-    from llq_hf.seeing import Prompt, Seeing  # a layer above: the demo models are data to it
+    from ..models.vision import Prompt, Seeing  # a layer above: the demo models are data to it
 
     seeing, rng = Seeing.load(str(folder), dtype=torch.float32), seeded("generated")
     found = [

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from .awq import AWQFormat
+from .base import Format
 from .compressed_tensors import CompressedTensors
 from .convert import export
 from .dense import Dense, GGUFSource
-from .format import Format
 from .gptq import GPTQFormat
 
 FORMATS: dict[str, type[Format]] = {f.name: f for f in (CompressedTensors, GPTQFormat, AWQFormat, Dense, GGUFSource)}

@@ -14,9 +14,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..errors import LLQError
-from ..grids import Affine
-from .format import AffineFormat, bitstream, whole
+from ..common.errors import LLQError
+from ..numerics.grids import Affine
+from .base import AffineFormat, bitstream, whole
 
 ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
 

@@ -16,9 +16,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..errors import LLQError
-from ..grids import Affine
-from .format import AffineFormat, bitstream
+from ..common.errors import LLQError
+from ..numerics.grids import Affine
+from .base import AffineFormat, bitstream
 
 
 @dataclass(frozen=True)

@@ -17,17 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import arch
-from ..checkpoint import Checkpoint, header
-from ..errors import LLQError
-from ..inspection import inspect_checkpoint
+from ..checkpoints.dense import Checkpoint, header
+from ..checkpoints.inspection import inspect_checkpoint
+from ..checkpoints.packed import CONFIG, REPORT, PackedFolder, carry, save, write_json
+from ..common.errors import LLQError
+from ..engine.execute import build_skeleton
+from ..engine.step import Progress
 from ..method import Method
 from ..methods import build
-from ..packed import CONFIG, REPORT, PackedFolder, carry, save, write_json
-from ..quantize import Progress
-from ..residual import Residual, residual_of
-from ..run import build_skeleton
-from .format import Exported, Format
+from ..models.decoder import block_prefixes, quantizable
+from ..models.residual_stream import Residual, residual_of
+from .base import Exported, Format
 
 
 def export(
@@ -48,8 +48,8 @@ def export(
     draft = out.with_name(out.name + ".part")
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
-    folder = PackedFolder(draft, checkpoint, arch.block_prefixes(skeleton), build(found["method"], **found["config"]))
-    shapes = {n: (linear.out_features, linear.in_features) for n, linear in arch.quantizable(skeleton).items()}
+    folder = PackedFolder(draft, checkpoint, block_prefixes(skeleton), build(found["method"], **found["config"]))
+    shapes = {n: (linear.out_features, linear.in_features) for n, linear in quantizable(skeleton).items()}
     try:
         first = _write(folder, form, shapes, _Folds(skeleton), progress)
         total_bytes = folder.save_index()

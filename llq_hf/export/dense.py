@@ -13,9 +13,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..errors import LLQError
+from ..common.errors import LLQError
 from ..method import Method, Packed
-from .format import Exported, Format
+from .base import Exported, Format
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..grids import Affine
-from .format import AffineFormat, bitstream, whole
+from ..numerics.grids import Affine
+from .base import AffineFormat, bitstream, whole
 
 
 @dataclass(frozen=True)

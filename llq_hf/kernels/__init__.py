@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..bits import BLOCK
+from .bitpack import BLOCK
 from .native import backend, describe, digits, floats, integer_tiles, structs, tiles, turn
-from .stored import Kept, LevelCodes, Numbers, Part, SalientCodes, Stored, TableCodes, Turn, UniformCodes, keep, kept
+from .views import Kept, LevelCodes, Numbers, Part, SalientCodes, Stored, TableCodes, Turn, UniformCodes, keep, kept
 
 __all__ = [
     "Kept",

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..cache import cache_root
-from ..errors import LLQError
+from ..common.errors import LLQError
+from ..common.machine import cache_root
 from .build import ISAS, PACKAGED, library
-from .stored import LevelCodes, Numbers, Part, SalientCodes, Stored, TableCodes, Turn, UniformCodes, readable
+from .views import LevelCodes, Numbers, Part, SalientCodes, Stored, TableCodes, Turn, UniformCodes, readable
 
 DTYPES = {torch.float16: 1, torch.float32: 2, torch.bfloat16: 3}
 FAMILIES = {UniformCodes: "uniform", LevelCodes: "levels", TableCodes: "table", SalientCodes: "salient"}

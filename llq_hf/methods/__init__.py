@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..errors import LLQError
+from ..common.errors import LLQError
 from ..method import Method, nearest
 from .awq import AWQ
 from .billm import BiLLM

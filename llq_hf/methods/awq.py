@@ -38,12 +38,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..arch import first
-from ..errors import LLQError
-from ..feedback import solve
-from ..grids import Affine, Grid, Spec, Uniform
+from ..common.errors import LLQError
 from ..method import Flow, Job, Method, Packed, Step
-from ..stats import Samples, Stat, factorize, revive_dead
+from ..models.decoder import hidden_of
+from ..numerics.error_feedback import solve
+from ..numerics.grids import Affine, Grid, Spec, Uniform
+from ..numerics.stats import Samples, Stat, factorize, revive_dead
 
 Weights = dict[str, Tensor]  # by name inside the block
 
@@ -165,7 +165,7 @@ class AWQ(Method):
             replaced = {f"{name.removeprefix(parent + '.')}.weight": W.to(dtype) for name, W in candidates.items()}
             total = torch.zeros((), device=step.linears[group[0]].weight.device)
             for args, kwargs, target in calls:
-                output = first(torch.func.functional_call(module, replaced, args, kwargs))
+                output = hidden_of(torch.func.functional_call(module, replaced, args, kwargs))
                 total += (output.float() - target.float()).square().sum()
             return float(total)
 
@@ -180,7 +180,7 @@ class AWQ(Method):
         batch = data.batches()[0].stop * stride
 
         def record(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-            calls.append((args, kwargs, first(output)))
+            calls.append((args, kwargs, hidden_of(output)))
 
         handle = module.register_forward_hook(record, with_kwargs=True)
         try:

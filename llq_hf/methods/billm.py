@@ -39,14 +39,14 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from ..bits import pack, packed_words, unpack
-from ..errors import LLQError
-from ..feedback import by_blocks
-from ..grids import Spec
+from ..common.errors import LLQError
 from ..kernels import LevelCodes, kept, product
+from ..kernels.bitpack import pack, packed_words, unpack
 from ..method import Flow, Job, Method, Packed
-from ..refine import Objective, descend, refit_levels
-from ..stats import PairedHessian, Stat, factorize, revive_dead
+from ..numerics.coordinate_descent import Objective, descend, refit_levels
+from ..numerics.error_feedback import by_blocks
+from ..numerics.grids import Spec
+from ..numerics.stats import PairedHessian, Stat, factorize, revive_dead
 
 SALIENCES = ("hessian", "magnitude")
 SEARCHES = ("salience", "weight")

@@ -30,14 +30,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..bits import pack, packed_words, unpack
-from ..errors import LLQError
-from ..feedback import by_columns
-from ..grids import Spec
+from ..common.errors import LLQError
 from ..kernels import LevelCodes, kept, product
+from ..kernels.bitpack import pack, packed_words, unpack
 from ..method import Job, Method, Packed, PassListener, State
-from ..stats import Hessian, Stat, factorize, revive_dead
-from ..training import ScaledLinear, Schedule, grouped, scaled_linears
+from ..numerics.error_feedback import by_columns
+from ..numerics.grids import Spec
+from ..numerics.stats import Hessian, Stat, factorize, revive_dead
+from .training import ScaledLinear, Schedule, grouped, scaled_linears
 
 _TINY = 2.0**-14  # the smallest normal fp16: scales below it are stored with less than 11 bits
 

@@ -41,17 +41,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .. import bits as bitpack
-from ..activations import round_through
-from ..arch import replace_module
-from ..errors import LLQError
-from ..feedback import BLOCK, Solution, group_aware_order, solve
-from ..grids import Affine, Grid, Spec, Uniform
+from ..common.errors import LLQError
+from ..kernels import bitpack
 from ..method import Flow, Job, Method, Packed, PassListener, Rewrite, State, Step
-from ..refine import Objective, refined
-from ..residual import Turned, random_turns, residual_of
-from ..stats import PairedHessian, Stat, factorize, revive_dead
-from ..training import ScaledLinear, Schedule, Trained, cosine, grouped, run_block, scaled_linears, train_block
+from ..models.decoder import replace_module
+from ..models.residual_stream import Turned, random_turns, residual_of
+from ..numerics.activations import round_through
+from ..numerics.coordinate_descent import Objective, refined
+from ..numerics.error_feedback import BLOCK, Solution, group_aware_order, solve
+from ..numerics.grids import Affine, Grid, Spec, Uniform
+from ..numerics.stats import PairedHessian, Stat, factorize, revive_dead
+from .training import ScaledLinear, Schedule, Trained, cosine, grouped, run_block, scaled_linears, train_block
 
 TINY_SCALE = 2.0**-24  # the smallest fp16 above zero
 FLOOR = 1 / 20  # of Block-AP's learning rates, at its end

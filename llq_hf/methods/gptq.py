@@ -38,12 +38,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..errors import LLQError
-from ..feedback import BLOCK, Solution, drift, group_aware_order, solve
-from ..grids import Affine, Grid, Spec, Uniform
+from ..common.errors import LLQError
 from ..method import Flow, Job, Method, Packed
-from ..refine import Objective, refined
-from ..stats import PairedHessian, Stat, factorize, revive_dead
+from ..numerics.coordinate_descent import Objective, refined
+from ..numerics.error_feedback import BLOCK, Solution, drift, group_aware_order, solve
+from ..numerics.grids import Affine, Grid, Spec, Uniform
+from ..numerics.stats import PairedHessian, Stat, factorize, revive_dead
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -39,12 +39,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..bits import pack, packed_words, unpack
-from ..errors import LLQError
-from ..grids import Spec
+from ..common.errors import LLQError
 from ..kernels import Numbers, TableCodes, kept, product
+from ..kernels.bitpack import pack, packed_words, unpack
 from ..method import Job, Method, Packed
-from ..stats import Stat
+from ..numerics.grids import Spec
+from ..numerics.stats import Stat
 
 SUPER = 256  # blocks whose scales (or shifts) share an fp32 number
 CHUNK = 2**21  # weights whose shifts are searched at a time: bounds memory

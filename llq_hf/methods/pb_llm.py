@@ -44,14 +44,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..bits import count_ones, pack, packed_words, unpack
-from ..errors import LLQError
-from ..feedback import by_columns
-from ..grids import Grid, Spec, Uniform
+from ..common.errors import LLQError
 from ..kernels import SalientCodes, kept, product
+from ..kernels.bitpack import count_ones, pack, packed_words, unpack
 from ..method import Flow, Job, Method, Packed
-from ..refine import Objective, descend, refit_levels
-from ..stats import PairedHessian, Stat, factorize, revive_dead
+from ..numerics.coordinate_descent import Objective, descend, refit_levels
+from ..numerics.error_feedback import by_columns
+from ..numerics.grids import Grid, Spec, Uniform
+from ..numerics.stats import PairedHessian, Stat, factorize, revive_dead
 
 SALIENCES = ("hessian", "magnitude")
 MEANS = ("group", "binarized")

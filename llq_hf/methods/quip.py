@@ -31,13 +31,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..bits import pack, packed_words, unpack
-from ..errors import LLQError
-from ..grids import Affine, Spec, Uniform
+from ..common.errors import LLQError
 from ..kernels import Part, UniformCodes, kept, product, turned
+from ..kernels.bitpack import pack, packed_words, unpack
 from ..method import Job, Method, Packed
-from ..rotations import Rotation, rotation
-from ..stats import Hessian, Stat, factorize, revive_dead
+from ..numerics.grids import Affine, Spec, Uniform
+from ..numerics.rotations import Rotation, rotation
+from ..numerics.stats import Hessian, Stat, factorize, revive_dead
 
 BLOCK = 128  # columns fed back together: speed only
 SEARCH_STEPS = 6

@@ -26,9 +26,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from ..grids import Affine, Spec, Uniform
 from ..method import Job, Method, Packed
-from ..stats import Stat
+from ..numerics.grids import Affine, Spec, Uniform
+from ..numerics.stats import Stat
 
 
 @dataclass(frozen=True, kw_only=True)

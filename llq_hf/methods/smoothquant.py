@@ -37,13 +37,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..activations import TokenQuant
-from ..bits import unpack
-from ..errors import LLQError
-from ..grids import Affine, Grid, Spec, Uniform
+from ..common.errors import LLQError
 from ..kernels import choose, kept
+from ..kernels.bitpack import unpack
 from ..method import Flow, Method, Packed, Step
-from ..stats import AbsMax, Stat
+from ..numerics.activations import TokenQuant
+from ..numerics.grids import Affine, Grid, Spec, Uniform
+from ..numerics.stats import AbsMax, Stat
 
 BMM_INPUTS = ("q_proj", "k_proj", "v_proj")
 CUDA_ROWS = 32  # CUDA's integer product wants more than 16

@@ -31,15 +31,15 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from .. import arch
-from ..activations import OFF, Attention, TokenQuant
-from ..errors import LLQError
-from ..feedback import solve
-from ..grids import Affine, Spec, Uniform
+from ..common.errors import LLQError
 from ..method import Job, Method, Packed, PassListener, Rewrite
-from ..residual import Residual, Turn, Turned, random_turns, residual_of
-from ..rotations import cayley_step, hadamard, nearest_orthogonal
-from ..stats import Hessian, Stat, factorize, revive_dead
+from ..models.decoder import decoder_of, quantizable
+from ..models.residual_stream import Residual, Turn, Turned, random_turns, residual_of
+from ..numerics.activations import OFF, Attention, TokenQuant
+from ..numerics.error_feedback import solve
+from ..numerics.grids import Affine, Spec, Uniform
+from ..numerics.rotations import cayley_step, hadamard, nearest_orthogonal
+from ..numerics.stats import Hessian, Stat, factorize, revive_dead
 
 ROTATIONS, SOLVERS = ("hadamard", "learned"), ("gptq", "rtn")
 BATCH = 8  # sequences per learning step
@@ -259,11 +259,11 @@ class _Student:
         self.method, self.residual, self.model = method, residual, model
         self.dense = {name: p.detach() for name, p in model.named_parameters()}
         self.dense |= {name: self.dense[source] for name, source in Turned(residual).untied.items()}
-        self.roles = {name: _role(method, name.rpartition(".")[2]) for name in arch.quantizable(model)}
+        self.roles = {name: _role(method, name.rpartition(".")[2]) for name in quantizable(model)}
         for name, role in self.roles.items():
             hook = partial(_read_rounded, role)
             model.get_submodule(name).register_forward_pre_hook(hook)
-        attend(arch.decoder_of(model)[1])
+        attend(decoder_of(model)[1])
 
     def gradients(self, rotations: list[Tensor], ids_BS: Tensor) -> tuple[float, list[Tensor]]:
         """(mean next-token loss, its gradients)."""

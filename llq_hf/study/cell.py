@@ -15,16 +15,16 @@ from typing import Any
 
 import torch
 
-from ..bench import Load, compare, disk_bytes, journalled, load_model, peak_memory, ratios
-from ..checkpoint import fetch, read_json
+from ..checkpoints.dense import fetch, read_json
+from ..checkpoints.journal import fingerprint
+from ..checkpoints.packed import read_report, write_json
+from ..common.errors import LLQError
 from ..demo import calibration_for, resolve
-from ..errors import LLQError
-from ..journal import fingerprint
+from ..engine.step import Progress, RunOptions
 from ..method import Method
 from ..methods import build
-from ..packed import read_report, write_json
-from ..quantize import Progress, RunOptions
-from .harness import evaluate
+from .cost import Load, compare, disk_bytes, journalled, load_model, peak_memory, ratios
+from .evaluate import evaluate
 from .plan import DENSE, Cell
 from .record import DONE, FAILED, REFUSED, Record
 
@@ -80,7 +80,7 @@ def _fill(figures: dict[str, Any], cell: Cell, setup: Setup, progress: Progress)
 
 def _quantize(cell: Cell, setup: Setup, progress: Progress) -> tuple[Path, dict[str, Any]]:
     """The packed checkpoint, and what it cost to make: kept beside it for the next cell that finds it made."""
-    from ..scoring import cached  # imports transformers, which the parent of a sweep can do without
+    from ..hosts.model_args import cached  # imports transformers, which the parent of a sweep can do without
 
     method: Method = build(cell.method, cell.preset, **cell.options)
     source, samples, seqlen = (cell.calibration.get(key) for key in ("source", "samples", "seqlen"))
@@ -103,18 +103,18 @@ def _kept(made: Path, cost: dict[str, Any] | None) -> dict[str, Any]:
 
 def _finetune(base: str, cell: Cell, setup: Setup, progress: Progress) -> tuple[Path, dict[str, Any]]:
     """A LoRA adapter of the packed checkpoint, beside it in the cache, and what it cost to train."""
-    from ..adapters import train  # transformers again
-    from ..adapters.folder import is_adapter
+    from ..checkpoints.adapter import is_adapter
+    from ..finetune import trainer  # transformers again
 
     asked = {"data": "alpaca", **cell.finetune}
-    data, known = asked.pop("data"), [each.name for each in fields(train.Recipe)]
+    data, known = asked.pop("data"), [each.name for each in fields(trainer.Recipe)]
     if unknown := set(asked) - set(known):
         raise LLQError(f"finetune has no {unknown.pop()!r}; it has: data, {', '.join(known)}")
-    machine = train.machine(setup.device, cell.dtype, save_steps=250)
+    machine = trainer.machine(setup.device, cell.dtype, save_steps=250)
     out = Path(base).with_name(f"{Path(base).name}-lora-{fingerprint(dict(cell.finetune))}")
     made, timed = not is_adapter(str(out)), Timed(progress)
     with peak_memory(setup.device) as memory:
-        train.finetune(base, out, data, train.Recipe(**asked), machine, timed)
+        trainer.finetune(base, out, data, trainer.Recipe(**asked), machine, timed)
         timed.close()
     return out, _kept(out, {**timed.figures(), **memory} if made else None)
 

@@ -29,8 +29,8 @@ from typing import Any
 
 import yaml
 
-from ..errors import LLQError
-from ..journal import fingerprint
+from ..checkpoints.journal import fingerprint
+from ..common.errors import LLQError
 from ..method import nearest
 from ..methods import METHODS, build
 

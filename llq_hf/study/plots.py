@@ -10,8 +10,8 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from ..methods import METHODS
-from .grids import ACCURACY, KINDS, PERPLEXITY, headlines
 from .record import DONE, Record
+from .tables import ACCURACY, KINDS, PERPLEXITY, headlines
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -18,8 +18,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import LLQError
-from ..packed import write_json
+from ..checkpoints.packed import write_json
+from ..common.errors import LLQError
 from .plan import Cell, defaults
 
 DONE, REFUSED, FAILED = "done", "refused", "failed"

@@ -15,13 +15,13 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ..errors import LLQError
+from ..common.errors import LLQError
 from ..method import nearest
-from .grids import BETTER, LEVEL_SIGNS, SAME, WORSE, Grid, Line, cost, overview, phases, provenance, study_tables
-from .grids import unfinished as unfinished_grid
 from .paper import asked_for
 from .plots import Plot, plots
 from .record import DONE, FAILED, REFUSED, Record, read_records
+from .tables import BETTER, LEVEL_SIGNS, SAME, WORSE, Grid, Line, cost, overview, phases, provenance, study_tables
+from .tables import unfinished as unfinished_grid
 
 MARKS = (
     f"{LEVEL_SIGNS[SAME]} within the margin of the published figure, {LEVEL_SIGNS[BETTER]} better, "

@@ -13,7 +13,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from .engine import Watcher
+from .launch import Watcher
 from .plan import Cell
 from .record import DONE, Record
 

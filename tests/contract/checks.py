@@ -13,9 +13,9 @@ from contract.cases import Case
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llq_hf.linear import checked_layout
+from llq_hf.layers.linear import checked_layout
 from llq_hf.method import Job, Method, Packed, Step
-from llq_hf.stats import Stat
+from llq_hf.numerics.stats import Stat
 
 OUT, IN, TOKENS, SEQUENCES = 48, 172, 512, 4
 

@@ -17,14 +17,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from llq_hf.checkpoint import Checkpoint, Rewritten
-from llq_hf.data import Calibration
-from llq_hf.errors import LLQError
-from llq_hf.hf import CONFIGS, check_quantized, count_quantized
-from llq_hf.linear import QuantLinear
+from llq_hf.checkpoints.dense import Checkpoint, Rewritten
+from llq_hf.common.errors import LLQError
+from llq_hf.data.windows import Calibration
+from llq_hf.engine.execute import build_skeleton, quantize_checkpoint
+from llq_hf.hosts.hf_quantizer import CONFIGS, check_quantized, count_quantized
+from llq_hf.layers.linear import QuantLinear
 from llq_hf.method import Method, field_types
 from llq_hf.methods import METHODS, build
-from llq_hf.run import build_skeleton, quantize_checkpoint
 
 LINEARS = 2 * 7
 Run = Callable[..., Path]

@@ -11,7 +11,7 @@ from contract import checks
 from contract.cases import CASES, Case
 from torch import Tensor
 
-from llq_hf import bits as bitpack
+from llq_hf.kernels import bitpack
 from llq_hf.method import Method, Packed, Step
 from llq_hf.methods import METHODS
 

@@ -15,14 +15,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText
 
-from llq_hf.checkpoint import Checkpoint, Rewritten
-from llq_hf.data import Calibration
-from llq_hf.hf import CONFIGS, check_quantized
-from llq_hf.inspection import inspect_checkpoint
-from llq_hf.linear import QuantLinear
-from llq_hf.loading import module_names
+from llq_hf.checkpoints.dense import Checkpoint, Rewritten
+from llq_hf.checkpoints.inspection import inspect_checkpoint
+from llq_hf.data.windows import Calibration
+from llq_hf.engine.execute import build_skeleton, quantize_checkpoint
+from llq_hf.hosts.hf_quantizer import CONFIGS, check_quantized
+from llq_hf.layers.linear import QuantLinear
 from llq_hf.methods import METHODS, build
-from llq_hf.run import build_skeleton, quantize_checkpoint
+from llq_hf.models.load import module_names
 
 LINEARS = 2 * 7
 OUTSIDE = ("vision_tower.", "multi_modal_projector.", "image_newline", "embed_tokens", "lm_head")
@@ -124,20 +124,20 @@ def test_the_layout_of_published_checkpoints(tiny_llava: Path, calibration_npy: 
 
 def test_a_killed_run_goes_on(tiny_llava: Path, calibration_npy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Killed after its first block, a run ends in the bytes of an unbroken one."""
-    import llq_hf.run
+    import llq_hf.engine.execute
 
     class KilledError(Exception):
         pass
 
     whole = quantize(tiny_llava, tmp_path / "whole", calibration_npy, "gptq", 3, {})
-    step = llq_hf.run.quantize_step
+    step = llq_hf.engine.execute.quantize_step
 
     def second_block_kills(given, *arguments):
         if ".layers.1" in given.prefix:
             raise KilledError
         return step(given, *arguments)
 
-    monkeypatch.setattr(llq_hf.run, "quantize_step", second_block_kills)
+    monkeypatch.setattr(llq_hf.engine.execute, "quantize_step", second_block_kills)
     with pytest.raises(KilledError):
         quantize(tiny_llava, tmp_path / "out", calibration_npy, "gptq", 3, {})
     monkeypatch.undo()

@@ -12,8 +12,8 @@ import torch
 from contract import checks
 from contract.cases import CASES, CHECKPOINTS, Case, with_bits
 
-from llq_hf.errors import LLQError
-from llq_hf.linear import QuantLinear
+from llq_hf.common.errors import LLQError
+from llq_hf.layers.linear import QuantLinear
 from llq_hf.method import field_types, stored_bits
 from llq_hf.methods import METHODS, build, method_type
 
@@ -193,7 +193,7 @@ def test_training_after_inference_mode(case: Case):
 
 
 def forget_caches() -> None:
-    from llq_hf.rotations import _hadamard, rotation
+    from llq_hf.numerics.rotations import _hadamard, rotation
 
     rotation.cache_clear()
     _hadamard.cache_clear()

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from llq_hf.methods import build
-from llq_hf.stats import PairedHessian
+from llq_hf.numerics.stats import PairedHessian
 
 HERE = Path(__file__).parent
 PB_LLM, BILLM = load_file(HERE / "pb_llm.safetensors"), load_file(HERE / "billm.safetensors")

@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 from test_uniform_golden import data, perplexity
 
+from llq_hf.engine.step import quantize_model
 from llq_hf.methods import build
-from llq_hf.quantize import quantize_model
 
 FULL = os.environ.get("LLQ_FULL_GOLDEN", "") not in ("", "0")
 THEIRS = {4: 4.0185, 3: 5.9552, 2: 33.991}  # perplexities; 2 bits with aug_loss

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from llq_hf.engine.step import quantize_model
 from llq_hf.methods import build
-from llq_hf.quantize import quantize_model
 
 GOLDEN = json.loads(Path(__file__).with_name("scaled.json").read_text())
 ROWS = GOLDEN["rows"]

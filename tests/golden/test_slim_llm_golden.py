@@ -19,11 +19,11 @@ from safetensors.torch import load_file
 from test_uniform_golden import data, perplexity
 from torch import Tensor
 
-from llq_hf.bits import unpack
+from llq_hf.engine.step import quantize_model
+from llq_hf.kernels.bitpack import unpack
 from llq_hf.method import Packed, Step
 from llq_hf.methods import build
-from llq_hf.quantize import quantize_model
-from llq_hf.stats import PairedHessian
+from llq_hf.numerics.stats import PairedHessian
 
 SAME_CPU = torch.backends.cpu.get_cpu_capability() == "AVX512"
 CASES = [f"{bits}bit_gs{size}_lam{times}" for bits in (2, 3) for size in (32, 64) for times in (1, 4)]

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from llq_hf.engine.step import quantize_model, rewrite_model
 from llq_hf.methods import build
-from llq_hf.quantize import quantize_model, rewrite_model
 
 FULL_PRECISION = 3.657023
 FILES = json.loads(Path(__file__).with_name("uniform.json").read_text())["files"]

@@ -24,10 +24,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llq_hf.grids import Uniform
+from llq_hf.engine.step import quantize_model
 from llq_hf.methods import build
 from llq_hf.methods.quip import QuIP
-from llq_hf.quantize import quantize_model
+from llq_hf.numerics.grids import Uniform
 
 GOLDEN = json.loads(Path(__file__).with_name("uniform.json").read_text())
 ROWS = GOLDEN["rows"]

@@ -13,15 +13,15 @@ from reference.awq import awq
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from llq_hf import walk
-from llq_hf.bits import unpack
-from llq_hf.errors import LLQError
-from llq_hf.linear import QuantLinear
+from llq_hf.common.errors import LLQError
+from llq_hf.engine import walk
+from llq_hf.engine.step import quantize_model
+from llq_hf.kernels.bitpack import unpack
+from llq_hf.layers.linear import QuantLinear
 from llq_hf.method import Flow, Packed, Step, stored_bits
 from llq_hf.methods import build
 from llq_hf.methods.awq import AWQ, _diagonal_blocks, _parent
-from llq_hf.quantize import quantize_model
-from llq_hf.stats import Samples
+from llq_hf.numerics.stats import Samples
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "one group a row": {"group_size": -1},

@@ -9,8 +9,8 @@ from methods.test_gptq import hessian_of, well_conditioned
 from methods.test_pb_llm import statistic
 from reference.billm import billm
 
-from llq_hf.bits import unpack
-from llq_hf.errors import LLQError
+from llq_hf.common.errors import LLQError
+from llq_hf.kernels.bitpack import unpack
 from llq_hf.method import Flow, stored_bits
 from llq_hf.methods import build
 from llq_hf.methods.billm import quantiles

@@ -15,16 +15,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
-from llq_hf.bits import unpack
-from llq_hf.data import Calibration
-from llq_hf.errors import LLQError
-from llq_hf.journal import Journal
+from llq_hf.checkpoints.journal import Journal
+from llq_hf.checkpoints.packed import read_report
+from llq_hf.common.errors import LLQError
+from llq_hf.data.windows import Calibration
+from llq_hf.engine.execute import quantize_checkpoint
+from llq_hf.engine.step import Progress, quantize_model
+from llq_hf.kernels.bitpack import unpack
 from llq_hf.method import State, stored_bits
 from llq_hf.methods import build
 from llq_hf.methods.db_llm import DBLLM, DualLinear, planes, sampled
-from llq_hf.packed import read_report
-from llq_hf.quantize import Progress, quantize_model
-from llq_hf.run import quantize_checkpoint
 
 FAST: dict[str, Any] = {"steps": 8, "group_size": 32, "batch": 2}
 

@@ -18,18 +18,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
-from llq_hf.bits import unpack
-from llq_hf.data import Calibration
-from llq_hf.errors import LLQError
-from llq_hf.grids import Grid
-from llq_hf.linear import QuantLinear
+from llq_hf.checkpoints.packed import read_report
+from llq_hf.common.errors import LLQError
+from llq_hf.data.windows import Calibration
+from llq_hf.engine.execute import quantize_checkpoint
+from llq_hf.engine.step import Progress, quantize_model
+from llq_hf.engine.walk import LiveBlocks, walk
+from llq_hf.kernels.bitpack import unpack
+from llq_hf.layers.linear import QuantLinear
 from llq_hf.method import State, Step, stored_bits
 from llq_hf.methods import build
 from llq_hf.methods.efficient_qat import EfficientQAT, UniformLinear, _Linear, divergence
-from llq_hf.packed import read_report
-from llq_hf.quantize import Progress, quantize_model
-from llq_hf.run import quantize_checkpoint
-from llq_hf.walk import LiveBlocks, walk
+from llq_hf.numerics.grids import Grid
 
 FAST: dict[str, Any] = {"epochs": 2, "weight_lr": 5e-3, "grid_lr": 1e-3, "relative": True, "tune_batch": 4}
 

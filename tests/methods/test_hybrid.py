@@ -14,16 +14,16 @@ from contract import checks
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from llq_hf.data import Calibration
-from llq_hf.errors import LLQError
-from llq_hf.hf import CONFIGS
-from llq_hf.linear import QuantLinear
+from llq_hf.checkpoints.packed import read_report
+from llq_hf.common.errors import LLQError
+from llq_hf.data.windows import Calibration
+from llq_hf.engine.execute import quantize_checkpoint
+from llq_hf.engine.step import Progress, quantize_model, settled
+from llq_hf.hosts.hf_quantizer import CONFIGS
+from llq_hf.layers.linear import QuantLinear
 from llq_hf.method import Flow, State
 from llq_hf.methods import METHODS, build
 from llq_hf.methods.hybrid import Drawer, parsed, served_by, spelled
-from llq_hf.packed import read_report
-from llq_hf.quantize import Progress, quantize_model, settled
-from llq_hf.run import quantize_checkpoint
 
 CHEAP = {"candidates": "rtn:2:group_size=32+rtn:3:group_size=32+rtn:6:group_size=32", "samples": 4}
 MIXED = "*.down_proj=rtn:4:group_size=64+*.0.self_attn.*=gptq:2:group_size=64+*=quip:3"

@@ -9,7 +9,7 @@ import torch
 from contract import checks
 from reference.nf4 import codebook, dynamic_map, entropy, nf4
 
-from llq_hf.errors import LLQError
+from llq_hf.common.errors import LLQError
 from llq_hf.method import Packed, stored_bits
 from llq_hf.methods import build
 from llq_hf.methods import nf4 as module

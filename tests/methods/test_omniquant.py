@@ -17,16 +17,16 @@ from contract import checks
 from reference.omniquant import omniquant
 from torch import Tensor, nn
 
-from llq_hf.attention import install
-from llq_hf.bits import unpack
-from llq_hf.data import Calibration
-from llq_hf.errors import LLQError
-from llq_hf.journal import FileState
+from llq_hf.checkpoints.journal import FileState
+from llq_hf.common.errors import LLQError
+from llq_hf.data.windows import Calibration
+from llq_hf.engine.execute import quantize_checkpoint
+from llq_hf.engine.step import Progress, quantize_model, quantize_step
+from llq_hf.engine.walk import LiveBlocks, walk
+from llq_hf.kernels.bitpack import unpack
+from llq_hf.layers.attention import install
 from llq_hf.method import PassListener, State, Step, stored_bits
 from llq_hf.methods import build
-from llq_hf.quantize import Progress, quantize_model, quantize_step
-from llq_hf.run import quantize_checkpoint
-from llq_hf.walk import LiveBlocks, walk
 
 VARIANTS = {
     "one group a row": {"group_size": -1},

@@ -10,11 +10,11 @@ from contract import checks
 from methods.test_gptq import hessian_of, well_conditioned
 from reference.pb_llm import pb_llm
 
-from llq_hf.errors import LLQError
+from llq_hf.common.errors import LLQError
 from llq_hf.method import Flow, Job, stored_bits
 from llq_hf.methods import build
 from llq_hf.methods.pb_llm import Positions
-from llq_hf.stats import PairedHessian, Stat
+from llq_hf.numerics.stats import PairedHessian, Stat
 
 VARIANTS = {
     "one group": {"group_size": -1},

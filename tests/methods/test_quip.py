@@ -9,13 +9,13 @@ from reference.quip import greedy as greedy_literal
 from reference.quip import ldlq as ldlq_literal
 from reference.quip import quip, quip_rows
 
-from llq_hf.bits import unpack
+from llq_hf.engine.step import quantize_model
+from llq_hf.kernels.bitpack import unpack
 from llq_hf.method import stored_bits
 from llq_hf.methods import build
 from llq_hf.methods.quip import greedy_pass, ldlq
-from llq_hf.quantize import quantize_model
-from llq_hf.rotations import rotation
-from llq_hf.stats import Hessian
+from llq_hf.numerics.rotations import rotation
+from llq_hf.numerics.stats import Hessian
 
 VARIANTS = {
     "study": {},

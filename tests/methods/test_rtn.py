@@ -8,7 +8,7 @@ from contract import checks
 from reference.grid import value_of
 from reference.rtn import rtn
 
-from llq_hf.bits import unpack
+from llq_hf.kernels.bitpack import unpack
 from llq_hf.method import stored_bits
 from llq_hf.methods import build
 
@@ -46,7 +46,7 @@ def test_bits_stored_in_groups_of_128_are_those_of_the_tables(name: str, bits: i
 
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_a_scale_that_fp16_cannot_hold_is_refused_and_a_tiny_one_is_not_zero(bits: int):
-    from llq_hf.errors import LLQError
+    from llq_hf.common.errors import LLQError
 
     weight_OI = checks.weight(4, 32) * 1e-9
     packed = checks.quantize(build("rtn", bits=bits), weight_OI)

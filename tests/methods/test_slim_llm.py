@@ -8,8 +8,8 @@ import torch
 from contract import checks
 from reference.slim_llm import slim_llm
 
-from llq_hf import bits as bitpack
-from llq_hf.errors import LLQError
+from llq_hf.common.errors import LLQError
+from llq_hf.kernels import bitpack
 from llq_hf.method import Packed, PassListener, State, stored_bits
 from llq_hf.methods import build
 from llq_hf.methods.slim_llm import Clipping, Search, _salient
@@ -254,7 +254,7 @@ def test_best_leaves_less_output_error(bits: int):
 
 
 def test_group_aware_order_moves_columns_inside_groups_only():
-    from llq_hf.feedback import group_aware_order
+    from llq_hf.numerics.error_feedback import group_aware_order
 
     diagonal_I = torch.tensor([1.0, 2, 3, 9, 5, 4, 7, 8])
     assert group_aware_order(diagonal_I, 3).tolist() == [3, 4, 5, 2, 1, 0, 7, 6]

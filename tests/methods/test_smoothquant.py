@@ -14,15 +14,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
-from llq_hf.bits import unpack
-from llq_hf.errors import LLQError
-from llq_hf.grids import Uniform
+from llq_hf.common.errors import LLQError
+from llq_hf.engine.step import quantize_model
 from llq_hf.kernels import reference
-from llq_hf.linear import QuantLinear
+from llq_hf.kernels.bitpack import unpack
+from llq_hf.layers.linear import QuantLinear
 from llq_hf.method import Method, Packed, Step, stored_bits
 from llq_hf.methods import build, smoothquant
-from llq_hf.quantize import quantize_model
-from llq_hf.stats import AbsMax
+from llq_hf.numerics.grids import Uniform
+from llq_hf.numerics.stats import AbsMax
 
 TOKENS = 20
 WIDTHS = [(8, 8), (6, 6), (4, 4), (4, 8), (8, 3)]

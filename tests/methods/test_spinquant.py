@@ -15,16 +15,16 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llq_hf.data import Calibration
-from llq_hf.errors import LLQError
-from llq_hf.linear import QuantLinear
+from llq_hf.common.errors import LLQError
+from llq_hf.data.windows import Calibration
+from llq_hf.engine.execute import quantize_checkpoint
+from llq_hf.engine.step import Progress, quantize_model
+from llq_hf.layers.linear import QuantLinear
 from llq_hf.method import Job, PassListener, stored_bits
 from llq_hf.methods import build
 from llq_hf.methods.spinquant import SpinQuant
-from llq_hf.quantize import Progress, quantize_model
-from llq_hf.rotations import hadamard
-from llq_hf.run import quantize_checkpoint
-from llq_hf.stats import Hessian
+from llq_hf.numerics.rotations import hadamard
+from llq_hf.numerics.stats import Hessian
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "study": {},
@@ -232,7 +232,7 @@ def test_a_llava_is_quantized_with_its_projector_turned(tmp_path: Path):
     from test_residual import llava, logits, randomized
     from transformers import AutoModelForImageTextToText
 
-    from llq_hf.hf import CONFIGS
+    from llq_hf.hosts.hf_quantizer import CONFIGS
 
     original = randomized(llava)
     original.save_pretrained(tmp_path / "dense")
@@ -300,7 +300,7 @@ def test_learned_rotations_are_orthogonal_and_of_less_loss(
 def test_the_gradient_of_a_rotation_is_that_of_the_loss(tiny_llama: Path, calibration_ids: Tensor):
     """Against differences of the loss along the manifold, with no rounding in the way."""
     from llq_hf.methods.spinquant import _Student
-    from llq_hf.residual import residual_of
+    from llq_hf.models.residual_stream import residual_of
 
     model = dense(tiny_llama).double().requires_grad_(False)
     with torch.no_grad():
@@ -387,8 +387,8 @@ def test_the_fallback_is_noted():
 def test_preflight_counts_the_memory_of_learning():
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from llq_hf.preflight import _peak_bytes
-    from llq_hf.quantize import RunOptions
+    from llq_hf.engine.prepare import _peak_bytes
+    from llq_hf.engine.step import RunOptions
 
     with torch.device("meta"):
         skeleton = LlamaForCausalLM(LlamaConfig(num_hidden_layers=32))  # 7B

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from llq_hf.engine.step import Progress
 from llq_hf.methods import METHODS
-from llq_hf.quantize import Progress
 from llq_hf.study.plan import DENSE, Cell
 from llq_hf.study.record import DONE, Record
 

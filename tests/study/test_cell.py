@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from llq_hf.bench import Load
-from llq_hf.packed import read_report
-from llq_hf.quantize import Progress
+from llq_hf.checkpoints.packed import read_report
+from llq_hf.engine.step import Progress
 from llq_hf.study import cell as cells
 from llq_hf.study.cell import Setup, Timed, run_cell
+from llq_hf.study.cost import Load
 from llq_hf.study.plan import Cell
 
 TEXT = "the old king of the hill had a small red fox and the fox had a secret name. " * 12

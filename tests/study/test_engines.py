@@ -10,8 +10,8 @@ from filelock import FileLock
 from study import fakes
 
 from llq_hf import LLQError
-from llq_hf.quantize import Progress
-from llq_hf.study.engine import RayCluster, Watcher, local, sweep
+from llq_hf.engine.step import Progress
+from llq_hf.study.launch import RayCluster, Watcher, local, sweep
 from llq_hf.study.plan import Cell, expand
 from llq_hf.study.record import Record, file_of, read_record, read_records, write_record
 from llq_hf.study.report import write_report

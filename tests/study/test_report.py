@@ -10,12 +10,12 @@ import pytest
 from study import fakes
 
 from llq_hf import LLQError
-from llq_hf.study.grids import study_tables
 from llq_hf.study.paper import plan_of, remember, tables
 from llq_hf.study.plan import Cell, expand
 from llq_hf.study.plots import Point, front
 from llq_hf.study.record import REFUSED, Record, file_of, read_record, write_record
 from llq_hf.study.report import write_report
+from llq_hf.study.tables import study_tables
 
 LLAMA = "meta-llama/Meta-Llama-3-8B"
 COST = {

@@ -1,4 +1,4 @@
-// Codes of b bits as llq_hf/bits.py packs them: blocks of 128 in planes of 8, 4, 2 and 1 bits, what is left in units of 32.
+// Codes of b bits as llq_hf/kernels/bitpack.py packs them: blocks of 128 in planes of 8, 4, 2 and 1 bits, what is left in units of 32.
 //
 // A *slot* is 16 bytes: 16 neighbouring columns of a row. Fields of a plane's 16-byte chunks are whole slots, in the order
 // of the columns, so no code ever moves between lanes.

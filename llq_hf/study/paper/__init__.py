@@ -16,11 +16,11 @@ from typing import Any
 
 import yaml
 
-from ...checkpoint import read_json
-from ...errors import LLQError
+from ...checkpoints.dense import read_json
+from ...checkpoints.packed import write_json
+from ...common.errors import LLQError
 from ...method import nearest
 from ...methods import METHODS, build
-from ...packed import write_json
 from ..plan import finetune_for, own_options
 from ..record import DONE, Record
 

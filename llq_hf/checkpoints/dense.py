@@ -1,0 +1,235 @@
+"""A dense checkpoint as a folder of safetensors that is never opened whole: one tensor, one block at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..common.errors import LLQError
+from ..demo import MODELS
+from ..method import Rewrite
+from ..numerics.grids import Spec
+
+INDEX, SINGLE, CARD = "model.safetensors.index.json", "model.safetensors", "README.md"
+PASSED_ON = ("license", "license_name", "license_link", "language", "pipeline_tag")  # from card to card
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """`files`: tensor name -> file that holds it; `specs`: tensor name -> shape and dtype, from the headers alone.
+
+    Names are those in the files until `named` gives every tensor the name it has in the model.
+    """
+
+    path: Path
+    files: dict[str, Path]
+    specs: dict[str, Spec]
+    config: dict[str, Any]
+    stored: Mapping[str, str] = field(default_factory=dict, kw_only=True)  # name -> name in its file, once `named`
+
+    @classmethod
+    def open(cls, model: str, revision: str | None = None) -> Checkpoint:
+        """A local folder or a Hub id (its snapshot is downloaded). Every header is read, so truncation shows here."""
+        path = fetch(model, revision)
+        config = read_json(path / "config.json")
+        files = _tensor_files(path)
+        specs: dict[str, Spec] = {}
+        for file in sorted(set(files.values())):
+            specs.update(header(file))
+        missing = [name for name in files if name not in specs]
+        if missing:
+            raise LLQError(f"{path / INDEX} lists {missing[0]!r}, but {files[missing[0]].name} does not hold it")
+        return cls(path, files, {name: specs[name] for name in files}, config)
+
+    def named(self, names: Mapping[str, str]) -> Checkpoint:
+        """The same with other names (new name -> name in the file, for every tensor)."""
+        files = {name: self.files[stored] for name, stored in names.items()}
+        specs = {name: self.specs[stored] for name, stored in names.items()}
+        return replace(self, files=files, specs=specs, stored=names)
+
+    def in_file(self, name: str) -> str:
+        """What a tensor of the model is called in files of this layout: parts of a linear lie beside its weight."""
+        module, _, key = name.rpartition(".")
+        beside = self.stored.get(f"{module}.weight")
+        return self.stored.get(name, name if beside is None else beside.removesuffix("weight") + key)
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Copies of the named tensors. Files are closed again: a mapping left open counts as resident memory."""
+        by_file: dict[Path, list[str]] = {}
+        for name in names:
+            if name not in self.files:
+                raise LLQError(
+                    f"{self.path} has no tensor {name!r}; the checkpoint is incomplete or of another architecture"
+                )
+            by_file.setdefault(self.files[name], []).append(name)
+        tensors: dict[str, Tensor] = {}
+        for file, wanted in by_file.items():
+            with safe_open(file, framework="pt") as handle:
+                tensors.update({name: handle.get_tensor(self.in_file(name)).clone() for name in wanted})
+        return tensors
+
+    def scan(self, on_tensor: Callable[[int, int], None] = lambda done, total: None) -> tuple[str, list[str]]:
+        """(sha256 over all tensors, names of those with NaN or infinity): one pass, one tensor in memory."""
+        digest, bad = hashlib.sha256(), []
+        for i, name in enumerate(sorted(self.files)):
+            tensor = self.read([name])[name].contiguous()
+            spec = self.specs[name]
+            digest.update(f"{name} {spec.shape} {spec.dtype}".encode())
+            digest.update(tensor.flatten().view(torch.uint8).numpy().data)
+            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                bad.append(name)
+            on_tensor(i + 1, len(self.files))
+        return digest.hexdigest(), bad
+
+    @property
+    def is_quantized(self) -> bool:
+        return "quantization_config" in self.config
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of the model as it was published."""
+        return sum(math.prod(spec.shape) for spec in self.specs.values())
+
+
+@dataclass(frozen=True)
+class Rewritten(Checkpoint):
+    """`base` as a method rewrites it before it is quantized: every tensor when it is read, none kept.
+
+    dtype: what tensors are cast to before they are rewritten; None: they keep the base's.
+    """
+
+    base: Checkpoint
+    rewrite: Rewrite
+    dtype: torch.dtype | None = None
+
+    @classmethod
+    def of(cls, base: Checkpoint, rewrite: Rewrite | None, dtype: torch.dtype | None = None) -> Checkpoint:
+        if rewrite is None:
+            return base
+        copies = rewrite.untied
+        files = {**base.files, **{name: base.files[source] for name, source in copies.items()}}
+        specs = {**base.specs, **{name: base.specs[source] for name, source in copies.items()}}
+        config = untied_config(base.config) if copies else base.config
+        return cls(base.path, files, specs, config, base, rewrite, dtype, stored=base.stored)
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        return {
+            name: self.rewrite(name, self._dense(self.rewrite.untied.get(name, name)), self._dense) for name in names
+        }
+
+    def _dense(self, name: str) -> Tensor:
+        return self.base.read([name])[name].to(self.dtype)
+
+    @property
+    def parameters(self) -> int:
+        return self.base.parameters
+
+
+def untied_config(config: dict[str, Any]) -> dict[str, Any]:
+    """The config.json of a model whose head has a matrix of its own."""
+    parts = {key: untied_config(value) for key, value in config.items() if key == "text_config"}
+    return {**config, **parts, "tie_word_embeddings": False}
+
+
+def fetch(model: str, revision: str | None = None) -> Path:
+    """The folder of a local path or of a Hub snapshot. Only safetensors, JSON and tokenizer files are downloaded."""
+    local = Path(model).expanduser()
+    if local.is_dir():
+        return local
+    if local.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
+        raise LLQError(
+            f"{model} is not a folder with a model; give a folder or a Hub id such as meta-llama/Meta-Llama-3-8B"
+        )
+    from huggingface_hub import snapshot_download
+
+    wanted = ["*.safetensors", "*.json", "*.model", "*.jinja", "*.txt", "LICENSE*", "USE_POLICY*", CARD]
+    try:
+        return Path(snapshot_download(model, revision=revision, allow_patterns=wanted, ignore_patterns=["original/*"]))
+    except Exception as error:  # the Hub client has a dozen of them: offline, gated, not found, broken proxy
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise LLQError(
+            f"{model} is neither a local folder nor to be had from the Hub ({reason}); "
+            "check the name, the network, and `hf auth login` for gated models"
+        ) from error
+
+
+def origin(path: Path) -> dict[str, Any]:
+    """Where a checkpoint's folder comes from, for the cards of what is made of it; nothing that tells of this machine.
+
+    model: its Hub id, or the bundled model's or the folder's name; revision: the commit, of a Hub snapshot; card: what
+    its own README.md says of licence, language and task.
+    """
+    bundled = next((name for name, folder in MODELS.items() if folder == path), None)
+    snapshot = re.search(r"models--([^/]+)/snapshots/([0-9a-f]{40})$", path.as_posix())
+    model = snapshot[1].replace("--", "/") if snapshot else bundled or path.resolve().name
+    said = {key: value for key, value in _metadata(path / CARD).items() if key in PASSED_ON}
+    return {"model": model, "revision": snapshot[2] if snapshot else None, "card": said}
+
+
+def _metadata(card: Path) -> dict[str, Any]:
+    """The front matter of a README.md; {} where there is none that can be read: a card is not the model."""
+    from huggingface_hub.repocard import metadata_load
+    from yaml import YAMLError
+
+    try:
+        return (metadata_load(card) if card.is_file() else None) or {}
+    except (ValueError, YAMLError):
+        return {}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise LLQError(
+            f"{path} is missing: {path.parent} is not a Hugging Face checkpoint, or an unfinished one"
+        ) from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise LLQError(f"{path} is not valid JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise LLQError(f"{path} should hold a JSON object")
+    return content
+
+
+def header(file: Path) -> dict[str, Spec]:
+    """Tensor names with shapes and dtypes of one safetensors file; LLQError where it is truncated or missing."""
+    try:
+        with safe_open(file, framework="pt") as handle:
+            slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118 (not a dict)
+            return {name: Spec(tuple(s.get_shape()), _dtype(s.get_dtype(), file)) for name, s in slices.items()}
+    except FileNotFoundError:
+        raise LLQError(f"{file} is missing, though the checkpoint's index lists it") from None
+    except (SafetensorError, OSError) as error:
+        raise LLQError(f"{file} cannot be read ({error}): it is truncated or damaged; fetch it again") from error
+
+
+def _dtype(name: str, file: Path) -> torch.dtype:
+    if name not in _DTYPES:
+        raise LLQError(f"{file} holds a tensor of dtype {name}, which is not supported; convert it to bf16 first")
+    return _DTYPES[name]
+
+
+def _tensor_files(path: Path) -> dict[str, Path]:
+    if (path / INDEX).is_file():
+        weight_map = read_json(path / INDEX).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+            raise LLQError(f"{path / INDEX} has no weight_map of tensor names to file names")
+        return {name: path / file for name, file in weight_map.items()}
+    if (path / SINGLE).is_file():
+        return dict.fromkeys(header(path / SINGLE), path / SINGLE)
+    pickled = " (its .bin files are pickles, which are never loaded; convert them to safetensors)"
+    raise LLQError(f"{path} holds no {SINGLE} and no {INDEX}{pickled if list(path.glob('*.bin')) else ''}")

@@ -1,0 +1,111 @@
+"""llq info, llq methods."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from ..method import Method, field_defaults, stored_bits
+from ..methods import METHODS
+from .app import app, console
+
+
+@app.command()
+def info(
+    path: Annotated[Path, typer.Argument(help="Folder of a packed checkpoint.")],
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    linears: Annotated[bool, typer.Option("--linears", help="Also a line per quantized linear.")] = False,
+) -> None:
+    """What a packed checkpoint is: method, options, bits counted from its files, fingerprint, how each linear went."""
+    from ..checkpoints.inspection import inspect_checkpoint
+    from ..kernels import describe
+
+    found = {**inspect_checkpoint(path), "kernels": describe()}
+    if as_json:
+        print(json.dumps(found, indent=2))
+        return
+    table = Table(show_header=False)
+    for key in (
+        "method",
+        "nominal_bits",
+        "stored_bits",
+        "whole_model_bits",
+        "bytes",
+        "quantized_linears",
+        "fingerprint",
+        "kernels",
+    ):
+        value = found[key]
+        table.add_row(key.replace("_", " "), f"{value:.4g}" if isinstance(value, float) else str(value))
+    table.add_row("options", ", ".join(f"{k}={_brief(str(v))}" for k, v in found["config"].items()))
+    table.add_row("calibration", json.dumps(found["calibration"]))
+    console.print(table)
+    print_served(found["linears"])
+    if linears:
+        console.print(_linears_table(found["linears"]))
+
+
+def _brief(text: str) -> str:
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def print_served(records: list[dict[str, Any]]) -> None:
+    """Where methods are mixed: which serves which linear, a row per block."""
+    served: dict[str, dict[str, str]] = {}
+    for record in records:
+        if "served_by" in record:
+            block, linear = re.fullmatch(r"(.*?\.\d+)\.(.*)", record["name"]).groups()  # type: ignore[union-attr]
+            served.setdefault(block, {})[linear] = record["served_by"]
+    if served:
+        columns = list(dict.fromkeys(linear for linears in served.values() for linear in linears))
+        table = Table("block", *(column.rpartition(".")[2].removesuffix("_proj") for column in columns))
+        for block, linears in served.items():
+            table.add_row(block.rpartition(".")[2], *(linears.get(column, "") for column in columns))
+        console.print(table)
+
+
+def _linears_table(records: list[dict[str, Any]]) -> Table:
+    table = Table("linear", "shape", "stored bits", "weight error", "output error", "notes", "seconds")
+    known = {"name", "shape", "stored_bits", "weight_error", "output_error", "seconds"}
+    for record in records:
+        notes = ", ".join(f"{k}={v}" for k, v in record.items() if k not in known)
+        output = f"{record['output_error']:.3g}" if "output_error" in record else ""
+        seconds = f"{record['seconds']:.2f}" if "seconds" in record else ""
+        shape = " x ".join(map(str, record["shape"]))
+        bits, error = f"{record['stored_bits']:.3f}", f"{record['weight_error']:.3g}"
+        table.add_row(record["name"], shape, bits, error, output, notes, seconds)
+    return table
+
+
+@app.command()
+def methods(as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False) -> None:
+    """The methods, their options with defaults, and what preset=best changes."""
+    described = {name: _describe(method) for name, method in METHODS.items()}
+    if as_json:
+        print(json.dumps(described, indent=2))
+        return
+    for name, each in described.items():
+        console.print(f"[bold]{name}[/bold]  {each['title']}, {each['bits'][0]} to {each['bits'][-1]} bits")
+        for option, default in each["options"].items():
+            best = f"   best: {each['best'][option]}" if option in each["best"] else ""
+            console.print(f"    {option} = {default}{best}", highlight=False)
+
+
+def _describe(method: type[Method]) -> dict[str, Any]:
+    return {
+        "title": method.title,
+        "bits": list(method.bits_range),
+        "needs_calibration": method.build().calibrated,
+        "options": field_defaults(method),
+        "best": dict(method.best),
+        "stored_bits_4096x4096": {bits: _stored(method, bits) for bits in method.bits_range},
+    }
+
+
+def _stored(method: type[Method], bits: float) -> float:
+    return round(stored_bits(method.build(bits=bits).layout(4096, 4096), 4096, 4096), 4)

@@ -1,0 +1,63 @@
+"""What a person sees while a run goes on: stage, blocks done, the linear at work, time left, peak memory."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from ..engine.execute import peak_bytes
+from ..engine.step import Progress as Listener
+
+
+class RichProgress(Listener):
+    """Two bars on stderr: the blocks of the model, and the sequences of the pass at work."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self._bars = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("[dim]{task.fields[note]}"),
+            console=console or Console(stderr=True),
+        )
+        self._blocks: TaskID | None = None
+        self._stage: TaskID | None = None
+
+    def stage(self, text: str, total: int = 0) -> None:
+        """Begin a stage of `total` units (0: unknown); the bar of the last one goes away."""
+        self._bars.start()
+        if self._stage is not None:
+            self._bars.remove_task(self._stage)
+        self._stage = self._bars.add_task(text, total=total or None, note="")
+
+    def advance(self, count: int = 1) -> None:
+        if self._stage is not None:
+            self._bars.advance(self._stage, count)
+
+    def estimates(self, found: dict[str, float]) -> None:
+        size, peak = found["output_bytes"] / 2**30, found["peak_bytes"] / 2**30
+        passes = f", forward passes {found['forward_seconds'] / 60:.1f} min" if found["forward_seconds"] else ""
+        self._bars.console.print(f"[dim]checks passed; expected: {size:.2f} GiB on disk, {peak:.1f} GiB peak{passes}")
+
+    def blocks(self, done: int, total: int) -> None:
+        self._bars.start()
+        if self._blocks is None:
+            self._blocks = self._bars.add_task("blocks", total=total, note="")
+        self._bars.update(self._blocks, completed=done, note=f"peak {peak_bytes() / 2**30:.2f} GiB")
+
+    def linear(self, name: str) -> None:
+        if self._stage is not None:
+            self._bars.update(self._stage, note=name)
+
+    def close(self) -> None:
+        self._bars.stop()

@@ -1,0 +1,1 @@
+"""Token windows and image-text pairs: what methods are calibrated on, and what perplexity is measured on."""

@@ -1,0 +1,115 @@
+"""What a format must say, and the one way of packing that most of them share.
+
+Legend: O out_features, I in_features, G groups, b bits.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..common.errors import LLQError
+from ..method import Method, Packed
+from ..numerics.grids import Affine
+
+WORD = 32  # codes that take whole int32 words at every width
+
+
+@dataclass(frozen=True)
+class Format(ABC):
+    """A format for one checkpoint. dtype: of everything that is no code."""
+
+    name: ClassVar[str]
+    reader: ClassVar[str]  # for people: who loads it
+    preferred: ClassVar[torch.dtype | None] = None  # where none is asked for; None: the base's
+
+    dtype: torch.dtype
+
+    @abstractmethod
+    def tensors(self, linear: Exported) -> dict[str, Tensor]:
+        """What is stored of a linear whose input scale is gone, by name inside its module."""
+
+    @abstractmethod
+    def linear(self, method: Method, packed: Packed, shape: tuple[int, int]) -> Exported:
+        """The linear of `shape` (O, I) in this format. LLQError, with the reason, where it does not fit."""
+
+    def section(self, first: Affine | None) -> dict[str, Any] | None:
+        """The `quantization_config`, from any of the linears; None: the model is dense."""
+        return None
+
+
+@dataclass
+class Exported:
+    """A linear on its way: as codes, whose scales others' input scales are folded into, or dense."""
+
+    affine: Affine | None
+    weight_OI: Tensor | None = None  # where affine is None
+
+    @property
+    def in_scale_I(self) -> Tensor | None:
+        """What its input must be divided by before; None: nothing."""
+        return self.affine.in_scale_I if self.affine is not None else None
+
+    def divide_outputs(self, s_O: Tensor) -> None:
+        """y <- y / s, by the scales of the rows: the codes stay."""
+        assert self.affine is not None
+        self.affine = self.affine._replace(scale_OG=self.affine.scale_OG / s_O[:, None])
+
+
+@dataclass(frozen=True)
+class AffineFormat(Format):
+    """A format of codes on uniform grids."""
+
+    preferred: ClassVar[torch.dtype | None] = torch.float16
+    widths: ClassVar[tuple[int, ...]]
+
+    def linear(self, method: Method, packed: Packed, shape: tuple[int, int]) -> Exported:
+        if not method.weight_only:
+            raise LLQError(f"{method.name} quantizes activations while the model runs; this format holds weights only")
+        affine = method.affine(packed, *shape)
+        self.check(affine)
+        return Exported(affine)
+
+    def check(self, affine: Affine) -> None:
+        """LLQError where codes or grids do not fit. Formats add their own rules."""
+        if affine.bits not in self.widths:
+            raise LLQError(f"{affine.bits}-bit codes have no place in it: it has {', '.join(map(str, self.widths))}")
+        if (affine.zero_OG != affine.zero_OG.round()).any():
+            raise LLQError("its levels lie at odd halves of a step, and zero points of this format are whole")
+        columns, size = len(affine.groups_I), affine.group_size
+        if size != -1 and columns % size:
+            raise LLQError(
+                f"its {columns} columns are no multiple of the group of {size}, and no last group is shorter"
+            )
+
+    def tensors(self, linear: Exported) -> dict[str, Tensor]:
+        assert linear.affine is not None
+        scale_OG = linear.affine.scale_OG
+        stored_OG = scale_OG.to(self.dtype)
+        if not torch.isfinite(stored_OG).all() or (stored_OG[scale_OG > 0] == 0).any():
+            raise LLQError(f"a scale does not fit {self.dtype}; export with dtype float32")
+        return self.pack(linear.affine)
+
+    @abstractmethod
+    def pack(self, affine: Affine) -> dict[str, Tensor]:
+        """The tensors of a linear, by name inside its module; in_scale was folded before."""
+
+
+def bitstream(codes: Tensor, bits: int) -> Tensor:
+    """uint8 codes [R, n] -> int32 [R, ceil(n * b / 32)]: one after the other, lowest bit first, across word borders."""
+    rows, n = codes.shape
+    codes = torch.nn.functional.pad(codes, (0, -n % WORD))
+    shifts = torch.arange(bits, dtype=torch.uint8)
+    each_bit = ((codes[..., None] >> shifts) & 1).view(rows, -1, 8)
+    as_bytes = (each_bit << torch.arange(8, dtype=torch.uint8)).sum(-1, dtype=torch.uint8)
+    return as_bytes.view(torch.int32)[:, : -(-n * bits // 32)].contiguous()
+
+
+def whole(what: str, features: int) -> None:
+    """LLQError unless `features` codes of any width fill whole words."""
+    if features % WORD:
+        raise LLQError(f"its {features} {what} features are no multiple of {WORD}, which the readers' kernels need")

@@ -1,0 +1,355 @@
+"""A fine-tuning run: packed base, peft adapter, Trainer; killed at any point it goes on, to the same loss curve.
+
+OUT.training/ beside OUT holds what only the run needs: the tokens of the rows, and Trainer's checkpoints. OUT itself
+becomes an adapter when its adapter_config.json is written, as the last file; before that nothing loads it as one.
+
+The recipe's defaults are those of the study's LoRA track (QLoRA's Alpaca script, constant learning rate). Departures:
+rows are shuffled, not grouped by length, because Trainer's grouping draws from the global generator and a resumed run
+would see another order (`packing` saves the padding instead); a model without a pad token is padded with EOS behind
+the attention mask, where theirs adds a token and resizes embeddings.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    DataCollatorForSeq2Seq,
+    DataCollatorWithFlattening,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from ..checkpoints.adapter import ADAPTER, BASE, NOTE, identity_of
+from ..checkpoints.dense import fetch, read_json
+from ..checkpoints.journal import differences, sha256_file
+from ..checkpoints.packed import write_json
+from ..common.errors import LLQError
+from ..engine.execute import load_tokenizer
+from ..engine.step import Progress
+from ..hosts.hf_quantizer import check_quantized, count_quantized
+from ..layers.linear import QuantLinear
+from . import elastic, rows
+
+IDENTITY, FINISHED = "identity.json", "trainer_state.json"  # Trainer writes its state as the last file of a checkpoint
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """connections: IR-QLoRA's. batch_size: rows per step, over all processes; micro_batch: rows per pass of one.
+
+    packing: the rows of a pass follow each other in one sequence without padding, each seeing itself only. streaming:
+    rows are read while training, none are stored. paged: AdamW whose state may leave the GPU (bitsandbytes).
+    """
+
+    connections: bool = False
+    rank: int = 64
+    alpha: int = 16
+    dropout: float = 0.0
+    max_steps: int = 10_000
+    batch_size: int = 16
+    micro_batch: int = 4
+    learning_rate: float = 2e-4
+    max_grad_norm: float = 0.3
+    prompt_tokens: int = 384
+    answer_tokens: int = 128
+    heldout: int = 1024
+    packing: bool = False
+    streaming: bool = False
+    paged: bool = False
+    recompute: bool = True
+    seed: int = 42
+
+    def __post_init__(self) -> None:
+        counts = ("rank", "alpha", "max_steps", "batch_size", "micro_batch", "prompt_tokens", "answer_tokens")
+        for name in counts:
+            if getattr(self, name) < 1:
+                raise LLQError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.heldout < 0:
+            raise LLQError(f"heldout={self.heldout} must not be negative")
+        if not 0 <= self.dropout < 1:
+            raise LLQError(f"dropout={self.dropout} must lie in 0..1")
+        if not 0 < self.learning_rate < math.inf:
+            raise LLQError(f"learning_rate={self.learning_rate} must be positive")
+
+    def accumulation(self, processes: int) -> int:
+        """Passes per step."""
+        passes, rest = divmod(self.batch_size, self.micro_batch * processes)
+        if rest or not passes:
+            raise LLQError(
+                f"batch_size={self.batch_size} is no multiple of micro_batch={self.micro_batch} x {processes} "
+                "processes; change one of them"
+            )
+        return passes
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where to train, as opposed to what: dtype of activations, steps between checkpoints."""
+
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+    save_steps: int = 250
+
+    @property
+    def processes(self) -> PartialState:
+        """Those that train together. Whoever asks accelerate first must say that it is on CPUs, or each is alone."""
+        return PartialState(cpu=self.device == "cpu")
+
+
+def machine(device: str, dtype: str, save_steps: int) -> Machine:
+    """From what a user says: "auto" is a GPU where there is one, and the model's usual bf16 there, fp32 on a CPU."""
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    dtypes["auto"] = dtypes["float32" if device == "cpu" else "bfloat16"]
+    if dtype not in dtypes:
+        raise LLQError(f"dtype={dtype!r} is not one of auto, float32, bfloat16")
+    if save_steps < 1:
+        raise LLQError(f"save_steps={save_steps} must be at least 1")
+    return Machine(device, dtypes[dtype], save_steps)
+
+
+def finetune(
+    base: str, out: Path, data: str, recipe: Recipe, machine: Machine, progress: Progress | None = None
+) -> dict[str, Any]:
+    """Train an adapter for the packed checkpoint `base` (folder or Hub id) into `out`; returns its note.
+
+    LLQError for anything wrong with the input. The same call goes on where a killed one stopped; a finished one is
+    left as it is.
+    """
+    progress = progress or Progress()
+    work = out.with_name(out.name + ".training")
+    processes = machine.processes
+    accumulation = recipe.accumulation(processes.num_processes)
+    _check(out, work, recipe, machine)
+    progress.stage("loading the base")
+    model, tokenizer = _load(base, machine)
+    identity = _identity(model, data, recipe, processes.num_processes)
+    if (out / NOTE).is_file() and (out / ADAPTER).is_file():
+        _same(read_json(out / NOTE)["identity"], identity, out)
+        return read_json(out / NOTE)
+    _begin(work, identity, out, processes)
+    progress.stage("reading rows")
+    with processes.main_process_first():
+        train_rows, heldout_rows = _rows(data, tokenizer, recipe, work)
+    model = _adapted(model, base, recipe)
+    progress.stage("scoring the base")  # through adapters that add nothing yet: Trainer takes no bare packed model
+    before = score(model, tokenizer, heldout_rows, machine)
+    trainer = _trainer(model, tokenizer, train_rows, recipe, machine, work, accumulation)
+    trainer.add_callback(_Told(progress))
+    trainer.train(resume_from_checkpoint=_last_checkpoint(work))
+    elastic.merge(model)
+    progress.stage("scoring the adapter")
+    after = score(model, tokenizer, heldout_rows, machine)
+    note = {
+        "base": identity["base"],
+        "identity": identity,
+        "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+        "before": before,
+        "after": after,
+    }
+    if processes.is_main_process:
+        _write(model, out, work, note)
+    processes.wait_for_everyone()
+    return note
+
+
+def _check(out: Path, work: Path, recipe: Recipe, machine: Machine) -> None:
+    if recipe.paged and (machine.device == "cpu" or importlib.util.find_spec("bitsandbytes") is None):
+        raise LLQError("paged=True needs a GPU and bitsandbytes; install llq-hf[kernels], or leave it out")
+    others = [file.name for file in sorted(out.glob("*")) if not file.name.startswith(BASE)]
+    if out.is_file() or (others and not (out / NOTE).is_file() and not (work / IDENTITY).is_file()):
+        raise LLQError(f"{out} is not empty ({others[0] if others else 'a file'}) and no adapter; give another folder")
+
+
+def _load(base: str, machine: Machine) -> tuple[Any, Any]:
+    folder = fetch(base)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=machine.dtype)
+    check_quantized(model)
+    tokenizer = load_tokenizer(folder)
+    if tokenizer.eos_token_id is None:
+        raise LLQError(
+            f"the tokenizer of {base} has no EOS token, with which every answer ends; name one in its config"
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "right"
+    model.config.use_cache = False
+    return model.to(machine.device), tokenizer
+
+
+def _identity(model: nn.Module, data: str, recipe: Recipe, processes: int) -> dict[str, Any]:
+    """Everything that decides the adapter."""
+    path = Path(data).expanduser()
+    content = sha256_file(path) if path.is_file() else None
+    return {
+        "base": identity_of(model),
+        "data": {"source": data, "sha256": content},
+        "recipe": asdict(recipe),
+        "processes": processes,
+    }
+
+
+def _same(begun: dict[str, Any], identity: dict[str, Any], out: Path) -> None:
+    differing = differences(begun, identity)
+    if differing:
+        raise LLQError(
+            f"{out} was begun with other inputs: {'; '.join(differing)}. "
+            f"Give another folder, or delete {out} and {out.name}.training to start anew"
+        )
+
+
+def _begin(work: Path, identity: dict[str, Any], out: Path, processes: PartialState) -> None:
+    """Note what is trained, or check that an interrupted run trained the same."""
+    if (work / IDENTITY).is_file():
+        _same(read_json(work / IDENTITY), identity, out)
+        return
+    processes.wait_for_everyone()  # nobody writes before all have looked
+    if processes.is_main_process:
+        work.mkdir(parents=True, exist_ok=True)
+        write_json(work / IDENTITY, identity)
+    processes.wait_for_everyone()
+
+
+def _rows(data: str, tokenizer: Any, recipe: Recipe, work: Path) -> tuple[Any, Any]:
+    tokens = rows.Tokens(tokenizer, recipe.prompt_tokens, recipe.answer_tokens)
+    if recipe.streaming:
+        return rows.streamed(data, tokens, recipe.heldout, recipe.seed)
+    return rows.stored(data, tokens, recipe.heldout, recipe.seed, work)
+
+
+def _adapted(model: Any, base: str, recipe: Recipe) -> Any:
+    """The model with fresh adapters on all of its quantized linears, which alone are trained."""
+    set_seed(recipe.seed)
+    names = {name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, QuantLinear)}
+    config = LoraConfig(
+        r=recipe.rank,
+        lora_alpha=recipe.alpha,
+        lora_dropout=recipe.dropout,
+        target_modules=sorted(names),
+        task_type="CAUSAL_LM",
+    )
+    quantized = count_quantized(model)
+    model = get_peft_model(model, config)
+    model.peft_config["default"].base_model_name_or_path = str(Path(base).resolve()) if Path(base).is_dir() else base
+    adapted = sum(hasattr(module, "lora_A") for module in model.modules())
+    if adapted != quantized:
+        raise LLQError(f"{adapted} linears would get adapters, but {quantized} are quantized; is it a text model?")
+    if recipe.connections:
+        elastic.connect(model)
+    return model
+
+
+def _trainer(
+    model: Any, tokenizer: Any, train_rows: Any, recipe: Recipe, machine: Machine, work: Path, accumulation: int
+) -> Trainer:
+    arguments = TrainingArguments(
+        output_dir=str(work),
+        use_cpu=machine.device == "cpu",
+        max_steps=recipe.max_steps,
+        per_device_train_batch_size=recipe.micro_batch,
+        gradient_accumulation_steps=accumulation,
+        gradient_checkpointing=recipe.recompute,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        learning_rate=recipe.learning_rate,
+        lr_scheduler_type="constant",
+        max_grad_norm=recipe.max_grad_norm,
+        weight_decay=0.0,
+        optim="paged_adamw_32bit" if recipe.paged else "adamw_torch",
+        logging_steps=1,
+        save_steps=machine.save_steps,
+        save_total_limit=2,
+        seed=recipe.seed,
+        data_seed=recipe.seed,
+        accelerator_config={"dispatch_batches": False},  # every process reads: batches of one row cannot be split
+        ddp_find_unused_parameters=False,
+        disable_tqdm=True,
+        report_to="none",
+    )
+    padded = DataCollatorForSeq2Seq(tokenizer, padding=True)
+    collator = DataCollatorWithFlattening() if recipe.packing else padded
+    return _silent(Trainer(model=model, args=arguments, train_dataset=train_rows, data_collator=collator))
+
+
+def _silent(trainer: Trainer) -> Trainer:
+    for printer in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(printer)
+    return trainer
+
+
+def score(model: Any, tokenizer: Any, heldout: Any, machine: Machine) -> dict[str, float]:
+    """Nats per token of held-out answers (tokens as `rows` makes them), and the share that is right to the last token.
+
+    Right: every token of the answer, and the EOS after it, is the likeliest one. {} where nothing is held out.
+    """
+    if len(heldout) == 0:
+        return {}
+    trainer = Trainer(
+        model=model,
+        args=TrainingArguments(
+            use_cpu=machine.device == "cpu", per_device_eval_batch_size=16, disable_tqdm=True, report_to="none"
+        ),
+        data_collator=DataCollatorForSeq2Seq(tokenizer, padding=True),
+        compute_metrics=_right_answers,
+        preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(-1),
+    )
+    found = _silent(trainer).evaluate(heldout)
+    # accelerate marks what it prepared to be scored, and would then not wrap it to be trained by several processes
+    vars(model).pop("_is_accelerate_prepared", None)
+    return {"loss": found["eval_loss"], "accuracy": found["eval_right"]}
+
+
+def _right_answers(prediction: Any) -> dict[str, float]:
+    guess_NT, label_NT = prediction.predictions[:, :-1], prediction.label_ids[:, 1:]
+    right_N = ((guess_NT == label_NT) | (label_NT == -100)).all(-1)
+    return {"right": float(right_N.mean())}
+
+
+def _last_checkpoint(work: Path) -> str | None:
+    """The latest checkpoint that was written to its end."""
+    whole = [path.parent for path in work.glob(f"checkpoint-*/{FINISHED}")]
+    return str(max(whole, key=lambda path: int(path.name.partition("-")[2]))) if whole else None
+
+
+def _write(model: Any, out: Path, work: Path, note: dict[str, Any]) -> None:
+    """Adapter and note into OUT, the config that makes it an adapter as the last; then the run's own files go."""
+    draft = work / "adapter"
+    for config in model.peft_config.values():  # peft writes a set, in an order of its own in every process
+        config.target_modules = sorted(config.target_modules)
+    model.save_pretrained(draft)
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / NOTE, note)
+    for file in sorted(draft.iterdir(), key=lambda file: file.name == ADAPTER):
+        shutil.copyfile(file, out / file.name)
+    shutil.rmtree(work)
+
+
+class _Told(TrainerCallback):  # type: ignore[misc]
+    """Tells our progress what Trainer does."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.progress.stage("training", state.max_steps)
+        self.progress.advance(state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.progress.advance()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if logs and "loss" in logs:
+            self.progress.linear(f"loss {float(logs['loss']):.4f}")

@@ -1,0 +1,1 @@
+"""Sockets of other people's programs: transformers, lm-evaluation-harness, lmms-eval."""

@@ -1,0 +1,105 @@
+"""QuantizedLlama and QuantizedLlavaNext: model classes for those who want one; the auto classes load the same files."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, ClassVar
+
+from transformers import LlamaForCausalLM, LlavaNextForConditionalGeneration
+
+from ..checkpoints.dense import fetch, origin
+from ..checkpoints.packed import REPORT, carry, write_json
+from ..common.errors import LLQError
+from ..demo import resolve
+from ..methods import METHODS, method_type
+from ..publish.hub import prepare_upload, push
+from .hf_quantizer import CONFIGS, check_quantized
+
+
+class _Quantized:
+    """from_pretrained that quantizes a dense model where a method is given; save_pretrained under the plain class."""
+
+    plain: ClassVar[type]
+
+    @classmethod
+    def from_pretrained(cls, model: str, *args: Any, method: str | None = None, **kwargs: Any) -> Any:
+        """`method` and its options (those of the method's config type) quantize a dense model on loading."""
+        owned = {key for each in METHODS.values() for key in each.field_names()} & set(kwargs)
+        if method is None and owned:
+            raise LLQError(
+                f"{', '.join(sorted(owned))} is an option of a method: give method=... (llq methods lists them)"
+            )
+        if method is not None:
+            if kwargs.get("quantization_config") is not None:
+                raise LLQError("give either method=... with its options or quantization_config=..., not both")
+            keys = {*method_type(method).field_names(), "preset", "tokenizer"}
+            keys |= {"calibration", "calibration_samples", "calibration_seqlen", "calibration_seed"}
+            options = {key: kwargs.pop(key) for key in list(kwargs) if key in keys}
+            kwargs["quantization_config"] = CONFIGS[method](**options)
+        return super().from_pretrained(model, *args, **kwargs)  # type: ignore[misc]
+
+    def save_pretrained(self, save_directory: Any, *args: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """config.json names the plain class, so every loader finds its way."""
+        repo_id = kwargs.pop("repo_id", Path(save_directory).name)
+        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        path = Path(save_directory) / "config.json"
+        config = json.loads(path.read_text())
+        config["architectures"] = [self.plain.__name__]
+        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        if push_to_hub:
+            self.push_to_hub(repo_id)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool = False,
+        token: str | None = None,
+        base_model: str | None = None,
+        results: Iterable[Path] | None = None,
+    ) -> str:
+        """Upload the packed model, its tokenizer and its card, as `llq push` does a folder; returns the address.
+
+        base_model: Hub id of the base, where the model was loaded from a folder; results: see `card.make_card`.
+        """
+        model: Any = self
+        source = fetch(resolve(str(model.name_or_path)), getattr(model.config, "_commit_hash", None))
+        config = check_quantized(model)
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch) / repo_id.rpartition("/")[2]
+            self.save_pretrained(folder)
+            carry(source, folder)
+            if (source / REPORT).is_file():  # it was loaded packed
+                shutil.copyfile(source / REPORT, folder / REPORT)
+            else:
+                drawn = config.calibration.described if config.calibration_used else None
+                made_from = {**origin(source), "calibration": drawn}
+                write_json(folder / REPORT, {"made_from": made_from, "linears": config.records, "bits": {}})
+            upload = prepare_upload(folder, repo_id, base=base_model, results=results)
+            return push(upload, private=private, token=token)
+
+
+class QuantizedLlama(_Quantized, LlamaForCausalLM):  # type: ignore[misc]
+    """A Llama with packed low-bit weights.
+
+    QuantizedLlama.from_pretrained("meta-llama/Meta-Llama-3-8B", method="quip", bits=2) quantizes a dense model;
+    QuantizedLlama.from_pretrained(folder or Hub id of a packed checkpoint) loads one. What it saves and pushes
+    is an ordinary LlamaForCausalLM checkpoint that AutoModelForCausalLM loads.
+    """
+
+    plain = LlamaForCausalLM
+
+
+class QuantizedLlavaNext(_Quantized, LlavaNextForConditionalGeneration):  # type: ignore[misc]
+    """A LLaVA-Next whose language model has packed low-bit weights; vision tower and projector stay as they are.
+
+    QuantizedLlavaNext.from_pretrained("llava-hf/llama3-llava-next-8b-hf", method="gptq", bits=4) quantizes a dense
+    model; of a packed checkpoint it loads one. What it saves and pushes is an ordinary checkpoint that
+    AutoModelForImageTextToText loads.
+    """
+
+    plain = LlavaNextForConditionalGeneration

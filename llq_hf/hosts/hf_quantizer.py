@@ -1,0 +1,221 @@
+"""The socket of transformers: a `quantization_config` type per method, and one quantizer for all.
+
+The only file that knows transformers.quantizers. Loading a packed checkpoint builds QuantLinears on the meta device
+from config and layout, and the ordinary loader fills them by name: no repacking, no conversion. A config given for a
+dense model quantizes the loaded model in place. `_startup` imports this module when transformers imports its
+quantizers, which happens in the middle of importing its models: no model class may be imported here.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import nn
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from ..checkpoints.dense import header
+from ..checkpoints.packed import config_section, digest
+from ..common.errors import LLQError
+from ..data.windows import Calibration
+from ..engine.execute import calibration_data
+from ..engine.step import Progress, quantize_model, settled
+from ..layers.attention import install
+from ..layers.linear import QuantLinear
+from ..method import FORMAT_VERSION, Method
+from ..methods import METHODS
+from ..models.decoder import decoder_of, quantizable, replace_module
+from ..models.load import module_names
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+RUN_KEYS = ("quant_method", "format_version", "quantized_linears", "digest", "calibration", "fingerprint")
+
+
+class LLQConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """Base of the `quantization_config` types. Use the one of a method: RTNConfig, GPTQConfig, QuIPConfig, ...
+
+    Fields of the method (bits, group_size, ...), `preset`, and for dense models the calibration: `calibration` (a
+    data set or a file), `calibration_samples`, `calibration_seqlen`, `calibration_seed`, `tokenizer` (default: the
+    model's).
+    """
+
+    method_type: ClassVar[type[Method]]
+
+    def __init__(
+        self,
+        preset: str = "study",
+        calibration: str | dict[str, Any] | None = None,
+        calibration_samples: int = 128,
+        calibration_seqlen: int = 2048,
+        calibration_seed: int = 0,
+        tokenizer: Any = None,
+        **fields: Any,
+    ) -> None:
+        stored = {key: fields.pop(key) for key in RUN_KEYS if key in fields}
+        self.quant_method = f"llq_{self.method_type.name}"
+        self.method = self.method_type.build(preset, **fields)
+        self.tokenizer = tokenizer
+        self.format_version = stored.get("format_version", FORMAT_VERSION)
+        self.quantized_linears: int | None = stored.get("quantized_linears")
+        self.digest: str | None = stored.get("digest")
+        self.fingerprint: str | None = stored.get("fingerprint")
+        self.records: list[dict[str, Any]] = []  # per linear, where this process quantized them
+        # In a checkpoint this is what the calibration was; for a dense model, what to calibrate on.
+        self.calibration_used = calibration if isinstance(calibration, dict) else None
+        source = calibration if isinstance(calibration, str) else "wikitext2"
+        self.calibration = Calibration(source, calibration_samples, calibration_seqlen, calibration_seed)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON of what a checkpoint's config.json holds."""
+        return config_section(self.method, self.quantized_linears, self.calibration_used, self.fingerprint)
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        return self.to_dict()
+
+    def check_stored(self) -> None:
+        """LLQError unless this config came with a finished checkpoint and was not edited since."""
+        if self.format_version != FORMAT_VERSION:
+            raise LLQError(
+                f"the checkpoint has format_version {self.format_version}, this llq-hf reads {FORMAT_VERSION}: "
+                "update llq-hf"
+            )
+        if self.quantized_linears is None or self.digest != digest(self.method, self.quantized_linears):
+            raise LLQError(
+                "the quantization_config in config.json was edited: its options do not match its digest. The packed "
+                "weights mean what they meant when they were written; restore the file"
+            )
+
+
+def _config_type(method: type[Method]) -> type[LLQConfig]:
+    doc = f"`quantization_config` of {method.title}: the fields of `{method.__name__}`, and those of LLQConfig."
+    return type(
+        f"{method.__name__}Config", (LLQConfig,), {"method_type": method, "__doc__": doc, "__module__": __name__}
+    )
+
+
+CONFIGS: dict[str, type[LLQConfig]] = {name: _config_type(method) for name, method in METHODS.items()}
+globals().update({config.__name__: config for config in CONFIGS.values()})  # RTNConfig, GPTQConfig, ...
+
+
+class LLQQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Serves every LLQConfig: packed checkpoints and dense models."""
+
+    requires_calibration = False
+    quantization_config: LLQConfig
+
+    def __init__(self, quantization_config: LLQConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        if self.pre_quantized:
+            quantization_config.check_stored()
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        if not self.pre_quantized:
+            return
+        config = self.quantization_config
+        linears = quantizable(model)
+        if len(linears) != config.quantized_linears:
+            raise LLQError(
+                f"the model has {len(linears)} linears in its blocks, the checkpoint {config.quantized_linears}"
+            )
+        for name, linear in linears.items():
+            new = QuantLinear(
+                config.method.at(name),
+                linear.in_features,
+                linear.out_features,
+                linear.bias is not None,
+                "meta",
+                linear.weight.dtype,
+            )
+            replace_module(model, name, new)
+        if config.method.attention is not None:
+            install(decoder_of(model)[1], config.method.attention)
+        _check_files(model, checkpoint_files or [])
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        config = self.quantization_config
+        if not self.pre_quantized:
+            config.method, path = config.method.fitted(model), Path(str(model.name_or_path))
+            data, config.calibration_used = calibration_data(
+                config.calibration, config.method, model.config, path, Progress(), config.tokenizer
+            )
+            config.method, learned = settled(model, config.method, data)
+            records = quantize_model(model, config.method, data, learned=learned)
+            config.quantized_linears, config.records = len(records), records
+            config.digest = digest(config.method, len(records))
+        for module in model.modules():
+            if isinstance(module, QuantLinear):
+                module.weight.requires_grad_(False)
+        return model
+
+    def is_serializable(self, **kwargs: Any) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True  # with adapters: the packed weights themselves are frozen
+
+    @property
+    def is_compileable(self) -> bool:
+        return True  # `generate` then compiles decoding with a static cache on GPUs by itself
+
+
+def _check_files(model: PreTrainedModel, files: list[str]) -> None:
+    """Every tensor of every QuantLinear is in the files, with its shape and dtype; else LLQError, before any is loaded.
+
+    transformers fills a missing buffer with whatever memory holds and only warns.
+    """
+    found: dict[str, Any] = {}
+    for file in files:
+        found.update(header(Path(file)))
+    found = {name: found[stored] for name, stored in module_names(model, found).items()}
+    for name, module in model.named_modules():
+        if not isinstance(module, QuantLinear) or not found:
+            continue
+        for key, spec in module.layout.items():
+            stored = found.get(f"{name}.{key}")
+            if stored is None:
+                raise LLQError(
+                    f"the checkpoint lacks {name}.{key}; it is incomplete, or its quantization_config was edited"
+                )
+            if stored != spec:
+                raise LLQError(
+                    f"{name}.{key} is stored as {list(stored.shape)} {stored.dtype}, its quantization_config says "
+                    f"{list(spec.shape)} {spec.dtype}: one of them was edited"
+                )
+
+
+def count_quantized(model: nn.Module) -> int:
+    return sum(isinstance(module, QuantLinear) for module in model.modules())
+
+
+def check_quantized(model: nn.Module) -> LLQConfig:
+    """The model's LLQConfig; LLQError unless exactly the linears it counts are packed: never score the wrong model."""
+    config = getattr(model.config, "quantization_config", None)
+    if not isinstance(config, LLQConfig):
+        raise LLQError("the model carries no llq quantization_config: it would be scored in full precision")
+    packed = count_quantized(model)
+    if packed != config.quantized_linears or packed == 0:
+        raise LLQError(
+            f"{packed} linears are packed, the checkpoint says {config.quantized_linears}: not the quantized model"
+        )
+    return config
+
+
+def _register() -> None:
+    for name, config in CONFIGS.items():
+        if f"llq_{name}" not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+            register_quantization_config(f"llq_{name}")(config)
+            register_quantizer(f"llq_{name}")(LLQQuantizer)
+
+
+_register()

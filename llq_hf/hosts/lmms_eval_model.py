@@ -1,0 +1,181 @@
+"""`lmms-eval --model llq`: quantize (once, cached), load the packed checkpoint, ask it about images.
+
+    lmms-eval --model llq --model_args pretrained=MODEL,method=gptq,bits=4 --tasks llq_mllm --batch_size 8
+    lmms-eval --model llq --model_args pretrained=FOLDER --tasks mme             a packed checkpoint is just evaluated
+    lmms-eval --model llq --model_args method=none --tasks llq_mllm              the full-precision baseline
+
+lmms-eval finds the class by an entry point. A row that cannot be asked (its image is missing or damaged, it has none,
+its prompt is too long) ends the evaluation with an error that names it: lmms-eval's own models answer such rows with
+an empty string and score that. With `text_only=true` rows without an image are asked as text, and counted in the
+results. Those carry method, options, nominal and stored bits, and the fingerprint under `llq`, and the command
+exits with 1 where an evaluation failed; see the hooks at the end, which `_startup` puts in place.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from lmms_eval.api.instance import Instance
+from lmms_eval.api.model import lmms
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+from ..common.errors import LLQError
+from ..data.pairs import truncated_images_refused
+from ..engine.execute import one_line
+from ..models.vision import Prompt, Seeing
+from .hf_quantizer import check_quantized
+from .model_args import Choice, described, usable_device
+
+DEFAULT_MODEL = "llava-hf/llama3-llava-next-8b-hf"
+HOST_OPTIONS = {"device", "dtype", "batch_size", "text_only"}
+GENERATION = {"do_sample", "temperature", "top_p", "top_k", "num_beams", "repetition_penalty"}  # go to generate()
+OTHER_MODELS = {"image_aspect_ratio", "until", "max_new_tokens"}  # how llava's own code cuts images; done here
+
+
+class LLQ(lmms):  # type: ignore[misc]
+    """model_args: those of `scoring.Choice`, of the method, and dtype, device, batch_size, text_only."""
+
+    is_simple = True  # requests carry a text and a function that finds the images
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        choice, host = Choice.split(options, DEFAULT_MODEL, HOST_OPTIONS)
+        self.accelerator = Accelerator()
+        self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
+        several = self._world_size > 1
+        device = str(self.accelerator.device) if several else usable_device(host.get("device"))
+        dtype = host.get("dtype", "auto")
+        scored = choice.scored(device, dtype)
+        self.seeing = Seeing.load(scored.path, scored.revision, device, dtype)
+        if scored.quantized:
+            check_quantized(self.seeing.model)
+        self.batch_size = _batch_size(host.get("batch_size"))
+        self.text_only, self.asked_as_text = bool(host.get("text_only", False)), 0
+
+    @property
+    def device(self) -> torch.device:
+        found: torch.device = self.seeing.model.device
+        return found
+
+    def llq(self) -> dict[str, Any]:
+        """What the results file gets to know about what was scored."""
+        return {**described(self.seeing.model), "rows_without_image_asked_as_text": self.asked_as_text}
+
+    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+        raise LLQError("llq answers questions; tasks that score given answers by log-likelihood are not served")
+
+    def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
+        raise LLQError("llq answers single questions; tasks of several rounds are not served")
+
+    def generate_until(self, requests: list[Instance]) -> list[str]:
+        """An answer per request, in their order; LLQError naming the first row that cannot be asked."""
+        answers: dict[int, str] = {}
+        with tqdm(total=len(requests), desc="Model Responding", disable=self.rank != 0) as bar:
+            for indices, options, until in self._batches(requests):
+                prompts = [self._prompt(requests[index]) for index in indices]
+                for index, answer in zip(indices, self.seeing.answers(prompts, **options), strict=True):
+                    for stop in until:
+                        answer = answer.split(stop)[0]
+                    answers[index] = answer
+                    context, generation = requests[index].args[:2]
+                    self.cache_hook.add_partial("generate_until", (context, generation), answer)
+                bar.update(len(indices))
+        return [answers[index] for index in range(len(requests))]
+
+    def _batches(self, requests: list[Instance]) -> Iterator[tuple[list[int], dict[str, Any], list[str]]]:
+        """(indices, options of generate(), strings to stop at): questions of like length and one way to be answered."""
+        groups: dict[str, list[int]] = {}
+        for index, request in enumerate(requests):
+            groups.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(index)
+        for indices in groups.values():
+            options, until = _generation(requests[indices[0]])
+            indices.sort(key=lambda index: len(requests[index].args[0]))
+            for start in range(0, len(indices), self.batch_size):
+                yield indices[start : start + self.batch_size], options, until
+
+    def _prompt(self, request: Instance) -> Prompt:
+        context, _, doc_to_visual, doc_id, task, split = request.args
+        where = f"{task}/{split} row {doc_id}"
+        try:
+            with truncated_images_refused():
+                images = doc_to_visual(self.task_dict[task][split][doc_id]) or []
+                for image in images:
+                    getattr(image, "load", bool)()  # Pillow reads no pixel before it must
+        except Exception as error:  # of the task's own code, of datasets, of Pillow
+            raise LLQError(f"{where}: its image is missing or damaged ({one_line(error)})") from error
+        if any(not hasattr(image, "convert") for image in images):
+            raise LLQError(f"{where}: llq looks at images; this row has {type(images[0]).__name__}")
+        if not images and not self.text_only:
+            raise LLQError(f"{where}: a question without an image; text_only=true in model_args asks it as text")
+        self.asked_as_text += not images
+        return Prompt(context, images, where)
+
+
+def _generation(request: Instance) -> tuple[dict[str, Any], list[str]]:
+    """What a task asks of generate(), and where an answer ends; LLQError for what would be ignored."""
+    given, task = dict(request.args[1]), request.args[4]  # a copy: requests share the object
+    unknown = set(given) - GENERATION - OTHER_MODELS
+    if unknown:
+        raise LLQError(
+            f"{task} asks for {', '.join(sorted(unknown))} in its generation_kwargs, which llq does not know"
+        )
+    until: str | Sequence[str] = given.get("until") or []
+    options = {key: value for key, value in given.items() if key in GENERATION and value is not None}
+    if not options.get("temperature"):
+        options = {key: value for key, value in options.items() if key not in ("temperature", "top_p", "top_k")}
+        options["do_sample"] = False
+    options["max_new_tokens"] = int(given.get("max_new_tokens") or 1024)
+    return options, [until] if isinstance(until, str) else list(until)
+
+
+def _batch_size(value: Any) -> int:
+    try:
+        size = int(value or 1)
+    except ValueError:
+        size = 0
+    if size < 1:
+        raise LLQError(f"batch_size={value!r} is no number of questions; give 1 or more")
+    return size
+
+
+# --- hooks -----------------------------------------------------------------------------------------------------------
+
+
+def carrying_llq(evaluate: Callable[..., Any]) -> Callable[..., Any]:
+    """lmms-eval's `evaluate`, whose results tell what was scored."""
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        results = evaluate(*args, **kwargs)
+        lm = kwargs.get("lm", args[0] if args else None)
+        if results is not None and isinstance(lm, LLQ):
+            results["llq"] = lm.llq()
+        return results
+
+    return wrapped
+
+
+def failing_loudly(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of lmms-eval's command, whose errors its caller logs and forgets: of `--model llq` they end it.
+
+    The command's arguments are its only argument or its `cli_args`; without them, it is called by a program.
+    """
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        command = kwargs.get("cli_args") or (args[0] if args else None)
+        try:
+            return function(*args, **kwargs)
+        except Exception as error:
+            if getattr(command, "model", None) != "llq":
+                raise
+            if not isinstance(error, LLQError):
+                traceback.print_exc()
+            print(f"Error: {error}", file=sys.stderr)
+            raise SystemExit(1) from error
+
+    return wrapped

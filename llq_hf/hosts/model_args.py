@@ -1,0 +1,174 @@
+"""Which model a harness scores: the options that lm-eval and lmms-eval share, quantizing once, and what results carry.
+
+A packed checkpoint is scored as it is. A dense one is quantized first by `method` and kept in the cache under the
+fingerprint of everything that decides its bytes; `method=none` is the full-precision baseline.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import torch
+from torch import nn
+
+from ..checkpoints.dense import fetch, read_json
+from ..checkpoints.packed import finished_fingerprint
+from ..common.errors import LLQError
+from ..common.machine import cache_root
+from ..common.terminal import RichProgress
+from ..data.windows import Calibration
+from ..demo import calibration_for, resolve
+from ..engine.execute import execute, prepare
+from ..engine.step import Progress, RunOptions
+from ..layers.linear import QuantLinear
+from ..method import Method, nearest, stored_bits
+from ..methods import METHODS, build, method_type
+from .hf_quantizer import LLQConfig
+
+
+class Scored(NamedTuple):
+    """What from_pretrained is to load (folder or Hub id, with its revision), and whether it has to be packed."""
+
+    path: str
+    revision: str
+    quantized: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """model_args of ours; `method_options` are those of the method, by name, as in `llq methods`."""
+
+    pretrained: str
+    method: str | None = None
+    preset: str = "study"
+    calibration: str | None = None
+    calibration_samples: int | None = None
+    calibration_seqlen: int | None = None
+    calibration_seed: int = 0
+    offload: str | None = None
+    cache_dir: str | None = None
+    revision: str | None = None
+    method_options: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def split(cls, options: dict[str, Any], default: str, host: set[str]) -> tuple[Self, dict[str, Any]]:
+        """(ours, the host's) of model_args; an option that neither knows is refused. default: the model."""
+        ours = {f.name for f in fields(cls)} - {"method_options"}
+        of_methods = {name for each in METHODS.values() for name in each.field_names()} - host - ours
+        for name in options:
+            if name not in ours | host | of_methods:
+                raise LLQError(
+                    f"unknown option {name!r} in model_args{nearest(name, sorted(ours | host | of_methods))}"
+                )
+        own = {name: value for name, value in options.items() if name in ours}
+        chosen = {name: value for name, value in options.items() if name in of_methods}
+        rest = {name: value for name, value in options.items() if name in host - ours}
+        return cls(**{"pretrained": default, **own}, method_options=chosen), rest
+
+    def scored(self, device: str | None, dtype: Any) -> Scored:
+        """The model, quantized first where that is asked for. device, dtype: the host's."""
+        model = resolve(self.pretrained)
+        packed = _packed_config(model, self.revision)
+        if packed is not None:
+            _agree(model, packed, self.method, self.method_options)
+        elif self.method is None:
+            raise LLQError(
+                f"{model} is not quantized: give method=... (one of {', '.join(METHODS)}), "
+                "or method=none for the full-precision baseline"
+            )
+        elif self.method == "none":
+            if self.method_options:
+                raise LLQError(f"method=none takes no options, but {', '.join(self.method_options)} was given")
+        else:
+            return Scored(str(self._quantized(model, device, dtype)), "main", True)
+        return Scored(model, self.revision or "main", packed is not None)
+
+    def _quantized(self, model: str, device: str | None, dtype: Any) -> Path:
+        assert self.method is not None
+        method = build(self.method, self.preset, **self.method_options)
+        data = calibration_for(
+            model, self.calibration, self.calibration_samples, self.calibration_seqlen, self.calibration_seed
+        )
+        run = RunOptions(
+            device=usable_device(device),
+            dtype=dtype if isinstance(dtype, str) else None,
+            offload=Path(self.offload) if self.offload else None,
+            revision=self.revision,
+        )
+        return cached(model, method, data, run, Path(self.cache_dir) if self.cache_dir else None)
+
+
+def described(model: nn.Module) -> dict[str, Any]:
+    """What results carry of the model that was really scored: method, options, bits, fingerprint."""
+    config = getattr(model.config, "quantization_config", None)
+    if not isinstance(config, LLQConfig):
+        return {"method": "none"}
+    linears = [module for module in model.modules() if isinstance(module, QuantLinear)]
+    weights = sum(linear.in_features * linear.out_features for linear in linears)
+    bits = sum(
+        stored_bits(linear.layout, linear.out_features, linear.in_features) * linear.in_features * linear.out_features
+        for linear in linears
+    )
+    return {
+        "method": config.method.name,
+        "config": config.method.to_dict(),
+        "nominal_bits": config.method.nominal_bits,
+        "stored_bits": bits / weights,
+        "quantized_linears": len(linears),
+        "calibration": config.calibration_used,
+        "fingerprint": config.fingerprint,
+    }
+
+
+def _packed_config(model: str, revision: str | None) -> dict[str, Any] | None:
+    """The quantization_config of a checkpoint of ours, else None; other people's quantized checkpoints are refused."""
+    section = read_json(fetch(model, revision) / "config.json").get("quantization_config")
+    if section is not None and not str(section.get("quant_method", "")).startswith("llq_"):
+        raise LLQError(
+            f"{model} was quantized by {section.get('quant_method')}, not by llq-hf; score it with --model hf"
+        )
+    return section
+
+
+def _agree(model: str, packed: dict[str, Any], method: str | None, options: dict[str, Any]) -> None:
+    """A packed checkpoint is scored as it is; options that say otherwise are an error, not a wish."""
+    name = str(packed["quant_method"]).removeprefix("llq_")
+    asked = {"method": method} if method is not None else {}
+    for key, value in {**asked, **options}.items():
+        stored = name if key == "method" else packed.get(key)
+        if stored != value:
+            raise LLQError(f"{model} is a packed checkpoint with {key}={stored!r}, but {key}={value!r} was asked for")
+    method_type(name)
+
+
+def usable_device(device: str | None) -> str:
+    """The harnesses' default is cuda:0 wherever they run; without a GPU that means the CPU."""
+    wanted = device or "cuda"
+    return "cpu" if wanted.startswith("cuda") and not torch.cuda.is_available() else wanted
+
+
+def cached(
+    model: str,
+    method: Method,
+    calibration: Calibration,
+    run: RunOptions,
+    root: Path | None = None,
+    progress: Progress | None = None,
+) -> Path:
+    """Folder of the packed checkpoint, from the cache or made now; keyed by everything that decides its bytes.
+
+    progress: told how it goes; by default drawn on the terminal by the first of several processes.
+    """
+    if progress is None:
+        progress = RichProgress() if os.environ.get("RANK", "0") == "0" else Progress()
+    try:
+        plan = prepare(model, method, calibration, run, None, progress)
+        out = (root or cache_root()) / plan.fingerprint
+        if finished_fingerprint(out) != plan.fingerprint:
+            execute(plan, out, progress)
+        return out
+    finally:
+        progress.close()

@@ -1,0 +1,260 @@
+"""What trainings inside methods share: epochs over a block, steps over a whole model, progress that survives a kill.
+
+Legend: B sequences of a step, S tokens each, D hidden size, O out_features, I in_features, g group size, G groups,
+K basis matrices.
+
+Two kinds. A *block* is trained against what the full-precision one makes of the full-precision stream, epoch after
+epoch over the calibration sequences in their order. The packed *model* is trained as a whole, and only in the scales of
+its linears: codes stay as they were chosen. Both go on, after a kill, from what their `State` kept.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..common.errors import LLQError
+from ..method import BlockData, Method, PassListener, State, Step
+from ..models.decoder import hidden_of as first_output
+from ..models.decoder import replace_module
+
+MODEL_TOKENS = 2048  # of a forward pass of the whole model: logits of a whole batch may not fit
+SAVED_EVERY = 32  # steps of the whole model
+
+
+class Trained(NamedTuple):
+    """Parameters and the optimizer that moves them, to be written down and put back."""
+
+    parameters: Sequence[Tensor]
+    optimizer: torch.optim.Optimizer
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """Everything that the training goes on from, on the CPU."""
+        tensors = {}
+        for i, parameter in enumerate(self.parameters):
+            tensors[f"{i}"] = parameter.detach().cpu()
+            moments = self.optimizer.state.get(parameter, {})
+            tensors |= {f"{i}.{key}": tensor.cpu() for key, tensor in moments.items()}
+        return tensors
+
+    @torch.no_grad()
+    def restore(self, saved: dict[str, Tensor]) -> None:
+        for i, parameter in enumerate(self.parameters):
+            parameter.copy_(saved[f"{i}"])
+            own = {key.removeprefix(f"{i}."): t for key, t in saved.items() if key.startswith(f"{i}.")}
+            if own:  # load_state_dict would cast; fused optimizers want their step counter beside the parameter
+                place = parameter.device if self.optimizer.defaults.get("fused") else torch.device("cpu")
+                self.optimizer.state[parameter] = {
+                    key: tensor.to(place if key == "step" else parameter.device) for key, tensor in own.items()
+                }
+
+
+def cosine(done: float, floor: float = 0.0, warmup: float = 0.0) -> float:
+    """Share of a learning rate when `done` of 0..1 is done: linearly up over `warmup`, then down to `floor`."""
+    if done < warmup:
+        return done / warmup
+    return floor + (1 - floor) * (1 + math.cos(math.pi * (done - warmup) / (1 - warmup))) / 2
+
+
+# --- a block ---------------------------------------------------------------------------------------------------------
+
+
+def run_block(block: nn.Module, data: BlockData, rows: slice) -> Tensor:
+    """fp32 output [B, S, D] of an fp32 block on the quantized inputs of `rows`: of image-text pairs, one."""
+    hidden_BSD, kwargs = data.inputs(rows)
+    return first_output(block(hidden_BSD.float(), **in_fp32(kwargs)))
+
+
+def in_fp32(value: Any) -> Any:
+    """Masks and rotary tables, wherever they are, in fp32."""
+    if isinstance(value, Tensor):
+        return value.float() if value.is_floating_point() else value
+    if isinstance(value, dict):
+        return {key: in_fp32(inner) for key, inner in value.items()}
+    return tuple(map(in_fp32, value)) if isinstance(value, tuple) else value
+
+
+def train_block(
+    step: Step,
+    trained: Trained,
+    epochs: int,
+    batch: int,
+    descend: Callable[[slice, float], Tensor],
+    cure: str,
+) -> list[float]:
+    """Train, or go on where an interrupted run was; the mean loss of each epoch.
+
+    descend(rows, done): one step on these sequences, `done` of 0..1 before it; gives the loss, a scalar on any device.
+    LLQError, which `cure` ends, where a loss is not finite.
+    """
+    assert step.data is not None
+    count = step.data.count
+    parts = [slice(start, min(start + batch, count)) for start in range(0, count, batch)]
+    saved = step.state.load()
+    losses: list[float] = [] if saved is None else saved["losses"].tolist()
+    if saved is not None:
+        trained.restore(saved)
+    step.listener.stage("training", epochs * count)
+    step.listener.advance(len(losses) * count)
+    for epoch in range(len(losses), epochs):
+        total = torch.zeros((), device=trained.parameters[0].device)
+        for i, rows in enumerate(parts):
+            size = rows.stop - rows.start
+            total += descend(rows, (epoch * len(parts) + i) / (epochs * len(parts))) * size
+            step.listener.advance(size)
+        losses.append(float(total) / count)
+        if not math.isfinite(losses[-1]):  # looked at once an epoch: every look would make a GPU wait
+            raise LLQError(f"the training loss of {step.prefix} is not finite in epoch {epoch + 1}; {cure}")
+        step.state.save({"losses": torch.tensor(losses, dtype=torch.float64), **trained.snapshot()})
+    return losses
+
+
+# --- the whole model -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """steps of `batch` sequences each, all drawn before any comes again; seed: of their order.
+
+    floor, warmup: of `cosine`; clip: largest norm of a gradient, 0: any.
+    """
+
+    steps: int
+    batch: int
+    lr: float
+    seed: int = 0
+    warmup: float = 0.0
+    clip: float = 0.0
+
+    def batches(self, ids_NS: Tensor) -> Iterator[Tensor]:
+        """Rows [B, S]: every epoch in an order of its own, the same in every run."""
+        random, rows = torch.Generator().manual_seed(self.seed), torch.empty(0, dtype=torch.long)
+        for _ in range(self.steps):
+            while len(rows) < self.batch:
+                rows = torch.cat([rows, torch.randperm(len(ids_NS), generator=random)])
+            yield ids_NS[rows[: self.batch].to(ids_NS.device)]
+            rows = rows[self.batch :]
+
+    def run(
+        self,
+        linears: Sequence[ScaledLinear],
+        loss_of: Callable[[Tensor], Tensor],
+        ids_NS: Tensor,
+        listener: PassListener,
+        state: State,
+    ) -> None:
+        """Train the factors of `linears` by AdamW against loss_of(ids_BS), or go on where an interrupted run was."""
+        factors = [linear.factor.requires_grad_(True) for linear in linears]
+        optimizer = torch.optim.AdamW(factors, lr=self.lr, weight_decay=0.0)
+        trained, saved = Trained(factors, optimizer), state.load()
+        if saved is not None:
+            trained.restore(saved)
+        done = 0 if saved is None else int(saved["step"])
+        listener.stage("training the scales", self.steps)
+        listener.advance(done)
+        for step, rows_BS in enumerate(self.batches(ids_NS)):
+            if step < done:
+                continue
+            optimizer.param_groups[0]["lr"] = self.lr * cosine(step / self.steps, warmup=self.warmup)
+            optimizer.zero_grad()
+            self._descend(step, rows_BS, loss_of)
+            if self.clip:
+                torch.nn.utils.clip_grad_norm_(factors, self.clip)
+            optimizer.step()
+            for linear in linears:
+                linear.confine()
+            listener.advance(1)
+            if (step + 1) % SAVED_EVERY == 0 and step + 1 < self.steps:
+                state.save({"step": torch.tensor(step + 1), **trained.snapshot()})
+
+    def _descend(self, step: int, rows_BS: Tensor, loss_of: Callable[[Tensor], Tensor]) -> None:
+        for part_BS in torch.split(rows_BS, max(1, MODEL_TOKENS // rows_BS.shape[1])):
+            loss = loss_of(part_BS) * len(part_BS) / len(rows_BS)
+            if not torch.isfinite(loss):
+                raise LLQError(f"the training loss is {float(loss)} in step {step}; give a smaller lr than {self.lr}")
+            loss.backward()  # type: ignore[no-untyped-call]
+
+
+class ScaledLinear(nn.Module, ABC):
+    """A packed linear of which only the scales are trained: W^ = sum_k scale_k * basis_k, group by group of a row.
+
+    The factor that is trained is the scale in units of `unit_OGK`: of the scale it began with (one learning rate then
+    suits every layer), or of 1.
+    """
+
+    def __init__(self, packed: nn.Linear, size: int, start_OGK: Tensor, unit_OGK: Tensor) -> None:
+        super().__init__()
+        self.words, self.bias, self.size = packed.weight, packed.bias, size
+        self.start_OGK, self.unit_OGK = start_OGK, unit_OGK
+        self.factor = nn.Parameter(start_OGK / unit_OGK)
+
+    @abstractmethod
+    def bases(self, in_features: int) -> list[Tensor]:
+        """The K integer matrices [O, I] that the stored codes mean."""
+
+    def scale(self) -> Tensor:
+        """[O, G, K]"""
+        return self.unit_OGK * self.factor
+
+    @torch.no_grad()
+    def confine(self) -> None:
+        """Keep every scale within 16 times, and a 16th, of what it began as."""
+        ends = self.start_OGK / self.unit_OGK / 16, self.start_OGK / self.unit_OGK * 16
+        self.factor.clamp_(torch.minimum(*ends), torch.maximum(*ends))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = _Scaled.apply(x, self.scale(), self)  # type: ignore[no-untyped-call]
+        return y if self.bias is None else y + self.bias
+
+    def restored(self, scale_OGK: Tensor, in_features: int) -> Tensor:
+        """fp32 weight [O, I] on these scales."""
+        weight_OGg: Any = 0.0
+        for basis_OI, scale_OG in zip(self.bases(in_features), scale_OGK.unbind(-1), strict=True):
+            weight_OGg = weight_OGg + grouped(basis_OI, self.size) * scale_OG[..., None]
+        weight_OI: Tensor = weight_OGg.flatten(1)[:, :in_features]
+        return weight_OI
+
+
+class _Scaled(torch.autograd.Function):
+    """x W^^T with the gradient of x and of the scales; W^ is made again for the way back, not kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale_OGK: Tensor, linear: ScaledLinear) -> Tensor:
+        ctx.save_for_backward(x, scale_OGK)
+        ctx.linear = linear
+        return F.linear(x, linear.restored(scale_OGK, x.shape[-1]).to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, scale_OGK = ctx.saved_tensors
+        linear: ScaledLinear = ctx.linear
+        weight_OI = linear.restored(scale_OGK, x.shape[-1]).to(x.dtype)
+        gradient_OGg = grouped((gradients[0].flatten(0, -2).T @ x.flatten(0, -2)).float(), linear.size)
+        by_scale = [(gradient_OGg * grouped(basis_OI, linear.size)).sum(-1) for basis_OI in linear.bases(x.shape[-1])]
+        return gradients[0] @ weight_OI, torch.stack(by_scale, dim=-1), None
+
+
+def grouped(matrix_OI: Tensor, size: int) -> Tensor:
+    """[O, I] -> [O, G, g]; a last group that is shorter is filled up with zeros."""
+    return F.pad(matrix_OI, (0, -matrix_OI.shape[1] % size)).view(len(matrix_OI), -1, size)
+
+
+Kind = TypeVar("Kind", bound=ScaledLinear)
+
+
+def scaled_linears(student: nn.Module, method: Method, wrap: Callable[[nn.Linear], Kind]) -> dict[str, Kind]:
+    """Put a ScaledLinear in place of every linear that `method` packed; by name. All else is frozen."""
+    found = {}
+    for name, module in list(student.named_modules()):
+        if isinstance(module, nn.Linear) and getattr(module, "method", None) == method:
+            found[name] = wrap(module)
+            replace_module(student, name, found[name])
+    student.requires_grad_(False)
+    return found

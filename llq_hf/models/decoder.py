@@ -1,0 +1,82 @@
+"""Where the decoder blocks of a model are, and which of their linears share an input. No architecture is named here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..common.errors import LLQError
+
+
+def decoder_of(model: nn.Module) -> tuple[str, nn.Module]:
+    """(name, module) of the text decoder: only the linears inside its blocks are quantized.
+
+    LLQError where the model has no `get_decoder()` with a `layers` list.
+    """
+    find: Any = getattr(model, "get_decoder", None)
+    decoder = find() if find is not None else None
+    if not isinstance(decoder, nn.Module) or not isinstance(getattr(decoder, "layers", None), nn.ModuleList):
+        raise LLQError(
+            f"{type(model).__name__} is not a Llama-like model: its decoder has no list of blocks named 'layers'"
+        )
+    name = next(name for name, module in model.named_modules() if module is decoder)
+    return name, decoder
+
+
+def block_prefixes(model: nn.Module) -> list[str]:
+    """Module names of the decoder blocks: "model.layers.0", ..."""
+    name, decoder = decoder_of(model)
+    return [f"{name}.layers.{i}" if name else f"layers.{i}" for i in range(len(decoder.layers))]  # type: ignore[arg-type]
+
+
+def block_linears(block: nn.Module) -> dict[str, nn.Linear]:
+    """The linears of a block that are still dense, by name inside it. `type(...) is`: QuantLinear is a Linear too."""
+    return {name: module for name, module in block.named_modules() if type(module) is nn.Linear}
+
+
+def quantizable(model: nn.Module) -> dict[str, nn.Linear]:
+    """All dense linears inside decoder blocks, by full module name."""
+    return {
+        f"{prefix}.{name}": linear
+        for prefix in block_prefixes(model)
+        for name, linear in block_linears(model.get_submodule(prefix)).items()
+    }
+
+
+def replace_module(root: nn.Module, name: str, new: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(root.get_submodule(parent), child, new)
+
+
+def hidden_of(output: Any) -> Tensor:
+    """What a module returns: blocks a tensor in transformers 5 and a tuple in some architectures, attention a tuple."""
+    tensor: Tensor = output[0] if isinstance(output, tuple) else output
+    return tensor
+
+
+@torch.no_grad()
+def input_groups(block: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> list[list[str]]:
+    """Linears by the tensor they read, in the order of execution: [[q, k, v], [o], [gate, up], [down]].
+
+    Found by running the block once and watching who is handed the same tensor, so no architecture needs a table.
+    """
+    seen: list[tuple[Tensor, list[str]]] = []  # holds the tensors, so that identity is not re-used
+
+    def watch(name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            group = next((names for tensor, names in seen if tensor is args[0]), None)
+            if group is None:
+                seen.append((args[0], group := []))
+            group.append(name)
+
+        return hook
+
+    handles = [linear.register_forward_pre_hook(watch(name)) for name, linear in block_linears(block).items()]
+    try:
+        block(hidden, **kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [names for _, names in seen]

@@ -1,0 +1,82 @@
+"""A model that sees, with its processor: questions about images in, answers out; nothing is skipped in silence."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from ..common.errors import LLQError
+from ..data.pairs import rendered, tokenized
+from ..engine.execute import load_processor, one_line
+from .load import auto_class, sees
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f]")  # no spreadsheet takes them, and a broken model writes them
+
+
+class Prompt(NamedTuple):
+    """A question about images (PIL). where: what errors call it, "mme/test row 7"."""
+
+    text: str
+    images: Sequence[Any]
+    where: str
+
+
+@dataclass(frozen=True)
+class Seeing:
+    """`model` is on its device and in eval mode; `processor` turns text and images into its inputs."""
+
+    model: Any
+    processor: Any
+
+    @classmethod
+    def load(cls, path: str, revision: str = "main", device: str = "cpu", dtype: Any = "auto") -> Seeing:
+        """A packed or dense checkpoint; LLQError where its model takes no images or has no processor."""
+        from transformers import AutoConfig
+
+        config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
+        if not sees(config):
+            raise LLQError(f"{path} takes no images ({config.model_type}); score it with lm_eval --model llq")
+        processor = load_processor(path, revision)
+        model = auto_class(config).from_pretrained(path, revision=revision, dtype=dtype, device_map={"": device})
+        return cls(model.eval(), processor)
+
+    @property
+    def longest(self) -> int:
+        """Tokens that prompt and answer may have together."""
+        return int(self.model.config.get_text_config().max_position_embeddings)
+
+    def inputs(self, prompts: Sequence[Prompt]) -> Any:
+        """What the model is called with, padded on the left. LLQError names the prompt that cannot be read."""
+        texts = [rendered(self.processor, prompt.text, len(prompt.images)) for prompt in prompts]
+        try:
+            found = tokenized(self.processor, texts, [image for prompt in prompts for image in prompt.images])
+        except (ValueError, TypeError, IndexError, OSError) as error:
+            raise LLQError(
+                f"{', '.join(prompt.where for prompt in prompts)}: the processor refuses it ({one_line(error)})"
+            ) from error
+        return found.to(self.model.device, self.model.dtype)
+
+    @torch.inference_mode()
+    def answers(self, prompts: Sequence[Prompt], max_new_tokens: int = 64, **generation: Any) -> list[str]:
+        """One answer a prompt, greedily unless `generation` says otherwise; without control characters.
+
+        LLQError for a prompt that, with its answer, is longer than the model takes.
+        """
+        inputs = self.inputs(prompts)
+        for prompt, length in zip(prompts, inputs["attention_mask"].sum(1).tolist(), strict=True):
+            if length + max_new_tokens > self.longest:
+                raise LLQError(
+                    f"{prompt.where}: its prompt has {length} tokens, and with {max_new_tokens} of the answer that is "
+                    f"more than the {self.longest} the model takes; give a shorter question, fewer images, or a "
+                    "smaller max_new_tokens"
+                )
+        options = {"do_sample": False, **generation}
+        pad = self.processor.tokenizer.pad_token_id
+        ids_BS = self.model.generate(**inputs, max_new_tokens=max_new_tokens, pad_token_id=pad, **options)
+        new_BS = ids_BS[:, inputs["input_ids"].shape[1] :]
+        texts = self.processor.tokenizer.batch_decode(new_BS, skip_special_tokens=True)
+        return [_CONTROL.sub("", text) for text in texts]

@@ -1,0 +1,1 @@
+"""The mathematics that methods share: number grids, statistics, factorizations, solvers, rotations."""

@@ -1,0 +1,158 @@
+"""Second thoughts about codes and levels: coordinate descent and scale refit, both monotone, no bits stored.
+
+Legend: O out_features, I in_features, B columns of a block, G groups, K levels, R rows handled together.
+
+A row w^ is judged by |X w^ - X~ w|^2 = w^ H w^T - 2 w^ b + const, with X what the linear sees in the quantized model
+and X~ what it sees in the full-precision one: H = X^T X, b = X^T X~ w. So it also repairs what earlier linears broke.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .error_feedback import BLOCK, Solution
+from .grids import Grid, Uniform
+
+ROWS = 1024  # rows whose G x G systems are solved together
+REACH = 4.0  # a refitted scale stays within this factor of the old one
+
+
+class Objective(NamedTuple):
+    """H_II damped, symmetric, with positive diagonal; B_OI = the rows b."""
+
+    H_II: Tensor
+    B_OI: Tensor
+
+    @classmethod
+    def of(cls, H_II: Tensor, damp: float, target_II: Tensor, weight_OI: Tensor, W_OI: Tensor) -> Objective:
+        """b = weight_OI @ target_II, target_II = X~^T X. H_II is damped in place by `damp` of its mean diagonal, which
+        pulls to W_OI, the weight as it was solved, not to zero.
+        """
+        pull = damp * float(torch.diagonal(H_II).mean())
+        torch.diagonal(H_II).add_(pull)
+        return cls(H_II, (weight_OI @ target_II).add_(W_OI, alpha=pull))
+
+    def loss(self, values_OI: Tensor) -> Tensor:
+        """[O] up to a constant of each row; fp64, for the terms nearly cancel."""
+        values_OI = values_OI.double()
+        return ((values_OI @ self.H_II.double() - 2 * self.B_OI.double()) * values_OI).sum(1)
+
+
+def descend(objective: Objective, values_OI: Tensor, nearest: Callable[[int, Tensor], Tensor]) -> Tensor:
+    """Values [O, I] after one pass of coordinate descent over the columns.
+
+    nearest(j, w_O) gives what of the values that column j may take lies nearest to w_O, and remembers its code. First
+    to last column (QuIP's greedy pass goes the other way).
+    """
+    H_II, columns = objective.H_II, values_OI.shape[1]
+    values_IO = values_OI.T.clone(memory_format=torch.contiguous_format)
+    gradient_IO = (H_II @ values_IO).sub_(objective.B_OI.T)  # half of it
+    for start in range(0, columns, BLOCK):
+        stop = min(start + BLOCK, columns)
+        moved_BO = torch.empty_like(values_IO[start:stop])
+        for j in range(start, stop):
+            value_O = nearest(j, values_IO[j] - gradient_IO[j] / H_II[j, j])
+            moved_O = torch.sub(value_O, values_IO[j], out=moved_BO[j - start])
+            gradient_IO[j + 1 : stop].addcmul_(H_II[j, j + 1 : stop, None], moved_O)
+            values_IO[j] = value_O
+        gradient_IO[stop:].addmm_(H_II[stop:, start:stop], moved_BO)
+    return values_IO.T.contiguous()
+
+
+def refined(objective: Objective, solution: Solution, uniform: Uniform, rounds: int) -> Solution:
+    """`rounds` times: every code to its best level given all others, then every scale to its best given the codes.
+
+    The loss of no row ever grows.
+    """
+    for _ in range(rounds):
+        solution = solution._replace(codes_OI=descended(objective, solution, uniform.bits))
+        solution = solution._replace(grid_OG=refitted(objective, solution, uniform))
+    return solution
+
+
+def descended(objective: Objective, solution: Solution, bits: int) -> Tensor:
+    """Codes [O, I] after one pass of coordinate descent over the columns."""
+    scale_IO, zero_IO = (part.T.contiguous() for part in solution.columns())
+    codes_IO = solution.codes_OI.T.contiguous()
+
+    def nearest(j: int, w_O: Tensor) -> Tensor:
+        grid_O = solution.grid_OG._replace(scale=scale_IO[j], zero=zero_IO[j])
+        codes_IO[j] = grid_O.codes(w_O, bits)
+        return grid_O.values(codes_IO[j])
+
+    descend(objective, solution.values(), nearest)
+    return codes_IO.T.contiguous()
+
+
+def refitted(objective: Objective, solution: Solution, uniform: Uniform) -> Grid:
+    """Scales [O, G] that minimize the loss of each row with codes and zeros as they are, as they will be stored.
+
+    One G x G system per row: A_kl = v_k H v_l, A s = v_k b, v_k the integers of group k (0 elsewhere).
+    """
+    scale_OG, zero_OG = solution.grid_OG
+    units_OI = solution.codes_OI - zero_OG[:, solution.group_I]
+    found = [
+        _refitted_rows(objective.H_II, B_RI, units_RI, scale_RG, solution.group_I, uniform)
+        for B_RI, units_RI, scale_RG in zip(
+            *(torch.split(part, ROWS) for part in (objective.B_OI, units_OI, scale_OG)), strict=True
+        )
+    ]
+    return Grid(torch.cat(found), zero_OG)
+
+
+def _refitted_rows(
+    H_II: Tensor, B_RI: Tensor, units_RI: Tensor, scale_RG: Tensor, group_I: Tensor, uniform: Uniform
+) -> Tensor:
+    def by_group(x_RI: Tensor) -> Tensor:
+        return torch.zeros_like(scale_RG).index_add_(1, group_I, x_RI)
+
+    A_RGG = scale_RG.new_empty(*scale_RG.shape, scale_RG.shape[1])
+    for k in range(scale_RG.shape[1]):
+        members = (group_I == k).nonzero().flatten()
+        A_RGG[:, k] = by_group((units_RI[:, members] @ H_II[members]).mul_(units_RI))
+    b_RG = by_group(units_RI * B_RI)
+    # A weak pull to the old scale: groups of all zeros have no other, and rounding can make A singular.
+    diagonal_RG = torch.diagonal(A_RGG, dim1=1, dim2=2)
+    pull_RG = (1e-6 * diagonal_RG.mean(1, keepdim=True)).clamp_min(1e-20).expand_as(scale_RG)
+    best_RG = torch.linalg.solve(A_RGG + torch.diag_embed(pull_RG), b_RG + pull_RG * scale_RG)
+    sound_RG = torch.isfinite(best_RG) & (best_RG > scale_RG / REACH) & (best_RG < scale_RG * REACH)
+    best_RG = uniform.stored(torch.where(sound_RG, best_RG, scale_RG))
+
+    def loss(s_RG: Tensor) -> Tensor:
+        A, b, s = A_RGG.double(), b_RG.double(), s_RG.double()
+        return (s * ((A @ s[..., None])[..., 0] - 2 * b)).sum(1, keepdim=True)
+
+    return torch.where(loss(best_RG) < loss(scale_RG), best_RG, scale_RG)
+
+
+# --- levels that are no uniform grid -------------------------------------------------------------------------------
+
+
+def refit_levels(
+    objective: Objective,
+    values_OI: Tensor,
+    start: int,
+    basis_OKB: Tensor,
+    levels_OK: Tensor,
+    stored: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """Levels [O, K] that minimize the loss of each row, as `stored` rounds them; the loss of no row grows.
+
+    Columns start .. start + B of `values_OI` are sum_k levels_k * basis_k.
+    """
+    stop = start + basis_OKB.shape[2]
+    slope_OB = objective.B_OI[:, start:stop] - values_OI @ objective.H_II[:, start:stop]
+    A_OKK = basis_OKB @ objective.H_II[start:stop, start:stop] @ basis_OKB.mT
+    b_OK1 = basis_OKB @ slope_OB[..., None]
+    # A weak pull to the old levels: those that no weight takes have no other, and rounding can make A singular.
+    diagonal_OK = torch.diagonal(A_OKK, dim1=1, dim2=2)
+    pull_OK = (1e-6 * diagonal_OK.mean(1, keepdim=True)).clamp_min(1e-20).expand_as(levels_OK)
+    change_OK = torch.linalg.solve(A_OKK + torch.diag_embed(pull_OK), b_OK1)[..., 0]
+    found_OK = stored(levels_OK + change_OK)
+    step_OK1 = (found_OK - levels_OK)[..., None].double()
+    growth_O1 = (step_OK1 * (A_OKK.double() @ step_OK1 - 2 * b_OK1.double())).sum(1)
+    return torch.where(growth_O1 < 0, found_OK, levels_OK)  # also keeps the old where the new are not finite

@@ -1,0 +1,296 @@
+"""What calibration gathers about the input of a linear, and the factorization that solvers make of it.
+
+Legend: T tokens, I in_features, H_II = (2 / sequences) * sum over tokens of x x^T (IST-DASLab/gptq `add_batch`).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from ..common.errors import LLQError
+
+PANEL = 1024  # columns of a Hessian that are summed in one product
+# Rows or columns of a triangular matrix that are multiplied at once, without the zeros beside them. MKL's fp32 kernels
+# for AVX-512 sum 192 products at a time: leaving out multiples of that, and no fewer than 384 in, changes no bit.
+STRIP = 384
+
+
+class Stat(ABC):
+    """A statistic of the inputs of one linear (or of several that share their input).
+
+    paired: under Flow.BOTH it also takes in what the same linear sees in the full-precision model.
+    """
+
+    paired: ClassVar[bool] = False
+
+    def __init__(self, in_features: int, device: torch.device) -> None:
+        self.in_features, self.device = in_features, device
+
+    @abstractmethod
+    def update(self, x_TI: Tensor, sequences: int) -> None:
+        """Take in the tokens of `sequences` calibration sequences."""
+
+    def pair(self, x_TI: Tensor, dense_TI: Tensor) -> None:  # noqa: B027 (most look at one stream)
+        """Take in the same tokens as seen here and in the full-precision model, after `update`."""
+
+    @abstractmethod
+    def merge(self, later: Self) -> None:
+        """Take in what another one saw of the same input in the sequences that follow."""
+
+    def fresh(self) -> Self:
+        """One that has seen nothing."""
+        return type(self)(self.in_features, self.device)
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything it holds, to be sent to another process."""
+        held = {key: value for key, value in vars(self).items() if isinstance(value, Tensor | int)}
+        return {key: torch.as_tensor(value) for key, value in held.items()}
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Hold what another one's `state` says."""
+        for key, tensor in state.items():
+            setattr(self, key, int(tensor) if isinstance(getattr(self, key), int) else tensor.to(self.device))
+
+    @abstractmethod
+    def check(self, name: str) -> None:
+        """Raise LLQError, naming the linear, where the statistic cannot be used (nothing seen, not finite)."""
+
+
+class Hessian(Stat):
+    """Second moments of the inputs: the Hessian of the layer's squared output error, up to a constant."""
+
+    def __init__(self, in_features: int, device: torch.device) -> None:
+        super().__init__(in_features, device)
+        # While sums are taken, only panels of columns down to the diagonal: half the products of a symmetric matrix.
+        self.upper_II = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
+        self.mirrored = True
+        self.sequences = 0
+
+    def update(self, x_TI: Tensor, sequences: int) -> None:
+        x_TI = x_TI.float()  # before squaring: LLaMA-3's massive activations overflow fp16 and blunt bf16
+        for start in range(0, self.in_features, PANEL):
+            stop = min(start + PANEL, self.in_features)
+            self.upper_II[:stop, start:stop].addmm_(x_TI[:, :stop].T, x_TI[:, start:stop])
+        self.mirrored = False
+        self.sequences += sequences
+
+    def merge(self, later: Self) -> None:
+        self.upper_II += later.upper_II
+        self.mirrored = False
+        self.sequences += later.sequences
+
+    @property
+    def sum_II(self) -> Tensor:
+        """Sum of x x^T over all tokens."""
+        if not self.mirrored:
+            for start in range(PANEL, self.in_features, PANEL):
+                stop = min(start + PANEL, self.in_features)
+                self.upper_II[start:stop, :start] = self.upper_II[:start, start:stop].T
+            self.mirrored = True
+        return self.upper_II
+
+    @sum_II.setter
+    def sum_II(self, sum_II: Tensor) -> None:
+        self.upper_II, self.mirrored = sum_II, True
+
+    @property
+    def H_II(self) -> Tensor:
+        """A fresh copy, fp32: solvers change it in place."""
+        return self.sum_II * (2.0 / self.sequences)
+
+    def check(self, name: str) -> None:
+        if self.sequences == 0:
+            raise LLQError(f"{name} saw no calibration data")
+        if not torch.isfinite(torch.diagonal(self.sum_II)).all():
+            raise LLQError(
+                f"the Hessian of {name} is not finite: the calibration activations overflow; use dtype float32"
+            )
+
+
+class PairedHessian(Hessian):
+    """Second moments, and those across streams: cross_II = sum x x~^T, x~ what the full-precision model sees.
+
+    Without a full-precision stream (no Flow.BOTH) it is a Hessian, and costs no more.
+    """
+
+    paired: ClassVar[bool] = True
+
+    def __init__(self, in_features: int, device: torch.device) -> None:
+        super().__init__(in_features, device)
+        self.cross_II: Tensor | None = None
+
+    def pair(self, x_TI: Tensor, dense_TI: Tensor) -> None:
+        if self.cross_II is None:
+            self.cross_II = torch.zeros_like(self.upper_II)
+        self.cross_II.addmm_(x_TI.float().T, dense_TI.float())
+
+    def merge(self, later: Self) -> None:
+        super().merge(later)
+        if self.cross_II is not None and later.cross_II is not None:
+            self.cross_II += later.cross_II
+
+    @property
+    def C_II(self) -> Tensor:
+        """A fresh copy, on the scale of H_II; H_II itself where both streams are one."""
+        return self.H_II if self.cross_II is None else self.cross_II * (2.0 / self.sequences)
+
+
+class AbsMax(Stat):
+    """The largest magnitude that each input channel ever has."""
+
+    def __init__(self, in_features: int, device: torch.device) -> None:
+        super().__init__(in_features, device)
+        self.max_I = torch.zeros(in_features, dtype=torch.float32, device=device)
+        self.sequences = 0
+
+    def merge(self, later: Self) -> None:
+        self.max_I = torch.maximum(self.max_I, later.max_I)
+        self.sequences += later.sequences
+
+    def update(self, x_TI: Tensor, sequences: int) -> None:
+        if len(x_TI):
+            self.max_I = torch.maximum(self.max_I, x_TI.abs().amax(0).float())
+        self.sequences += sequences
+
+    def check(self, name: str) -> None:
+        if self.sequences == 0:
+            raise LLQError(f"{name} saw no calibration data")
+        if not torch.isfinite(self.max_I).all():
+            raise LLQError(f"the inputs of {name} are not finite: calibration overflows; use dtype float32")
+
+
+class Samples(Hessian):
+    """Second moments, mean magnitudes, and an evenly spaced sample of 512 to 1023 tokens (all, if there are fewer)."""
+
+    LIMIT = 1024
+
+    def __init__(self, in_features: int, device: torch.device) -> None:
+        super().__init__(in_features, device)
+        self.abs_sum_I = torch.zeros(in_features, dtype=torch.float32, device=device)
+        self.tokens, self.stride = 0, 1
+        self.rows_TI = torch.empty(0, in_features, dtype=torch.float32, device=device)
+
+    def update(self, x_TI: Tensor, sequences: int) -> None:
+        super().update(x_TI, sequences)
+        self.abs_sum_I += x_TI.float().abs().sum(0)
+        first = -self.tokens % self.stride  # tokens 0, stride, 2 stride, ... of all
+        self.rows_TI = torch.cat([self.rows_TI, x_TI[first :: self.stride].float()])
+        self.tokens += len(x_TI)
+        self._thin(1)
+
+    def merge(self, later: Self) -> None:
+        """The sample stays evenly spaced but for the seam."""
+        super().merge(later)
+        self.abs_sum_I += later.abs_sum_I
+        self.tokens += later.tokens
+        self._thin(later.stride)
+        self.rows_TI = torch.cat([self.rows_TI, later.rows_TI[:: self.stride // later.stride]])
+        self._thin(1)
+
+    def _thin(self, stride: int) -> None:
+        """Drop every second row while there are too many, or while they lie closer than `stride`."""
+        while len(self.rows_TI) >= self.LIMIT or self.stride < stride:
+            self.rows_TI, self.stride = self.rows_TI[::2].clone(), self.stride * 2
+
+    @property
+    def mean_I(self) -> Tensor:
+        """Mean |x| per channel over all tokens."""
+        return self.abs_sum_I / max(self.tokens, 1)
+
+
+def revive_dead(H_II: Tensor) -> Tensor:
+    """Set the diagonal of channels that never fired to 1, in place; returns their mask [I]."""
+    dead_I = torch.diagonal(H_II) == 0
+    H_II[dead_I, dead_I] = 1
+    return dead_I
+
+
+def factorize(H_II: Tensor, damp: float, notes: dict[str, Any], *, inverse: bool, quick: bool = False) -> Tensor | None:
+    """Cholesky factor of the damped Hessian, with a ladder of remedies where it is not positive definite.
+
+    inverse: the upper U with U^T U = H^-1 (GPTQ); else the lower L with L L^T = H (LDLQ). quick: U without ever forming
+    H^-1, in less time and with less error, but not bit for bit what the authors' three steps give.
+
+    The damping starts at `damp` * mean(diag H); each rung tries fp32, then fp64, then doubles the damping up to 1.0,
+    and at last a diagonal floor. What was used goes into `notes` ("damp", "fp64", "floor"). None when nothing helped:
+    the caller then rounds to nearest and says so in its notes.
+    """
+    mean_diagonal = float(torch.diagonal(H_II).mean())
+    rungs = [(damp * 2.0**k, 0.0) for k in range(12) if damp * 2.0**k <= 1.0] or [(damp, 0.0)]
+    rungs += [(1.0, 10.0**k) for k in range(1, 4)]
+    for rung, floor in rungs:
+        for dtype in (torch.float32, torch.float64):
+            damped_II = (H_II.flip(0, 1) if inverse and quick else H_II.clone()).to(dtype)
+            torch.diagonal(damped_II).add_((rung + floor) * mean_diagonal)
+            factor = _factor(damped_II, inverse, quick)
+            if factor is not None:
+                notes["damp"] = rung
+                notes.update({"fp64": True} if dtype == torch.float64 else {})
+                notes.update({"floor": floor} if floor else {})
+                return factor.float()
+    return None
+
+
+def _factor(H_II: Tensor, inverse: bool, quick: bool) -> Tensor | None:
+    """Overwrites `H_II` (with quick: its columns and rows reversed): of a 70B model's down projection it has 3.3 GB."""
+    factor_II = _cholesky(H_II)
+    if factor_II is None:
+        return None
+    if inverse and quick:  # reversed, the lower factor becomes an upper R with R R^T = H, and U = R^-1
+        _reverse(factor_II.mT)
+        _invert_upper(factor_II)
+    elif inverse:
+        factor_II = _cholesky(torch.cholesky_inverse(factor_II), upper=True)
+    if factor_II is None:
+        return None
+    ends = torch.stack(torch.aminmax(factor_II))  # isfinite of all would take as much memory as two more
+    return factor_II if bool(torch.isfinite(ends).all()) else None
+
+
+def _cholesky(H_II: Tensor, upper: bool = False) -> Tensor | None:
+    """The factor, in the memory of the symmetric `H_II`: its transpose lies as LAPACK wants it. None: there is none."""
+    turned_II, info = H_II.mT, torch.empty((), dtype=torch.int32, device=H_II.device)
+    factor_II, info = torch.linalg.cholesky_ex(turned_II, upper=upper, out=(turned_II, info))  # one object: no copy
+    return factor_II if int(info) == 0 else None
+
+
+def _reverse(M_II: Tensor, rows: int = 64) -> None:
+    """The last row and column first, in place."""
+    size = len(M_II)
+    for start in range(0, size // 2, rows):
+        stop = min(start + rows, size // 2)
+        top, bottom = M_II[start:stop].flip(0, 1), M_II[size - stop : size - start].flip(0, 1)
+        M_II[start:stop], M_II[size - stop : size - start] = bottom, top
+    if size % 2:
+        M_II[size // 2] = M_II[size // 2].flip(0)
+
+
+def _invert_upper(R_II: Tensor) -> None:
+    """Inverts an upper triangular matrix in place, by halves: matrix products, three times as fast as LAPACK's."""
+    size = len(R_II)
+    if size <= 256:
+        eye_II = torch.eye(size, dtype=R_II.dtype, device=R_II.device)
+        R_II.copy_(torch.linalg.solve_triangular(R_II, eye_II, upper=True))
+        return
+    half = size // 2
+    first_HH, second_HH = R_II[:half, :half], R_II[half:, half:]
+    _invert_upper(first_HH)
+    _invert_upper(second_HH)
+    corner_HH = R_II[:half, half:]
+    left_HH = torch.empty_like(corner_HH)
+    for start, stop in _strips(half):
+        torch.mm(first_HH[start:stop, start:], corner_HH[start:], out=left_HH[start:stop])
+    left_HH.neg_()
+    for start, stop in _strips(size - half):
+        torch.mm(left_HH[:, :stop], second_HH[:stop, start:stop], out=corner_HH[:, start:stop])
+
+
+def _strips(size: int) -> Iterator[tuple[int, int]]:
+    """0..size in pieces of STRIP, the last one up to twice as long."""
+    return pairwise([*range(0, max(size - STRIP, 0) + 1, STRIP), size])

@@ -1,0 +1,234 @@
+"""The model card of a packed checkpoint, from what its files say: nothing in it is typed by hand, nothing invented.
+
+Text and order are in `model_cards/template.md`; here is what fills it. Evaluation results come from the results files
+of lm-eval and lmms-eval, and only where their fingerprint says that they scored this very checkpoint. The licence is
+the base's, as far as its card or its LICENSE file came along.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from ..checkpoints.dense import read_json
+from ..checkpoints.inspection import inspect_checkpoint
+from ..checkpoints.packed import CONFIG
+from ..common.errors import LLQError
+from ..common.resources import template_path
+from ..method import Method, field_defaults
+from ..methods import build
+
+RESULTS = "results"  # folder in a checkpoint, and in its repository
+HARNESSES = {"lm_eval_version": "lm-evaluation-harness", "lmms_eval_version": "lmms-eval"}
+SHOWN_DIGITS = 4
+
+
+@dataclass(frozen=True)
+class Result:
+    """One figure of one task."""
+
+    task: str
+    metric: str
+    value: float
+    error: float | None  # standard error
+    shots: int | None
+    higher_is_better: bool | None
+    dataset: dict[str, str | None]  # as EvalResult names it: dataset_type, dataset_config, dataset_split
+    harness: str
+
+    @property
+    def shown(self) -> str:
+        value = f"{self.value:.{SHOWN_DIGITS}g}"
+        return value if not self.error else f"{value} ± {self.error:.2g}"
+
+
+def make_card(
+    path: Path, *, repo: str | None = None, base: str | None = None, results: Iterable[Path] | None = None
+) -> ModelCard:
+    """The card of the packed checkpoint in the folder `path`.
+
+    repo: where it will be, "user/name"; base: Hub id of the base model, where the checkpoint does not know it; results:
+    results files and folders of them, by default those in `path`/results. LLQError where the folder is no whole
+    checkpoint of ours, or a results file is of another one.
+    """
+    found = inspect_checkpoint(path)
+    method = build(found["method"], **found["config"])
+    made_from: dict[str, Any] = found["made_from"] or {"model": "unknown", "revision": None, "card": {}}
+    base = base or made_from["model"]
+    config, said, name = read_json(path / CONFIG), made_from["card"], (repo or path.resolve().name).rpartition("/")[2]
+    scored = read_results(results_files(path, results), found)
+    task = said.get("pipeline_tag") or ("image-text-to-text" if "vision_config" in config else "text-generation")
+    texts = sorted(file.name for pattern in ("LICENSE*", "USE_POLICY*") for file in path.glob(pattern))
+    licence = _licence(said, texts)
+    data = ModelCardData(
+        base_model=base if _is_repo(base) else None,
+        base_model_relation="quantized" if _is_repo(base) else None,
+        language=said.get("language"),
+        library_name="transformers",
+        pipeline_tag=task,
+        tags=["llq-hf", "quantized", method.name, f"{method.nominal_bits:g}-bit"],
+        model_name=name,
+        eval_results=[_as_eval_result(each, task) for each in scored] or None,
+        **licence,
+    )
+    vision = task == "image-text-to-text"
+    return ModelCard.from_template(
+        data,
+        template_path=str(template_path()),
+        model_name=name,
+        repo=repo or f"USER/{name}",
+        version=version("llq-hf"),
+        base=base,
+        base_revision=made_from["revision"],
+        title=method.title,
+        nominal=f"{method.nominal_bits:g}",
+        stored=f"{found['stored_bits']:.3f}",
+        whole_model=f"{found['whole_model_bits']:.3f}" if found["whole_model_bits"] else None,
+        linears=found["quantized_linears"],
+        rewritten=found["rewritten"],
+        size=f"{found['bytes'] / 2**20:.1f} MiB",
+        auto_class="AutoModelForImageTextToText" if vision else "AutoModelForCausalLM",
+        processor="AutoProcessor" if vision else "AutoTokenizer",
+        method=method.name,
+        options=found["config"],
+        calibration=_calibration(found["calibration"], made_from.get("calibration")),
+        fingerprint=found["fingerprint"],
+        command=_command(method, base, name, made_from, found["identity"]) if found["identity"] else None,
+        results=scored,
+        harness=" and ".join(sorted({each.harness for each in scored})),
+        activations=not method.weight_only,
+        license=licence.get("license"),
+        license_name=licence.get("license_name"),
+        license_files=", ".join(f"`{text}`" for text in texts),
+    )
+
+
+def _licence(said: dict[str, Any], texts: list[str]) -> dict[str, str]:
+    """The licence fields of the front matter: the base's own, or a link to its text, or nothing."""
+    passed = {key: str(value) for key, value in said.items() if key.startswith("license")}
+    text = next((name for name in texts if name.startswith("LICENSE")), None)
+    return passed or ({"license": "other", "license_link": text} if text else {})
+
+
+def _is_repo(name: str) -> bool:
+    """Whether this is the Hub id of somebody's model, and not the name of a folder."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return "/" in name
+
+
+def _calibration(used: dict[str, Any] | None, drawn: dict[str, Any] | None) -> str:
+    if used is None:
+        return "none: the method needs no data"
+    source = f"`{drawn['source']}`, seed {drawn['seed']}, " if drawn else ""
+    return f"{source}{used['samples']} x {used['seqlen']} tokens (ids sha256 `{used['ids_sha256'][:16]}`)"
+
+
+def _command(method: Method, base: str, name: str, made_from: dict[str, Any], identity: dict[str, Any]) -> str:
+    """`llq quantize` with all that differs from its defaults."""
+    words = ["llq", "quantize", base, name, "--method", method.name]
+    defaults = field_defaults(type(method))
+    for field, value in method.to_dict().items():
+        option = field.replace("_", "-")
+        if field != "bits" and value == defaults.get(field):
+            continue
+        words += [f"--{option}" if value else f"--no-{option}"] if isinstance(value, bool) else [f"--{option}", value]
+    if drawn := made_from.get("calibration"):
+        for key in ("samples", "seqlen", "seed"):
+            words += [f"--calibration-{key}", drawn[key]]
+        words += ["--calibration", drawn["source"]]
+    if made_from["revision"]:
+        words += ["--revision", made_from["revision"]]
+    words += ["--shards", identity["shards"]] if "shards" in identity else []
+    words += ["--dtype", identity["dtype"], "--device", identity["device"]]
+    return shlex.join(map(str, words))
+
+
+# --- results ---------------------------------------------------------------------------------------------------------
+
+
+def results_files(path: Path, given: Iterable[Path] | None) -> list[Path]:
+    """Results files: those given, and those in the folders given; by default in `path`/results."""
+    files: list[Path] = []
+    for each in given if given is not None else [path / RESULTS]:
+        if not each.exists() and given is not None:
+            raise LLQError(f"{each} does not exist; give a results file of lm-eval or lmms-eval, or a folder of them")
+        files += sorted(each.rglob("*results*.json")) if each.is_dir() else [each] if each.is_file() else []
+    return files
+
+
+def read_results(files: Iterable[Path], checkpoint: dict[str, Any]) -> list[Result]:
+    """The figures in results files, the newest of each task and metric. LLQError for one that scored another model."""
+    newest: dict[tuple[str, str], tuple[float, Result]] = {}
+    for file in files:
+        content = read_json(file)
+        check_scored(file, content, checkpoint)
+        date = float(content.get("date") or 0) if not isinstance(content.get("date"), str) else file.stat().st_mtime
+        for result in _figures(content):
+            key = (result.task, result.metric)
+            if key not in newest or date >= newest[key][0]:
+                newest[key] = (date, result)
+    return [result for _, result in newest.values()]
+
+
+def check_scored(file: Path, content: dict[str, Any], checkpoint: dict[str, Any]) -> None:
+    """LLQError unless the file says that it scored this checkpoint."""
+    config = content.get("config")
+    scored = (config.get("llq") if isinstance(config, dict) else None) or content.get("llq")
+    if not isinstance(content.get("results"), dict) or not isinstance(scored, dict):
+        raise LLQError(f"{file} holds no results of a model that `--model llq` scored; score the checkpoint with that")
+    for key in ("fingerprint", "method", "config"):
+        if scored.get(key) != checkpoint[key]:
+            raise LLQError(
+                f"{file} scored another model: its {key} is {scored.get(key)}, the checkpoint's {checkpoint[key]}"
+            )
+
+
+def _figures(content: dict[str, Any]) -> Iterable[Result]:
+    harness = next((name for key, name in HARNESSES.items() if key in content), HARNESSES["lm_eval_version"])
+    for task, values in content["results"].items():
+        config = content.get("configs", {}).get(task, {})
+        path = config.get("dataset_path")
+        known = isinstance(path, str) and _is_repo(path)
+        for key, value in values.items():
+            metric, _, kind = key.partition(",")
+            if not kind or metric.endswith("_stderr") or isinstance(value, bool) or not isinstance(value, int | float):
+                continue
+            error = values.get(f"{metric}_stderr,{kind}")
+            yield Result(
+                task=task,
+                metric=metric if kind == "none" else f"{metric} ({kind})",
+                value=value,
+                error=error if isinstance(error, int | float) else None,
+                shots=content.get("n-shot", {}).get(task),
+                higher_is_better=content.get("higher_is_better", {}).get(task, {}).get(metric),
+                dataset={
+                    "dataset_type": path if known else task,
+                    "dataset_config": config.get("dataset_name") if known else None,
+                    "dataset_split": config.get("test_split") or config.get("validation_split"),
+                },
+                harness=harness,
+            )
+
+
+def _as_eval_result(result: Result, task_type: str) -> EvalResult:
+    return EvalResult(
+        task_type=task_type,
+        task_name=result.task,
+        dataset_name=result.task,
+        metric_type=result.metric,
+        metric_name=result.metric,
+        metric_value=result.value,
+        metric_args={"num_fewshot": result.shots} if result.shots is not None else None,
+        **result.dataset,
+    )

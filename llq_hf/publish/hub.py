@@ -1,0 +1,125 @@
+"""From a packed checkpoint's folder to a repository of the Hub, in one commit, with its card.
+
+Up go the files that a loader needs, the report, the run's journal (it lies beside the folder) and evaluation results
+without what they tell of the machine. Nothing is ever uploaded but by `push`; the token stays in huggingface_hub.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..checkpoints.dense import CARD, INDEX, read_json
+from ..checkpoints.inspection import inspect_checkpoint
+from ..checkpoints.journal import Journal
+from ..checkpoints.packed import CARRIED, CONFIG
+from ..common.errors import LLQError
+from .card import RESULTS, check_scored, make_card, results_files
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+JOURNAL = "llq_journal.jsonl"
+UPLOADED = ("*.safetensors", *CARRIED)
+WEIGHTS = ".safetensors"
+# What a results file keeps in the repository: figures and what they are of, not paths, processors and drivers.
+KEPT = ("results", "groups", "group_subtasks", "configs", "versions", "n-shot", "higher_is_better", "n-samples", "date")
+KEPT_VERSIONS = ("lm_eval_version", "lmms_eval_version", "transformers_version")
+
+
+@dataclass(frozen=True)
+class Upload:
+    """Everything that goes into the repository: name there -> the file, or its text."""
+
+    repo: str
+    files: dict[str, Path | bytes]
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Bytes by name."""
+        return {n: f.stat().st_size if isinstance(f, Path) else len(f) for n, f in sorted(self.files.items())}
+
+
+def prepare_upload(path: Path, repo: str, *, base: str | None = None, results: Iterable[Path] | None = None) -> Upload:
+    """Check the checkpoint in `path` and gather what goes up; uploads nothing.
+
+    A README.md in `path` goes up as it is, else the card is made. LLQError for a name that no repository can have, a
+    checkpoint that is not whole, a results file of another one.
+    """
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise LLQError(f"{repo!r} cannot be a repository's name ({error}); give USER/NAME") from None
+    found = inspect_checkpoint(path)
+    if found["quantized_linears"] != read_json(path / CONFIG)["quantization_config"]["quantized_linears"]:
+        raise LLQError(f"{path} holds {found['quantized_linears']} packed linears, and not what its config.json says")
+    if damaged := Journal.damaged(path):
+        raise LLQError(f"{path / damaged[0]} is not as it was written; run the same `llq quantize` again to mend it")
+    files: dict[str, Path | bytes] = {
+        file.name: file for pattern in UPLOADED for file in sorted(path.glob(pattern)) if file.is_file()
+    }
+    if Journal.beside(path).is_file():
+        files[JOURNAL] = Journal.beside(path)
+    scored = results_files(path, results)
+    for file in scored:
+        files[f"{RESULTS}/{file.name}"] = _reduced(file, found)
+    own = path / CARD
+    files[CARD] = own if own.is_file() else str(make_card(path, repo=repo, base=base, results=scored)).encode()
+    return Upload(repo, files)
+
+
+def _reduced(file: Path, checkpoint: dict[str, Any]) -> bytes:
+    """A results file's JSON, less what it tells of the machine."""
+    content = read_json(file)
+    check_scored(file, content, checkpoint)
+    kept = {key: content[key] for key in (*KEPT, *KEPT_VERSIONS) if key in content}
+    config = content.get("config") or {}
+    scored = {"llq": config.get("llq") or content.get("llq"), "batch_size": config.get("batch_size")}
+    return json.dumps({**kept, "config": scored}, indent=2, sort_keys=True, default=str).encode()
+
+
+def push(upload: Upload, *, private: bool = False, token: str | None = None) -> str:
+    """Put it all into the repository in one commit, and make the repository if there is none; returns its address.
+
+    Weights of an earlier checkpoint that would be loaded instead, or beside, are deleted in the same commit. token: by
+    default the one of `hf auth login` or HF_TOKEN. LLQError where the Hub does not take it.
+    """
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+
+    api = HfApi(token=token)
+    try:
+        url = api.create_repo(upload.repo, private=private or None, exist_ok=True)
+        if private and not api.repo_info(upload.repo).private:
+            raise LLQError("it exists and is public; make it private first, or push elsewhere")
+        add = [CommitOperationAdd(name, file) for name, file in sorted(upload.files.items())]
+        stale = [CommitOperationDelete(name) for name in _stale(api, upload)]
+        api.create_commit(upload.repo, [*add, *stale], commit_message="Packed checkpoint by llq-hf")
+    except Exception as error:  # the Hub client's own, its HTTP library's, RuntimeError around either
+        raise LLQError(
+            f"{upload.repo} was not uploaded ({_said(error, token)}); check the name, the network, and that "
+            "`hf auth login` knows a token that may write there"
+        ) from None
+    return str(url)
+
+
+def _stale(api: HfApi, upload: Upload) -> list[str]:
+    """Weight files in the repository that are not of this checkpoint."""
+    there = api.list_repo_files(upload.repo)
+    return [name for name in there if (name.endswith(WEIGHTS) or name == INDEX) and name not in upload.files]
+
+
+def _said(error: Exception, token: str | None) -> str:
+    """What the Hub said, in one line, with its cause, and with no token in it."""
+    from huggingface_hub import get_token
+
+    causes = [error, *([error.__cause__] if error.__cause__ else [])]
+    text = ": ".join(" ".join(str(each).split()) or type(each).__name__ for each in causes)
+    secrets = [part for secret in (token, get_token()) if secret for part in secret.split()]  # quoted, maybe escaped
+    return re.sub("|".join([r"hf_\w+", *map(re.escape, secrets)]), "***", text)

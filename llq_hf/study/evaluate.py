@@ -1,0 +1,98 @@
+"""How each harness is called for the tasks of a cell."""
+
+from __future__ import annotations
+
+import gc
+import json
+from functools import cache, lru_cache
+from typing import Any
+
+import torch
+
+from ..hosts.harnesses import harness_of
+from .plan import DENSE, Cell
+
+Results = dict[str, dict[str, Any]]
+
+
+def evaluate(path: str, cell: Cell, device: str, batch_size: int | str, parallelize: bool = False) -> Results:
+    """Task -> metric -> figure, of a packed checkpoint or (method none) a dense model, over all tasks of the cell.
+
+    parallelize: lm-eval spreads the model over all GPUs it sees.
+    """
+    text = [task for task in cell.tasks if _harness_of(task) == "lm_eval"]
+    image = [task for task in cell.tasks if task not in text]
+    results: Results = {}
+    if text:
+        results |= _lm_eval(path, cell, text, {"device": device, "batch_size": batch_size, "parallelize": parallelize})
+    if image:
+        results |= _lmms_eval(path, cell, image, device, batch_size)
+    return results
+
+
+_harness_of = cache(harness_of)  # it reads thousands of files
+
+
+@lru_cache(maxsize=4)
+def _text_manager(metadata: str) -> Any:
+    """lm-eval's index of tasks: building it reads thousands of files, so one for all cells with this metadata."""
+    from lm_eval.models import huggingface  # noqa: F401 (registers what the hook extends)
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(metadata=json.loads(metadata))
+
+
+def _lm_eval(path: str, cell: Cell, tasks: list[str], host: dict[str, Any]) -> Results:
+    from lm_eval import simple_evaluate
+
+    from ..hosts.lm_eval_model import LLQLM
+
+    method = {"method": DENSE} if cell.method == DENSE else {}
+    model = LLQLM(pretrained=path, dtype=cell.dtype, **method, **host)
+    try:
+        found = simple_evaluate(
+            model=model,
+            tasks=tasks,
+            task_manager=_text_manager(json.dumps(dict(cell.metadata))),
+            limit=cell.limit,
+            num_fewshot=cell.num_fewshot,
+            log_samples=False,
+        )
+    finally:
+        del model
+        _free()
+    return figures(found["results"])
+
+
+def _lmms_eval(path: str, cell: Cell, tasks: list[str], device: str, batch_size: int | str) -> Results:
+    from lmms_eval.evaluator import simple_evaluate
+
+    args = f"pretrained={path}" + (f",method={DENSE}" if cell.method == DENSE else "")
+    try:
+        found = simple_evaluate(
+            model="llq",
+            model_args=args,
+            tasks=tasks,
+            device=device,
+            batch_size=batch_size,
+            limit=cell.limit,
+            num_fewshot=cell.num_fewshot,
+            log_samples=False,
+        )
+    finally:
+        _free()
+    return figures(found["results"])
+
+
+def _free() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def figures(results: dict[str, dict[str, Any]]) -> Results:
+    """A harness's results as task -> metric -> number: "acc,none" is acc, other filters stay in the name."""
+    return {
+        task: {name.removesuffix(",none"): value for name, value in metrics.items() if isinstance(value, int | float)}
+        for task, metrics in results.items()
+    }
