@@ -6,13 +6,13 @@ LLQError, and one configuration type per method (RTNConfig, GPTQConfig, QuIPConf
 """
 
 _WHERE = {
-    "Calibration": "data.windows",
+    "Calibration": "data.calibration",
     "LLQError": "common.errors",
     "QuantizedLlama": "hosts.hf_models",
     "QuantizedLlavaNext": "hosts.hf_models",
     "build": "methods",
     "quantize_checkpoint": "engine.execute",
-    "quantize_model": "engine.step",
+    "quantize_model": "engine.in_memory",
 }
 
 

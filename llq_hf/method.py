@@ -9,10 +9,9 @@ loading, evaluation) is written once, elsewhere, and never names a method.
 
 from __future__ import annotations
 
-import difflib
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from enum import Enum
 from typing import Any, ClassVar, Protocol, Self, get_type_hints
@@ -20,8 +19,11 @@ from typing import Any, ClassVar, Protocol, Self, get_type_hints
 from torch import Tensor, nn
 
 from .common.errors import LLQError
+from .common.progress import PassListener
+from .common.spec import Spec
+from .common.words import nearest
 from .numerics.activations import Attention
-from .numerics.grids import Affine, Spec
+from .numerics.grids import Affine
 from .numerics.stats import Stat
 
 FORMAT_VERSION = 1
@@ -55,13 +57,6 @@ class BlockData(Protocol):
 
     def targets(self, rows: slice) -> Tensor:
         """[B, S, D] that the full-precision block makes of the full-precision model's activations (Flow.BOTH)."""
-
-
-class PassListener:
-    """Told of everything that takes its time; this one does not care."""
-
-    def stage(self, text: str, total: int = 0) -> None: ...
-    def advance(self, count: int = 1) -> None: ...
 
 
 class State:
@@ -329,12 +324,6 @@ def field_types(method: type[Method]) -> dict[str, type]:
 
 def field_defaults(method: type[Method]) -> dict[str, Any]:
     return {f.name: f.default for f in fields(method) if f.default is not MISSING}
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """', did you mean "x"?' or nothing."""
-    match = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f" (did you mean {match[0]!r}?)" if match else ""
 
 
 def _typed(method: str, name: str, value: Any, wanted: type) -> Any:

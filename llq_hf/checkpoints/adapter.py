@@ -18,8 +18,8 @@ import torch
 from torch import nn
 
 from ..common.errors import LLQError
+from ..common.files import read_json
 from ..layers.linear import QuantLinear
-from .dense import read_json
 
 NOTE, ADAPTER, BASE = "llq_adapter.json", "adapter_config.json", "base"
 

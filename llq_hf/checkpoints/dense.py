@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -16,9 +15,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..common.errors import LLQError
+from ..common.files import read_json
+from ..common.spec import Spec
 from ..demo import MODELS
 from ..method import Rewrite
-from ..numerics.grids import Spec
 
 INDEX, SINGLE, CARD = "model.safetensors.index.json", "model.safetensors", "README.md"
 PASSED_ON = ("license", "license_name", "license_link", "language", "pipeline_tag")  # from card to card
@@ -189,20 +189,6 @@ def _metadata(card: Path) -> dict[str, Any]:
         return (metadata_load(card) if card.is_file() else None) or {}
     except (ValueError, YAMLError):
         return {}
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise LLQError(
-            f"{path} is missing: {path.parent} is not a Hugging Face checkpoint, or an unfinished one"
-        ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise LLQError(f"{path} is not valid JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise LLQError(f"{path} should hold a JSON object")
-    return content
 
 
 def header(file: Path) -> dict[str, Spec]:

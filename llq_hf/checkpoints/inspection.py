@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from ..common.errors import LLQError
-from ..engine.execute import build_skeleton
 from ..methods import method_type
 from ..models.decoder import quantizable
+from ..models.load import build_skeleton
 from .dense import Checkpoint
+from .format import REPORT, digest
 from .journal import Journal
-from .packed import REPORT, digest, read_report
+from .packed import read_report
 
 
 def inspect_checkpoint(path: Path) -> dict[str, Any]:

@@ -7,7 +7,6 @@ one line per finished block, written only after the block's file is safely on di
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from dataclasses import dataclass, field
@@ -20,16 +19,7 @@ from torch import Tensor
 
 from ..common.errors import LLQError
 from ..method import State
-
-
-def fingerprint(identity: dict[str, Any]) -> str:
-    """16 hex digits of everything that decides the bytes of the result."""
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def sha256_file(path: Path) -> str:
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
+from .fingerprint import differences, fingerprint, sha256_file
 
 
 @dataclass
@@ -160,16 +150,3 @@ def _as_written(out: Path, line: dict[str, Any]) -> bool:
     file = out / str(line["file"])
     # A line of a tuned block is written before its file: until then the untuned one is as good.
     return file.is_file() and sha256_file(file) in (line["sha256"], line.get("untuned_sha256"))
-
-
-def differences(old: Any, new: Any, name: str = "") -> list[str]:
-    """Sentences naming every leaf that differs: "config.bits was 4, is 3"."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = sorted(set(old) | set(new))
-        return [d for key in keys for d in differences(old.get(key), new.get(key), f"{name}.{key}" if name else key)]
-    return [] if old == new else [f"{name} was {_brief(old)}, is {_brief(new)}"]
-
-
-def _brief(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 40 else text[:16] + "...'"

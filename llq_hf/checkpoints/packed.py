@@ -8,8 +8,6 @@ index, tokenizer, config.json  last: without config.json nothing loads, so half 
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,16 +15,17 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from ..common.files import commit_draft, read_json, save_tensors, write_draft, write_json
 from ..layers.linear import QuantLinear
-from ..method import FORMAT_VERSION, Method
+from ..method import Method
 from ..models.decoder import block_linears, replace_module
-from .dense import INDEX, Checkpoint, Rewritten, header, read_json
-from .journal import fingerprint
+from .dense import INDEX, Checkpoint, Rewritten, header
+from .fingerprint import fingerprint
+from .format import CONFIG, REPORT, config_section
 
-CONFIG, REPORT = "config.json", "llq_report.json"
 # Small files of the base that go along unchanged.
 CARRIED = ("*.json", "*.model", "*.txt", "*.jinja", "LICENSE*", "USE_POLICY*")
 
@@ -68,16 +67,16 @@ class PackedFolder:
 
     def _save(self, tensors: dict[str, Tensor], path: Path) -> None:
         """Under the names that the base's files have."""
-        save({self.base.in_file(name): tensor for name, tensor in tensors.items()}, path)
+        save_tensors({self.base.in_file(name): tensor for name, tensor in tensors.items()}, path)
 
     def tune_block(self, index: int, tuned: dict[str, Tensor], before: Callable[[Path], None]) -> None:
         """Put tuned tensors into the file of a finished block; `before` is called with the draft of the new file."""
         tensors = load_file(self.file(index))
         found = {self.base.in_file(name): tensor for name, tensor in tuned.items()}
         tensors |= {name: found[name] for name in tensors if name in found}
-        draft = _draft(tensors, self.file(index))
+        draft = write_draft(tensors, self.file(index))
         before(draft)
-        _settle(draft, self.file(index))
+        commit_draft(draft, self.file(index))
 
     def packed(self, index: int, linear: str) -> dict[str, Tensor]:
         """The stored tensors of a linear (full name) of a finished block."""
@@ -150,25 +149,6 @@ def carry(base: Path, out: Path) -> None:
                 shutil.copyfile(file, out / file.name)
 
 
-def config_section(
-    method: Method, linears: int | None, calibration: dict[str, Any] | None, run: str | None
-) -> dict[str, Any]:
-    """The `quantization_config` of a checkpoint. `digest` guards the options: edited ones are refused on loading."""
-    return {
-        "quant_method": f"llq_{method.name}",
-        **method.to_dict(),
-        "format_version": FORMAT_VERSION,
-        "quantized_linears": linears,
-        "digest": digest(method, linears),
-        "calibration": calibration,
-        "fingerprint": run,
-    }
-
-
-def digest(method: Method, linears: int | None) -> str:
-    return fingerprint({"method": method.name, **method.to_dict(), "linears": linears, "format": FORMAT_VERSION})
-
-
 def read_report(folder: Path) -> dict[str, Any]:
     return read_json(folder / REPORT)
 
@@ -179,27 +159,3 @@ def finished_fingerprint(folder: Path) -> str | None:
         return None
     section: dict[str, Any] = read_json(folder / CONFIG).get("quantization_config", {})
     return section.get("fingerprint")
-
-
-def save(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write a safetensors file whole or not at all: draft, fsync, rename."""
-    _settle(_draft(tensors, path), path)
-
-
-def _draft(tensors: dict[str, Tensor], path: Path) -> Path:
-    draft = path.with_name(path.name + ".tmp")
-    save_file({name: tensors[name].contiguous() for name in sorted(tensors)}, draft, metadata={"format": "pt"})
-    draft.chmod(0o644)
-    return draft
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    draft = path.with_name(path.name + ".tmp")
-    draft.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
-    _settle(draft, path)
-
-
-def _settle(draft: Path, path: Path) -> None:
-    with draft.open("rb") as handle:
-        os.fsync(handle.fileno())
-    os.replace(draft, path)

@@ -8,18 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from ..common.errors import LLQError
-from . import (  # each adds its commands to `app`
-    bench,
-    build_kernels,
-    evaluate,
-    export,
-    finetune,
-    info,
-    publish,
-    quantize,
-    show,
-    study,
-)
+from . import bench, build_kernels, evaluate, export, finetune, info, publish, quantize, show, study
 from .app import app
 
 __all__ = [

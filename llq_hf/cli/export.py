@@ -35,9 +35,9 @@ def export(
     import torch
 
     from ..common.terminal import RichProgress
+    from ..common.words import nearest
     from ..export import FORMATS
     from ..export import export as write
-    from ..method import nearest
 
     if to not in FORMATS:
         raise LLQError(f"format={to!r} is unknown{nearest(to, FORMATS)}; there are {', '.join(FORMATS)}")

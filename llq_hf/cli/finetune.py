@@ -57,8 +57,8 @@ def finetune(
 
     Example: **llq finetune demo /tmp/demo-lora --data demo --max-steps 200 --rank 16**
     """
+    from ..common.progress import Progress
     from ..common.terminal import RichProgress
-    from ..engine.step import Progress
     from ..finetune import trainer
 
     if method not in ADAPTERS:
@@ -109,10 +109,12 @@ def _packed(
 ) -> str:
     """The packed checkpoint to train on: `model` itself, or what it is packed into."""
     from ..checkpoints.adapter import BASE
-    from ..checkpoints.dense import fetch, read_json
-    from ..demo import calibration_for, resolve
-    from ..engine.execute import execute, prepare
-    from ..engine.step import RunOptions
+    from ..checkpoints.dense import fetch
+    from ..common.files import read_json
+    from ..data.calibration import calibration_for
+    from ..demo import resolve
+    from ..engine.execute import execute
+    from ..engine.prepare import RunOptions, prepare
 
     model = resolve(model)
     if "quantization_config" in read_json(fetch(model) / "config.json"):

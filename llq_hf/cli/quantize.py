@@ -61,10 +61,13 @@ def quantize(
     import torch
     from transformers import AutoConfig
 
+    from ..common.machine import check_device, peak_bytes
+    from ..common.progress import Progress
     from ..common.terminal import RichProgress
-    from ..demo import calibration_for, resolve
-    from ..engine.execute import check_device, peak_bytes, prepare, quantize_checkpoint
-    from ..engine.step import Progress, RunOptions
+    from ..data.calibration import calibration_for
+    from ..demo import resolve
+    from ..engine.execute import quantize_checkpoint
+    from ..engine.prepare import RunOptions, prepare
     from ..engine.team import Team
     from ..models.load import auto_class
 

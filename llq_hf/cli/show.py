@@ -50,7 +50,7 @@ def show(
 def _picture(file: Path) -> Any:
     from PIL import Image
 
-    from ..data.pairs import truncated_images_refused
+    from ..models.vision import truncated_images_refused
 
     try:
         with truncated_images_refused():
@@ -61,8 +61,8 @@ def _picture(file: Path) -> Any:
 
 def _asked(path: str, picture: Any, questions: list[str], max_new_tokens: int, device: str) -> tuple[str, list[str]]:
     """(what the model is, its answers). One model is in memory at a time."""
-    from ..hosts.hf_quantizer import check_quantized
-    from ..hosts.model_args import described, usable_device
+    from ..common.machine import usable_device
+    from ..hosts.hf_quantizer import check_quantized, described
     from ..models.vision import Prompt, Seeing
 
     seeing = Seeing.load(path, device=usable_device("cuda" if device == "auto" else device))

@@ -13,8 +13,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from ..engine.execute import peak_bytes
-from ..engine.step import Progress as Listener
+from .machine import peak_bytes
+from .progress import Progress as Listener
 
 
 class RichProgress(Listener):

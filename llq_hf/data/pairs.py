@@ -14,8 +14,7 @@ from __future__ import annotations
 import hashlib
 import random
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,21 +22,11 @@ from typing import Any
 from torch import Tensor
 
 from ..common.errors import LLQError
-from .windows import hub_rows, read_records
+from ..models.vision import rendered, tokenized, truncated_images_refused
+from .readers import read_records
+from .sources import hub_rows
 
 HUB = "hub:"
-
-
-@contextmanager
-def truncated_images_refused() -> Iterator[None]:
-    """Inside, half an image is an error: importing lmms-eval has Pillow fill in what is missing, without a word."""
-    from PIL import ImageFile
-
-    kept, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
-    try:
-        yield
-    finally:
-        ImageFile.LOAD_TRUNCATED_IMAGES = kept
 
 
 @dataclass(frozen=True)
@@ -139,35 +128,3 @@ def _said(record: dict[str, Any], where: str) -> tuple[str, str]:
 
 
 # --- what models are told, here and when they are asked --------------------------------------------------------------
-
-
-def rendered(processor: Any, text: str, images: int, answer: str | None = None) -> str:
-    """The chat template around images, text and, if it was given, the answer.
-
-    An image token inside the text would count as an image: it is taken out.
-    """
-    token = getattr(processor, "image_token", "<image>")
-    content: list[dict[str, str]] = [{"type": "image"} for _ in range(images)]
-    if text.strip():
-        content.append({"type": "text", "text": text.replace(token, "").strip()})
-    messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
-    if answer is not None:
-        messages.append({"role": "assistant", "content": [{"type": "text", "text": answer.replace(token, "")}]})
-    text_of: str = processor.apply_chat_template(messages, add_generation_prompt=answer is None)
-    return text_of
-
-
-def tokenized(processor: Any, texts: Sequence[str], images: Sequence[Any]) -> Any:
-    """The processor's tensors, padded on the left; a BOS that the template wrote is not written twice."""
-    tokenizer = processor.tokenizer
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    bos = tokenizer.bos_token
-    return processor(
-        text=list(texts),
-        images=list(images) or None,
-        padding=True,
-        padding_side="left",
-        add_special_tokens=not (bos and texts[0].startswith(bos)),
-        return_tensors="pt",
-    )

@@ -10,10 +10,6 @@ Importing this module imports nothing heavy.
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from ..data.windows import Calibration
 
 MODELS: dict[str, Path] = {"demo": Path(__file__).parent / "llama", "demo-vlm": Path(__file__).parent / "vlm"}
 
@@ -21,21 +17,3 @@ MODELS: dict[str, Path] = {"demo": Path(__file__).parent / "llama", "demo-vlm": 
 def resolve(model: str) -> str:
     """The folder of a bundled model if `model` names one ("demo"), else `model` itself."""
     return str(MODELS[model]) if model in MODELS else model
-
-
-def calibration_for(
-    model: str, source: str | None, samples: int | None, seqlen: int | None, seed: int = 0
-) -> "Calibration":
-    """The calibration of a run; what the user left open is the study's setting, or the bundled model's own text.
-
-    The text of a bundled model is the calibration source that has its name.
-    """
-    from ..data.windows import Calibration
-
-    bundled = next((name for name, folder in MODELS.items() if resolve(model) == str(folder)), None)
-    return Calibration(
-        source=source or bundled or "wikitext2",
-        samples=128 if samples is None else samples,
-        seqlen=(256 if bundled else 2048) if seqlen is None else seqlen,
-        seed=seed,
-    )

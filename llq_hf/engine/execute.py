@@ -8,10 +8,9 @@ is learned with all of it in memory, once, and kept in OUT.learned.safetensors.
 
 from __future__ import annotations
 
-import resource
 import time
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,53 +19,26 @@ from filelock import FileLock
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from ..checkpoints.dense import Checkpoint, Rewritten, origin
-from ..checkpoints.journal import FileState, Journal, fingerprint, sha256_file
-from ..checkpoints.packed import CONFIG, PackedFolder, finished_fingerprint, read_report
+from ..checkpoints.dense import Rewritten
+from ..checkpoints.fingerprint import sha256_file
+from ..checkpoints.format import CONFIG
+from ..checkpoints.journal import FileState, Journal
+from ..checkpoints.packed import PackedFolder, finished_fingerprint, read_report
 from ..common.errors import LLQError
-from ..data.pairs import Pairs, read_pairs
-from ..data.windows import Calibration, ids_sha256
+from ..common.machine import peak_bytes
+from ..common.progress import Progress
+from ..data.calibration import Calibration
 from ..kernels import reference
-from ..method import FORMAT_VERSION, Method, Step
+from ..method import Method, Step
 from ..models.decoder import block_prefixes, quantizable
-from ..models.load import auto_class, module_names, sees
-from .prepare import estimate, problems_of
-from .step import (
-    Progress,
-    RunOptions,
-    learn,
-    quantize_step,
-    record_tuned,
-    rewrite_model,
-    shared_copy,
-    steps,
-    token_ids,
-    tune,
-)
-from .team import edges_of
-from .walk import StreamedBlocks
+from ..models.load import auto_class
+from .blocks import StreamedBlocks
+from .prepare import Plan, RunOptions, prepare
+from .step import quantize_step, record_tuned, steps
+from .whole_model import learn, rewrite_model, shared_copy, token_ids, tune
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A checkpoint run that passed its checks."""
-
-    checkpoint: Checkpoint
-    skeleton: PreTrainedModel
-    method: Method
-    data: Tensor | Pairs | None  # token ids [N, S], or image-text pairs
-    identity: dict[str, Any]
-    made_from: dict[str, Any]
-    run: RunOptions
-    dtype: torch.dtype
-    estimates: dict[str, float]
-
-    @property
-    def fingerprint(self) -> str:
-        return fingerprint(self.identity)
 
 
 def quantize_checkpoint(
@@ -86,85 +58,6 @@ def quantize_checkpoint(
         return execute(prepare(model, method, calibration, run or RunOptions(), out, progress), out, progress)
     finally:
         progress.close()
-
-
-@reference()
-def prepare(
-    model: str,
-    method: Method,
-    calibration: Calibration,
-    run: RunOptions,
-    out: Path | None,
-    progress: Progress,
-) -> Plan:
-    """Everything that can be checked before hours are spent; all problems in one error."""
-    progress.stage("reading checkpoint headers")
-    checkpoint = Checkpoint.open(model, run.revision)
-    if checkpoint.is_quantized:
-        kind = checkpoint.config["quantization_config"].get("quant_method", "unknown")
-        raise LLQError(f"{model} is quantized already ({kind}); give the full-precision model")
-    skeleton = build_skeleton(checkpoint.path)
-    method = method.fitted(skeleton)
-    dtype = _dtype(run.dtype, skeleton)
-    check_device(run.device)
-    progress.stage("hashing the base model", len(checkpoint.files))
-    base, not_finite = checkpoint.scan(lambda done, total: progress.advance())
-    checkpoint = checkpoint.named(module_names(skeleton, checkpoint.files))
-    problems = problems_of(checkpoint, skeleton, method)
-    problems += [f"{name} holds NaN or infinity" for name in not_finite]
-    if problems:
-        more = f" (and {len(problems) - 8} more)" if len(problems) > 8 else ""
-        raise LLQError(f"{model} cannot be quantized: " + "; ".join(problems[:8]) + more)
-    if run.team.size > 1 and not method.shares_out:
-        raise LLQError(
-            f"{method.name} reads activations or trains while it quantizes, which processes cannot share; run it in one"
-        )
-    data, described = calibration_data(calibration, method, skeleton.config, checkpoint.path, progress)
-    if isinstance(data, Pairs) and run.shards > 1:
-        raise LLQError(f"shards={run.shards}: image-text pairs of different lengths are not shared out; give 1")
-    if data is not None:
-        run.team.own(edges_of(len(data), run.shards))
-    identity = {
-        "format_version": FORMAT_VERSION,
-        "base_sha256": base,
-        "method": method.name,
-        "config": method.to_dict(),
-        "calibration": described,
-        "dtype": str(dtype).removeprefix("torch."),
-        "device": torch.device(run.device).type,
-        **({"shards": run.shards} if described and run.shards > 1 else {}),
-    }
-    made_from = {**origin(checkpoint.path), "calibration": calibration.described if described else None}
-    source = Rewritten.of(checkpoint, method.rewrite(skeleton, {}))
-    estimates = estimate(source, skeleton, method, data, dtype, run, out, progress)
-    progress.estimates(estimates)
-    return Plan(checkpoint, skeleton, method, data, identity, made_from, run, dtype, estimates)
-
-
-def calibration_data(
-    calibration: Calibration, method: Method, config: Any, path: Path, progress: Progress, tokenizer: Any = None
-) -> tuple[Tensor | Pairs | None, dict[str, Any] | None]:
-    """(token ids [N, S] or pairs, what a checkpoint says about them) for a method that reads any.
-
-    config, path: the model's; tokenizer: another one than lies there. LLQError where data, model and method do not fit.
-    """
-    if not method.reads_data:
-        return None, None
-    text_config = config.get_text_config()
-    if not calibration.has_images:
-        progress.stage("tokenizing the calibration data")
-        if tokenizer is None and calibration.needs_tokenizer:
-            tokenizer = load_tokenizer(path)
-        ids_NS = calibration.ids(tokenizer, text_config.vocab_size)
-        return ids_NS, {"ids_sha256": ids_sha256(ids_NS), "samples": ids_NS.shape[0], "seqlen": ids_NS.shape[1]}
-    if not sees(config):
-        raise LLQError(f"{calibration.source} holds images and {path} takes none; calibrate on text")
-    if method.learns or method.tunes:
-        raise LLQError(f"{method.name} trains the whole model, on token ids; calibrate it on text")
-    pairs = read_pairs(calibration.source, load_processor(path), calibration.samples, calibration.seed)
-    progress.stage("reading the calibration images", len(pairs))
-    pairs = pairs.measured(text_config.max_position_embeddings, progress.advance)
-    return pairs, pairs.described()
 
 
 @reference()
@@ -340,70 +233,3 @@ def _whole_model(plan: Plan) -> PreTrainedModel:
     """The dense model in memory."""
     kind = auto_class(plan.skeleton.config)
     return kind.from_pretrained(plan.checkpoint.path, dtype=plan.dtype).to(plan.run.device)
-
-
-def peak_bytes() -> int:
-    """Peak resident memory of this process, or peak allocated GPU memory where a GPU is used."""
-    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        return int(torch.cuda.max_memory_allocated())
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def build_skeleton(path: Path) -> PreTrainedModel:
-    """The model of a checkpoint folder's config on the meta device: shapes, no memory."""
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except Exception as error:  # transformers and the Hub client validate with a dozen types
-        raise LLQError(f"{path / 'config.json'} describes no model: {one_line(error)}") from error
-    with torch.device("meta"):
-        return auto_class(config).from_config(config)
-
-
-def load_tokenizer(path: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except Exception as error:  # a missing file, a missing package, a broken JSON: each raises its own
-        raise LLQError(
-            f"{path} has no tokenizer that can be loaded ({one_line(error)}); put the model's there, or calibrate on a "
-            ".npy file of token ids"
-        ) from error
-
-
-def load_processor(path: str | Path, revision: str | None = None) -> Any:
-    """Tokenizer and image processor of a model that sees; LLQError where they, or the chat template, are not there."""
-    from transformers import AutoProcessor
-
-    try:
-        processor = AutoProcessor.from_pretrained(path, revision=revision, trust_remote_code=False)
-    except Exception as error:  # as above
-        raise LLQError(f"{path} has no processor that can be loaded ({one_line(error)})") from error
-    if not getattr(processor, "chat_template", None):
-        raise LLQError(f"{path} has no chat template; put the base model's chat_template.jinja there")
-    return processor
-
-
-def one_line(error: Exception) -> str:
-    """The first line of other people's many."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
-
-
-def check_device(name: str) -> None:
-    """LLQError unless a tensor can be put there."""
-    try:
-        torch.empty(1, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise LLQError(f"device={name!r} cannot be used here ({one_line(error)}); give cpu, or auto") from error
-
-
-def _dtype(name: str | None, skeleton: PreTrainedModel) -> torch.dtype:
-    if name in (None, "auto"):
-        found = getattr(skeleton.config, "dtype", None) or getattr(skeleton.config.get_text_config(), "dtype", None)
-        return found if isinstance(found, torch.dtype) else torch.float32
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        if str(dtype) == f"torch.{name}":
-            return dtype
-    raise LLQError(f"dtype={name!r} is not one of auto, float32, bfloat16, float16")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .awq import AWQFormat
 from .base import Format
-from .compressed_tensors import CompressedTensors
+from .compressed import CompressedTensors
 from .convert import export
 from .dense import Dense, GGUFSource
 from .gptq import GPTQFormat

@@ -18,14 +18,16 @@ import torch
 from torch import Tensor
 
 from ..checkpoints.dense import Checkpoint, header
+from ..checkpoints.format import CONFIG, REPORT
 from ..checkpoints.inspection import inspect_checkpoint
-from ..checkpoints.packed import CONFIG, REPORT, PackedFolder, carry, save, write_json
+from ..checkpoints.packed import PackedFolder, carry
 from ..common.errors import LLQError
-from ..engine.execute import build_skeleton
-from ..engine.step import Progress
+from ..common.files import save_tensors, write_json
+from ..common.progress import Progress
 from ..method import Method
 from ..methods import build
 from ..models.decoder import block_prefixes, quantizable
+from ..models.load import build_skeleton
 from ..models.residual_stream import Residual, residual_of
 from .base import Exported, Format
 
@@ -79,14 +81,14 @@ def _write(
     first = None
     total = len(folder.prefixes)
     progress.blocks(0, total)
-    save(_cast(folder.base.read(folder.base_names(None)), form.dtype), folder.file(None))
+    save_tensors(_cast(folder.base.read(folder.base_names(None)), form.dtype), folder.file(None))
     for index in range(total):
         tensors = folder.base.read(folder.base_names(index))
         linears = _linears(tensors, folder.method, form, shapes)
         first = first or next(iter(linears.values()))
         folds.apply(linears, tensors)
         stored = {f"{n}.{k}": t for n, linear in linears.items() for k, t in _stored(form, n, linear).items()}
-        save(_cast(tensors, form.dtype) | stored, folder.file(index))
+        save_tensors(_cast(tensors, form.dtype) | stored, folder.file(index))
         progress.blocks(index + 1, total)
     assert first is not None
     return first

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..common.errors import LLQError
-from ..data.windows import hub_rows, json_lines, open_parquet, read_json_list
+from ..data.readers import json_lines, open_parquet, read_json_list
+from ..data.sources import hub_rows
 from ..demo import instructions
 
 if TYPE_CHECKING:

@@ -34,14 +34,14 @@ from transformers import (
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from ..checkpoints.adapter import ADAPTER, BASE, NOTE, identity_of
-from ..checkpoints.dense import fetch, read_json
-from ..checkpoints.journal import differences, sha256_file
-from ..checkpoints.packed import write_json
+from ..checkpoints.dense import fetch
+from ..checkpoints.fingerprint import differences, sha256_file
 from ..common.errors import LLQError
-from ..engine.execute import load_tokenizer
-from ..engine.step import Progress
+from ..common.files import read_json, write_json
+from ..common.progress import Progress
 from ..hosts.hf_quantizer import check_quantized, count_quantized
 from ..layers.linear import QuantLinear
+from ..models.load import load_tokenizer
 from . import elastic, rows
 
 IDENTITY, FINISHED = "identity.json", "trainer_state.json"  # Trainer writes its state as the last file of a checkpoint

@@ -12,8 +12,10 @@ from typing import Any, ClassVar
 from transformers import LlamaForCausalLM, LlavaNextForConditionalGeneration
 
 from ..checkpoints.dense import fetch, origin
-from ..checkpoints.packed import REPORT, carry, write_json
+from ..checkpoints.format import REPORT
+from ..checkpoints.packed import carry
 from ..common.errors import LLQError
+from ..common.files import write_json
 from ..demo import resolve
 from ..methods import METHODS, method_type
 from ..publish.hub import prepare_upload, push

@@ -21,14 +21,16 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..checkpoints.dense import header
-from ..checkpoints.packed import config_section, digest
+from ..checkpoints.format import config_section, digest
 from ..common.errors import LLQError
-from ..data.windows import Calibration
-from ..engine.execute import calibration_data
-from ..engine.step import Progress, quantize_model, settled
+from ..common.progress import Progress
+from ..data.calibration import Calibration
+from ..engine.in_memory import quantize_model
+from ..engine.prepare import calibration_data
+from ..engine.whole_model import settled
 from ..layers.attention import install
 from ..layers.linear import QuantLinear
-from ..method import FORMAT_VERSION, Method
+from ..method import FORMAT_VERSION, Method, stored_bits
 from ..methods import METHODS
 from ..models.decoder import decoder_of, quantizable, replace_module
 from ..models.load import module_names
@@ -219,3 +221,25 @@ def _register() -> None:
 
 
 _register()
+
+
+def described(model: nn.Module) -> dict[str, Any]:
+    """What results carry of the model that was really scored: method, options, bits, fingerprint."""
+    config = getattr(model.config, "quantization_config", None)
+    if not isinstance(config, LLQConfig):
+        return {"method": "none"}
+    linears = [module for module in model.modules() if isinstance(module, QuantLinear)]
+    weights = sum(linear.in_features * linear.out_features for linear in linears)
+    bits = sum(
+        stored_bits(linear.layout, linear.out_features, linear.in_features) * linear.in_features * linear.out_features
+        for linear in linears
+    )
+    return {
+        "method": config.method.name,
+        "config": config.method.to_dict(),
+        "nominal_bits": config.method.nominal_bits,
+        "stored_bits": bits / weights,
+        "quantized_linears": len(linears),
+        "calibration": config.calibration_used,
+        "fingerprint": config.fingerprint,
+    }

@@ -20,8 +20,8 @@ from lm_eval.models.huggingface import HFLM
 
 from ..checkpoints.adapter import base_of, is_adapter
 from ..models.load import auto_class, sees
-from .hf_quantizer import check_quantized
-from .model_args import Choice, described
+from .hf_quantizer import check_quantized, described
+from .model_args import Choice
 
 DEFAULT_MODEL = "meta-llama/Meta-Llama-3-8B"
 HOST_OPTIONS = set(inspect.signature(HFLM).parameters) - {"kwargs"}

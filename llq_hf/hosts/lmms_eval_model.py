@@ -26,11 +26,11 @@ from lmms_eval.api.model import lmms
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from ..common.errors import LLQError
-from ..data.pairs import truncated_images_refused
-from ..engine.execute import one_line
-from ..models.vision import Prompt, Seeing
-from .hf_quantizer import check_quantized
-from .model_args import Choice, described, usable_device
+from ..common.machine import usable_device
+from ..common.words import one_line
+from ..models.vision import Prompt, Seeing, truncated_images_refused
+from .hf_quantizer import check_quantized, described
+from .model_args import Choice
 
 DEFAULT_MODEL = "llava-hf/llama3-llava-next-8b-hf"
 HOST_OPTIONS = {"device", "dtype", "batch_size", "text_only"}

@@ -6,27 +6,20 @@ fingerprint of everything that decides its bytes; `method=none` is the full-prec
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-import torch
-from torch import nn
-
-from ..checkpoints.dense import fetch, read_json
-from ..checkpoints.packed import finished_fingerprint
+from ..checkpoints.dense import fetch
 from ..common.errors import LLQError
-from ..common.machine import cache_root
-from ..common.terminal import RichProgress
-from ..data.windows import Calibration
-from ..demo import calibration_for, resolve
-from ..engine.execute import execute, prepare
-from ..engine.step import Progress, RunOptions
-from ..layers.linear import QuantLinear
-from ..method import Method, nearest, stored_bits
+from ..common.files import read_json
+from ..common.machine import usable_device
+from ..common.words import nearest
+from ..data.calibration import calibration_for
+from ..demo import resolve
+from ..engine.cached import cached
+from ..engine.prepare import RunOptions
 from ..methods import METHODS, build, method_type
-from .hf_quantizer import LLQConfig
 
 
 class Scored(NamedTuple):
@@ -101,28 +94,6 @@ class Choice:
         return cached(model, method, data, run, Path(self.cache_dir) if self.cache_dir else None)
 
 
-def described(model: nn.Module) -> dict[str, Any]:
-    """What results carry of the model that was really scored: method, options, bits, fingerprint."""
-    config = getattr(model.config, "quantization_config", None)
-    if not isinstance(config, LLQConfig):
-        return {"method": "none"}
-    linears = [module for module in model.modules() if isinstance(module, QuantLinear)]
-    weights = sum(linear.in_features * linear.out_features for linear in linears)
-    bits = sum(
-        stored_bits(linear.layout, linear.out_features, linear.in_features) * linear.in_features * linear.out_features
-        for linear in linears
-    )
-    return {
-        "method": config.method.name,
-        "config": config.method.to_dict(),
-        "nominal_bits": config.method.nominal_bits,
-        "stored_bits": bits / weights,
-        "quantized_linears": len(linears),
-        "calibration": config.calibration_used,
-        "fingerprint": config.fingerprint,
-    }
-
-
 def _packed_config(model: str, revision: str | None) -> dict[str, Any] | None:
     """The quantization_config of a checkpoint of ours, else None; other people's quantized checkpoints are refused."""
     section = read_json(fetch(model, revision) / "config.json").get("quantization_config")
@@ -142,33 +113,3 @@ def _agree(model: str, packed: dict[str, Any], method: str | None, options: dict
         if stored != value:
             raise LLQError(f"{model} is a packed checkpoint with {key}={stored!r}, but {key}={value!r} was asked for")
     method_type(name)
-
-
-def usable_device(device: str | None) -> str:
-    """The harnesses' default is cuda:0 wherever they run; without a GPU that means the CPU."""
-    wanted = device or "cuda"
-    return "cpu" if wanted.startswith("cuda") and not torch.cuda.is_available() else wanted
-
-
-def cached(
-    model: str,
-    method: Method,
-    calibration: Calibration,
-    run: RunOptions,
-    root: Path | None = None,
-    progress: Progress | None = None,
-) -> Path:
-    """Folder of the packed checkpoint, from the cache or made now; keyed by everything that decides its bytes.
-
-    progress: told how it goes; by default drawn on the terminal by the first of several processes.
-    """
-    if progress is None:
-        progress = RichProgress() if os.environ.get("RANK", "0") == "0" else Progress()
-    try:
-        plan = prepare(model, method, calibration, run, None, progress)
-        out = (root or cache_root()) / plan.fingerprint
-        if finished_fingerprint(out) != plan.fingerprint:
-            execute(plan, out, progress)
-        return out
-    finally:
-        progress.close()

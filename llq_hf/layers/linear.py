@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ..common.errors import LLQError
+from ..common.spec import Spec
 from ..kernels import keep
 from ..method import Method, Packed
-from ..numerics.grids import Spec
 from .ops import known, node
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from ..common.errors import LLQError
-from ..method import Method, nearest
+from ..common.words import nearest
+from ..method import Method
 from .awq import AWQ
 from .billm import BiLLM
 from .db_llm import DBLLM

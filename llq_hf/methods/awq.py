@@ -39,11 +39,13 @@ import torch
 from torch import Tensor, nn
 
 from ..common.errors import LLQError
+from ..common.spec import Spec
 from ..method import Flow, Job, Method, Packed, Step
 from ..models.decoder import hidden_of
+from ..numerics.cholesky import factorize, revive_dead
 from ..numerics.error_feedback import solve
-from ..numerics.grids import Affine, Grid, Spec, Uniform
-from ..numerics.stats import Samples, Stat, factorize, revive_dead
+from ..numerics.grids import Affine, Grid, Uniform
+from ..numerics.stats import Samples, Stat
 
 Weights = dict[str, Tensor]  # by name inside the block
 

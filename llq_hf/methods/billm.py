@@ -40,13 +40,14 @@ import torch
 from torch import Tensor
 
 from ..common.errors import LLQError
+from ..common.spec import Spec
 from ..kernels import LevelCodes, kept, product
 from ..kernels.bitpack import pack, packed_words, unpack
 from ..method import Flow, Job, Method, Packed
+from ..numerics.cholesky import factorize, revive_dead
 from ..numerics.coordinate_descent import Objective, descend, refit_levels
 from ..numerics.error_feedback import by_blocks
-from ..numerics.grids import Spec
-from ..numerics.stats import PairedHessian, Stat, factorize, revive_dead
+from ..numerics.stats import PairedHessian, Stat
 
 SALIENCES = ("hessian", "magnitude")
 SEARCHES = ("salience", "weight")

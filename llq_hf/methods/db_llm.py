@@ -31,12 +31,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..common.errors import LLQError
+from ..common.progress import PassListener
+from ..common.spec import Spec
 from ..kernels import LevelCodes, kept, product
 from ..kernels.bitpack import pack, packed_words, unpack
-from ..method import Job, Method, Packed, PassListener, State
+from ..method import Job, Method, Packed, State
+from ..numerics.cholesky import factorize, revive_dead
 from ..numerics.error_feedback import by_columns
-from ..numerics.grids import Spec
-from ..numerics.stats import Hessian, Stat, factorize, revive_dead
+from ..numerics.stats import Hessian, Stat
 from .training import ScaledLinear, Schedule, grouped, scaled_linears
 
 _TINY = 2.0**-14  # the smallest normal fp16: scales below it are stored with less than 11 bits

@@ -42,15 +42,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..common.errors import LLQError
+from ..common.progress import PassListener
+from ..common.spec import Spec
 from ..kernels import bitpack
-from ..method import Flow, Job, Method, Packed, PassListener, Rewrite, State, Step
+from ..method import Flow, Job, Method, Packed, Rewrite, State, Step
 from ..models.decoder import replace_module
 from ..models.residual_stream import Turned, random_turns, residual_of
 from ..numerics.activations import round_through
+from ..numerics.cholesky import factorize, revive_dead
 from ..numerics.coordinate_descent import Objective, refined
 from ..numerics.error_feedback import BLOCK, Solution, group_aware_order, solve
-from ..numerics.grids import Affine, Grid, Spec, Uniform
-from ..numerics.stats import PairedHessian, Stat, factorize, revive_dead
+from ..numerics.grids import Affine, Grid, Uniform
+from ..numerics.stats import PairedHessian, Stat
 from .training import ScaledLinear, Schedule, Trained, cosine, grouped, run_block, scaled_linears, train_block
 
 TINY_SCALE = 2.0**-24  # the smallest fp16 above zero

@@ -39,11 +39,13 @@ import torch
 from torch import Tensor
 
 from ..common.errors import LLQError
+from ..common.spec import Spec
 from ..method import Flow, Job, Method, Packed
+from ..numerics.cholesky import factorize, revive_dead
 from ..numerics.coordinate_descent import Objective, refined
 from ..numerics.error_feedback import BLOCK, Solution, drift, group_aware_order, solve
-from ..numerics.grids import Affine, Grid, Spec, Uniform
-from ..numerics.stats import PairedHessian, Stat, factorize, revive_dead
+from ..numerics.grids import Affine, Grid, Uniform
+from ..numerics.stats import PairedHessian, Stat
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -40,10 +40,10 @@ import torch
 from torch import Tensor
 
 from ..common.errors import LLQError
+from ..common.spec import Spec
 from ..kernels import Numbers, TableCodes, kept, product
 from ..kernels.bitpack import pack, packed_words, unpack
 from ..method import Job, Method, Packed
-from ..numerics.grids import Spec
 from ..numerics.stats import Stat
 
 SUPER = 256  # blocks whose scales (or shifts) share an fp32 number

@@ -45,13 +45,15 @@ import torch
 from torch import Tensor
 
 from ..common.errors import LLQError
+from ..common.spec import Spec
 from ..kernels import SalientCodes, kept, product
 from ..kernels.bitpack import count_ones, pack, packed_words, unpack
 from ..method import Flow, Job, Method, Packed
+from ..numerics.cholesky import factorize, revive_dead
 from ..numerics.coordinate_descent import Objective, descend, refit_levels
 from ..numerics.error_feedback import by_columns
-from ..numerics.grids import Grid, Spec, Uniform
-from ..numerics.stats import PairedHessian, Stat, factorize, revive_dead
+from ..numerics.grids import Grid, Uniform
+from ..numerics.stats import PairedHessian, Stat
 
 SALIENCES = ("hessian", "magnitude")
 MEANS = ("group", "binarized")

@@ -32,12 +32,14 @@ import torch
 from torch import Tensor
 
 from ..common.errors import LLQError
+from ..common.spec import Spec
 from ..kernels import Part, UniformCodes, kept, product, turned
 from ..kernels.bitpack import pack, packed_words, unpack
 from ..method import Job, Method, Packed
-from ..numerics.grids import Affine, Spec, Uniform
+from ..numerics.cholesky import factorize, revive_dead
+from ..numerics.grids import Affine, Uniform
 from ..numerics.rotations import Rotation, rotation
-from ..numerics.stats import Hessian, Stat, factorize, revive_dead
+from ..numerics.stats import Hessian, Stat
 
 BLOCK = 128  # columns fed back together: speed only
 SEARCH_STEPS = 6

@@ -26,8 +26,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from ..common.spec import Spec
 from ..method import Job, Method, Packed
-from ..numerics.grids import Affine, Spec, Uniform
+from ..numerics.grids import Affine, Uniform
 from ..numerics.stats import Stat
 
 

@@ -38,11 +38,12 @@ import torch
 from torch import Tensor, nn
 
 from ..common.errors import LLQError
+from ..common.spec import Spec
 from ..kernels import choose, kept
 from ..kernels.bitpack import unpack
 from ..method import Flow, Method, Packed, Step
 from ..numerics.activations import TokenQuant
-from ..numerics.grids import Affine, Grid, Spec, Uniform
+from ..numerics.grids import Affine, Grid, Uniform
 from ..numerics.stats import AbsMax, Stat
 
 BMM_INPUTS = ("q_proj", "k_proj", "v_proj")

@@ -32,14 +32,17 @@ import torch
 from torch import Tensor, nn
 
 from ..common.errors import LLQError
-from ..method import Job, Method, Packed, PassListener, Rewrite
+from ..common.progress import PassListener
+from ..common.spec import Spec
+from ..method import Job, Method, Packed, Rewrite
 from ..models.decoder import decoder_of, quantizable
 from ..models.residual_stream import Residual, Turn, Turned, random_turns, residual_of
 from ..numerics.activations import OFF, Attention, TokenQuant
+from ..numerics.cholesky import factorize, revive_dead
 from ..numerics.error_feedback import solve
-from ..numerics.grids import Affine, Spec, Uniform
+from ..numerics.grids import Affine, Uniform
 from ..numerics.rotations import cayley_step, hadamard, nearest_orthogonal
-from ..numerics.stats import Hessian, Stat, factorize, revive_dead
+from ..numerics.stats import Hessian, Stat
 
 ROTATIONS, SOLVERS = ("hadamard", "learned"), ("gptq", "rtn")
 BATCH = 8  # sequences per learning step

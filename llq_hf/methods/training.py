@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..common.errors import LLQError
-from ..method import BlockData, Method, PassListener, State, Step
+from ..common.progress import PassListener
+from ..method import BlockData, Method, State, Step
 from ..models.decoder import hidden_of as first_output
 from ..models.decoder import replace_module
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 
 from ..common.errors import LLQError
-from ..data.pairs import rendered, tokenized
-from ..engine.execute import load_processor, one_line
-from .load import auto_class, sees
+from ..common.words import one_line
+from .load import auto_class, load_processor, sees
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f]")  # no spreadsheet takes them, and a broken model writes them
 
@@ -80,3 +80,47 @@ class Seeing:
         new_BS = ids_BS[:, inputs["input_ids"].shape[1] :]
         texts = self.processor.tokenizer.batch_decode(new_BS, skip_special_tokens=True)
         return [_CONTROL.sub("", text) for text in texts]
+
+
+@contextmanager
+def truncated_images_refused() -> Iterator[None]:
+    """Inside, half an image is an error: importing lmms-eval has Pillow fill in what is missing, without a word."""
+    from PIL import ImageFile
+
+    kept, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
+    try:
+        yield
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = kept
+
+
+def rendered(processor: Any, text: str, images: int, answer: str | None = None) -> str:
+    """The chat template around images, text and, if it was given, the answer.
+
+    An image token inside the text would count as an image: it is taken out.
+    """
+    token = getattr(processor, "image_token", "<image>")
+    content: list[dict[str, str]] = [{"type": "image"} for _ in range(images)]
+    if text.strip():
+        content.append({"type": "text", "text": text.replace(token, "").strip()})
+    messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
+    if answer is not None:
+        messages.append({"role": "assistant", "content": [{"type": "text", "text": answer.replace(token, "")}]})
+    text_of: str = processor.apply_chat_template(messages, add_generation_prompt=answer is None)
+    return text_of
+
+
+def tokenized(processor: Any, texts: Sequence[str], images: Sequence[Any]) -> Any:
+    """The processor's tensors, padded on the left; a BOS that the template wrote is not written twice."""
+    tokenizer = processor.tokenizer
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    bos = tokenizer.bos_token
+    return processor(
+        text=list(texts),
+        images=list(images) or None,
+        padding=True,
+        padding_side="left",
+        add_special_tokens=not (bos and texts[0].startswith(bos)),
+        return_tensors="pt",
+    )

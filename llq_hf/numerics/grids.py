@@ -8,7 +8,6 @@ any code is chosen, so codes are final with the scales as stored. Grid 1.1 of th
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Self
@@ -17,20 +16,10 @@ import torch
 from torch import Tensor
 
 from ..common.errors import LLQError
+from ..common.spec import Spec
 from ..kernels import Part, UniformCodes, bitpack, kept, product
 
 _TINY_SCALE = 2.0**-24  # the smallest fp16 above zero: a smaller scale would be stored as 0 and divide by zero
-
-
-class Spec(NamedTuple):
-    """One stored tensor, before it exists."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
 
 
 class Grid(NamedTuple):

@@ -18,10 +18,10 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from ..checkpoints.dense import read_json
+from ..checkpoints.format import CONFIG
 from ..checkpoints.inspection import inspect_checkpoint
-from ..checkpoints.packed import CONFIG
 from ..common.errors import LLQError
+from ..common.files import read_json
 from ..common.resources import template_path
 from ..method import Method, field_defaults
 from ..methods import build

@@ -13,11 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoints.dense import CARD, INDEX, read_json
+from ..checkpoints.dense import CARD, INDEX
+from ..checkpoints.format import CONFIG
 from ..checkpoints.inspection import inspect_checkpoint
 from ..checkpoints.journal import Journal
-from ..checkpoints.packed import CARRIED, CONFIG
+from ..checkpoints.packed import CARRIED
 from ..common.errors import LLQError
+from ..common.files import read_json
 from .card import RESULTS, check_scored, make_card, results_files
 
 if TYPE_CHECKING:

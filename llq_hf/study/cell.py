@@ -15,12 +15,15 @@ from typing import Any
 
 import torch
 
-from ..checkpoints.dense import fetch, read_json
-from ..checkpoints.journal import fingerprint
-from ..checkpoints.packed import read_report, write_json
+from ..checkpoints.dense import fetch
+from ..checkpoints.fingerprint import fingerprint
+from ..checkpoints.packed import read_report
 from ..common.errors import LLQError
-from ..demo import calibration_for, resolve
-from ..engine.step import Progress, RunOptions
+from ..common.files import read_json, write_json
+from ..common.progress import Progress
+from ..data.calibration import calibration_for
+from ..demo import resolve
+from ..engine.prepare import RunOptions
 from ..method import Method
 from ..methods import build
 from .cost import Load, compare, disk_bytes, journalled, load_model, peak_memory, ratios
@@ -80,7 +83,7 @@ def _fill(figures: dict[str, Any], cell: Cell, setup: Setup, progress: Progress)
 
 def _quantize(cell: Cell, setup: Setup, progress: Progress) -> tuple[Path, dict[str, Any]]:
     """The packed checkpoint, and what it cost to make: kept beside it for the next cell that finds it made."""
-    from ..hosts.model_args import cached  # imports transformers, which the parent of a sweep can do without
+    from ..engine.cached import cached  # imports transformers, which the parent of a sweep can do without
 
     method: Method = build(cell.method, cell.preset, **cell.options)
     source, samples, seqlen = (cell.calibration.get(key) for key in ("source", "samples", "seqlen"))

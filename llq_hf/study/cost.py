@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from ..checkpoints.dense import fetch
 from ..checkpoints.journal import Journal
 from ..common.errors import LLQError
-from ..engine.execute import peak_bytes
-from ..method import PassListener
+from ..common.machine import peak_bytes
+from ..common.progress import PassListener
 from ..models.load import auto_class
 
 Figures = dict[str, Any]

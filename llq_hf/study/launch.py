@@ -22,7 +22,7 @@ from filelock import FileLock, Timeout
 from rich.text import Text
 
 from ..common.errors import LLQError
-from ..engine.step import Progress
+from ..common.progress import Progress
 from .plan import Cell
 from .record import FAILED, Record, pending, write_record
 

@@ -29,9 +29,9 @@ from typing import Any
 
 import yaml
 
-from ..checkpoints.journal import fingerprint
+from ..checkpoints.fingerprint import fingerprint
 from ..common.errors import LLQError
-from ..method import nearest
+from ..common.words import nearest
 from ..methods import METHODS, build
 
 DENSE = "none"  # the method that leaves the model as it is

@@ -18,8 +18,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.packed import write_json
 from ..common.errors import LLQError
+from ..common.files import write_json
 from .plan import Cell, defaults
 
 DONE, REFUSED, FAILED = "done", "refused", "failed"

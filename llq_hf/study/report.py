@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ..common.errors import LLQError
-from ..method import nearest
+from ..common.words import nearest
 from .paper import asked_for
 from .plots import Plot, plots
 from .record import DONE, FAILED, REFUSED, Record, read_records

@@ -21,12 +21,14 @@ import lm_eval
 import torch
 from lm_eval.models import huggingface  # noqa: F401 (registers what the hook extends)
 
-from llq_hf.demo import calibration_for, instructions, resolve
-from llq_hf.engine.execute import load_tokenizer, quantize_checkpoint
+from llq_hf.data.calibration import calibration_for
+from llq_hf.demo import instructions, resolve
+from llq_hf.engine.execute import quantize_checkpoint
 from llq_hf.finetune import rows, trainer
 from llq_hf.hosts.lm_eval_model import LLQLM
 from llq_hf.method import Method
 from llq_hf.methods import build
+from llq_hf.models.load import load_tokenizer
 
 HELDOUT = 400
 

@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from llq_hf.checkpoints.packed import read_report
-from llq_hf.demo import calibration_for, resolve, world
+from llq_hf.data.calibration import calibration_for
+from llq_hf.demo import resolve, world
 from llq_hf.demo.train import ids_of
-from llq_hf.engine.execute import load_tokenizer
-from llq_hf.engine.step import RunOptions
-from llq_hf.hosts.model_args import cached
+from llq_hf.engine.cached import cached
+from llq_hf.engine.prepare import RunOptions
 from llq_hf.methods import build
+from llq_hf.models.load import load_tokenizer
 
 WINDOW, WINDOWS = 256, 16
 WIDTHS = "rtn:2+rtn:3+rtn:4+rtn:5+rtn:6+rtn:8"

@@ -19,12 +19,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from llq_hf.checkpoints.dense import Checkpoint, Rewritten
 from llq_hf.common.errors import LLQError
-from llq_hf.data.windows import Calibration
-from llq_hf.engine.execute import build_skeleton, quantize_checkpoint
+from llq_hf.data.calibration import Calibration
+from llq_hf.engine.execute import quantize_checkpoint
 from llq_hf.hosts.hf_quantizer import CONFIGS, check_quantized, count_quantized
 from llq_hf.layers.linear import QuantLinear
 from llq_hf.method import Method, field_types
 from llq_hf.methods import METHODS, build
+from llq_hf.models.load import build_skeleton
 
 LINEARS = 2 * 7
 Run = Callable[..., Path]

@@ -17,12 +17,12 @@ from transformers import AutoModelForImageTextToText
 
 from llq_hf.checkpoints.dense import Checkpoint, Rewritten
 from llq_hf.checkpoints.inspection import inspect_checkpoint
-from llq_hf.data.windows import Calibration
-from llq_hf.engine.execute import build_skeleton, quantize_checkpoint
+from llq_hf.data.calibration import Calibration
+from llq_hf.engine.execute import quantize_checkpoint
 from llq_hf.hosts.hf_quantizer import CONFIGS, check_quantized
 from llq_hf.layers.linear import QuantLinear
 from llq_hf.methods import METHODS, build
-from llq_hf.models.load import module_names
+from llq_hf.models.load import build_skeleton, module_names
 
 LINEARS = 2 * 7
 OUTSIDE = ("vision_tower.", "multi_modal_projector.", "image_newline", "embed_tokens", "lm_head")

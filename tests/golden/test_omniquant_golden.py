@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from test_uniform_golden import data, perplexity
 
-from llq_hf.engine.step import quantize_model
+from llq_hf.engine.in_memory import quantize_model
 from llq_hf.methods import build
 
 FULL = os.environ.get("LLQ_FULL_GOLDEN", "") not in ("", "0")

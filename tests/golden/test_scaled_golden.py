@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llq_hf.engine.step import quantize_model
+from llq_hf.engine.in_memory import quantize_model
 from llq_hf.methods import build
 
 GOLDEN = json.loads(Path(__file__).with_name("scaled.json").read_text())

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from test_uniform_golden import data, perplexity
 from torch import Tensor
 
-from llq_hf.engine.step import quantize_model
+from llq_hf.engine.in_memory import quantize_model
 from llq_hf.kernels.bitpack import unpack
 from llq_hf.method import Packed, Step
 from llq_hf.methods import build

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llq_hf.engine.step import quantize_model, rewrite_model
+from llq_hf.engine.in_memory import quantize_model
+from llq_hf.engine.whole_model import rewrite_model
 from llq_hf.methods import build
 
 FULL_PRECISION = 3.657023

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llq_hf.engine.step import quantize_model
+from llq_hf.engine.in_memory import quantize_model
 from llq_hf.methods import build
 from llq_hf.methods.quip import QuIP
 from llq_hf.numerics.grids import Uniform

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from llq_hf.common.errors import LLQError
 from llq_hf.engine import walk
-from llq_hf.engine.step import quantize_model
+from llq_hf.engine.in_memory import quantize_model
 from llq_hf.kernels.bitpack import unpack
 from llq_hf.layers.linear import QuantLinear
 from llq_hf.method import Flow, Packed, Step, stored_bits

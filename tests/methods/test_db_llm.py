@@ -18,9 +18,10 @@ from transformers import AutoModelForCausalLM
 from llq_hf.checkpoints.journal import Journal
 from llq_hf.checkpoints.packed import read_report
 from llq_hf.common.errors import LLQError
-from llq_hf.data.windows import Calibration
+from llq_hf.common.progress import Progress
+from llq_hf.data.calibration import Calibration
 from llq_hf.engine.execute import quantize_checkpoint
-from llq_hf.engine.step import Progress, quantize_model
+from llq_hf.engine.in_memory import quantize_model
 from llq_hf.kernels.bitpack import unpack
 from llq_hf.method import State, stored_bits
 from llq_hf.methods import build

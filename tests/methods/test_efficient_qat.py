@@ -20,10 +20,12 @@ from transformers import AutoModelForCausalLM
 
 from llq_hf.checkpoints.packed import read_report
 from llq_hf.common.errors import LLQError
-from llq_hf.data.windows import Calibration
+from llq_hf.common.progress import Progress
+from llq_hf.data.calibration import Calibration
+from llq_hf.engine.blocks import LiveBlocks
 from llq_hf.engine.execute import quantize_checkpoint
-from llq_hf.engine.step import Progress, quantize_model
-from llq_hf.engine.walk import LiveBlocks, walk
+from llq_hf.engine.in_memory import quantize_model
+from llq_hf.engine.walk import walk
 from llq_hf.kernels.bitpack import unpack
 from llq_hf.layers.linear import QuantLinear
 from llq_hf.method import State, Step, stored_bits

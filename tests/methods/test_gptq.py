@@ -9,12 +9,13 @@ from contract import checks
 from reference.gptq import gptq
 
 from llq_hf.common.errors import LLQError
-from llq_hf.engine.step import quantize_model
+from llq_hf.engine.in_memory import quantize_model
 from llq_hf.kernels.bitpack import unpack
 from llq_hf.method import Job, stored_bits
 from llq_hf.methods import build
+from llq_hf.numerics.cholesky import factorize
 from llq_hf.numerics.error_feedback import by_columns
-from llq_hf.numerics.stats import PairedHessian, factorize
+from llq_hf.numerics.stats import PairedHessian
 
 VARIANTS = {
     "one group a row": {"group_size": -1},

@@ -16,9 +16,11 @@ from transformers import AutoModelForCausalLM
 
 from llq_hf.checkpoints.packed import read_report
 from llq_hf.common.errors import LLQError
-from llq_hf.data.windows import Calibration
+from llq_hf.common.progress import Progress
+from llq_hf.data.calibration import Calibration
 from llq_hf.engine.execute import quantize_checkpoint
-from llq_hf.engine.step import Progress, quantize_model, settled
+from llq_hf.engine.in_memory import quantize_model
+from llq_hf.engine.whole_model import settled
 from llq_hf.hosts.hf_quantizer import CONFIGS
 from llq_hf.layers.linear import QuantLinear
 from llq_hf.method import Flow, State

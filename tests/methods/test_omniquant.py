@@ -19,13 +19,16 @@ from torch import Tensor, nn
 
 from llq_hf.checkpoints.journal import FileState
 from llq_hf.common.errors import LLQError
-from llq_hf.data.windows import Calibration
+from llq_hf.common.progress import PassListener, Progress
+from llq_hf.data.calibration import Calibration
+from llq_hf.engine.blocks import LiveBlocks
 from llq_hf.engine.execute import quantize_checkpoint
-from llq_hf.engine.step import Progress, quantize_model, quantize_step
-from llq_hf.engine.walk import LiveBlocks, walk
+from llq_hf.engine.in_memory import quantize_model
+from llq_hf.engine.step import quantize_step
+from llq_hf.engine.walk import walk
 from llq_hf.kernels.bitpack import unpack
 from llq_hf.layers.attention import install
-from llq_hf.method import PassListener, State, Step, stored_bits
+from llq_hf.method import State, Step, stored_bits
 from llq_hf.methods import build
 
 VARIANTS = {

@@ -9,7 +9,7 @@ from reference.quip import greedy as greedy_literal
 from reference.quip import ldlq as ldlq_literal
 from reference.quip import quip, quip_rows
 
-from llq_hf.engine.step import quantize_model
+from llq_hf.engine.in_memory import quantize_model
 from llq_hf.kernels.bitpack import unpack
 from llq_hf.method import stored_bits
 from llq_hf.methods import build

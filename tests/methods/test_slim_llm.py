@@ -9,10 +9,13 @@ from contract import checks
 from reference.slim_llm import slim_llm
 
 from llq_hf.common.errors import LLQError
+from llq_hf.common.progress import PassListener
 from llq_hf.kernels import bitpack
-from llq_hf.method import Packed, PassListener, State, stored_bits
+from llq_hf.method import Packed, State, stored_bits
 from llq_hf.methods import build
-from llq_hf.methods.slim_llm import Clipping, Search, _salient
+from llq_hf.methods.slim_llm.allocation import Search
+from llq_hf.methods.slim_llm.levels import most_salient
+from llq_hf.methods.slim_llm.plus import Clipping
 
 LLAMA_SHAPES = [(4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336), (11008, 4096), (4096, 11008), (8192, 28672)]
 
@@ -142,9 +145,9 @@ def test_the_search_reports_its_progress_and_removes_its_hooks():
 
 def test_salient_is_what_reaches_the_least_outlier_and_nothing_without_one():
     salience = torch.tensor([[1.0] * 6 + [9.0] + [1.0] * 4 + [8.0] + [1.0] * 8])
-    assert _salient(salience).nonzero()[:, 1].tolist() == [6, 11]
-    assert not _salient(torch.ones(2, 4)).any()
-    assert not _salient(torch.tensor([[1.0, 2.0]])).any()
+    assert most_salient(salience).nonzero()[:, 1].tolist() == [6, 11]
+    assert not most_salient(torch.ones(2, 4)).any()
+    assert not most_salient(torch.tensor([[1.0, 2.0]])).any()
 
 
 def test_a_leading_narrow_group_has_a_symmetric_zero_only_as_published():

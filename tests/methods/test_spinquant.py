@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llq_hf.common.errors import LLQError
-from llq_hf.data.windows import Calibration
+from llq_hf.common.progress import PassListener, Progress
+from llq_hf.data.calibration import Calibration
 from llq_hf.engine.execute import quantize_checkpoint
-from llq_hf.engine.step import Progress, quantize_model
+from llq_hf.engine.in_memory import quantize_model
 from llq_hf.layers.linear import QuantLinear
-from llq_hf.method import Job, PassListener, stored_bits
+from llq_hf.method import Job, stored_bits
 from llq_hf.methods import build
 from llq_hf.methods.spinquant import SpinQuant
 from llq_hf.numerics.rotations import hadamard
@@ -229,7 +230,7 @@ def test_models_that_cannot_be_turned_are_refused_before_anything_is_read(tmp_pa
 
 @torch.no_grad()
 def test_a_llava_is_quantized_with_its_projector_turned(tmp_path: Path):
-    from test_residual import llava, logits, randomized
+    from models.test_residual_stream import llava, logits, randomized
     from transformers import AutoModelForImageTextToText
 
     from llq_hf.hosts.hf_quantizer import CONFIGS
@@ -387,8 +388,7 @@ def test_the_fallback_is_noted():
 def test_preflight_counts_the_memory_of_learning():
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from llq_hf.engine.prepare import _peak_bytes
-    from llq_hf.engine.step import RunOptions
+    from llq_hf.engine.prepare import RunOptions, _peak_bytes
 
     with torch.device("meta"):
         skeleton = LlamaForCausalLM(LlamaConfig(num_hidden_layers=32))  # 7B

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from llq_hf.engine.step import Progress
+from llq_hf.common.progress import Progress
 from llq_hf.methods import METHODS
 from llq_hf.study.plan import DENSE, Cell
 from llq_hf.study.record import DONE, Record

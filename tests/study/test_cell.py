@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from llq_hf.checkpoints.packed import read_report
-from llq_hf.engine.step import Progress
+from llq_hf.common.progress import Progress
 from llq_hf.study import cell as cells
 from llq_hf.study.cell import Setup, Timed, run_cell
 from llq_hf.study.cost import Load

@@ -33,11 +33,13 @@ import torch
 from torch import Tensor, nn
 
 from ...common.errors import LLQError
-from ...method import Flow, Job, Method, Packed, PassListener, State, Step, field_defaults, field_types, stored_bits
+from ...common.progress import PassListener
+from ...common.spec import Spec
+from ...method import Flow, Job, Method, Packed, State, Step, field_defaults, field_types, stored_bits
 from ...models.decoder import input_groups, quantizable
-from ...numerics.grids import Spec
 from ...numerics.stats import Stat
-from .costs import Cost, Measured, Option, Predicted, knapsack, observe
+from .costs import Cost, Measured, Predicted, observe
+from .knapsack import Option, knapsack
 
 SEPARATOR = re.compile(r"[+,]")
 HESSIAN_BYTES = 4 * 2**30  # of the linears that are scored in one pass over the model

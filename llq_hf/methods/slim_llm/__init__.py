@@ -42,64 +42,34 @@ times it), ranges always hold zero, and the allocation is searched in the same r
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from ...common.errors import LLQError
+from ...common.spec import Spec
 from ...kernels import Part, UniformCodes, kept, product
 from ...kernels.bitpack import BLOCK, pack, packed_words, unpack
 from ...method import Flow, Job, Method, Packed, Step
-from ...models.decoder import hidden_of
+from ...numerics.cholesky import factorize, revive_dead
 from ...numerics.coordinate_descent import Objective, descend, refitted
 from ...numerics.error_feedback import Solution, by_columns, drift, group_aware_order
-from ...numerics.grids import Grid, Spec, Uniform
-from ...numerics.stats import PairedHessian, Stat, factorize, revive_dead
+from ...numerics.grids import Grid, Uniform
+from ...numerics.stats import PairedHessian, Stat
+from .allocation import Search
+from .levels import Factor, Levels, ends_of, most_salient
+from .plus import Clipping, train
 
-CHUNK = 1 << 22  # outputs whose distributions are held at once
 FIT_CHUNK = 1 << 18  # weights, by candidate grids, that are rounded at once: they stay in the cache
-LEAST = math.log(1e-6)  # of a probability, as the authors clamp it
 # Shares of a range, in the authors' order: of equals the first wins.
 SHARES = torch.cat([torch.linspace(1.0, 1.1, 51), torch.linspace(1.0, 0.9, 51)[1:]]).tolist()
 WIDE_SHARES = torch.linspace(0.4, 1.05, 41).tolist()  # of search_range
 OFFSETS = (-2, -1, 0, 1, 2)  # of search_range: steps of a stored zero
 FEWEST_GROUPS = 4  # with fewer the authors' search has no candidates
-
-
-class Levels(NamedTuple):
-    """Grids of groups, [O, 1] or [O, n]: value = scale * (code - zero) + mean. zero counts steps, also parts of one."""
-
-    scale: Tensor
-    zero: Tensor
-    mean: Tensor
-
-    def codes(self, weight: Tensor, bits: int) -> Tensor:
-        """Nearest codes; with a whole zero, rounded before it is added."""
-        whole = self.zero.floor()
-        return (torch.round((weight - self.mean) / self.scale + (self.zero - whole)) + whole).clamp_(0, 2**bits - 1)
-
-    def values(self, codes: Tensor) -> Tensor:
-        return self.scale * (codes - self.zero) + self.mean
-
-    def rounded(self, weight: Tensor, bits: int) -> Tensor:
-        return self.values(self.codes(weight, bits))
-
-    def through(self, change: Callable[[Tensor], Tensor]) -> Levels:
-        return Levels(*(change(part) for part in self))
-
-
-class Factor(NamedTuple):
-    """A Hessian [I, I] and its U, both in the order of solving; divisors [I] of saliences, in the model's order."""
-
-    H_II: Tensor
-    U_II: Tensor | None
-    order_I: Tensor
-    groups: list[int]  # in the order of solving
-    spread_I: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -361,7 +331,7 @@ class SliMLLM(Method):
         return torch.cat(found).view_as(weight_OKg)
 
     def _spanning(self, part_OB: Tensor, width: int) -> Levels:
-        return self._two_levels(part_OB) if width == 1 else self._grid(*_range(part_OB), width)
+        return self._two_levels(part_OB) if width == 1 else self._grid(*ends_of(part_OB), width)
 
     def _two_levels(self, part_OB: Tensor) -> Levels:
         """mean +- mean|w|; rows of zeros stay zeros."""
@@ -406,7 +376,7 @@ class SliMLLM(Method):
         """The grids to try [C, O, 1]: of `search_range` many spans around the range, zeros also between whole steps."""
         if width == 1 and not self.search_range:
             return self._two_levels(part_OB).through(lambda t: t[None])
-        low, high = _range(part_OB)
+        low, high = ends_of(part_OB)
         shares_C11 = part_OB.new_tensor(WIDE_SHARES if self.search_range else SHARES)[:, None, None]
         if not self.search_range:
             return self._grid(shares_C11 * low, shares_C11 * high, width, sym)
@@ -455,7 +425,7 @@ class SliMLLM(Method):
             group, part_OB = start // self.group_size, W_OI[:, start:stop]
             importance_B = diagonal_I[start:stop] if self.search_range else torch.ones_like(spread_I[start:stop])
             sym = self.as_published and all(width < self.bits for width in widths[: group + 1])
-            salient_OB = _salient(part_OB.square() / spread_I[start:stop].square())
+            salient_OB = most_salient(part_OB.square() / spread_I[start:stop].square())
             found.append(self._fitted(part_OB, widths[group], importance_B, salient_OB, sym))
 
         def rounded(j: int, w_O: Tensor) -> Tensor:
@@ -510,161 +480,3 @@ class SliMLLM(Method):
             job.notes["loss"] = [losses[0], losses[-1]]
         with torch.no_grad():
             return {name: clipping.packed() for name, clipping in clippings.items()}
-
-
-class Search:
-    """Sums, for 0, 1, 2, ... pairs, how far the outputs of a linear rounded so diverge from its own."""
-
-    def __init__(self, method: SliMLLM, linear: nn.Linear, ranking: list[int], most: int) -> None:
-        self.linear, self.first = linear, 0 if method.try_uniform else 1
-        self.divergence_P = torch.zeros(most + 1, dtype=torch.float64, device=linear.weight.device)
-        dtype, W_OI = linear.weight.dtype, linear.weight.detach().float()
-        size, bits, whole = method.group_size, method.bits, W_OI.shape[1] // method.group_size
-        head_OKg, tail_O1g = W_OI[:, : whole * size].view(-1, whole, size), W_OI[:, None, whole * size :]
-        base_OKg = method.proxies(head_OKg, bits)
-        tail = [method.proxies(tail_O1g, bits)[:, 0]] if tail_O1g.numel() else []
-        self.base_OI = torch.cat([base_OKg.flatten(1), *tail], dim=1).to(dtype)  # all groups at `bits`
-        lows, highs = ranking[:most], ranking[::-1][:most]
-        self.changes = []  # what each further pair changes of it: columns, and by how much
-        for groups, width in ((lows, bits - 1), (highs, bits + 1)):
-            change_OPg = (method.proxies(head_OKg[:, groups], width) - base_OKg[:, groups]).to(dtype)
-            columns = [slice(group * size, (group + 1) * size) for group in groups]
-            self.changes.append(list(zip(columns, change_OPg.unbind(1), strict=True)))
-
-    def best(self) -> int:
-        sums = self.divergence_P.tolist()[self.first :]
-        return sums.index(min(sums)) + self.first
-
-    def hook(self, module: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> None:
-        x_TI, y_TO = args[0].flatten(0, -2), y.flatten(0, -2)
-        size = max(1, CHUNK // y_TO.shape[1])
-        for x_tI, y_tO in zip(torch.split(x_TI, size), torch.split(y_TO, size), strict=True):
-            self._compare(x_tI.float(), torch.log_softmax(y_tO.float(), dim=1).clamp_min_(LEAST))
-
-    def _compare(self, x_TI: Tensor, target_TO: Tensor) -> None:
-        bias = None if self.linear.bias is None else self.linear.bias.detach().float()
-        y_TO = F.linear(x_TI, self.base_OI.float(), bias)
-        for pairs, change in enumerate([(), *zip(*self.changes, strict=True)]):
-            for columns, change_OB in change:
-                y_TO.addmm_(x_TI[:, columns], change_OB.float().T)
-            if pairs >= self.first:
-                log_TO = torch.log_softmax(y_TO, dim=1).clamp_min_(LEAST)
-                self.divergence_P[pairs] += (log_TO.exp() * (log_TO - target_TO)).sum()
-
-
-class Clipping:
-    """The ranges of one linear's groups, each end times the sigmoid of a logit that is trained."""
-
-    def __init__(self, method: SliMLLM, linear: nn.Linear, widths: list[int]) -> None:
-        self.method, self.linear, self.widths = method, linear, widths
-        W_OI, groups = linear.weight.detach().float(), len(widths)
-        extra = groups * method.group_size - W_OI.shape[1]
-        W_OI = torch.cat([W_OI, W_OI[:, -1:].expand(-1, extra)], dim=1)  # a short group repeats its last column
-        self.W_OGg = W_OI.view(len(W_OI), groups, method.group_size)
-        low, high = _range(self.W_OGg.flatten(0, 1))
-        self.low_OG, self.high_OG = low.view(-1, groups), high.view(-1, groups)
-        self.mean_OG, self.size_OG = self.W_OGg.mean(2), self.W_OGg.abs().mean(2)
-        self.widths_G = torch.tensor(widths, dtype=torch.uint8, device=W_OI.device)
-        self.top_G = torch.exp2(self.widths_G.float()) - 1
-        start_G = torch.where(self.widths_G == 1, 0.0, 4.0)  # sigmoids: 0.982 of a range, 0.5 + 0.5 of mean|w|
-        self.logits_2OG = start_G.expand(2, len(W_OI), -1).clone().requires_grad_()
-
-    def levels(self) -> Levels:
-        """Differentiable in the logits through the scale."""
-        method, share_2OG = self.method, torch.sigmoid(self.logits_2OG)
-        low_OG, high_OG = share_2OG[0] * self.low_OG, share_2OG[1] * self.high_OG
-        two_G = self.widths_G == 1
-        distance_OG = 2 * self.size_OG * (share_2OG[1] + 0.5)
-        scale_OG = torch.where(two_G, distance_OG, (high_OG - low_OG) / self.top_G).clamp(1e-5, 1e4)
-        with torch.no_grad():
-            centre_OG = torch.full_like(self.mean_OG, 0.5) if method._exact else 0.5 - self.mean_OG / scale_OG
-            zero_OG = torch.where(two_G, centre_OG, torch.round(-low_OG / scale_OG))
-            zero_OG = method._stored_zero(zero_OG, self.widths_G)
-            mean_OG = self.mean_OG * two_G * method._exact
-        return Levels(scale_OG, zero_OG, mean_OG)
-
-    def rounded(self) -> Tensor:
-        """The weight [O, I] as rounded now; gradients pass through the rounding."""
-        levels_OG1 = self.levels().through(lambda t: t[..., None])
-        position_OGg = (self.W_OGg - levels_OG1.mean) / levels_OG1.scale + levels_OG1.zero
-        straight_OGg = position_OGg + (torch.round(position_OGg) - position_OGg).detach()
-        codes_OGg = torch.minimum(straight_OGg.clamp_min(0), self.top_G[:, None])
-        return self._columns(levels_OG1.values(codes_OGg))
-
-    def _columns(self, x_OGg: Tensor) -> Tensor:
-        return x_OGg.flatten(1)[:, : self.linear.in_features]
-
-    def packed(self) -> Packed:
-        levels_OG = self.levels()
-        levels_OG = levels_OG._replace(scale=self.method.uniform.stored(levels_OG.scale))
-        parts = [
-            levels_OG.through(lambda t, g=group: t[:, g, None]).codes(self.W_OGg[:, group], width)  # type: ignore[misc]
-            for group, width in enumerate(self.widths)
-        ]
-        return self.method.pack(self._columns(torch.stack(parts, dim=1)), levels_OG, self.widths)
-
-
-def train(method: SliMLLM, step: Step, clippings: dict[str, Clipping], saved: dict[str, Tensor] | None) -> list[float]:
-    """Train the logits, sequence by sequence; state is saved after every epoch. Mean losses of all epochs."""
-    assert step.data is not None
-    parameters = [clipping.logits_2OG for clipping in clippings.values()]
-    optimizer = torch.optim.AdamW(parameters, lr=method.learning_rate, weight_decay=0.0)
-    losses: list[float] = []
-    if saved is not None:
-        losses = saved["losses"].tolist()
-        for name, clipping in clippings.items():
-            clipping.logits_2OG.data.copy_(saved[f"{name}.logits"])
-            moments = {key: saved[f"{name}.{key}"].to(clipping.logits_2OG.device) for key in ("exp_avg", "exp_avg_sq")}
-            optimizer.state[clipping.logits_2OG] = {**moments, "step": saved["steps"].clone()}
-    step.listener.stage("clipping", method.epochs)
-    step.listener.advance(len(losses))
-    while len(losses) < method.epochs:
-        losses.append(_epoch(method, step, clippings, optimizer))
-        if not math.isfinite(losses[-1]):
-            raise LLQError(f"the clipping of {step.prefix} diverged; lower learning_rate={method.learning_rate}")
-        tensors = {
-            "losses": torch.tensor(losses, dtype=torch.float64),
-            "steps": optimizer.state[parameters[0]]["step"],
-        }
-        for name, clipping in clippings.items():
-            state = optimizer.state[clipping.logits_2OG]
-            tensors[f"{name}.logits"], tensors[f"{name}.widths"] = clipping.logits_2OG.detach(), clipping.widths_G
-            tensors[f"{name}.exp_avg"], tensors[f"{name}.exp_avg_sq"] = state["exp_avg"], state["exp_avg_sq"]
-        step.state.save(tensors)
-        step.listener.advance()
-    return losses
-
-
-def _epoch(method: SliMLLM, step: Step, clippings: dict[str, Clipping], optimizer: torch.optim.Optimizer) -> float:
-    assert step.data is not None
-    total = torch.zeros(())
-    for i in range(step.data.count):
-        rows = slice(i, i + 1)
-        hidden_BSD, kwargs = step.data.inputs(rows)
-        targets = [step.data.targets(rows)]
-        if method.aug_loss:
-            with torch.no_grad():
-                targets.append(hidden_of(step.block(hidden_BSD, **kwargs)))
-        with torch.enable_grad():
-            weights = {f"{n}.weight": c.rounded().to(c.linear.weight.dtype) for n, c in clippings.items()}
-            out_BSD = hidden_of(torch.func.functional_call(step.block, weights, (hidden_BSD,), kwargs)).float()
-            loss = torch.stack([F.mse_loss(out_BSD, target.float()) for target in targets]).sum()
-        parameters = [clipping.logits_2OG for clipping in clippings.values()]
-        for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
-            parameter.grad = gradient  # and nobody else's: the block's own parameters may be trainable
-        optimizer.step()
-        total = total.to(loss.device) + loss.detach()
-    return float(total) / step.data.count
-
-
-def _range(part_OB: Tensor) -> tuple[Tensor, Tensor]:
-    """Lowest and highest weight [O, 1] of each row, zero between them; -1 and 1 for rows of zeros."""
-    low, high = part_OB.amin(1, keepdim=True).clamp_max(0), part_OB.amax(1, keepdim=True).clamp_min(0)
-    empty = low == high
-    return torch.where(empty, -1.0, low), torch.where(empty, 1.0, high)
-
-
-def _salient(salience_OB: Tensor) -> Tensor:
-    """What is at least as salient as the least of the outliers, those beyond 2 standard deviations; nothing if none."""
-    outlier_OB = (salience_OB - salience_OB.mean()).abs() > 2 * salience_OB.std()
-    return salience_OB >= torch.where(outlier_OB, salience_OB, math.inf).min()

@@ -16,10 +16,9 @@ from typing import Any
 
 import yaml
 
-from ...checkpoints.dense import read_json
-from ...checkpoints.packed import write_json
 from ...common.errors import LLQError
-from ...method import nearest
+from ...common.files import read_json, write_json
+from ...common.words import nearest
 from ...methods import METHODS, build
 from ..plan import finetune_for, own_options
 from ..record import DONE, Record

@@ -1,0 +1,19 @@
+"""What a long computation tells while it goes on. The classes here are silent; `terminal` draws."""
+
+from __future__ import annotations
+
+
+class PassListener:
+    """Told of everything that takes its time; this one does not care."""
+
+    def stage(self, text: str, total: int = 0) -> None: ...
+    def advance(self, count: int = 1) -> None: ...
+
+
+class Progress(PassListener):
+    """What a run tells while it goes on; this one is silent. `progress.RichProgress` draws it."""
+
+    def estimates(self, found: dict[str, float]) -> None: ...
+    def blocks(self, done: int, total: int) -> None: ...
+    def linear(self, name: str) -> None: ...
+    def close(self) -> None: ...

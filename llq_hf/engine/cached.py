@@ -1,0 +1,39 @@
+"""A packed checkpoint from the cache, made now if it is not there."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from ..checkpoints.packed import finished_fingerprint
+from ..common.machine import cache_root
+from ..common.progress import Progress
+from ..common.terminal import RichProgress
+from ..data.calibration import Calibration
+from ..method import Method
+from .execute import execute
+from .prepare import RunOptions, prepare
+
+
+def cached(
+    model: str,
+    method: Method,
+    calibration: Calibration,
+    run: RunOptions,
+    root: Path | None = None,
+    progress: Progress | None = None,
+) -> Path:
+    """Folder of the packed checkpoint, from the cache or made now; keyed by everything that decides its bytes.
+
+    progress: told how it goes; by default drawn on the terminal by the first of several processes.
+    """
+    if progress is None:
+        progress = RichProgress() if os.environ.get("RANK", "0") == "0" else Progress()
+    try:
+        plan = prepare(model, method, calibration, run, None, progress)
+        out = (root or cache_root()) / plan.fingerprint
+        if finished_fingerprint(out) != plan.fingerprint:
+            execute(plan, out, progress)
+        return out
+    finally:
+        progress.close()

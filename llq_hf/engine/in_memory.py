@@ -1,0 +1,63 @@
+"""Quantizing a model that is in memory already, in place."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..common.errors import LLQError
+from ..common.progress import Progress
+from ..data.pairs import Pairs
+from ..kernels import reference
+from ..layers.linear import QuantLinear
+from ..method import Method
+from ..models.decoder import quantizable
+from .blocks import LiveBlocks
+from .step import quantize_step, record_tuned, steps
+from .whole_model import rewrite_model, settled, shared_copy, token_ids, tune
+
+
+@reference()
+def quantize_model(
+    model: nn.Module,
+    method: Method,
+    data: Tensor | Pairs | None,
+    *,
+    offload: Path | None = None,
+    progress: Progress | None = None,
+    learned: dict[str, Tensor] | None = None,
+) -> list[dict[str, Any]]:
+    """Quantize the decoder's linears of a model in memory, in place. Records per linear, as in the report.
+
+    data: token ids [N, S], or image-text pairs. learned: what came with `method` out of `settled`; None: it is settled
+    here.
+    """
+    progress = progress or Progress()
+    if learned is None:
+        method, learned = settled(model, method, data, progress)
+    rewrite = method.rewrite(model, learned)
+    if rewrite is not None:
+        rewrite_model(model, rewrite)
+    expected = len(quantizable(model))
+    teacher = copy.deepcopy(model) if method.tunes else None
+    records: list[dict[str, Any]] = []
+    blocks = LiveBlocks(model)
+    for step in steps(blocks, method, data, progress, offload=offload):
+        records += quantize_step(step, method)
+    if len(records) != expected:
+        raise LLQError(f"{len(records)} linears were quantized, {expected} should have been")
+    if teacher is not None:
+        tuned = tune(shared_copy(model), teacher, method, token_ids(data), progress)
+        for name, module in model.named_modules():
+            if isinstance(module, QuantLinear):
+                for key, tensor in module.packed().items():
+                    tensor.copy_(tuned.get(f"{name}.{key}", tensor))
+        for record in records:
+            module = model.get_submodule(record["name"])
+            assert isinstance(module, QuantLinear)
+            record_tuned(record, teacher.get_parameter(record["name"] + ".weight").detach(), module.dequantized())
+    progress.close()
+    return records

@@ -1,0 +1,489 @@
+"""A killed run, and the same command again: the same bytes as a run that nobody killed. Nothing else is ever taken up.
+
+Runs that are really killed (SIGKILL) happen in children of a fork server that has imported everything: `llq quantize`
+with no ten seconds of imports. Where only the place of the interruption matters, a progress callback raises.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from contract.cases import CHECKPOINTS
+from safetensors.torch import load_file, save_file
+
+from llq_hf.checkpoints.journal import Journal
+from llq_hf.common.errors import LLQError
+from llq_hf.common.progress import Progress
+from llq_hf.data.calibration import Calibration
+from llq_hf.engine.execute import quantize_checkpoint
+from llq_hf.engine.prepare import RunOptions
+from llq_hf.methods import METHODS, build
+
+BLOCKS = 6
+METHOD_BITS = {"rtn": 4, "gptq": 3, "quip": 2}  # these are really killed, too
+# The others run with the options of the contract's checkpoint rows.
+OPTIONS = {name: {"bits": bits, **options} for name, bits, options in reversed(CHECKPOINTS)}
+OPTIONS |= {name: {"bits": bits} for name, bits in METHOD_BITS.items()}
+POLL_SECONDS, LIMIT_SECONDS = 0.002, 120
+
+
+def digests(out: Path) -> dict[str, str]:
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(out.iterdir())}
+
+
+def block_file(out: Path, block: int) -> Path:
+    return out / f"model-{block + 2:05d}-of-{BLOCKS + 1:05d}.safetensors"
+
+
+def whole_lines(out: Path) -> int:
+    return len(Journal.read(Journal.beside(out)))
+
+
+# --- runs in this process --------------------------------------------------------------------------------------------
+
+
+class StoppedError(Exception):
+    """What stands for a kill where only the place matters."""
+
+
+class Stop(Progress):
+    """Ends a run right after block `block` is in the journal, or when the linear named `linear` is begun."""
+
+    def __init__(self, block: int | None = None, linear: str | None = None) -> None:
+        self.block, self.at_linear = block, linear
+
+    def blocks(self, done: int, total: int) -> None:
+        if self.block is not None and done == self.block + 1:
+            raise StoppedError
+
+    def linear(self, name: str) -> None:
+        if name == self.at_linear:
+            raise StoppedError
+
+
+class Recorder(Progress):
+    """Which linears a run quantized."""
+
+    def __init__(self) -> None:
+        self.linears: list[str] = []
+
+    def linear(self, name: str) -> None:
+        self.linears.append(name)
+
+    @property
+    def worked_on(self) -> set[int]:
+        return {int(name.split(".")[2]) for name in self.linears}
+
+
+@pytest.fixture(scope="module")
+def model(make_checkpoint: Callable[..., Path]) -> Path:
+    """Deep enough to be interrupted, and quantized in about a second."""
+    return make_checkpoint(num_hidden_layers=BLOCKS, seed=5)
+
+
+@pytest.fixture(scope="module")
+def run(model: Path, calibration_npy: Path) -> Callable[..., dict[str, Any]]:
+    def run(out: Path, method: str = "gptq", progress: Progress | None = None, **changed: Any) -> dict[str, Any]:
+        data = Calibration(str(changed.pop("calibration", calibration_npy)), samples=8, seqlen=32)
+        options = RunOptions(dtype=changed.pop("dtype", None), offload=changed.pop("offload", None))
+        base = changed.pop("model", model)
+        built = build(method, **{**OPTIONS[method], **changed})
+        return quantize_checkpoint(str(base), out, built, data, options, progress)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def unbroken(run: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A GPTQ run that nobody interrupted."""
+    out = tmp_path_factory.mktemp("unbroken") / "out"
+    run(out)
+    return out
+
+
+@pytest.fixture
+def interrupted(run: Callable[..., Any], tmp_path: Path) -> Path:
+    """A GPTQ run that ended after three of six blocks."""
+    out = tmp_path / "out"
+    with pytest.raises(StoppedError):
+        run(out, progress=Stop(block=2))
+    assert whole_lines(out) == 1 + 3
+    assert not (out / "config.json").exists()
+    return out
+
+
+# --- kill -9 ---------------------------------------------------------------------------------------------------------
+
+
+def command(arguments: list[str], fault: str | None) -> None:
+    """`llq quantize ...` in a child; `fault` names a place at which it kills itself, "torn 3" or "renaming 3"."""
+    import llq_hf.cli
+
+    torch.set_num_threads(1)
+    if fault is not None:
+        _install(fault)
+    sys.argv = ["llq", "quantize", *arguments]
+    with open(os.devnull, "w") as null:
+        sys.stdout = sys.stderr = null
+        llq_hf.cli.main()
+
+
+def _install(fault: str) -> None:
+    kind, _, number = fault.partition(" ")
+    calls = 0
+
+    def is_last_call() -> bool:
+        nonlocal calls
+        calls += 1
+        return calls == int(number)
+
+    if kind == "renaming":  # the draft is written, its name is not yet right
+        replace = os.replace
+
+        def fatal_replace(source: Any, target: Any) -> None:
+            if is_last_call():
+                os.kill(os.getpid(), signal.SIGKILL)
+            replace(source, target)
+
+        os.replace = fatal_replace
+    else:  # half a line of the journal is written
+        append = Journal._append
+
+        def fatal_append(self: Journal, line: dict[str, Any], create: bool = False) -> None:
+            if is_last_call():
+                with self.path.open("a") as handle:
+                    handle.write(json.dumps(line)[:40])
+                os.kill(os.getpid(), signal.SIGKILL)
+            append(self, line, create)
+
+        Journal._append = fatal_append  # type: ignore[method-assign]
+
+
+class Runner:
+    """Starts the command line in children, and kills them."""
+
+    def __init__(self, model: Path, calibration: Path) -> None:
+        self.model, self.calibration = model, calibration
+        self.context = multiprocessing.get_context("forkserver")
+
+    def start(self, out: Path, method: str, fault: str | None = None) -> Any:
+        arguments = [str(self.model), str(out), "--method", method, "--bits", str(METHOD_BITS[method])]
+        arguments += ["--calibration", str(self.calibration), "--calibration-samples", "8", "--device", "cpu"]
+        process = self.context.Process(target=command, args=(arguments, fault))
+        process.start()
+        return process
+
+    def finish(self, out: Path, method: str) -> dict[str, str]:
+        process = self.start(out, method)
+        process.join(LIMIT_SECONDS)
+        assert process.exitcode == 0
+        return digests(out)
+
+    def kill_when(self, out: Path, method: str, ready: Callable[[], bool]) -> bool:
+        """Kill -9 as soon as `ready`; whether the run was not over by then."""
+        process = self.start(out, method)
+        deadline = time.monotonic() + LIMIT_SECONDS
+        while process.is_alive() and not ready():
+            assert time.monotonic() < deadline
+            time.sleep(POLL_SECONDS)
+        process.kill()
+        process.join()
+        assert process.exitcode in (0, -signal.SIGKILL)
+        return process.exitcode != 0
+
+
+@pytest.fixture(scope="module")
+def runner(model: Path, calibration_npy: Path) -> Runner:
+    runner = Runner(model, calibration_npy)
+    runner.context.set_forkserver_preload(
+        [
+            "llq_hf.cli",
+            "llq_hf.engine.execute",
+            "llq_hf.common.terminal",
+            "transformers.models.llama.modeling_llama",
+            "test_resume",
+        ]
+    )
+    return runner
+
+
+@pytest.fixture(scope="module")
+def untouched(
+    runner: Runner, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], tuple[dict[str, str], float]]:
+    """Digests and seconds of work (from the journal's appearance on) of a run that nobody killed, by method."""
+    folder, found = tmp_path_factory.mktemp("untouched"), dict[str, tuple[dict[str, str], float]]()
+
+    def of(method: str) -> tuple[dict[str, str], float]:
+        if method not in found:
+            out = folder / method
+            process = runner.start(out, method)
+            while process.is_alive() and not Journal.beside(out).exists():
+                time.sleep(POLL_SECONDS)
+            started = time.monotonic()
+            process.join(LIMIT_SECONDS)
+            assert process.exitcode == 0
+            found[method] = digests(out), time.monotonic() - started
+        return found[method]
+
+    return of
+
+
+@pytest.mark.parametrize("blocks", [1, 4])
+@pytest.mark.parametrize("method", METHOD_BITS)
+def test_killed_after_some_blocks(runner, untouched, tmp_path, method, blocks):
+    out, wanted = tmp_path / "out", untouched(method)[0]
+    assert runner.kill_when(out, method, lambda: whole_lines(out) >= 1 + blocks)
+    assert not (out / "config.json").exists()
+    assert runner.finish(out, method) == wanted
+
+
+@pytest.mark.parametrize("share", [0.1, 0.4, 0.7])
+@pytest.mark.parametrize("method", METHOD_BITS)
+def test_killed_at_any_moment(runner, untouched, tmp_path, method, share):
+    wanted, seconds = untouched(method)
+    out = tmp_path / "out"
+    appeared: list[float] = []
+
+    def ready() -> bool:
+        if not appeared and Journal.beside(out).exists():
+            appeared.append(time.monotonic())
+        return bool(appeared) and time.monotonic() - appeared[0] >= share * seconds
+
+    runner.kill_when(out, method, ready)  # where it was faster this time: a finished run, which is taken as it is
+    assert runner.finish(out, method) == wanted
+
+
+@pytest.mark.parametrize("fault", ["renaming 1", "renaming 4", "renaming 8", "renaming 10", "torn 1", "torn 3"])
+def test_killed_in_the_middle_of_a_write(runner, untouched, tmp_path, fault):
+    """Renamed: 1 what is outside the blocks, 2..7 blocks, 8 report, 9 index, 10 config.json; lines: head, blocks."""
+    out = tmp_path / "out"
+    process = runner.start(out, "gptq", fault)
+    process.join(LIMIT_SECONDS)
+    assert process.exitcode == -signal.SIGKILL
+    assert not (out / "config.json").exists()
+    assert runner.finish(out, "gptq") == untouched("gptq")[0]
+
+
+def test_killed_again_and_again(runner, untouched, tmp_path):
+    out = tmp_path / "out"
+    for blocks in range(1, BLOCKS):
+        runner.kill_when(out, "quip", lambda blocks=blocks: whole_lines(out) >= 1 + blocks)
+    assert runner.finish(out, "quip") == untouched("quip")[0]
+
+
+def test_two_processes_at_once(runner, untouched, tmp_path):
+    out = tmp_path / "out"
+    both = [runner.start(out, "gptq") for _ in range(2)]
+    for process in both:
+        process.join(LIMIT_SECONDS)
+    assert [process.exitcode for process in both] == [0, 0]
+    assert digests(out) == untouched("gptq")[0]
+    assert whole_lines(out) == 1 + BLOCKS  # the second found the work done
+
+
+# --- the same bytes --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_two_runs_give_the_same_bytes(run, tmp_path, method):
+    run(tmp_path / "a", method)
+    run(tmp_path / "b", method)
+    assert digests(tmp_path / "a") == digests(tmp_path / "b")
+
+
+def test_preset_best_resumes(run, tmp_path):
+    """true_sequential: a block is observed four times, with some of its linears packed."""
+    best = dict(build("gptq", "best").to_dict(), bits=3)
+    run(tmp_path / "a", **best)
+    with pytest.raises(StoppedError):
+        run(tmp_path / "b", progress=Stop(linear="model.layers.3.mlp.gate_proj"), **best)
+    run(tmp_path / "b", **best)
+    assert digests(tmp_path / "a") == digests(tmp_path / "b")
+
+
+def test_stopped_inside_a_block(run, unbroken, tmp_path):
+    out, recorder = tmp_path / "out", Recorder()
+    with pytest.raises(StoppedError):
+        run(out, progress=Stop(linear="model.layers.4.mlp.down_proj"))
+    run(out, progress=recorder)
+    assert digests(out) == digests(unbroken)
+    assert recorder.worked_on == {4, 5}
+
+
+def test_resumes_with_offload(run, unbroken, interrupted, tmp_path):
+    """Where activations lie is how to run, not what to compute."""
+    run(interrupted, offload=tmp_path / "offload")
+    assert digests(interrupted) == digests(unbroken)
+
+
+def test_a_finished_run_is_taken_as_it_is(run, tmp_path):
+    out, recorder = tmp_path / "out", Recorder()
+    first = run(out)
+    before = {file: file.stat().st_mtime_ns for file in out.iterdir()}
+    journal = Journal.beside(out).read_bytes()
+    again = run(out, progress=recorder)
+    assert again == json.loads(json.dumps(first))
+    assert recorder.linears == []
+    assert {file: file.stat().st_mtime_ns for file in out.iterdir()} == before
+    assert Journal.beside(out).read_bytes() == journal
+
+
+def test_the_report_is_the_same_and_seconds_are_in_the_journal_only(run, interrupted, unbroken):
+    report = run(interrupted)
+    assert report == run(unbroken)
+    assert not any("seconds" in record for record in report["linears"])
+    lines = Journal.read(Journal.beside(interrupted))[1:]
+    assert [line["block"] for line in lines] == list(range(BLOCKS))
+    assert all(line["seconds"] > 0 and line["peak_bytes"] > 0 for line in lines)
+
+
+# --- damage ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("keep", [1, 60, -2])
+def test_torn_last_line(run, interrupted, unbroken, keep):
+    journal, recorder = Journal.beside(interrupted), Recorder()
+    lines = journal.read_text().splitlines(keepends=True)
+    journal.write_text("".join(lines[:-1]) + lines[-1][:keep])
+    run(interrupted, progress=recorder)
+    assert digests(interrupted) == digests(unbroken)
+    assert recorder.worked_on == {2, 3, 4, 5}
+    assert whole_lines(interrupted) == 1 + BLOCKS
+
+
+def test_torn_first_line(run, interrupted, unbroken):
+    """Killed while the journal was begun: there is nothing to take up, and nothing in OUT."""
+    journal = Journal.beside(interrupted)
+    journal.write_text(journal.read_text()[:20])
+    for file in interrupted.iterdir():
+        file.unlink()
+    run(interrupted)
+    assert digests(interrupted) == digests(unbroken)
+
+
+def test_last_line_without_its_newline(run, interrupted, unbroken):
+    journal, recorder = Journal.beside(interrupted), Recorder()
+    journal.write_text(journal.read_text().rstrip("\n"))
+    run(interrupted, progress=recorder)
+    assert digests(interrupted) == digests(unbroken)
+    assert recorder.worked_on == {3, 4, 5}
+
+
+def _delete(file: Path) -> None:
+    file.unlink()
+
+
+def _cut(file: Path) -> None:
+    os.truncate(file, file.stat().st_size // 2)
+
+
+def _flip(file: Path) -> None:
+    """One bit of the last tensor: the header is fine, only the digest tells."""
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize("damage", [_delete, _cut, _flip])
+def test_a_finished_block_that_is_damaged_is_done_again(run, interrupted, unbroken, damage):
+    recorder = Recorder()
+    damage(block_file(interrupted, 1))
+    run(interrupted, progress=recorder)
+    assert digests(interrupted) == digests(unbroken)
+    assert recorder.worked_on == {1, 2, 3, 4, 5}
+
+
+@pytest.mark.parametrize("damage", [_delete, _cut, _flip])
+def test_a_damaged_block_of_a_finished_run_is_done_again(run, unbroken, tmp_path, damage):
+    out, recorder = tmp_path / "out", Recorder()
+    run(out)
+    damage(block_file(out, 4))
+    run(out, progress=recorder)
+    assert digests(out) == digests(unbroken)
+    assert recorder.worked_on == {4, 5}
+
+
+@pytest.mark.parametrize("damage", [_delete, _cut, _flip])
+def test_the_file_outside_the_blocks_is_damaged(run, interrupted, unbroken, damage):
+    damage(block_file(interrupted, -1))
+    run(interrupted)
+    assert digests(interrupted) == digests(unbroken)
+
+
+def test_the_whole_folder_is_gone(run, interrupted, unbroken):
+    shutil.rmtree(interrupted)
+    run(interrupted)
+    assert digests(interrupted) == digests(unbroken)
+
+
+# --- other inputs ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def other_calibration(calibration_npy: Path, tmp_path: Path) -> Path:
+    ids = np.load(calibration_npy)
+    ids[0, 0] += 1
+    np.save(tmp_path / "other.npy", ids)
+    return tmp_path / "other.npy"
+
+
+@pytest.fixture
+def other_model(model: Path, tmp_path: Path) -> Path:
+    """One weight of the base differs in its last bit."""
+    folder = shutil.copytree(model, tmp_path / "other")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.5.mlp.up_proj.weight"].view(torch.int32)[3, 4] ^= 1
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"bits": 4}, "config.bits was 3, is 4"),
+        ({"group_size": 64}, "config.group_size was 128, is 64"),
+        ({"damp": 0.02}, "config.damp was 0.01, is 0.02"),
+        ({"method": "rtn"}, "method was 'gptq', is 'rtn'"),
+        ({"calibration": "other_calibration"}, "calibration.ids_sha256 was"),
+        ({"model": "other_model"}, "base_sha256 was"),
+        ({"dtype": "bfloat16"}, "dtype was 'float32', is 'bfloat16'"),
+    ],
+)
+@pytest.mark.parametrize("finished", [False, True])
+def test_other_inputs_are_refused(run, interrupted, request, changed, named, finished):
+    if finished:
+        run(interrupted)
+    before = digests(interrupted), Journal.beside(interrupted).read_bytes()
+    options = {
+        key: request.getfixturevalue(value) if str(value).startswith("other_") else value
+        for key, value in changed.items()
+    }
+    with pytest.raises(LLQError, match="was begun with other inputs") as error:
+        run(interrupted, **options)
+    assert named in str(error.value)
+    assert len(str(error.value).splitlines()) == 1
+    if len(changed) == 1 and "method" not in changed:
+        assert str(error.value).count(" was ") == 2  # "was begun", and the one thing that differs
+    assert (digests(interrupted), Journal.beside(interrupted).read_bytes()) == before
+
+
+def test_a_folder_without_a_journal_is_not_taken_up(run, interrupted):
+    Journal.beside(interrupted).unlink()
+    before = digests(interrupted)
+    with pytest.raises(LLQError, match="is not empty and no journal"):
+        run(interrupted)
+    assert digests(interrupted) == before

@@ -1,0 +1,217 @@
+"""Exports hold our codes, bit for bit, and compute our logits in the library that reads them.
+
+GPTQModel lives in an environment of its own: `tests/bench/check_exports.py` loads the `gptq` and `awq` exports with
+it. Here they are decoded by loops that follow the formats' definitions.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+from typer.testing import CliRunner
+
+from llq_hf import cli
+from llq_hf.checkpoints.dense import Checkpoint
+from llq_hf.common.errors import LLQError
+from llq_hf.data.calibration import Calibration
+from llq_hf.engine.execute import quantize_checkpoint
+from llq_hf.export import FORMATS, export
+from llq_hf.layers.linear import QuantLinear
+from llq_hf.methods import build
+from llq_hf.numerics.grids import Affine
+
+IDS = torch.arange(2, 34)[None]
+FITTING: dict[str, tuple[str, dict[str, Any]]] = {
+    "rtn": ("rtn", {"bits": 4, "group_size": 32}),
+    "rtn-per-row": ("rtn", {"bits": 4, "group_size": -1, "sym": True}),
+    "gptq-3": ("gptq", {"bits": 3, "group_size": 32}),
+    "awq": ("awq", {"bits": 4, "group_size": 32, "gqa": "tie", "ratios": 4}),
+    "quip": ("quip", {"bits": 4, "incoherence": False, "rescale": False}),
+    "smoothquant": ("smoothquant", {"bits": 8, "a_bits": 16, "quantize_bmm_input": False}),
+    "spinquant": ("spinquant", {"bits": 4, "r4": False}),
+    "efficient_qat": ("efficient_qat", {"bits": 3, "group_size": 32, "tune_epochs": 0}),
+}
+ORDERED = ("gptq", {"bits": 4, "group_size": 32, "act_order": True})
+each_fitting = pytest.mark.parametrize("case", FITTING)
+Make = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def packed(
+    make_checkpoint: Callable[..., Path], calibration_npy: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Make:
+    """Folder of a packed checkpoint of a Llama whose sizes formats take; each is made once."""
+    base = make_checkpoint(hidden_size=64, intermediate_size=96, num_attention_heads=4)
+    made: dict[str, Path] = {}
+
+    def make(name: str, options: dict[str, Any]) -> Path:
+        key = json.dumps([name, options])
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp("packed") / name
+            calibration = Calibration(str(calibration_npy), samples=8)
+            quantize_checkpoint(str(base), made[key], build(name, **options), calibration)
+        return made[key]
+
+    return make
+
+
+def load(folder: Path, **options: Any) -> nn.Module:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).eval()
+
+
+def logits(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+def affines(folder: Path) -> dict[str, Affine]:
+    """What each quantized linear stores, by its full name."""
+    return {
+        name: module.method.affine(module.packed(), module.out_features, module.in_features)
+        for name, module in load(folder).named_modules()
+        if isinstance(module, QuantLinear)
+    }
+
+
+@each_fitting
+def test_affine_is_what_dequantize_gives(packed, case):
+    for module in load(packed(*FITTING[case])).modules():
+        if isinstance(module, QuantLinear):
+            affine = module.method.affine(module.packed(), module.out_features, module.in_features)
+            assert torch.equal(affine.weight_OI, module.dequantized())
+
+
+@each_fitting
+def test_compressed_tensors_computes_our_logits(packed, case, tmp_path):
+    folder = packed(*FITTING[case])
+    found = export(folder, tmp_path / "out", FORMATS["compressed-tensors"], torch.float32)
+    # Unpacked on loading: left packed, transformers 5.23 gives packed zero points the shape of unpacked ones.
+    model = load(tmp_path / "out", quantization_config=CompressedTensorsConfig(dequantize=True))
+    assert not any(isinstance(module, QuantLinear) for module in model.modules())
+    torch.testing.assert_close(logits(model), logits(load(folder)), atol=2e-5, rtol=2e-5)
+    if all(affine.sym for affine in affines(folder).values()):
+        torch.testing.assert_close(logits(load(tmp_path / "out")), logits(load(folder)), atol=2e-5, rtol=2e-5)
+    assert found["stored_bits"] <= found["exported_bits"] < found["stored_bits"] + 1.5  # scales in fp32 here
+
+
+@pytest.mark.parametrize("case", [*FITTING, "slim_llm", "billm"])
+def test_dense_computes_our_logits(packed, case, tmp_path):
+    folder = packed(*FITTING.get(case, (case, {"bits": 2} if case == "slim_llm" else {})))
+    found = export(folder, tmp_path / "out", FORMATS["dense"])
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    torch.testing.assert_close(logits(load(tmp_path / "out")), logits(load(folder)), atol=2e-5, rtol=2e-5)
+    assert found["exported_bits"] == 32
+
+
+def test_what_llama_cpp_converts_is_fp16(packed, tmp_path):
+    folder = packed(*FITTING["rtn"])
+    found = export(folder, tmp_path / "out", FORMATS["gguf-f16"])
+    assert found["exported_bits"] == 16
+    assert {t.dtype for t in Checkpoint.open(str(tmp_path / "out")).specs.values()} == {torch.float16}
+    torch.testing.assert_close(logits(load(tmp_path / "out")), logits(load(folder)), atol=5e-3, rtol=5e-3)
+
+
+# --- the formats, decoded by hand ------------------------------------------------------------------------------------
+
+
+def stored(folder: Path) -> dict[str, Tensor]:
+    return {name: t for file in folder.glob("*.safetensors") for name, t in load_file(file).items()}
+
+
+def stream(words: list[int], bits: int, count: int) -> list[int]:
+    """The first `count` codes of a stream of bits in 32-bit words."""
+    number = sum((word & 0xFFFFFFFF) << (32 * i) for i, word in enumerate(words))
+    return [(number >> (bits * i)) & ((1 << bits) - 1) for i in range(count)]
+
+
+@pytest.mark.parametrize("case", ["gptq-3", "rtn-per-row", "ordered"])
+def test_gptq_holds_our_codes(packed, case, tmp_path):
+    folder = packed(*FITTING.get(case, ORDERED))
+    export(folder, tmp_path / "out", FORMATS["gptq"])
+    tensors, config = stored(tmp_path / "out"), json.loads((tmp_path / "out" / "config.json").read_text())
+    section = config["quantization_config"]
+    assert section["desc_act"] == (case == "ordered")
+    for name, affine in affines(folder).items():
+        rows, columns = affine.codes_OI.shape
+        codes = [stream(column, affine.bits, columns) for column in tensors[f"{name}.qweight"].T.tolist()]
+        assert codes == affine.codes_OI.tolist()
+        zeros = [stream(row, affine.bits, rows) for row in tensors[f"{name}.qzeros"].tolist()]
+        less = 1 if section["checkpoint_format"] == "gptq" else 0
+        assert torch.equal(torch.tensor(zeros).float().T + less, affine.zero_OG)
+        assert torch.equal(tensors[f"{name}.scales"].float().T, affine.scale_OG)
+        assert torch.equal(tensors[f"{name}.g_idx"].long(), affine.groups_I)
+
+
+def test_awq_holds_our_codes_and_folds_its_scales(packed, tmp_path):
+    folder = packed(*FITTING["awq"])
+    export(folder, tmp_path / "out", FORMATS["awq"])
+    tensors, before = stored(tmp_path / "out"), stored(folder)
+    for name, affine in affines(folder).items():
+        rows = []
+        for words in tensors[f"{name}.qweight"].tolist():
+            nibbles = [stream([word], 4, 8) for word in words]
+            rows.append([word[[0, 4, 1, 5, 2, 6, 3, 7][i]] for word in nibbles for i in range(8)])
+        assert torch.equal(torch.tensor(rows).T, affine.codes_OI.long())
+        scale_OG = tensors[f"{name}.scales"].float().T
+        if name.endswith(("v_proj", "up_proj")):  # o_proj's and down_proj's input scale went in here
+            assert not torch.equal(scale_OG, affine.scale_OG)
+        else:
+            assert torch.equal(scale_OG, affine.scale_OG)
+    norm = "model.layers.0.input_layernorm.weight"
+    in_scale = before["model.layers.0.self_attn.q_proj.in_scale"].float()
+    assert torch.equal(tensors[norm], (before[norm] / in_scale).half())
+
+
+# --- what does not fit -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("form", "name", "options", "reason"),
+    [
+        ("compressed-tensors", "quip", {"bits": 4}, "incoherence=False"),
+        ("compressed-tensors", "quip", {"bits": 4, "incoherence": False}, "input scales differ"),
+        ("compressed-tensors", "billm", {}, "no uniform grid"),
+        ("compressed-tensors", "slim_llm", {"bits": 2}, "no uniform grid"),
+        ("compressed-tensors", "spinquant", {"bits": 4}, "r4=False"),
+        ("compressed-tensors", "spinquant", {"bits": 4, "r4": False, "levels": "halves"}, "odd halves"),
+        ("compressed-tensors", "smoothquant", {"bits": 8}, "activations"),
+        ("compressed-tensors", *ORDERED, "act_order"),
+        ("compressed-tensors", "rtn", {"bits": 4, "group_size": 40}, "no multiple of the group of 40"),
+        ("dense", "smoothquant", {"bits": 8}, "activations"),
+        ("gptq", "rtn", {"bits": 5, "group_size": 32}, "it has 2, 3, 4, 8"),
+        ("awq", "gptq", {"bits": 3, "group_size": 32}, "it has 4"),
+        ("awq", *ORDERED, "act_order"),
+        ("awq", "awq", {"bits": 4, "group_size": 32, "gqa": "free", "ratios": 4}, "heads of .* share values"),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_the_reason(packed, form, name, options, reason, tmp_path):
+    folder = packed(name, options)
+    with pytest.raises(LLQError, match=reason):
+        export(folder, tmp_path / "out", FORMATS[form])
+    assert not list(tmp_path.iterdir())  # nothing half written
+
+
+def test_a_folder_that_exists_is_left_alone(packed, tmp_path):
+    with pytest.raises(LLQError, match="exists"):
+        export(packed(*FITTING["rtn"]), tmp_path, FORMATS["dense"])
+
+
+def test_the_command(packed, tmp_path):
+    def run(*words: object) -> Any:
+        return CliRunner().invoke(cli.app, ["export", *map(str, words)])
+
+    done = run(packed(*FITTING["rtn"]), tmp_path / "out", "--format", "compressed-tensors")
+    assert done.exit_code == 0, done.output
+    assert "exported" in done.output
+    assert "vLLM" in done.output
+    wrong = run(packed(*FITTING["rtn"]), tmp_path / "no", "--format", "gtpq")
+    assert isinstance(wrong.exception, LLQError)
+    assert "did you mean 'gptq'" in str(wrong.exception)

@@ -1,0 +1,466 @@
+"""The CPU kernels beside torch's own decoding: every width, group, dtype and shape; dispatch, compilation, loading.
+
+The library is that of this checkout, or one that the first test to need it compiles; without a compiler they skip.
+"""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from llq_hf import kernels
+from llq_hf.common.errors import LLQError
+from llq_hf.data.calibration import Calibration
+from llq_hf.engine.execute import quantize_checkpoint
+from llq_hf.kernels import build as building
+from llq_hf.kernels import native
+from llq_hf.layers.linear import QuantLinear
+from llq_hf.method import Job, Method, Packed
+from llq_hf.methods import build
+from llq_hf.methods.pb_llm import PBLLM
+from llq_hf.numerics.grids import Grid, Uniform
+from llq_hf.numerics.rotations import rotation
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+ISAS = ["avx512vbmi2", "avx512", "avx2"]
+# Of the error of y, relative to its norm: digits with Gaussian activations; fp32 sums.
+DIGITS, FLOATS = 1e-4, 2e-6
+ROUNDING = {torch.float32: FLOATS, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # of y alone, once
+
+
+@pytest.fixture(scope="session")
+def libraries(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The compiled libraries by instruction set: those of this checkout, or built now."""
+    found = {isa: building.library(building.PACKAGED, isa) for isa in building.ISAS}
+    if all(path.is_file() for path in found.values()):
+        return found
+    if building.compiler() is None:
+        pytest.skip("no C++ compiler here: torch's operations serve, which the other tests look at")
+    folder = tmp_path_factory.mktemp("kernels")
+    building.build(folder)
+    return {isa: building.library(folder, isa) for isa in building.ISAS}
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest, libraries: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each instruction set in turn, as the one that serves."""
+    name: str = request.param
+    if name not in native.supported():
+        pytest.skip(f"this processor has no {name}")
+    found = native.Backend(name, libraries[name], ctypes.CDLL(str(libraries[name])))
+    for module in (native, kernels):
+        monkeypatch.setattr(module, "backend", lambda: found)
+    return name
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def error(y: Tensor, expected: Tensor) -> float:
+    return float((y.double() - expected).norm() / expected.norm())
+
+
+def rounded(grid: Uniform, shape: tuple[int, int], seed: int = 0) -> Packed:
+    """Random codes, scales and zeros on a grid."""
+    random = generator(seed)
+    codes_OI = torch.randint(0, 2**grid.bits, shape, generator=random)
+    groups = grid.layout(*shape)["scale"].shape[1]
+    scale_OG = (torch.rand(shape[0], groups, generator=random) + 0.5).to(grid.scale_dtype).float()
+    zero_OG = torch.randint(0, 2**grid.bits, (shape[0], groups), generator=random).float()
+    return grid.pack(codes_OI, Grid(scale_OG, zero_OG))
+
+
+SHAPES = [(37, 384), (7, 556), (4, 100), (1, 128)]
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("group_size", [128, -1, 256, 64, 48])
+def test_uniform_codes_are_decoded_to_the_last_bit(isa: str, bits: int, group_size: int):
+    for shape in SHAPES:
+        for sym, scale_bits in ((False, 16), (True, 32)):
+            grid = Uniform(bits, group_size, sym, scale_bits=scale_bits)
+            packed = rounded(grid, shape)
+            expected_OI = grid.unpack(packed, shape[1])
+            for dtype in DTYPES:
+                out_OI = torch.empty(shape, dtype=dtype)
+                native.decode(grid.readable(packed, shape[1]), 0, shape[0], out_OI)
+                assert torch.equal(out_OI, expected_OI.to(dtype))
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("group_size", [128, -1, 256, 64, 192])
+def test_uniform_products_in_digits(isa: str, bits: int, group_size: int):
+    for shape in SHAPES[:3]:
+        grid = Uniform(bits, group_size)
+        packed = rounded(grid, shape)
+        weight_OI = grid.unpack(packed, shape[1]).double()
+        bias = torch.randn(shape[0], generator=generator(2))
+        for tokens in (1, 2, 3, 4, 7):
+            x = torch.randn(tokens, shape[1], generator=generator(tokens))
+            for b in (None, bias):
+                y = native.digits(x, grid.readable(packed, shape[1]), b)
+                expected = F.linear(x.double(), weight_OI, None if b is None else b.double())
+                assert error(y, expected) < DIGITS * 3  # few columns: sums cancel
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_regime_agrees_with_torch(isa: str, bits: int, dtype: torch.dtype):
+    """By the table: digits, floats or tiles, whichever it takes; 600 rows are more than one tile."""
+    for group_size in (128, 64):
+        grid = Uniform(bits, group_size)
+        packed = rounded(grid, (600, 512))
+        weight_OI = grid.unpack(packed, 512).to(dtype)
+        for tokens in (1, 3, 8, 40):
+            x = torch.randn(tokens, 512, generator=generator(tokens)).to(dtype)
+            kernel = kernels.choose(x, grid.readable(packed, 512))
+            assert kernel is not None
+            expected = F.linear(x.double(), weight_OI.double())
+            assert error(grid.linear(x, packed, None), expected) < 1.5 * ROUNDING[dtype] + FLOATS, kernel
+
+
+@pytest.mark.parametrize(("bits", "a_bits"), [(8, 8), (6, 6), (4, 4), (4, 8)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_products_of_integers_are_exact(isa: str, bits: int, a_bits: int, dtype: torch.dtype):
+    """As torch's int32 sums to the last digits of fp32, rounded once: few tokens, and many; 600 rows: two tiles."""
+    method = build("smoothquant", bits=bits, a_bits=a_bits)
+    packed = random_packed(method, 600, 556)
+    for tokens, kernel in ((1, native.digits), (8, native.digits), (40, native.integer_tiles)):
+        x = torch.randn(tokens, 556, generator=generator(tokens)).to(dtype)
+        codes = method.tokens.codes(x / packed["in_scale"].float())[0]
+        assert kernels.choose(codes, method.grid.readable(packed, 556)) is kernel
+        y = method.linear(x, packed, None, 600)
+        with kernels.reference():
+            expected = method.linear(x.float(), packed, None, 600)
+        assert y.dtype == dtype
+        assert error(y, expected.double()) < ROUNDING[dtype]
+
+
+def test_an_outlier_leaves_the_other_columns_their_digits(isa: str):
+    """One activation 100 times the others costs its own block of 128 columns precision, not the rest."""
+    grid = Uniform(4, 128)
+    packed = rounded(grid, (64, 1024))
+    weight_OI = grid.unpack(packed, 1024).double()
+    x = torch.randn(1, 1024, generator=generator(1))
+    x[0, 130] = 100
+    y = native.digits(x, grid.readable(packed, 1024), None)
+    assert error(y, F.linear(x.double(), weight_OI)) < 1e-3
+
+
+def test_threads_and_empty_inputs_change_nothing(isa: str):
+    grid = Uniform(3, 128)
+    packed = rounded(grid, (300, 256))
+    x = torch.randn(2, 256, generator=generator()).bfloat16()
+    alone = grid.linear(x, packed, None)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        assert all(torch.equal(grid.linear(x, packed, None), alone) for _ in range(50))
+    finally:
+        torch.set_num_threads(before)
+    assert grid.linear(x[:0], packed, None).shape == (0, 300)
+    assert torch.equal(grid.linear(x[0], packed, None), alone[0])
+
+
+# --- dispatch --------------------------------------------------------------------------------------------------------
+
+
+def test_gradients_and_calibration_go_by_torch(isa: str):
+    grid = Uniform(4, 128)
+    packed = rounded(grid, (32, 256))
+    stored = grid.readable(packed, 256)
+    x = torch.randn(2, 256, generator=generator())
+    assert kernels.choose(x, stored) is not None
+    assert kernels.choose(x.clone().requires_grad_(), stored) is None
+    with kernels.reference():
+        assert kernels.choose(x, stored) is None
+        expected = F.linear(x, grid.unpack(packed, 256))
+        assert torch.equal(grid.linear(x, packed, None), expected)
+    assert kernels.choose(x, stored) is not None
+
+
+def tensors_of(linear: QuantLinear) -> list[Tensor]:
+    return [getattr(linear, name) for name in linear.layout]
+
+
+def test_what_a_linear_keeps_for_kernels_ends_with_its_tensors(isa: str):
+    """Kept from call to call; anew after a tensor was replaced, filled from elsewhere, moved or copied."""
+    method, x = build("rtn", bits=4), torch.randn(2, 256, generator=generator()).bfloat16()
+    packs = [method.quantize(torch.randn(32, 256, generator=generator(seed)), None, Job("x")) for seed in range(4)]
+    linear = QuantLinear.from_packed(
+        method, nn.Linear(256, 32, bias=False), {k: t.clone() for k, t in packs[0].items()}
+    )
+
+    def agrees(module: QuantLinear, packed: Packed) -> bool:
+        expected = F.linear(x.float(), method.dequantize(packed, 32, 256))
+        return error(module(x).float(), expected) < 0.01
+
+    assert agrees(linear, packs[0])
+    kept = kernels.keep(linear.layout, tensors_of(linear))
+    assert agrees(linear, packs[0])
+    assert kernels.keep(linear.layout, tensors_of(linear)) is kept
+    linear.weight.data, linear.scale = packs[1]["weight"], packs[1]["scale"]  # lies elsewhere; another tensor
+    linear.zero.copy_(packs[1]["zero"])  # in place
+    assert agrees(linear, packs[1])
+    linear.load_state_dict(packs[2])
+    assert agrees(linear, packs[2])
+    twin = copy.deepcopy(linear.to(torch.float16))
+    twin.load_state_dict(packs[3])
+    assert agrees(twin, packs[3])
+    assert agrees(linear, packs[2])
+
+
+def test_values_filled_in_place_are_read_anew(isa: str):
+    """Of SliM-LLM's widths kernels get lists: other widths in the same tensor are other lists."""
+    method, x = build("slim_llm", bits=2), torch.randn(2, 1024, generator=generator()).bfloat16()
+    first, second = random_packed(method, 32, 1024), random_packed(method, 32, 1024)
+    second["widths"] = second["widths"].flip(0)
+    assert not torch.equal(first["widths"], second["widths"])
+    linear = QuantLinear.from_packed(method, nn.Linear(1024, 32, bias=False), first)
+    linear(x)
+    linear.load_state_dict(second)
+    assert error(linear(x).float(), F.linear(x.float(), method.dequantize(second, 32, 1024))) < 0.01
+
+
+def test_codes_that_c_cannot_read_go_by_torch(isa: str):
+    grid = Uniform(4, 128)
+    packed = rounded(grid, (32, 256))
+    x = torch.randn(1, 256, generator=generator())
+    expected = grid.linear(x, packed, None)
+    strided = {**packed, "scale": packed["scale"].T.contiguous().T}
+    assert kernels.choose(x, grid.readable(strided, 256)) is None
+    assert error(grid.linear(x, strided, None), expected.double()) < FLOATS
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("rtn", {"bits": 3}),
+        ("gptq", {"bits": 4, "act_order": True}),
+        ("awq", {"bits": 4}),
+        ("efficient_qat", {"bits": 2}),
+        ("quip", {"bits": 2}),
+        ("quip", {"bits": 2, "incoherence": False}),
+        ("spinquant", {"bits": 4}),
+        ("omniquant", {"bits": 2}),
+        ("smoothquant", {"bits": 8, "a_bits": 16}),
+        ("slim_llm", {"bits": 2}),
+        ("db_llm", {}),
+        ("db_llm", {"group_size": -1, "scale_bits": 32}),
+        ("billm", {}),
+        ("billm", {"block_size": 256, "scale_bits": 32}),
+        ("pb_llm", {"bits": 1.7}),
+        ("pb_llm", {"bits": 2.6, "group_size": 256}),
+        ("pb_llm", {"bits": 3.5}),
+        ("nf4", {}),
+        ("nf4", {"bits": 3}),
+        ("nf4", {"icq": True, "block_size": 128}),
+        ("nf4", {"double_quant": False, "block_size": 32}),
+        ("slim_llm", {"bits": 4, "group_size": 256, "scale_bits": 32}),
+        ("slim_llm", {"bits": 3, "group_size": 64}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_methods_multiply_what_they_dequantize(isa: str, name: str, options: dict[str, Any], dtype: torch.dtype):
+    method = build(name, **options)
+    packed = random_packed(method, 160, 1024)
+    weight_OI = method.dequantize(packed, 160, 1024).double()
+    for tokens in (1, 5, 40):
+        x = torch.randn(tokens, 1024, generator=generator(tokens)).to(dtype)
+        y = method.linear(x, packed, None, 160)
+        assert y.dtype == dtype
+        tolerance = 1e-5 if dtype == torch.float32 else 2.0**-6
+        assert error(y, F.linear(x.double(), weight_OI)) < tolerance
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("slim_llm", {"bits": 3}),
+        ("db_llm", {}),
+        ("billm", {}),
+        ("billm", {"scale_bits": 32}),
+        ("nf4", {}),
+        ("nf4", {"bits": 2, "icq": True}),
+        ("nf4", {"icq": True, "double_quant": False, "block_size": 256}),
+        ("pb_llm", {"bits": 1.7}),
+        ("pb_llm", {"bits": 2.0, "group_size": -1, "scale_bits": 32}),
+        ("pb_llm", {"bits": 1.05}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_other_storage_is_decoded_to_the_last_bit(isa: str, name: str, options: dict[str, Any], dtype: torch.dtype):
+    """The product with the unit matrix is the weight itself."""
+    method = build(name, **options)
+    packed = random_packed(method, 40, 512)
+    found_OI = method.linear(torch.eye(512, dtype=dtype), packed, None, 40).T
+    assert torch.equal(found_OI, method.dequantize(packed, 40, 512).to(dtype))
+
+
+def test_a_broken_weight_breaks_no_other(isa: str):
+    """Groups that are no multiple of four leave places free in what is read of a weight, where another's scales lay."""
+    good, bad = Uniform(4, 128), Uniform(4, 128)
+    x = torch.randn(1, 640, generator=generator()).bfloat16()
+    packed, broken = rounded(good, (32, 640)), rounded(bad, (32, 1024))
+    broken["scale"].fill_(float("inf"))
+    before = good.linear(x, packed, None)
+    assert not bad.linear(torch.ones(1, 1024).bfloat16(), broken, None).isfinite().all()
+    assert torch.equal(good.linear(x, packed, None), before)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("billm", {}),
+        ("billm", {"block_size": 256, "scale_bits": 32}),
+        ("db_llm", {}),
+        ("db_llm", {"group_size": -1, "scale_bits": 32}),
+        ("pb_llm", {"bits": 1.7}),
+        ("pb_llm", {"bits": 2.0, "group_size": -1, "scale_bits": 32}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("rows", [40, 3, 131])
+def test_other_products_in_digits(isa: str, name: str, options: dict[str, Any], rows: int):
+    method = build(name, **options)
+    packed = kernels.Kept(random_packed(method, rows, 1024))
+    weight_OI = method.dequantize(packed, rows, 1024).double()
+    method.linear(torch.ones(1, 1024), packed, None, rows)
+    stored = packed.made["stored"]
+    for tokens in (1, 2, 7):
+        x = torch.randn(tokens, 1024, generator=generator(tokens))
+        y = native.digits(x, stored, None)
+        assert error(y, F.linear(x.double(), weight_OI)) < DIGITS * 3  # levels are rounded too, and sums cancel
+
+
+@pytest.mark.parametrize("n", [256, 1024, 11008, 13824])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_turns_agree_with_torch(isa: str, n: int, dtype: torch.dtype):
+    Q = rotation(3, n, False, torch.device("cpu"))
+    assert Q.forth is not None
+    assert Q.back is not None
+    divisor, factor = torch.rand(n, generator=generator()).half() + 0.5, torch.tensor([0.3])
+    for shape in ((n,), (3, n), (2, 1, n)):
+        x = torch.randn(shape, generator=generator(1)).to(dtype)
+        forth = kernels.turned(x, Q.forth, lambda: pytest.fail("torch was asked"), divisor, factor)
+        back = kernels.turned(x, Q.back, lambda: pytest.fail("torch was asked"))
+        assert forth.dtype == back.dtype == dtype
+        assert forth.shape == back.shape == x.shape
+        tolerance = 1e-6 if dtype == torch.float32 else 2.0**-8
+        assert error(forth, 0.3 * Q.apply(x.double() / divisor.double()).double()) < tolerance
+        assert error(back, Q.invert(x).double()) < tolerance
+
+
+def test_turns_that_kernels_cannot_make_go_by_torch(isa: str):
+    x, slow = torch.randn(2, 96), torch.zeros(2, 96)
+    odd = rotation(3, 96, False, torch.device("cpu"))  # 8 x 12: no whole vectors
+    assert kernels.turned(x, odd.forth, lambda: slow) is slow
+    assert kernels.turned(x, rotation(3, 96, True, torch.device("cpu")).forth, lambda: slow) is slow  # blocked
+    whole = rotation(3, 256, False, torch.device("cpu")).forth
+    with kernels.reference():
+        assert kernels.turned(torch.randn(2, 256), whole, lambda: slow) is slow
+    assert kernels.turned(torch.randn(2, 256, requires_grad=True), whole, lambda: slow) is slow
+
+
+def random_packed(method: Method, out_features: int, in_features: int) -> Packed:
+    """Tensors of a method's layout that mean something, with no calibration."""
+    random, packed = generator(5), {}
+    for key, spec in method.layout(out_features, in_features).items():
+        if key == "order":
+            packed[key] = torch.randperm(in_features, generator=random).to(spec.dtype)
+        elif key == "widths":
+            pattern = torch.tensor([method.bits, method.bits - 1, method.bits, method.bits + 1], dtype=torch.uint8)
+            packed[key] = pattern.repeat(-(-spec.shape[0] // 4))[: spec.shape[0]]
+        elif spec.dtype == torch.int32:
+            packed[key] = torch.randint(-(2**31), 2**31 - 1, spec.shape, generator=random).to(torch.int32)
+            packed[key] = packed[key].abs() if key == "seeds" else packed[key]
+        elif spec.dtype == torch.uint8:
+            packed[key] = torch.randint(0, 256, spec.shape, generator=random).to(torch.uint8)
+        else:
+            packed[key] = (torch.rand(spec.shape, generator=random) + 0.5).to(spec.dtype)
+    if isinstance(method, PBLLM):  # a list of positions: only one that belongs to a mask can be read
+        positions = method._positions(out_features, in_features)
+        mask_N = torch.zeros(positions.total, dtype=torch.bool)
+        mask_N[torch.randperm(positions.total, generator=random)[: positions.count]] = True
+        packed |= positions.pack(mask_N)
+    return packed
+
+
+def test_files_do_not_depend_on_kernels(
+    isa: str, make_checkpoint: Callable[..., Path], calibration_npy: Path, tmp_path: Path, monkeypatch
+):
+    """A calibrated run over two blocks, the second of which sees what the packed first puts out."""
+    base = make_checkpoint(hidden_size=128, intermediate_size=256, num_attention_heads=4, dtype=torch.bfloat16)
+    calibration = Calibration(str(calibration_npy), samples=8)
+
+    def run(name: str) -> dict[str, bytes]:
+        quantize_checkpoint(str(base), tmp_path / name, build("gptq", bits=2), calibration)
+        return {file.name: file.read_bytes() for file in sorted((tmp_path / name).glob("*.safetensors"))}
+
+    with_kernels = run("with")
+    monkeypatch.setattr(kernels, "backend", lambda: None)
+    assert run("without") == with_kernels
+
+
+# --- which library ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[[str], str]]:
+    """What `describe` says with LLQ_CPU_ISA set to something, and no library but those in tmp_path / "kernels"."""
+
+    def ask(isa: str) -> str:
+        monkeypatch.setenv("LLQ_CPU_ISA", isa)
+        native.backend.cache_clear()
+        return native.describe()
+
+    monkeypatch.setenv("LLQ_CACHE", str(tmp_path))
+    monkeypatch.setattr(native, "PACKAGED", tmp_path / "nothing")
+    yield ask
+    native.backend.cache_clear()
+
+
+def test_llq_cpu_isa_chooses(libraries: dict[str, Path], asked: Callable[[str], str], tmp_path: Path):
+    assert "run `llq build-kernels`" in asked("")
+    for isa in native.supported():
+        with pytest.raises(LLQError, match="run `llq build-kernels`"):
+            asked(isa)
+    (tmp_path / "kernels").mkdir()
+    for path in libraries.values():
+        (tmp_path / "kernels" / path.name).symlink_to(path)
+    for isa in native.supported():
+        assert f"compiled, {isa}" in asked(isa)
+    assert native.supported()[0] in asked("")
+    assert "LLQ_CPU_ISA=none" in asked("none")
+    with pytest.raises(LLQError, match="sse9"):
+        asked("sse9")
+
+
+def test_a_library_of_other_sources_is_not_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    before = building.library(tmp_path, "avx2")
+    monkeypatch.setattr(building, "FLAGS", [*building.FLAGS, "-O2"])
+    assert building.library(tmp_path, "avx2") != before
+
+
+def test_without_a_compiler_the_cure_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("CXX", str(tmp_path / "no-such-compiler"))
+    with pytest.raises(building.BuildError, match="install g"):
+        building.build(tmp_path)
+    failing = tmp_path / "failing"
+    failing.write_text("#!/bin/sh\necho no >&2\nexit 1\n")
+    failing.chmod(0o755)
+    monkeypatch.setenv("CXX", str(failing))
+    with pytest.raises(building.BuildError, match="failed"):
+        building.build(tmp_path)
+    assert not list(tmp_path.glob("*.so"))

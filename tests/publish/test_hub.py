@@ -1,0 +1,199 @@
+"""What is pushed is what loads: against a stand-in for the Hub that this test starts, with the real client."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import huggingface_hub.constants
+import pytest
+import torch
+from hub_stand_in import TOKEN, Hub, Repo, hub_stand_in
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+from llq_hf import cli
+from llq_hf.checkpoints.packed import read_report
+from llq_hf.common.errors import LLQError
+from llq_hf.data.calibration import Calibration
+from llq_hf.demo import resolve
+from llq_hf.engine.execute import quantize_checkpoint
+from llq_hf.hosts.hf_models import QuantizedLlama
+from llq_hf.methods import build
+from llq_hf.publish.hub import prepare_upload, push
+
+IDS = torch.arange(2, 66)[None]
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A demo checkpoint."""
+    out = tmp_path_factory.mktemp("hub") / "demo-rtn"
+    quantize_checkpoint(resolve("demo"), out, build("rtn", bits=4), Calibration("demo"))
+    return out
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A Hub that this process, too, takes for the real one."""
+    with hub_stand_in() as hub:
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.endpoint)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        yield hub
+
+
+@pytest.fixture
+def llq() -> Callable[..., str]:
+    def llq(*arguments: object) -> str:
+        result = CliRunner().invoke(cli.app, [str(part) for part in arguments], catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+        return result.output
+
+    return llq
+
+
+FRESH = """
+import sys
+import torch
+from lm_eval import simple_evaluate
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+repo, fingerprint, out = sys.argv[1:]
+with torch.no_grad():
+    logits = AutoModelForCausalLM.from_pretrained(repo)(torch.arange(2, 66)[None]).logits
+assert AutoTokenizer.from_pretrained(repo)("The").input_ids
+save_file({"logits": logits}, out)
+found = simple_evaluate("llq", f"pretrained={repo},device=cpu", tasks=["llq_demo_mc"], limit=4, bootstrap_iters=0)
+assert found["results"]["llq_demo_mc"]["acc,none"] == 1
+assert found["config"]["llq"]["fingerprint"] == fingerprint
+"""
+
+
+def test_a_pushed_checkpoint_loads_and_scores_in_a_fresh_process_as_before(hub, packed, llq, tmp_path):
+    llq("push", packed, "me/demo-rtn")
+    environment = {**os.environ, **hub.environment, "HF_HOME": str(tmp_path / "home")}
+    fingerprint, out = read_report(packed)["fingerprint"], tmp_path / "logits.safetensors"
+    command = [sys.executable, "-c", FRESH, "me/demo-rtn", fingerprint, str(out)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    with torch.no_grad():
+        logits = AutoModelForCausalLM.from_pretrained(packed)(IDS).logits
+    assert torch.equal(load_file(out)["logits"], logits)
+    assert any("resolve" in line and "model-00001" in line for line in hub.asked)  # and not from a cache
+
+
+def test_what_is_pushed(hub, packed, llq, tmp_path):
+    results = {
+        "results": {"llq_demo_mc": {"acc,none": 1.0}},
+        "pretty_env_info": "a secret machine",
+        "config": {"llq": {}, "model_args": {"pretrained": "/home/me"}},
+    }
+    section = json.loads((packed / "config.json").read_text())["quantization_config"]
+    method = build("rtn", bits=4)
+    results["config"]["llq"] = {
+        "fingerprint": section["fingerprint"],
+        "method": "rtn",
+        "config": method.to_dict(),
+    }
+    (tmp_path / "results_1.json").write_text(json.dumps(results))
+    output = llq("push", packed, "me/demo-rtn", "--private", "--results", tmp_path)
+    repo = hub.repos["me/demo-rtn"]
+    assert repo.private
+    assert hub.commits == 1
+    for file in packed.iterdir():
+        assert repo.files[file.name] == file.read_bytes()
+    journal = packed.with_name("demo-rtn.journal.jsonl").read_bytes()
+    assert repo.files["llq_journal.jsonl"] == journal
+    assert b"secret" not in repo.files["results/results_1.json"]
+    assert b"/home/me" not in repo.files["results/results_1.json"]
+    assert json.loads(repo.files["results/results_1.json"])["results"] == results["results"]
+    card = repo.files["README.md"].decode()
+    assert "license: apache-2.0" in card
+    assert "| llq_demo_mc | acc | 1 |" in card
+    assert TOKEN not in output
+    assert all(TOKEN.encode() not in content for content in repo.files.values())
+
+
+def test_a_dry_run_asks_nothing_of_the_hub(hub, packed, llq):
+    output = llq("push", packed, "me/demo-rtn", "--dry-run")
+    assert "model-00001-of-00005.safetensors" in output
+    assert "README.md" in output
+    assert not hub.asked
+
+
+def test_a_card_of_ones_own_goes_up_as_it_is(hub, packed, tmp_path):
+    folder = shutil.copytree(packed, tmp_path / "own")
+    (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n# Mine\n")
+    push(prepare_upload(folder, "me/own"))
+    assert hub.repos["me/own"].files["README.md"].endswith(b"# Mine\n")
+
+
+def test_weights_of_an_earlier_checkpoint_go_away(hub, packed):
+    old = {"model.safetensors": b"old", "model-00009-of-00009.safetensors": b"old", "notes.txt": b"mine"}
+    hub.repos["me/demo-rtn"] = Repo(private=False, files=old)
+    push(prepare_upload(packed, "me/demo-rtn"))
+    files = hub.repos["me/demo-rtn"].files
+    assert "model.safetensors" not in files  # a loader would take it before the index
+    assert "model-00009-of-00009.safetensors" not in files
+    assert files["notes.txt"] == b"mine"
+
+
+def test_a_model_in_memory_pushes_the_same_card_and_weights(hub, packed):
+    model = QuantizedLlama.from_pretrained(packed)
+    model.push_to_hub("me/from-memory", private=True)
+    push(prepare_upload(packed, "me/demo-rtn"))
+    first, second = hub.repos["me/from-memory"].files, hub.repos["me/demo-rtn"].files
+    assert first["README.md"] == second["README.md"].replace(b"demo-rtn", b"from-memory")
+    assert first["tokenizer.json"] == second["tokenizer.json"]
+    assert hub.repos["me/from-memory"].private
+
+
+def test_a_model_quantized_in_memory_has_a_card(hub, tiny_llama):
+    model = QuantizedLlama.from_pretrained(tiny_llama, method="rtn", bits=3, group_size=32)
+    model.push_to_hub("me/tiny", base_model="org/tiny")
+    card = hub.repos["me/tiny"].files["README.md"].decode()
+    assert "base_model: org/tiny" in card
+    assert "quantized in memory" in card
+    assert json.loads(hub.repos["me/tiny"].files["llq_report.json"])["linears"]
+
+
+def test_a_public_repository_does_not_pass_for_a_private_one(hub, packed):
+    hub.repos["me/demo-rtn"] = Repo(private=False)
+    with pytest.raises(LLQError, match="it exists and is public"):
+        push(prepare_upload(packed, "me/demo-rtn"), private=True)
+    assert not hub.repos["me/demo-rtn"].files
+
+
+def test_the_token_is_in_no_error(hub, packed, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_wrongToken")
+    upload = prepare_upload(packed, "me/demo-rtn")
+    with pytest.raises(LLQError, match="was not uploaded") as caught:
+        push(upload)
+    assert "hf_wrongToken" not in str(caught.value)
+    with pytest.raises(LLQError) as caught:
+        push(upload, token="hf_another\nbad")  # no header holds it: the HTTP library quotes it
+    assert "hf_another" not in str(caught.value)
+    assert not hub.repos
+
+
+@pytest.mark.parametrize("name", ["me/a/b", "me/--x", ""])
+def test_a_name_that_cannot_be(packed, name):
+    with pytest.raises(LLQError, match="USER/NAME"):
+        prepare_upload(packed, name)
+
+
+def test_a_damaged_checkpoint_is_not_pushed(packed, tmp_path):
+    folder = shutil.copytree(packed, tmp_path / "damaged")
+    shutil.copyfile(packed.with_name("demo-rtn.journal.jsonl"), tmp_path / "damaged.journal.jsonl")
+    shutil.copyfile(folder / "model-00002-of-00005.safetensors", folder / "model-00003-of-00005.safetensors")
+    with pytest.raises(LLQError):
+        prepare_upload(folder, "me/damaged")
