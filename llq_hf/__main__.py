@@ -1,4 +1,6 @@
-"""`python -m llq_hf ...` = `llq ...`; `python -m llq_hf lm_eval ...`, or lmms_eval, where .pth files are not read."""
+"""`python -m llq_hf ...` = `llq ...`; `python -m llq_hf lm_eval ...`, or lmms_eval, where .pth
+files are not read.
+"""
 
 import runpy
 import sys
@@ -12,7 +14,9 @@ if __name__ == "__main__":
     if harness == "lm_eval":
         runpy.run_module("lm_eval", run_name="__main__")
     elif harness == "lmms_eval":
-        from lmms_eval.__main__ import cli_evaluate  # imported, not run as a module: `_startup` hooks into imports
+        from lmms_eval.__main__ import (
+            cli_evaluate,
+        )  # imported, not run as a module: `_startup` hooks into imports
 
         cli_evaluate()
     else:

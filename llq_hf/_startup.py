@@ -1,9 +1,10 @@
-"""Imported by llq_hf_startup.pth at every interpreter start, so only `sys` is imported here, and nothing may fail.
+"""Imported by llq_hf_startup.pth at every interpreter start, so only `sys` is imported here, and
+nothing may fail.
 
-It puts a finder on sys.meta_path that finds nothing itself: when one of the modules in `HOOKS` is imported by
-somebody, the real finders do their work and a short callback runs right after. That is how lm-eval learns of the
-model `llq`, lm-eval and lmms-eval of our tasks, and transformers of our quantization configs, with no flag and no
-import. LLQ_DISABLE=1 switches it off.
+It puts a finder on sys.meta_path that finds nothing itself: when one of the modules in `HOOKS` is
+imported by somebody, the real finders do their work and a short callback runs right after. That is
+how lm-eval learns of the model `llq`, lm-eval and lmms-eval of our tasks, and transformers of our
+quantization configs, with no flag and no import. LLQ_DISABLE=1 switches it off.
 """
 
 import sys
@@ -19,7 +20,8 @@ def _on_transformers(module: "ModuleType") -> None:
 
 
 def _on_lm_eval_models(module: "ModuleType") -> None:
-    # After lm_eval.models ran: it is imported only while the registry is empty, so registering earlier hides the rest.
+    # After lm_eval.models ran: it is imported only while the registry is empty, so registering
+    # earlier hides the rest.
     from lm_eval.api.registry import model_registry
 
     if "llq" not in model_registry:
@@ -27,7 +29,8 @@ def _on_lm_eval_models(module: "ModuleType") -> None:
 
 
 def _on_lm_eval_huggingface(module: "ModuleType") -> None:
-    # Our perplexity tasks ask for windows of tokens: a request type that every Hugging Face model gets, `hf` too.
+    # Our perplexity tasks ask for windows of tokens: a request type that every Hugging Face model
+    # gets, `hf` too.
     def llq_windows_nll(self, requests):  # type: ignore[no-untyped-def]
         from llq_hf.hosts.lm_eval_perplexity import windows_nll
 
@@ -41,11 +44,18 @@ def _on_lm_eval_tasks(module: "ModuleType") -> None:
 
     from llq_hf.common.resources import tasks_folder
 
-    original, builtin, ours = module.TaskIndex.build, Path(module.__file__ or "").parent, tasks_folder("lm_eval")
+    original, builtin, ours = (
+        module.TaskIndex.build,
+        Path(module.__file__ or "").parent,
+        tasks_folder("lm_eval"),
+    )
 
     def build(paths, **options):  # type: ignore[no-untyped-def]
         paths = list(paths)
-        if builtin in paths:  # absent when the caller asked for no defaults; ours go before --include_path, which wins
+        if (
+            builtin in paths
+            # absent when the caller asked for no defaults; ours go before --include_path, which wins
+        ):
             paths.insert(paths.index(builtin) + 1, ours)
         return original(paths, **options)
 
@@ -58,7 +68,9 @@ def _on_peft(module: "ModuleType") -> None:
 
 
 def _on_transformers_peft(module: "ModuleType") -> None:
-    _check_adapters(module.PeftAdapterMixin, lambda peft_model_id=None, *rest, **options: peft_model_id)
+    _check_adapters(
+        module.PeftAdapterMixin, lambda peft_model_id=None, *rest, **options: peft_model_id
+    )
 
 
 def _check_adapters(loader: type, folder_of: "Callable[..., object]") -> None:
@@ -94,7 +106,9 @@ def _on_lmms_eval_tasks(module: "ModuleType") -> None:
 
 def _on_lmms_eval_evaluator(module: "ModuleType") -> None:
     _wrap(module, "evaluate", "carrying_llq")
-    _wrap(module, "simple_evaluate", "failing_loudly")  # of `python -m lmms_eval`, whose main module is not imported
+    _wrap(
+        module, "simple_evaluate", "failing_loudly"
+    )  # of `python -m lmms_eval`, whose main module is not imported
 
 
 def _on_lmms_eval_main(module: "ModuleType") -> None:
@@ -102,7 +116,9 @@ def _on_lmms_eval_main(module: "ModuleType") -> None:
 
 
 def _wrap(module: "ModuleType", name: str, wrapper: str) -> None:
-    """Put a wrapper of lmms_eval.py, which is imported when it is called, around a function of `module`."""
+    """Put a wrapper of lmms_eval.py, which is imported when it is called, around a function of
+    `module`.
+    """
     original = module.__dict__[name]
 
     def wrapped(*args, **kwargs):  # type: ignore[no-untyped-def]
@@ -136,7 +152,9 @@ HOOKS = {
 def _run(hook: "Callable[[ModuleType], None]", module: "ModuleType") -> None:
     try:
         hook(module)
-    except Exception as error:  # a bug of ours must never break somebody else's `import transformers`
+    except (
+        Exception
+    ) as error:  # a bug of ours must never break somebody else's `import transformers`
         import warnings
 
         text = f"llq-hf could not hook into {module.__name__} ({type(error).__name__}: {error}); LLQ_DISABLE=1 skips it"
@@ -163,10 +181,11 @@ class _Finder:
             _run(hook, module)
 
         try:
-            spec.loader.exec_module = (
-                exec_module  # on the instance: type, source and pickling of the loader are unchanged
-            )
-        except AttributeError:  # a loader that takes no attributes: the module works, only we are not in it
+            # on the instance: type, source and pickling of the loader are unchanged
+            spec.loader.exec_module = exec_module
+        except (
+            AttributeError
+        ):  # a loader that takes no attributes: the module works, only we are not in it
             return None
         return spec
 

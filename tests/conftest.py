@@ -1,7 +1,8 @@
-"""What all tests share: where the shared data lies, and checkpoints of tiny random Llamas of odd sizes.
+"""What all tests share: where the shared data lies, and checkpoints of tiny random Llamas of odd
+sizes.
 
-Helpers that are not fixtures live in namespace packages beside this file (`contract`, `reference`): pytest puts
-the folder of this conftest on sys.path.
+Helpers that are not fixtures live in namespace packages beside this file (`contract`, `reference`):
+pytest puts the folder of this conftest on sys.path.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any import of the Hub client
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-if "PYTEST_XDIST_WORKER" in os.environ:  # a test on every core: what they start gets no more than one either
+if (
+    "PYTEST_XDIST_WORKER" in os.environ
+):  # a test on every core: what they start gets no more than one either
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from collections.abc import Callable
@@ -43,26 +46,38 @@ SIZES: dict[str, object] = {  # grouped queries, widths that no group size divid
     "eos_token_id": 1,
 }
 
-torch.set_num_threads(1)  # tensors here are tiny: on a busy machine a second thread makes them 10 times slower
+torch.set_num_threads(
+    1
+)  # tensors here are tiny: on a busy machine a second thread makes them 10 times slower
 
 
 @pytest.fixture(scope="session", autouse=True)
 def inductor_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """torch.compile's cache: in the user's, what a killed process left half written fails tests for ever."""
+    """torch.compile's cache: in the user's, what a killed process left half written fails tests for
+    ever.
+    """
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path_factory.mktemp("inductor"))
 
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The shared folder beside the repository (or $LLQ_SHARED): models and golden numbers that are too big for git."""
+    """The shared folder beside the repository (or $LLQ_SHARED): models and golden numbers that are
+    too big for git.
+    """
     folder = Path(os.environ.get("LLQ_SHARED") or Path(__file__).parents[2] / "shared")
     if not (folder / "golden").is_dir():
-        pytest.skip(f"no golden data in {folder}; set LLQ_SHARED to the folder that holds models/ and golden/")
+        pytest.skip(
+            f"no golden data in {folder}; set LLQ_SHARED to the folder that holds models/ and golden/"
+        )
     return folder
 
 
-def make_llama(folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: object) -> Path:
-    """A random Llama in `folder`: grouped queries, sizes that no group size divides, untied, with a tokenizer."""
+def make_llama(
+    folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: object
+) -> Path:
+    """A random Llama in `folder`: grouped queries, sizes that no group size divides, untied, with a
+    tokenizer.
+    """
     from transformers import LlamaConfig, LlamaForCausalLM
 
     own = {"vocab_size": VOCAB, "max_position_embeddings": 128, "tie_word_embeddings": False}
@@ -70,10 +85,14 @@ def make_llama(folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float3
     random = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.ndim == 1 and not name.endswith("bias"):  # norms: near one, each channel different
+            if parameter.ndim == 1 and not name.endswith(
+                "bias"
+            ):  # norms: near one, each channel different
                 parameter.copy_(1 + 0.2 * torch.randn(parameter.shape, generator=random))
             else:
-                parameter.copy_(torch.randn(parameter.shape, generator=random) * parameter.shape[-1] ** -0.5)
+                parameter.copy_(
+                    torch.randn(parameter.shape, generator=random) * parameter.shape[-1] ** -0.5
+                )
     model.to(dtype).save_pretrained(folder)
     make_tokenizer(folder)
     return folder
@@ -88,24 +107,38 @@ def make_tokenizer(folder: Path) -> None:
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
+        vocab_size=VOCAB,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=alphabet,
+        show_progress=False,
     )
     tokenizer.train_from_iterator([TEXT] * 4, trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>")
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>"
+    )
     fast.save_pretrained(folder)
 
 
 def make_llava(folder: Path, tied: bool = False) -> Path:
-    """A random LLaVA-Next in `folder`: sizes of `make_llama`, a CLIP tower of 28 pixels, tokenizer, processor."""
+    """A random LLaVA-Next in `folder`: sizes of `make_llama`, a CLIP tower of 28 pixels, tokenizer,
+    processor.
+    """
     import transformers
 
     make_tokenizer(folder)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     tokenizer.add_tokens(["<image>"], special_tokens=True)
-    tower = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 2}
+    tower = {
+        "hidden_size": 32,
+        "intermediate_size": 40,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
     config = transformers.LlavaNextConfig(
         vision_config=transformers.CLIPVisionConfig(image_size=28, patch_size=14, **tower),
-        text_config=transformers.LlamaConfig(**SIZES, vocab_size=len(tokenizer), max_position_embeddings=2048),
+        text_config=transformers.LlamaConfig(
+            **SIZES, vocab_size=len(tokenizer), max_position_embeddings=2048
+        ),
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
         image_grid_pinpoints=[[28, 56], [56, 28], [56, 56]],
         tie_word_embeddings=tied,
@@ -114,7 +147,9 @@ def make_llava(folder: Path, tied: bool = False) -> Path:
     model = transformers.LlavaNextForConditionalGeneration(config)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.copy_(torch.randn(parameter.shape) * parameter.shape[-1] ** -0.5 + (parameter.ndim == 1))
+            parameter.copy_(
+                torch.randn(parameter.shape) * parameter.shape[-1] ** -0.5 + (parameter.ndim == 1)
+            )
     model.save_pretrained(folder)
     pictures = transformers.LlavaNextImageProcessor(
         image_grid_pinpoints=config.image_grid_pinpoints,
@@ -140,7 +175,9 @@ def tiny_llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a tiny random Llama checkpoint in fp32. Read-only by agreement: copy it to change it."""
+    """Folder of a tiny random Llama checkpoint in fp32. Read-only by agreement: copy it to change
+    it.
+    """
     return make_llama(tmp_path_factory.mktemp("tiny_llama"))
 
 
@@ -158,7 +195,9 @@ def tiny_llama_tied(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_llama_biased(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same with biases in attention and MLP."""
-    return make_llama(tmp_path_factory.mktemp("tiny_llama_biased"), attention_bias=True, mlp_bias=True)
+    return make_llama(
+        tmp_path_factory.mktemp("tiny_llama_biased"), attention_bias=True, mlp_bias=True
+    )
 
 
 @pytest.fixture(scope="session")
@@ -182,5 +221,7 @@ def calibration_npy(calibration_ids: Tensor, tmp_path_factory: pytest.TempPathFa
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """README's commands first: they are one test that takes minutes, and would else run alone at the end."""
+    """README's commands first: they are one test that takes minutes, and would else run alone at
+    the end.
+    """
     items.sort(key=lambda item: item.path.name != "test_readme.py")

@@ -1,4 +1,6 @@
-"""Every block of README runs, in order; those that need the Hub or a user's files are checked for parsing."""
+"""Every block of README runs, in order; those that need the Hub or a user's files are checked for
+parsing.
+"""
 
 import ast
 import os
@@ -11,7 +13,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-BLOCKS = re.findall(r"^```(bash|python)\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+BLOCKS = re.findall(
+    r"^```(bash|python)\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL
+)
 SCRATCH = "/tmp/llq-readme"  # the folder README writes to
 SKIPPED = "uv run --extra dev pytest"  # this very run
 
@@ -28,7 +32,12 @@ def test_blocks(subtests: pytest.Subtests, tmp_path: Path) -> None:
     scratch, elsewhere = tmp_path / "readme", tmp_path / "elsewhere"
     elsewhere.mkdir()
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    environment = {**os.environ, "PATH": path, "LLQ_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
+    environment = {
+        **os.environ,
+        "PATH": path,
+        "LLQ_CACHE": str(tmp_path / "cache"),
+        "HF_HUB_OFFLINE": "1",
+    }
     for number, (language, text) in enumerate(BLOCKS):
         with subtests.test(block=number):
             run_block(language, text.replace(SCRATCH, str(scratch)), environment, elsewhere)
@@ -44,7 +53,9 @@ def run_block(language: str, text: str, environment: dict[str, str], folder: Pat
     for line in filter(None, text.splitlines()):
         words = shlex.split(line, comments=True)
         if runnable(text) and words:
-            assert words[:2] == ["uv", "run"], "README's commands install what they need by themselves"
+            assert words[:2] == ["uv", "run"], (
+                "README's commands install what they need by themselves"
+            )
             subprocess.run(words[2:], cwd=folder, env=environment, check=True, timeout=900)
         elif words and words[0] == "lm_eval":
             check_lm_eval(words[1:])

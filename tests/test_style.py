@@ -24,7 +24,8 @@ TOP = {
     "tests",
 }
 
-# Bottom to top. A file imports its own folder and folders of lower rows; folders of one row do not import each other.
+# Bottom to top. A file imports its own folder and folders of lower rows; folders of one row do not
+# import each other.
 ROWS = [
     {"common"},
     {"demo", "kernels"},
@@ -40,8 +41,14 @@ ROWS = [
     {"cli"},
     {"install"},
 ]
-DOORS = {"__init__", "__main__", "_startup"}  # the ways in: their paths are public, and they may import anything
-SCRIPTS = {"demo/train_vlm.py"}  # nobody imports it; it tries the model that it made by means of higher rows
+DOORS = {
+    "__init__",
+    "__main__",
+    "_startup",
+}  # the ways in: their paths are public, and they may import anything
+SCRIPTS = {
+    "demo/train_vlm.py"
+}  # nobody imports it; it tries the model that it made by means of higher rows
 HELPERS = {"__init__", "training"}  # files in methods/ that are no method
 IMPORT_NAMES = {"pyyaml": "yaml"}  # where a distribution is not imported by its own name
 
@@ -56,15 +63,19 @@ IMPORT_NAMES = {"pyyaml": "yaml"}  # where a distribution is not imported by its
     ids=["ruff-check", "ruff-format", "mypy-strict"],
 )
 def test_linters_are_content(command: list[str]) -> None:
-    done = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-# --- imports go one way -----------------------------------------------------------------------------------------------
+# --- imports go one way ---------------------------------------------------------------------------
 
 
 def imports_of(source: str, package: tuple[str, ...]) -> set[str]:
-    """First components, inside llq_hf, of what a file in the folder `package` imports, functions included."""
+    """First components, inside llq_hf, of what a file in the folder `package` imports, functions
+    included.
+    """
     found: set[str] = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -91,7 +102,11 @@ def wrong_imports(path: str, source: str) -> list[str]:
     own = parts[0]
     assert own in rank, f"{own} is in no row"
     found = imports_of(source, parts[:-1]) - {own}
-    return [f"{path} imports {other}" for other in sorted(found) if rank.get(other, len(ROWS)) >= rank[own]]
+    return [
+        f"{path} imports {other}"
+        for other in sorted(found)
+        if rank.get(other, len(ROWS)) >= rank[own]
+    ]
 
 
 def files() -> Iterator[tuple[str, str]]:
@@ -119,27 +134,34 @@ def test_an_import_that_runs_up_is_found(path: str, source: str) -> None:
     assert wrong_imports(path, source)
 
 
-# --- names and places -------------------------------------------------------------------------------------------------
+# --- names and places -----------------------------------------------------------------------------
 
 
 def dependencies() -> set[str]:
     """Import names of everything that pyproject.toml asks for."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    asked = [*project["dependencies"], *(name for names in project["optional-dependencies"].values() for name in names)]
+    asked = [
+        *project["dependencies"],
+        *(name for names in project["optional-dependencies"].values() for name in names),
+    ]
     names = {re.split(r"[<>=\[; ]", text)[0].lower() for text in asked} - {"llq-hf"}
     return {IMPORT_NAMES.get(name, name.replace("-", "_")) for name in names}
 
 
 def borrowed(path: str) -> set[str]:
     """Components of a module's path that are names of a dependency or of the standard library."""
-    return set(Path(path).with_suffix("").parts) & (dependencies() | sys.stdlib_module_names - {"__main__"})
+    return set(Path(path).with_suffix("").parts) & (
+        dependencies() | sys.stdlib_module_names - {"__main__"}
+    )
 
 
 def test_no_module_borrows_a_name() -> None:
     assert {path: borrowed(path) for path, _ in files() if borrowed(path)} == {}
 
 
-@pytest.mark.parametrize("path", ["hosts/lm_eval.py", "cli/inspect.py", "export/compressed_tensors.py", "yaml/x.py"])
+@pytest.mark.parametrize(
+    "path", ["hosts/lm_eval.py", "cli/inspect.py", "export/compressed_tensors.py", "yaml/x.py"]
+)
 def test_a_borrowed_name_is_found(path: str) -> None:
     assert borrowed(path)
 
@@ -152,7 +174,9 @@ def strangers(names: list[str]) -> set[str]:
 def test_the_top_level_is_as_agreed() -> None:
     if not (ROOT / ".git").exists():
         pytest.skip("not a checkout: there is no list of tracked files")
-    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    listed = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
     assert strangers(listed.splitlines()) == set()
     assert {name.split("/")[0] for name in listed.splitlines()} == TOP
     assert strangers(["bench/speed.py", "llq_hf/method.py"]) == {"bench"}
@@ -162,11 +186,15 @@ def test_few_modules_lie_flat() -> None:
     assert len(list(PACKAGE.glob("*.py"))) <= 5
 
 
-# --- methods ----------------------------------------------------------------------------------------------------------
+# --- methods --------------------------------------------------------------------------------------
 
 
 def method_names() -> set[str]:
-    return {path.stem for path in (PACKAGE / "methods").iterdir() if path.suffix == ".py" or path.is_dir()} - {
+    return {
+        path.stem
+        for path in (PACKAGE / "methods").iterdir()
+        if path.suffix == ".py" or path.is_dir()
+    } - {
         *HELPERS,
         "__pycache__",
     }
@@ -193,7 +221,11 @@ def test_nothing_outside_methods_names_a_method() -> None:
         if path.startswith("methods/"):
             continue
         # File formats are called after the method that they were made for.
-        formats = {file.stem for file in (PACKAGE / "export").glob("*.py")} if path.startswith("export/") else set()
+        formats = (
+            {file.stem for file in (PACKAGE / "export").glob("*.py")}
+            if path.startswith("export/")
+            else set()
+        )
         strings = {
             node.value
             for node in ast.walk(ast.parse(source))

@@ -1,1 +1,3 @@
-"""Folders of weights: dense ones that are read, packed ones that are written, and what identifies them."""
+"""Folders of weights: dense ones that are read, packed ones that are written, and what identifies
+them.
+"""

@@ -4,8 +4,9 @@ adapter_config.json, adapter_model.safetensors   as any LoRA loader reads them
 llq_adapter.json                                 fingerprint of the base, how it was trained, the loss curve
 base/                                            the packed base, where the run made it (else the config names it)
 
-An adapter says nothing on another base, and nothing in peft would notice. `check_base` does: `_startup` puts it in
-front of peft's loading, so that plain `PeftModel.from_pretrained` refuses too.
+An adapter says nothing on another base, and nothing in peft would notice. `check_base` does:
+`_startup` puts it in front of peft's loading, so that plain `PeftModel.from_pretrained` refuses
+too.
 """
 
 from __future__ import annotations
@@ -29,23 +30,31 @@ def is_adapter(folder: str) -> bool:
 
 
 def base_of(folder: str) -> str:
-    """Folder or Hub id of the base of an adapter; its own `base` goes first, so that the folder may be moved."""
+    """Folder or Hub id of the base of an adapter; its own `base` goes first, so that the folder may
+    be moved.
+    """
     own = Path(folder) / BASE
     if own.is_dir():
         return str(own)
     named = read_json(Path(folder) / ADAPTER).get("base_model_name_or_path")
     if not isinstance(named, str) or not named:
-        raise LLQError(f"{Path(folder) / ADAPTER} names no base model (base_model_name_or_path); put its path there")
+        raise LLQError(
+            f"{Path(folder) / ADAPTER} names no base model (base_model_name_or_path); put its path there"
+        )
     return named
 
 
 def identity_of(model: nn.Module) -> dict[str, Any]:
-    """What tells a packed base from others: the fingerprint of its run (None if quantized in memory), and its bytes."""
+    """What tells a packed base from others: the fingerprint of its run (None if quantized in
+    memory), and its bytes.
+    """
     return {"fingerprint": _fingerprint(model), "sha256": packed_sha256(model)}
 
 
 def check_base(model: nn.Module, folder: str) -> None:
-    """LLQError unless `model` is the base of the adapter in `folder`; silent for adapters that are not ours."""
+    """LLQError unless `model` is the base of the adapter in `folder`; silent for adapters that are
+    not ours.
+    """
     note = Path(folder) / NOTE
     if not note.is_file():
         return
@@ -61,7 +70,9 @@ def check_base(model: nn.Module, folder: str) -> None:
 
 
 def packed_sha256(model: nn.Module) -> str:
-    """Digest of everything that the quantized linears store, in order, wherever they sit in the model."""
+    """Digest of everything that the quantized linears store, in order, wherever they sit in the
+    model.
+    """
     digest = hashlib.sha256()
     for module in model.modules():
         if isinstance(module, QuantLinear):

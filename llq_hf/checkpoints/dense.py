@@ -1,4 +1,6 @@
-"""A dense checkpoint as a folder of safetensors that is never opened whole: one tensor, one block at a time."""
+"""A dense checkpoint as a folder of safetensors that is never opened whole: one tensor, one block
+at a time.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,13 @@ from ..demo import MODELS
 from ..method import Rewrite
 
 INDEX, SINGLE, CARD = "model.safetensors.index.json", "model.safetensors", "README.md"
-PASSED_ON = ("license", "license_name", "license_link", "language", "pipeline_tag")  # from card to card
+PASSED_ON = (
+    "license",
+    "license_name",
+    "license_link",
+    "language",
+    "pipeline_tag",
+)  # from card to card
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
@@ -30,7 +38,8 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """`files`: tensor name -> file that holds it; `specs`: tensor name -> shape and dtype, from the headers alone.
+    """`files`: tensor name -> file that holds it; `specs`: tensor name -> shape and dtype, from the
+    headers alone.
 
     Names are those in the files until `named` gives every tensor the name it has in the model.
     """
@@ -39,11 +48,15 @@ class Checkpoint:
     files: dict[str, Path]
     specs: dict[str, Spec]
     config: dict[str, Any]
-    stored: Mapping[str, str] = field(default_factory=dict, kw_only=True)  # name -> name in its file, once `named`
+    stored: Mapping[str, str] = field(
+        default_factory=dict, kw_only=True
+    )  # name -> name in its file, once `named`
 
     @classmethod
     def open(cls, model: str, revision: str | None = None) -> Checkpoint:
-        """A local folder or a Hub id (its snapshot is downloaded). Every header is read, so truncation shows here."""
+        """A local folder or a Hub id (its snapshot is downloaded). Every header is read, so
+        truncation shows here.
+        """
         path = fetch(model, revision)
         config = read_json(path / "config.json")
         files = _tensor_files(path)
@@ -52,7 +65,9 @@ class Checkpoint:
             specs.update(header(file))
         missing = [name for name in files if name not in specs]
         if missing:
-            raise LLQError(f"{path / INDEX} lists {missing[0]!r}, but {files[missing[0]].name} does not hold it")
+            raise LLQError(
+                f"{path / INDEX} lists {missing[0]!r}, but {files[missing[0]].name} does not hold it"
+            )
         return cls(path, files, {name: specs[name] for name in files}, config)
 
     def named(self, names: Mapping[str, str]) -> Checkpoint:
@@ -62,13 +77,19 @@ class Checkpoint:
         return replace(self, files=files, specs=specs, stored=names)
 
     def in_file(self, name: str) -> str:
-        """What a tensor of the model is called in files of this layout: parts of a linear lie beside its weight."""
+        """What a tensor of the model is called in files of this layout: parts of a linear lie
+        beside its weight.
+        """
         module, _, key = name.rpartition(".")
         beside = self.stored.get(f"{module}.weight")
-        return self.stored.get(name, name if beside is None else beside.removesuffix("weight") + key)
+        return self.stored.get(
+            name, name if beside is None else beside.removesuffix("weight") + key
+        )
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Copies of the named tensors. Files are closed again: a mapping left open counts as resident memory."""
+        """Copies of the named tensors. Files are closed again: a mapping left open counts as
+        resident memory.
+        """
         by_file: dict[Path, list[str]] = {}
         for name in names:
             if name not in self.files:
@@ -79,11 +100,17 @@ class Checkpoint:
         tensors: dict[str, Tensor] = {}
         for file, wanted in by_file.items():
             with safe_open(file, framework="pt") as handle:
-                tensors.update({name: handle.get_tensor(self.in_file(name)).clone() for name in wanted})
+                tensors.update(
+                    {name: handle.get_tensor(self.in_file(name)).clone() for name in wanted}
+                )
         return tensors
 
-    def scan(self, on_tensor: Callable[[int, int], None] = lambda done, total: None) -> tuple[str, list[str]]:
-        """(sha256 over all tensors, names of those with NaN or infinity): one pass, one tensor in memory."""
+    def scan(
+        self, on_tensor: Callable[[int, int], None] = lambda done, total: None
+    ) -> tuple[str, list[str]]:
+        """(sha256 over all tensors, names of those with NaN or infinity): one pass, one tensor in
+        memory.
+        """
         digest, bad = hashlib.sha256(), []
         for i, name in enumerate(sorted(self.files)):
             tensor = self.read([name])[name].contiguous()
@@ -107,7 +134,8 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Rewritten(Checkpoint):
-    """`base` as a method rewrites it before it is quantized: every tensor when it is read, none kept.
+    """`base` as a method rewrites it before it is quantized: every tensor when it is read, none
+    kept.
 
     dtype: what tensors are cast to before they are rewritten; None: they keep the base's.
     """
@@ -117,7 +145,9 @@ class Rewritten(Checkpoint):
     dtype: torch.dtype | None = None
 
     @classmethod
-    def of(cls, base: Checkpoint, rewrite: Rewrite | None, dtype: torch.dtype | None = None) -> Checkpoint:
+    def of(
+        cls, base: Checkpoint, rewrite: Rewrite | None, dtype: torch.dtype | None = None
+    ) -> Checkpoint:
         if rewrite is None:
             return base
         copies = rewrite.untied
@@ -128,7 +158,8 @@ class Rewritten(Checkpoint):
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         return {
-            name: self.rewrite(name, self._dense(self.rewrite.untied.get(name, name)), self._dense) for name in names
+            name: self.rewrite(name, self._dense(self.rewrite.untied.get(name, name)), self._dense)
+            for name in names
         }
 
     def _dense(self, name: str) -> Tensor:
@@ -146,7 +177,9 @@ def untied_config(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def fetch(model: str, revision: str | None = None) -> Path:
-    """The folder of a local path or of a Hub snapshot. Only safetensors, JSON and tokenizer files are downloaded."""
+    """The folder of a local path or of a Hub snapshot. Only safetensors, JSON and tokenizer files
+    are downloaded.
+    """
     local = Path(model).expanduser()
     if local.is_dir():
         return local
@@ -156,10 +189,25 @@ def fetch(model: str, revision: str | None = None) -> Path:
         )
     from huggingface_hub import snapshot_download
 
-    wanted = ["*.safetensors", "*.json", "*.model", "*.jinja", "*.txt", "LICENSE*", "USE_POLICY*", CARD]
+    wanted = [
+        "*.safetensors",
+        "*.json",
+        "*.model",
+        "*.jinja",
+        "*.txt",
+        "LICENSE*",
+        "USE_POLICY*",
+        CARD,
+    ]
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=wanted, ignore_patterns=["original/*"]))
-    except Exception as error:  # the Hub client has a dozen of them: offline, gated, not found, broken proxy
+        return Path(
+            snapshot_download(
+                model, revision=revision, allow_patterns=wanted, ignore_patterns=["original/*"]
+            )
+        )
+    except (
+        Exception
+    ) as error:  # the Hub client has a dozen of them: offline, gated, not found, broken proxy
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise LLQError(
             f"{model} is neither a local folder nor to be had from the Hub ({reason}); "
@@ -167,11 +215,12 @@ def fetch(model: str, revision: str | None = None) -> Path:
         ) from error
 
 
-def origin(path: Path) -> dict[str, Any]:
-    """Where a checkpoint's folder comes from, for the cards of what is made of it; nothing that tells of this machine.
+def provenance(path: Path) -> dict[str, Any]:
+    """Where a checkpoint's folder comes from, for the cards of what is made of it; nothing that
+    tells of this machine.
 
-    model: its Hub id, or the bundled model's or the folder's name; revision: the commit, of a Hub snapshot; card: what
-    its own README.md says of licence, language and task.
+    model: its Hub id, or the bundled model's or the folder's name; revision: the commit, of a Hub
+    snapshot; card: what its own README.md says of licence, language and task.
     """
     bundled = next((name for name, folder in MODELS.items() if folder == path), None)
     snapshot = re.search(r"models--([^/]+)/snapshots/([0-9a-f]{40})$", path.as_posix())
@@ -181,7 +230,9 @@ def origin(path: Path) -> dict[str, Any]:
 
 
 def _metadata(card: Path) -> dict[str, Any]:
-    """The front matter of a README.md; {} where there is none that can be read: a card is not the model."""
+    """The front matter of a README.md; {} where there is none that can be read: a card is not the
+    model.
+    """
     from huggingface_hub.repocard import metadata_load
     from yaml import YAMLError
 
@@ -192,30 +243,43 @@ def _metadata(card: Path) -> dict[str, Any]:
 
 
 def header(file: Path) -> dict[str, Spec]:
-    """Tensor names with shapes and dtypes of one safetensors file; LLQError where it is truncated or missing."""
+    """Tensor names with shapes and dtypes of one safetensors file; LLQError where it is truncated
+    or missing.
+    """
     try:
         with safe_open(file, framework="pt") as handle:
             slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118 (not a dict)
-            return {name: Spec(tuple(s.get_shape()), _dtype(s.get_dtype(), file)) for name, s in slices.items()}
+            return {
+                name: Spec(tuple(s.get_shape()), _dtype(s.get_dtype(), file))
+                for name, s in slices.items()
+            }
     except FileNotFoundError:
         raise LLQError(f"{file} is missing, though the checkpoint's index lists it") from None
     except (SafetensorError, OSError) as error:
-        raise LLQError(f"{file} cannot be read ({error}): it is truncated or damaged; fetch it again") from error
+        raise LLQError(
+            f"{file} cannot be read ({error}): it is truncated or damaged; fetch it again"
+        ) from error
 
 
 def _dtype(name: str, file: Path) -> torch.dtype:
     if name not in _DTYPES:
-        raise LLQError(f"{file} holds a tensor of dtype {name}, which is not supported; convert it to bf16 first")
+        raise LLQError(
+            f"{file} holds a tensor of dtype {name}, which is not supported; convert it to bf16 first"
+        )
     return _DTYPES[name]
 
 
 def _tensor_files(path: Path) -> dict[str, Path]:
     if (path / INDEX).is_file():
         weight_map = read_json(path / INDEX).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        if not isinstance(weight_map, dict) or not all(
+            isinstance(file, str) for file in weight_map.values()
+        ):
             raise LLQError(f"{path / INDEX} has no weight_map of tensor names to file names")
         return {name: path / file for name, file in weight_map.items()}
     if (path / SINGLE).is_file():
         return dict.fromkeys(header(path / SINGLE), path / SINGLE)
     pickled = " (its .bin files are pickles, which are never loaded; convert them to safetensors)"
-    raise LLQError(f"{path} holds no {SINGLE} and no {INDEX}{pickled if list(path.glob('*.bin')) else ''}")
+    raise LLQError(
+        f"{path} holds no {SINGLE} and no {INDEX}{pickled if list(path.glob('*.bin')) else ''}"
+    )

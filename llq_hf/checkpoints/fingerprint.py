@@ -22,7 +22,11 @@ def differences(old: Any, new: Any, name: str = "") -> list[str]:
     """Sentences naming every leaf that differs: "config.bits was 4, is 3"."""
     if isinstance(old, dict) and isinstance(new, dict):
         keys = sorted(set(old) | set(new))
-        return [d for key in keys for d in differences(old.get(key), new.get(key), f"{name}.{key}" if name else key)]
+        return [
+            d
+            for key in keys
+            for d in differences(old.get(key), new.get(key), f"{name}.{key}" if name else key)
+        ]
     return [] if old == new else [f"{name} was {_brief(old)}, is {_brief(new)}"]
 
 

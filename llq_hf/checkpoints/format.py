@@ -13,7 +13,9 @@ CONFIG, REPORT = "config.json", "llq_report.json"
 def config_section(
     method: Method, linears: int | None, calibration: dict[str, Any] | None, run: str | None
 ) -> dict[str, Any]:
-    """The `quantization_config` of a checkpoint. `digest` guards the options: edited ones are refused on loading."""
+    """The `quantization_config` of a checkpoint. `digest` guards the options: edited ones are
+    refused on loading.
+    """
     return {
         "quant_method": f"llq_{method.name}",
         **method.to_dict(),
@@ -26,4 +28,6 @@ def config_section(
 
 
 def digest(method: Method, linears: int | None) -> str:
-    return fingerprint({"method": method.name, **method.to_dict(), "linears": linears, "format": FORMAT_VERSION})
+    return fingerprint(
+        {"method": method.name, **method.to_dict(), "linears": linears, "format": FORMAT_VERSION}
+    )

@@ -1,4 +1,6 @@
-"""Looking into a packed checkpoint without loading it: bits counted from the files, records of the run."""
+"""Looking into a packed checkpoint without loading it: bits counted from the files, records of the
+run.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ from .packed import read_report
 
 
 def inspect_checkpoint(path: Path) -> dict[str, Any]:
-    """Method, options, nominal and stored bits, sizes, fingerprint, records. LLQError where the folder is not ours."""
+    """Method, options, nominal and stored bits, sizes, fingerprint, records. LLQError where the
+    folder is not ours.
+    """
     if not path.is_dir():
         raise LLQError(f"{path} is not a folder")
     checkpoint = Checkpoint.open(str(path))
@@ -26,14 +30,18 @@ def inspect_checkpoint(path: Path) -> dict[str, Any]:
     kind = method_type(str(section["quant_method"]).removeprefix("llq_"))
     method = kind.build(**{name: section[name] for name in kind.field_names() if name in section})
     if section.get("digest") != digest(method, section.get("quantized_linears", 0)):
-        raise LLQError(f"the quantization_config of {path} was edited: its options do not match its digest")
+        raise LLQError(
+            f"the quantization_config of {path} was edited: its options do not match its digest"
+        )
     packed = _packed_modules(checkpoint)
     stored = sum(spec.nbytes for specs in packed.values() for spec in specs.values())
     total = sum(spec.nbytes for spec in checkpoint.specs.values())
     report = read_report(path) if (path / REPORT).is_file() else {"linears": [], "bits": {}}
     weights = sum(record["shape"][0] * record["shape"][1] for record in report["linears"])
     if not weights:  # saved by save_pretrained, which writes no report
-        weights = sum(linear.weight.numel() for linear in quantizable(build_skeleton(path)).values())
+        weights = sum(
+            linear.weight.numel() for linear in quantizable(build_skeleton(path)).values()
+        )
     return {
         "path": str(path),
         "method": method.name,
@@ -73,4 +81,6 @@ def _with_seconds(linears: list[dict[str, Any]], path: Path) -> list[dict[str, A
     """Records with the seconds of the journal, where it still lies beside the folder."""
     lines = Journal.read(Journal.beside(path))
     seconds = {r["name"]: r.get("seconds") for line in lines[1:] for r in line.get("linears", [])}
-    return [{**r, **({"seconds": seconds[r["name"]]} if r["name"] in seconds else {})} for r in linears]
+    return [
+        {**r, **({"seconds": seconds[r["name"]]} if r["name"] in seconds else {})} for r in linears
+    ]

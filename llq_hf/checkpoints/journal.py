@@ -1,8 +1,10 @@
-"""The run journal beside an output folder: what was asked for, which blocks are done, how each linear went.
+"""The run journal beside an output folder: what was asked for, which blocks are done, how each
+linear went.
 
-`OUT.journal.jsonl` lies beside OUT, not in it: it records seconds and bytes of memory, and every file *in* OUT is the
-same whether a run was unbroken or killed and resumed. First line: the run's fingerprint and what went into it. Then
-one line per finished block, written only after the block's file is safely on disk; a torn last line is ignored.
+`OUT.journal.jsonl` lies beside OUT, not in it: it records seconds and bytes of memory, and every
+file *in* OUT is the same whether a run was unbroken or killed and resumed. First line: the run's
+fingerprint and what went into it. Then one line per finished block, written only after the block's
+file is safely on disk; a torn last line is ignored.
 """
 
 from __future__ import annotations
@@ -24,7 +26,9 @@ from .fingerprint import differences, fingerprint, sha256_file
 
 @dataclass
 class Journal:
-    """`blocks`: block index -> its line ({"block", "file", "sha256", "linears", "seconds", "peak_bytes"})."""
+    """`blocks`: block index -> its line ({"block", "file", "sha256", "linears", "seconds",
+    "peak_bytes"}).
+    """
 
     path: Path
     identity: dict[str, Any]
@@ -36,7 +40,9 @@ class Journal:
 
     @classmethod
     def open(cls, out: Path, identity: dict[str, Any]) -> Journal:
-        """Start a journal, or take up the one of an interrupted run. LLQError if OUT belongs to something else."""
+        """Start a journal, or take up the one of an interrupted run. LLQError if OUT belongs to
+        something else.
+        """
         path = cls.beside(out)
         occupied = out.is_dir() and any(out.iterdir())
         if out.exists() and not out.is_dir():
@@ -48,7 +54,9 @@ class Journal:
                 )
             journal = cls(path, identity)
             out.mkdir(parents=True, exist_ok=True)
-            journal._append({"fingerprint": fingerprint(identity), "identity": identity}, create=True)
+            journal._append(
+                {"fingerprint": fingerprint(identity), "identity": identity}, create=True
+            )
             return journal
         lines = cls.read(path)
         if not lines:  # killed before the first line was whole
@@ -65,7 +73,8 @@ class Journal:
         for line in lines[1:]:
             if not _as_written(out, line):  # this block and all later ones are done again
                 if any(done.get("tuned") for done in journal.blocks.values()):
-                    journal.blocks.clear()  # no: all; a block must see its predecessors as they were before tuning
+                    # no: all; a block must see its predecessors as they were before tuning
+                    journal.blocks.clear()
                 break
             journal.blocks[line["block"]] = line
         journal._rewrite()
@@ -84,7 +93,9 @@ class Journal:
 
     @classmethod
     def damaged(cls, out: Path) -> list[str]:
-        """Names of block files in a finished folder that are not as they were written; [] also without a journal."""
+        """Names of block files in a finished folder that are not as they were written; [] also
+        without a journal.
+        """
         blocks = cls.read(cls.beside(out))[1:]
         return [line["file"] for line in blocks if not _as_written(out, line)]
 
@@ -99,8 +110,12 @@ class Journal:
 
     def linears(self) -> list[dict[str, Any]]:
         """Records of all finished linears in order, without what differs from run to run (seconds)."""
-        records = [record for index in sorted(self.blocks) for record in self.blocks[index]["linears"]]
-        return [{key: value for key, value in record.items() if key != "seconds"} for record in records]
+        records = [
+            record for index in sorted(self.blocks) for record in self.blocks[index]["linears"]
+        ]
+        return [
+            {key: value for key, value in record.items() if key != "seconds"} for record in records
+        ]
 
     def _append(self, line: dict[str, Any], create: bool = False) -> None:
         with self.path.open("w" if create else "a") as handle:
@@ -109,7 +124,9 @@ class Journal:
             os.fsync(handle.fileno())
 
     def _rewrite(self) -> None:
-        """The file anew, atomically: without a torn last line, without lines of blocks whose files are gone."""
+        """The file anew, atomically: without a torn last line, without lines of blocks whose files
+        are gone.
+        """
         head = {"fingerprint": fingerprint(self.identity), "identity": self.identity}
         draft = self.path.with_name(self.path.name + ".tmp")
         lines = [head, *(self.blocks[index] for index in sorted(self.blocks))]
@@ -118,7 +135,9 @@ class Journal:
 
 
 class FileState(State):
-    """Progress of a long training inside one block (or of the model), in OUT.training.safetensors beside OUT."""
+    """Progress of a long training inside one block (or of the model), in OUT.training.safetensors
+    beside OUT.
+    """
 
     def __init__(self, out: Path, run: str, block: int | str, kind: str = "training") -> None:
         self.path, self.key = self._beside(out, kind), f"{run}:{block}"
@@ -134,7 +153,9 @@ class FileState(State):
 
     def save(self, tensors: dict[str, Tensor]) -> None:
         draft = self.path.with_name(self.path.name + ".tmp")
-        save_file({name: t.contiguous() for name, t in tensors.items()}, draft, metadata={"key": self.key})
+        save_file(
+            {name: t.contiguous() for name, t in tensors.items()}, draft, metadata={"key": self.key}
+        )
         os.replace(draft, self.path)
 
     @classmethod

@@ -1,4 +1,5 @@
-"""The folder of packed weights that a run writes: which tensor goes where, written whole or not at all.
+"""The folder of packed weights that a run writes: which tensor goes where, written whole or not at
+all.
 
 model-00001-of-N.safetensors   everything outside the decoder blocks, bitwise as in the base (or as rewritten)
 model-0000k-of-N.safetensors   one decoder block each, written when it is done
@@ -32,7 +33,9 @@ CARRIED = ("*.json", "*.model", "*.txt", "*.jinja", "LICENSE*", "USE_POLICY*")
 
 @dataclass(frozen=True)
 class PackedFolder:
-    """What `path` will hold once every block of `base` (module names `prefixes`) is quantized by `method`."""
+    """What `path` will hold once every block of `base` (module names `prefixes`) is quantized by
+    `method`.
+    """
 
     path: Path
     base: Checkpoint
@@ -47,7 +50,11 @@ class PackedFolder:
     def base_names(self, block: int | None) -> list[str]:
         """The base's tensors that belong to a block, or (None) to none."""
         if block is not None:
-            return [name for name in sorted(self.base.files) if name.startswith(self.prefixes[block] + ".")]
+            return [
+                name
+                for name in sorted(self.base.files)
+                if name.startswith(self.prefixes[block] + ".")
+            ]
         inside = tuple(prefix + "." for prefix in self.prefixes)
         return [name for name in sorted(self.base.files) if not name.startswith(inside)]
 
@@ -55,13 +62,19 @@ class PackedFolder:
         self._save(self.base.read(self.base_names(None)), self.file(None))
 
     def save_block(self, index: int, block: nn.Module) -> Path:
-        """Write packed tensors of the block's quantized linears, and the base's own bytes of everything else in it."""
+        """Write packed tensors of the block's quantized linears, and the base's own bytes of
+        everything else in it.
+        """
         prefix, tensors, replaced = self.prefixes[index], {}, set()
         for name, module in block.named_modules():
             if isinstance(module, QuantLinear):
                 replaced.add(f"{prefix}.{name}.weight")
-                tensors.update({f"{prefix}.{name}.{key}": t.cpu() for key, t in module.packed().items()})
-        tensors.update(self.base.read(name for name in self.base_names(index) if name not in replaced))
+                tensors.update(
+                    {f"{prefix}.{name}.{key}": t.cpu() for key, t in module.packed().items()}
+                )
+        tensors.update(
+            self.base.read(name for name in self.base_names(index) if name not in replaced)
+        )
         self._save(tensors, self.file(index))
         return self.file(index)
 
@@ -69,8 +82,12 @@ class PackedFolder:
         """Under the names that the base's files have."""
         save_tensors({self.base.in_file(name): tensor for name, tensor in tensors.items()}, path)
 
-    def tune_block(self, index: int, tuned: dict[str, Tensor], before: Callable[[Path], None]) -> None:
-        """Put tuned tensors into the file of a finished block; `before` is called with the draft of the new file."""
+    def tune_block(
+        self, index: int, tuned: dict[str, Tensor], before: Callable[[Path], None]
+    ) -> None:
+        """Put tuned tensors into the file of a finished block; `before` is called with the draft of
+        the new file.
+        """
         tensors = load_file(self.file(index))
         found = {self.base.in_file(name): tensor for name, tensor in tuned.items()}
         tensors |= {name: found[name] for name in tensors if name in found}
@@ -90,8 +107,11 @@ class PackedFolder:
         """Put the packed linears of a finished block's file into a freshly loaded block."""
         prefix, device = self.prefixes[index], next(block.parameters()).device
         for name, linear in block_linears(block).items():
-            method = self.method.at(f"{prefix}.{name}")
-            packed = {key: tensor.to(device) for key, tensor in self.packed(index, f"{prefix}.{name}").items()}
+            method = self.method.for_linear(f"{prefix}.{name}")
+            packed = {
+                key: tensor.to(device)
+                for key, tensor in self.packed(index, f"{prefix}.{name}").items()
+            }
             replace_module(block, name, QuantLinear.from_packed(method, linear, packed))
 
     def finish(
@@ -99,7 +119,8 @@ class PackedFolder:
     ) -> dict[str, Any]:
         """Report, index, small files, and config.json as the last. Returns the report.
 
-        made_from: by what names base and calibration went, which decides no byte of the tensors (see `origin`).
+        made_from: by what names base and calibration went, which decides no byte of the tensors
+        (see `origin`).
         """
         total_bytes = self.save_index()
         report: dict[str, Any] = {
@@ -112,8 +133,10 @@ class PackedFolder:
         if isinstance(self.base, Rewritten):
             report["rewrite"] = dict(self.base.rewrite.notes)
         write_json(self.path / REPORT, report)
-        carry(self.base.path, self.path)
-        section = config_section(self.method, len(linears), identity["calibration"], report["fingerprint"])
+        copy_small_files(self.base.path, self.path)
+        section = config_section(
+            self.method, len(linears), identity["calibration"], report["fingerprint"]
+        )
         write_json(self.path / CONFIG, {**self.base.config, "quantization_config": section})
         return report
 
@@ -125,14 +148,21 @@ class PackedFolder:
             for name, spec in header(file).items():
                 weight_map[name] = file.name
                 total_bytes += spec.nbytes
-        index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+        index = {
+            "metadata": {"total_size": total_bytes},
+            "weight_map": dict(sorted(weight_map.items())),
+        }
         write_json(self.path / INDEX, index)
         return total_bytes
 
     def _bits(self, linears: list[dict[str, Any]], total_bytes: int) -> dict[str, float]:
-        """Nominal bits, stored bits per quantized weight, and bits per parameter of the whole model."""
+        """Nominal bits, stored bits per quantized weight, and bits per parameter of the whole
+        model.
+        """
         weights = sum(record["shape"][0] * record["shape"][1] for record in linears)
-        stored = sum(record["stored_bits"] * record["shape"][0] * record["shape"][1] for record in linears)
+        stored = sum(
+            record["stored_bits"] * record["shape"][0] * record["shape"][1] for record in linears
+        )
         return {
             "nominal": self.method.nominal_bits,
             "stored": stored / weights,
@@ -141,7 +171,7 @@ class PackedFolder:
         }
 
 
-def carry(base: Path, out: Path) -> None:
+def copy_small_files(base: Path, out: Path) -> None:
     """Copy the base's small files: tokenizer, generation defaults, licence."""
     for pattern in CARRIED:
         for file in base.glob(pattern):

@@ -32,9 +32,13 @@ def main() -> None:
     try:
         app(standalone_mode=True)
     except LLQError as error:
-        Console(stderr=True).print(f"[red]Error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
+        Console(stderr=True).print(
+            f"[red]Error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True
+        )
         sys.exit(1)
     except SystemExit as stop:
         if stop.code == 130:  # Ctrl-C, which typer turns into this
-            Console(stderr=True).print("Interrupted; the same command goes on where this one stopped.")
+            Console(stderr=True).print(
+                "Interrupted; the same command goes on where this one stopped."
+            )
         raise

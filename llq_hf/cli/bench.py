@@ -15,15 +15,23 @@ from .app import app, console
 @app.command()
 def bench(
     paths: Annotated[list[str], typer.Argument(help="Folders or Hub ids of packed checkpoints.")],
-    base: Annotated[str, typer.Option(help="The full-precision model to compare with: folder, Hub id, or `demo`.")],
+    base: Annotated[
+        str,
+        typer.Option(help="The full-precision model to compare with: folder, Hub id, or `demo`."),
+    ],
     batches: Annotated[str, typer.Option(help="Batch sizes: 1,8")] = "1,8",
     prompt_tokens: Annotated[int, typer.Option(help="Of the prefill.")] = 128,
     new_tokens: Annotated[int, typer.Option(help="Steps of decoding.")] = 16,
     rounds: Annotated[int, typer.Option(help="Medians are of so many, models in turn.")] = 5,
-    device: Annotated[str, typer.Option(help="cpu, cuda, ...; auto takes a GPU where there is one.")] = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="For programs, with every round.")] = False,
+    device: Annotated[
+        str, typer.Option(help="cpu, cuda, ...; auto takes a GPU where there is one.")
+    ] = "auto",
+    as_json: Annotated[
+        bool, typer.Option("--json", help="For programs, with every round.")
+    ] = False,
 ) -> None:
-    """Size on disk and in memory, prefill and decode speed, beside the full-precision model in the same run.
+    """Size on disk and in memory, prefill and decode speed, beside the full-precision model in the
+    same run.
 
     Example: **llq bench /tmp/demo-gptq /tmp/demo-quip --base demo**
     """
@@ -31,10 +39,12 @@ def bench(
 
     from ..common.terminal import RichProgress
     from ..demo import resolve
-    from ..study.cost import Load, measure
+    from ..study.cost import Workload, measure
 
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    load = Load(tuple(int(word) for word in batches.split(",")), prompt_tokens, new_tokens, rounds)
+    load = Workload(
+        tuple(int(word) for word in batches.split(",")), prompt_tokens, new_tokens, rounds
+    )
     progress = RichProgress()
     try:
         found = measure(resolve(base), [resolve(path) for path in paths], load, device, progress)
@@ -45,20 +55,25 @@ def bench(
         return
     console.print(_table(base, found))
     console.print(
-        f"[dim]{device}, {torch.get_num_threads()} threads; medians of {rounds} rounds, models in turn", highlight=False
+        f"[dim]{device}, {torch.get_num_threads()} threads; medians of {rounds} rounds, models in turn",
+        highlight=False,
     )
 
 
 def _table(base: str, found: dict[str, Any]) -> Table:
     """A row per figure, a column per model: that fits a terminal."""
-    table = Table("", *(Path(name).name for name in found), title=f"Beside {base}", title_justify="left")
+    table = Table(
+        "", *(Path(name).name for name in found), title=f"Beside {base}", title_justify="left"
+    )
     each = list(found.values())
     table.add_row("on disk", *(_size(figures["disk_bytes"]) for figures in each))
     table.add_row("loaded", *(_size(figures["loaded_bytes"]) for figures in each))
     table.add_row("quantized in", *(_made(figures.get("quantize")) for figures in each))
     for batch in each[0]["speed"]:
         for phase in ("prefill", "decode"):
-            table.add_row(f"{phase}, batch {batch}", *(_speed(figures, batch, phase) for figures in each))
+            table.add_row(
+                f"{phase}, batch {batch}", *(_speed(figures, batch, phase) for figures in each)
+            )
     return table
 
 

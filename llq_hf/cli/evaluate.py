@@ -15,17 +15,24 @@ from .app import app
 def eval(
     context: typer.Context,
     path: Annotated[
-        str, typer.Argument(help="Folder or Hub id of a packed checkpoint (or of a dense one: method=none).")
+        str,
+        typer.Argument(
+            help="Folder or Hub id of a packed checkpoint (or of a dense one: method=none)."
+        ),
     ],
     tasks: Annotated[
         str,
-        typer.Option(help="Tasks of lm-eval or of lmms-eval, ours among them: llq_demo, llq_wikitext2, llq_mllm, ..."),
+        typer.Option(
+            help="Tasks of lm-eval or of lmms-eval, ours among them: llq_demo, llq_wikitext2, llq_mllm, ..."
+        ),
     ],
     model_args: Annotated[str, typer.Option(help="More model_args, as key=value,key=value.")] = "",
 ) -> None:
-    """Score a checkpoint with the harness that has the tasks, lm-eval or lmms-eval; all further options go to it.
+    """Score a checkpoint with the harness that has the tasks, lm-eval or lmms-eval; all further
+    options go to it.
 
-    A task about text that both have is lm-eval's. The exit status is not 0 where the evaluation failed.
+    A task about text that both have is lm-eval's. The exit status is not 0 where the evaluation
+    failed.
 
     Example: **llq eval /tmp/demo-quip --tasks llq_demo --batch_size 8 --output_path /tmp/results**
     """

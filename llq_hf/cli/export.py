@@ -20,13 +20,20 @@ def export(
     out: Annotated[Path, typer.Argument(help="Folder to write; must not exist.")],
     to: Annotated[
         str,
-        typer.Option("--format", help="compressed-tensors, gptq, awq, dense, gguf-f16 (for llama.cpp's converter)."),
+        typer.Option(
+            "--format",
+            help="compressed-tensors, gptq, awq, dense, gguf-f16 (for llama.cpp's converter).",
+        ),
     ],
     dtype: Annotated[
-        str | None, typer.Option(help="Of scales and all that is not quantized; default float16, of dense the base's.")
+        str | None,
+        typer.Option(
+            help="Of scales and all that is not quantized; default float16, of dense the base's."
+        ),
     ] = None,
 ) -> None:
-    """Write a packed checkpoint in a format that vLLM, SGLang, GPTQModel, AutoAWQ or llama.cpp's converter reads.
+    """Write a packed checkpoint in a format that vLLM, SGLang, GPTQModel, AutoAWQ or llama.cpp's
+    converter reads.
 
     Codes are carried over as they are. What the format cannot hold is refused, with the reason.
 
@@ -40,7 +47,9 @@ def export(
     from ..export import export as write
 
     if to not in FORMATS:
-        raise LLQError(f"format={to!r} is unknown{nearest(to, FORMATS)}; there are {', '.join(FORMATS)}")
+        raise LLQError(
+            f"format={to!r} is unknown{nearest(to, FORMATS)}; there are {', '.join(FORMATS)}"
+        )
     if dtype not in (None, *DTYPES):
         raise LLQError(f"dtype={dtype!r} is not one of {', '.join(DTYPES)}")
     kind = FORMATS[to]

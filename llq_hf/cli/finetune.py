@@ -20,11 +20,19 @@ ADAPTERS = {"qlora": False, "ir_qlora": True}  # whether base and adapters are I
 
 @app.command()
 def finetune(
-    model: Annotated[str, typer.Argument(help="A packed checkpoint of any method, a dense model to pack, or `demo`.")],
-    out: Annotated[Path, typer.Argument(help="Folder of the adapter; must not exist, or hold the same run.")],
+    model: Annotated[
+        str,
+        typer.Argument(help="A packed checkpoint of any method, a dense model to pack, or `demo`."),
+    ],
+    out: Annotated[
+        Path, typer.Argument(help="Folder of the adapter; must not exist, or hold the same run.")
+    ],
     method: Annotated[str, typer.Option(help=f"One of: {', '.join(ADAPTERS)}.")] = "qlora",
     data: Annotated[
-        str, typer.Option(help="alpaca, demo, a .json, .jsonl or .parquet file, or a dataset on the Hub.")
+        str,
+        typer.Option(
+            help="alpaca, demo, a .json, .jsonl or .parquet file, or a dataset on the Hub."
+        ),
     ] = "alpaca",
     base_method: Annotated[
         str, typer.Option(help=f"How a dense model is packed first: one of {', '.join(METHODS)}.")
@@ -41,19 +49,35 @@ def finetune(
     prompt_tokens: Annotated[int, typer.Option(help="Longer prompts are cut.")] = 384,
     answer_tokens: Annotated[int, typer.Option(help="Longer answers are cut.")] = 128,
     heldout: Annotated[int, typer.Option(help="Rows kept out of training, to score on.")] = 1024,
-    packing: Annotated[bool, typer.Option("--packing", help="Rows of a pass one after the other, no padding.")] = False,
-    streaming: Annotated[bool, typer.Option("--streaming", help="Read rows while training; store none.")] = False,
-    paged: Annotated[bool, typer.Option("--paged", help="AdamW's state may leave the GPU (bitsandbytes).")] = False,
+    packing: Annotated[
+        bool, typer.Option("--packing", help="Rows of a pass one after the other, no padding.")
+    ] = False,
+    streaming: Annotated[
+        bool, typer.Option("--streaming", help="Read rows while training; store none.")
+    ] = False,
+    paged: Annotated[
+        bool, typer.Option("--paged", help="AdamW's state may leave the GPU (bitsandbytes).")
+    ] = False,
     recompute: Annotated[bool, typer.Option(help="Gradient checkpointing.")] = True,
-    seed: Annotated[int, typer.Option(help="Of adapters, order of rows and what is held out.")] = 42,
-    save_steps: Annotated[int, typer.Option(help="Steps between checkpoints, from which a killed run goes on.")] = 250,
-    device: Annotated[str, typer.Option(help="cpu, cuda, ...; auto takes a GPU where there is one.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="Of activations: float32, bfloat16; auto: float32 on a CPU.")] = "auto",
+    seed: Annotated[
+        int, typer.Option(help="Of adapters, order of rows and what is held out.")
+    ] = 42,
+    save_steps: Annotated[
+        int, typer.Option(help="Steps between checkpoints, from which a killed run goes on.")
+    ] = 250,
+    device: Annotated[
+        str, typer.Option(help="cpu, cuda, ...; auto takes a GPU where there is one.")
+    ] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="Of activations: float32, bfloat16; auto: float32 on a CPU.")
+    ] = "auto",
 ) -> None:
-    """Train a LoRA adapter on a packed model: QLoRA, or IR-QLoRA (calibrated base, elastic connections).
+    """Train a LoRA adapter on a packed model: QLoRA, or IR-QLoRA (calibrated base, elastic
+    connections).
 
-    OUT becomes an ordinary peft adapter. A dense model is packed first, into OUT/base. A killed run goes on where it
-    stopped when the same command is given again. Defaults are the study's recipe for Alpaca.
+    OUT becomes an ordinary peft adapter. A dense model is packed first, into OUT/base. A killed run
+    goes on where it stopped when the same command is given again. Defaults are the study's recipe
+    for Alpaca.
 
     Example: **llq finetune demo /tmp/demo-lora --data demo --max-steps 200 --rank 16**
     """
@@ -88,7 +112,9 @@ def finetune(
     progress = RichProgress() if main_process else Progress()
     started = time.perf_counter()
     try:
-        base = _packed(model, out, base_method, bits, calibration, recipe.connections, machine.device, progress)
+        base = _packed(
+            model, out, base_method, bits, calibration, recipe.connections, machine.device, progress
+        )
         note = trainer.finetune(base, out, data, recipe, machine, progress)
     finally:
         progress.close()
@@ -119,7 +145,9 @@ def _packed(
     model = resolve(model)
     if "quantization_config" in read_json(fetch(model) / "config.json"):
         return model
-    options: dict[str, Any] = {} if bits is None else {"bits": int(bits) if bits.is_integer() else bits}
+    options: dict[str, Any] = (
+        {} if bits is None else {"bits": int(bits) if bits.is_integer() else bits}
+    )
     if calibrated and base_method == NF4.name:
         options["icq"] = True
     packing = build(base_method, **options)

@@ -19,9 +19,13 @@ from .app import app, console
 def info(
     path: Annotated[Path, typer.Argument(help="Folder of a packed checkpoint.")],
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
-    linears: Annotated[bool, typer.Option("--linears", help="Also a line per quantized linear.")] = False,
+    linears: Annotated[
+        bool, typer.Option("--linears", help="Also a line per quantized linear.")
+    ] = False,
 ) -> None:
-    """What a packed checkpoint is: method, options, bits counted from its files, fingerprint, how each linear went."""
+    """What a packed checkpoint is: method, options, bits counted from its files, fingerprint, how
+    each linear went.
+    """
     from ..checkpoints.inspection import inspect_checkpoint
     from ..kernels import describe
 
@@ -41,7 +45,9 @@ def info(
         "kernels",
     ):
         value = found[key]
-        table.add_row(key.replace("_", " "), f"{value:.4g}" if isinstance(value, float) else str(value))
+        table.add_row(
+            key.replace("_", " "), f"{value:.4g}" if isinstance(value, float) else str(value)
+        )
     table.add_row("options", ", ".join(f"{k}={_brief(str(v))}" for k, v in found["config"].items()))
     table.add_row("calibration", json.dumps(found["calibration"]))
     console.print(table)
@@ -63,14 +69,20 @@ def print_served(records: list[dict[str, Any]]) -> None:
             served.setdefault(block, {})[linear] = record["served_by"]
     if served:
         columns = list(dict.fromkeys(linear for linears in served.values() for linear in linears))
-        table = Table("block", *(column.rpartition(".")[2].removesuffix("_proj") for column in columns))
+        table = Table(
+            "block", *(column.rpartition(".")[2].removesuffix("_proj") for column in columns)
+        )
         for block, linears in served.items():
-            table.add_row(block.rpartition(".")[2], *(linears.get(column, "") for column in columns))
+            table.add_row(
+                block.rpartition(".")[2], *(linears.get(column, "") for column in columns)
+            )
         console.print(table)
 
 
 def _linears_table(records: list[dict[str, Any]]) -> Table:
-    table = Table("linear", "shape", "stored bits", "weight error", "output error", "notes", "seconds")
+    table = Table(
+        "linear", "shape", "stored bits", "weight error", "output error", "notes", "seconds"
+    )
     known = {"name", "shape", "stored_bits", "weight_error", "output_error", "seconds"}
     for record in records:
         notes = ", ".join(f"{k}={v}" for k, v in record.items() if k not in known)
@@ -90,7 +102,9 @@ def methods(as_json: Annotated[bool, typer.Option("--json", help="For programs."
         print(json.dumps(described, indent=2))
         return
     for name, each in described.items():
-        console.print(f"[bold]{name}[/bold]  {each['title']}, {each['bits'][0]} to {each['bits'][-1]} bits")
+        console.print(
+            f"[bold]{name}[/bold]  {each['title']}, {each['bits'][0]} to {each['bits'][-1]} bits"
+        )
         for option, default in each["options"].items():
             best = f"   best: {each['best'][option]}" if option in each["best"] else ""
             console.print(f"    {option} = {default}{best}", highlight=False)

@@ -13,10 +13,16 @@ from .app import app, console
 Folder = Annotated[Path, typer.Argument(help="Folder of a packed checkpoint.")]
 Results = Annotated[
     list[Path] | None,
-    typer.Option("--results", help="Results file of lm-eval or lmms-eval, or a folder of them; default PATH/results."),
+    typer.Option(
+        "--results",
+        help="Results file of lm-eval or lmms-eval, or a folder of them; default PATH/results.",
+    ),
 ]
 Base = Annotated[
-    str | None, typer.Option("--base-model", help="Hub id of the base model, where the run started from a folder.")
+    str | None,
+    typer.Option(
+        "--base-model", help="Hub id of the base model, where the run started from a folder."
+    ),
 ]
 
 
@@ -25,10 +31,13 @@ def card(
     path: Folder,
     results: Results = None,
     base_model: Base = None,
-    repo: Annotated[str | None, typer.Option(help="USER/NAME that the checkpoint will have.")] = None,
+    repo: Annotated[
+        str | None, typer.Option(help="USER/NAME that the checkpoint will have.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="File to write; default: print.")] = None,
 ) -> None:
-    """The model card of a packed checkpoint: bits, options, calibration, results, licence, all from its files.
+    """The model card of a packed checkpoint: bits, options, calibration, results, licence, all from
+    its files.
 
     Written to PATH/README.md and edited, it is what `llq push` takes.
     """
@@ -44,11 +53,15 @@ def card(
 @app.command()
 def push(
     path: Folder,
-    repo: Annotated[str, typer.Argument(help="USER/NAME on the Hub; made where it does not exist.")],
+    repo: Annotated[
+        str, typer.Argument(help="USER/NAME on the Hub; made where it does not exist.")
+    ],
     private: Annotated[bool, typer.Option("--private", help="Make a private repository.")] = False,
     results: Results = None,
     base_model: Base = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be uploaded, and stop.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what would be uploaded, and stop.")
+    ] = False,
 ) -> None:
     """Upload a packed checkpoint with its card, report, journal and results, in one commit.
 
@@ -60,7 +73,9 @@ def push(
     from ..publish.hub import push as upload
 
     prepared = prepare_upload(path, repo, base=base_model, results=results)
-    table = Table("file", "bytes", title=f"{repo}{' (private)' if private else ''}", title_justify="left")
+    table = Table(
+        "file", "bytes", title=f"{repo}{' (private)' if private else ''}", title_justify="left"
+    )
     for name, size in prepared.sizes.items():
         table.add_row(name, f"{size:,}")
     console.print(table)

@@ -19,14 +19,24 @@ from .options import with_method_options
 @app.command()
 @with_method_options
 def quantize(
-    model: Annotated[str, typer.Argument(help="Folder or Hub id of the full-precision model, or `demo`.")],
-    out: Annotated[
-        Path, typer.Argument(help="Folder to write; must not exist, or hold an interrupted run of the same.")
+    model: Annotated[
+        str, typer.Argument(help="Folder or Hub id of the full-precision model, or `demo`.")
     ],
-    method: Annotated[str, typer.Option(help=f"One of: {', '.join(METHODS)}. `llq methods` tells more.")],
+    out: Annotated[
+        Path,
+        typer.Argument(
+            help="Folder to write; must not exist, or hold an interrupted run of the same."
+        ),
+    ],
+    method: Annotated[
+        str, typer.Option(help=f"One of: {', '.join(METHODS)}. `llq methods` tells more.")
+    ],
     options: dict[str, Any],
     preset: Annotated[
-        str, typer.Option(help="`study` reproduces the paper; `best` stores no more bits, and is better.")
+        str,
+        typer.Option(
+            help="`study` reproduces the paper; `best` stores no more bits, and is better."
+        ),
     ] = "study",
     calibration: Annotated[
         str | None,
@@ -39,22 +49,34 @@ def quantize(
         int | None, typer.Option(help="Tokens per sequence; default 2048 (demo: 256).")
     ] = None,
     calibration_seed: Annotated[int, typer.Option(help="Seed of the windows drawn.")] = 0,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes a GPU where there is one.")] = "auto",
-    dtype: Annotated[
-        str, typer.Option(help="Of the calibration passes: auto (the model's), float32, bfloat16, float16.")
+    device: Annotated[
+        str, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes a GPU where there is one.")
     ] = "auto",
-    offload: Annotated[Path | None, typer.Option(help="Keep calibration activations in files of this folder.")] = None,
+    dtype: Annotated[
+        str,
+        typer.Option(
+            help="Of the calibration passes: auto (the model's), float32, bfloat16, float16."
+        ),
+    ] = "auto",
+    offload: Annotated[
+        Path | None, typer.Option(help="Keep calibration activations in files of this folder.")
+    ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
     shards: Annotated[
         int | None,
-        typer.Option(help="Partial sums of the statistics; default 1, or as many as torchrun starts processes."),
+        typer.Option(
+            help="Partial sums of the statistics; default 1, or as many as torchrun starts processes."
+        ),
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, run one block, write nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, run one block, write nothing.")
+    ] = False,
 ) -> None:
     """Quantize a model block by block into a packed checkpoint that from_pretrained loads.
 
-    Peak memory is one block, whatever the depth. A killed run goes on where it stopped when the same command is given
-    again. `torchrun --nproc_per_node 2 -m llq_hf quantize ...` shares sequences and linears between two processes.
+    Peak memory is one block, whatever the depth. A killed run goes on where it stopped when the
+    same command is given again. `torchrun --nproc_per_node 2 -m llq_hf quantize ...` shares
+    sequences and linears between two processes.
 
     Example: **llq quantize demo /tmp/demo-quip --method quip --bits 2**
     """
@@ -72,13 +94,22 @@ def quantize(
     from ..models.load import auto_class
 
     built = method_type(method).build(preset, **options)
-    data = calibration_for(model, calibration, calibration_samples, calibration_seqlen, calibration_seed)
+    data = calibration_for(
+        model, calibration, calibration_samples, calibration_seqlen, calibration_seed
+    )
     local = os.environ.get("LOCAL_RANK", "0")
-    device = (f"cuda:{local}" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    device = (
+        (f"cuda:{local}" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    )
     check_device(device)
     team = Team.join(torch.device(device))
     run = RunOptions(
-        device, None if dtype == "auto" else dtype, offload, revision, shards=shards or team.size, team=team
+        device,
+        None if dtype == "auto" else dtype,
+        offload,
+        revision,
+        shards=shards or team.size,
+        team=team,
     )
     progress = RichProgress() if team.leads else Progress()
     if dry_run:
@@ -116,4 +147,6 @@ def _bits_table(title: str, report: dict[str, Any]) -> Table:
 def _warn_of_fallbacks(report: dict[str, Any]) -> None:
     fallen = [record["name"] for record in report["linears"] if "fallback" in record]
     if fallen:
-        console.print(f"[yellow]{len(fallen)} linears fell back to rounding to nearest, the first: {fallen[0]}")
+        console.print(
+            f"[yellow]{len(fallen)} linears fell back to rounding to nearest, the first: {fallen[0]}"
+        )

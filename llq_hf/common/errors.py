@@ -2,4 +2,6 @@
 
 
 class LLQError(ValueError):
-    """Bad input or a failed check. The command line prints its text and exits with status 1, without a traceback."""
+    """Bad input or a failed check. The command line prints its text and exits with status 1,
+    without a traceback.
+    """

@@ -20,7 +20,11 @@ def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
 
 def write_draft(tensors: dict[str, Tensor], path: Path) -> Path:
     draft = path.with_name(path.name + ".tmp")
-    save_file({name: tensors[name].contiguous() for name in sorted(tensors)}, draft, metadata={"format": "pt"})
+    save_file(
+        {name: tensors[name].contiguous() for name in sorted(tensors)},
+        draft,
+        metadata={"format": "pt"},
+    )
     draft.chmod(0o644)
     return draft
 

@@ -13,7 +13,9 @@ from .words import one_line
 
 
 def cache_root() -> Path:
-    """$LLQ_CACHE, else ~/.cache/llq: quantized models for the next evaluation, kernels compiled by the user."""
+    """$LLQ_CACHE, else ~/.cache/llq: quantized models for the next evaluation, kernels compiled by
+    the user.
+    """
     return Path(os.environ.get("LLQ_CACHE") or Path.home() / ".cache" / "llq").expanduser()
 
 
@@ -29,7 +31,9 @@ def check_device(name: str) -> None:
     try:
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError) as error:
-        raise LLQError(f"device={name!r} cannot be used here ({one_line(error)}); give cpu, or auto") from error
+        raise LLQError(
+            f"device={name!r} cannot be used here ({one_line(error)}); give cpu, or auto"
+        ) from error
 
 
 def usable_device(device: str | None) -> str:

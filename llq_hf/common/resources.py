@@ -1,4 +1,6 @@
-"""Folders that lie beside the package in a checkout and inside it in a wheel: task files, the card's template."""
+"""Folders that lie beside the package in a checkout and inside it in a wheel: task files, the
+card's template.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""What a person sees while a run goes on: stage, blocks done, the linear at work, time left, peak memory."""
+"""What a person sees while a run goes on: stage, blocks done, the linear at work, time left, peak
+memory.
+"""
 
 from __future__ import annotations
 
@@ -46,8 +48,14 @@ class RichProgress(Listener):
 
     def estimates(self, found: dict[str, float]) -> None:
         size, peak = found["output_bytes"] / 2**30, found["peak_bytes"] / 2**30
-        passes = f", forward passes {found['forward_seconds'] / 60:.1f} min" if found["forward_seconds"] else ""
-        self._bars.console.print(f"[dim]checks passed; expected: {size:.2f} GiB on disk, {peak:.1f} GiB peak{passes}")
+        passes = (
+            f", forward passes {found['forward_seconds'] / 60:.1f} min"
+            if found["forward_seconds"]
+            else ""
+        )
+        self._bars.console.print(
+            f"[dim]checks passed; expected: {size:.2f} GiB on disk, {peak:.1f} GiB peak{passes}"
+        )
 
     def blocks(self, done: int, total: int) -> None:
         self._bars.start()

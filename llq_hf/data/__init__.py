@@ -1,1 +1,3 @@
-"""Token windows and image-text pairs: what methods are calibrated on, and what perplexity is measured on."""
+"""Token windows and image-text pairs: what methods are calibrated on, and what perplexity is
+measured on.
+"""

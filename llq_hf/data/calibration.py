@@ -17,7 +17,14 @@ from ..common.words import either, nearest
 from ..demo import MODELS, resolve
 from .readers import TEXT_SUFFIXES, read_texts
 from .sources import c4, ptb, wikitext2
-from .windows import check_ids, check_positive, document_windows, load_ids, random_windows, tokens_of
+from .windows import (
+    check_ids,
+    check_positive,
+    document_windows,
+    load_ids,
+    random_windows,
+    tokens_of,
+)
 
 CALIBRATION_SOURCES = ("wikitext2", "c4", "ptb", "demo", "demo-vlm")
 
@@ -35,7 +42,9 @@ class Calibration:
         check_positive("samples", self.samples)
         check_positive("seqlen", self.seqlen)
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
-            raise LLQError(f"seed={self.seed!r} cannot seed the calibration draws; give an integer that is 0 or more.")
+            raise LLQError(
+                f"seed={self.seed!r} cannot seed the calibration draws; give an integer that is 0 or more."
+            )
         if not isinstance(self.source, str) or not self.source:
             raise LLQError(f"source={self.source!r} names no calibration data; give {_sources()}.")
 
@@ -43,7 +52,10 @@ class Calibration:
     def has_images(self) -> bool:
         """Whether it is image-text pairs (`pairs.py`) and not a text."""
         path = Path(self.source).expanduser()
-        folder = path.is_dir() and path.suffix.lower() not in (*TEXT_SUFFIXES, ".npy")  # else a file by mistake
+        folder = path.is_dir() and path.suffix.lower() not in (
+            *TEXT_SUFFIXES,
+            ".npy",
+        )  # else a file by mistake
         return folder or self.source.startswith("hub:")
 
     @property
@@ -77,11 +89,12 @@ def calibration_ids(
     seed: int = 0,
     vocab_size: int | None = None,
 ) -> Tensor:
-    """Calibration windows, int64 `[samples, seqlen]`, drawn as in the GPTQ repository (see the file's head).
+    """Calibration windows, int64 `[samples, seqlen]`, drawn as in the GPTQ repository (see the
+    file's head).
 
-    A `.npy` file is used as it is: its first `samples` rows and first `seqlen` columns, fewer where it has
-    fewer (a lack of rows is warned about). `tokenizer` is not touched then.
-    Raises LLQError for an unknown source, unusable data, too few tokens, and ids outside `vocab_size`.
+    A `.npy` file is used as it is: its first `samples` rows and first `seqlen` columns, fewer where
+    it has fewer (a lack of rows is warned about). `tokenizer` is not touched then. Raises LLQError
+    for an unknown source, unusable data, too few tokens, and ids outside `vocab_size`.
     """
     check_positive("samples", samples)
     check_positive("seqlen", seqlen)
@@ -93,7 +106,9 @@ def calibration_ids(
             windows_NS = _stored_windows(path, samples, seqlen)
         else:
             text = "\n\n".join(read_texts(path))
-            windows_NS = random_windows(tokens_of(text, tokenizer), samples, seqlen, random.Random(seed), str(path))
+            windows_NS = random_windows(
+                tokens_of(text, tokenizer), samples, seqlen, random.Random(seed), str(path)
+            )
     else:
         raise LLQError(
             f"Unknown calibration source {source!r}{nearest(source, CALIBRATION_SOURCES)}; give {_sources()}."
@@ -124,7 +139,10 @@ def _sampled_source(source: str, tokenizer: Any, samples: int, seqlen: int, seed
 def _stored_windows(path: Path, samples: int, seqlen: int) -> Tensor:
     ids = load_ids(path)
     if ids.shape[0] < samples:
-        warnings.warn(f"{path} holds {ids.shape[0]} windows, fewer than samples={samples}: all are used.", stacklevel=3)
+        warnings.warn(
+            f"{path} holds {ids.shape[0]} windows, fewer than samples={samples}: all are used.",
+            stacklevel=3,
+        )
     return torch.from_numpy(ids[:samples, :seqlen].astype(np.int64))
 
 
@@ -140,7 +158,8 @@ def _sources() -> str:
 def calibration_for(
     model: str, source: str | None, samples: int | None, seqlen: int | None, seed: int = 0
 ) -> Calibration:
-    """The calibration of a run; what the user left open is the study's setting, or the bundled model's own text.
+    """The calibration of a run; what the user left open is the study's setting, or the bundled
+    model's own text.
 
     The text of a bundled model is the calibration source that has its name.
     """

@@ -27,7 +27,9 @@ C4_NEW_DOCUMENTS = 1100
 
 @dataclass(frozen=True)
 class EvaluationText:
-    """A text of the perplexity protocol: its documents or ready windows, and how windows are cut from it."""
+    """A text of the perplexity protocol: its documents or ready windows, and how windows are cut
+    from it.
+    """
 
     name: str
     source: str  # "hub", "demo" or the file's path
@@ -37,15 +39,21 @@ class EvaluationText:
     def text(self) -> str:
         """The joined text. `c4` has none: it scores windows of single documents."""
         if self.name == "c4" or self.stored_NS is not None:
-            raise LLQError(f"The evaluation text {self.name!r} is a set of token windows; call windows() instead.")
+            raise LLQError(
+                f"The evaluation text {self.name!r} is a set of token windows; call windows() instead."
+            )
         return (" " if self.name in ("ptb_new", "c4_new") else "\n\n").join(self.documents)
 
     def windows(self, tokenizer: Any, seqlen: int) -> Tensor:
-        """Disjoint windows in order, int64 `[N, S]`; a shorter last piece is dropped. N is 1 or more."""
+        """Disjoint windows in order, int64 `[N, S]`; a shorter last piece is dropped. N is 1 or
+        more.
+        """
         if self.stored_NS is not None:
             return self.stored_NS[:, :seqlen]
         if self.name == "c4":
-            return document_windows(self.documents, tokenizer, C4_WINDOWS, seqlen, random.Random(0), self._what())
+            return document_windows(
+                self.documents, tokenizer, C4_WINDOWS, seqlen, random.Random(0), self._what()
+            )
         ids_T = tokens_of(self.text(), tokenizer)
         count = ids_T.numel() // seqlen
         if count == 0:
@@ -76,12 +84,15 @@ class EvaluationText:
 def load_evaluation(name: str, file: str | Path | None = None) -> EvaluationText:
     """The evaluation text `name`, from the Hub or, with the rules of that name, from a local file.
 
-    Files are those of `read_texts`; for `ptb` and `ptb_new` every line of a `.txt` file is a sentence (the
-    layout in which the treebank is handed round). A `.npy` file of ids `[N, S]` is scored row by row.
+    Files are those of `read_texts`; for `ptb` and `ptb_new` every line of a `.txt` file is a
+    sentence (the layout in which the treebank is handed round). A `.npy` file of ids `[N, S]` is
+    scored row by row.
     """
     if name not in EVALUATION_TEXTS:
         known = ", ".join(EVALUATION_TEXTS)
-        raise LLQError(f"Unknown evaluation text {name!r}{nearest(name, EVALUATION_TEXTS)}; give one of {known}.")
+        raise LLQError(
+            f"Unknown evaluation text {name!r}{nearest(name, EVALUATION_TEXTS)}; give one of {known}."
+        )
     if file is None:
         if name == "demo":
             from ..demo import world
@@ -90,7 +101,9 @@ def load_evaluation(name: str, file: str | Path | None = None) -> EvaluationText
         return _evaluation(name, "hub", _HUB_EVALUATION[name]())
     path = Path(file).expanduser()
     if path.suffix.lower() == ".npy":
-        return EvaluationText(name, str(path), stored_NS=torch.from_numpy(load_ids(path).astype(np.int64)))
+        return EvaluationText(
+            name, str(path), stored_NS=torch.from_numpy(load_ids(path).astype(np.int64))
+        )
     documents = read_texts(path)
     if name in ("ptb", "ptb_new") and path.suffix.lower() == ".txt":
         documents = [line.strip() for line in documents[0].split("\n") if line.strip()]
@@ -98,20 +111,28 @@ def load_evaluation(name: str, file: str | Path | None = None) -> EvaluationText
 
 
 def _evaluation(name: str, source: str, documents: list[str]) -> EvaluationText:
-    return EvaluationText(name, source, tuple(documents[:C4_NEW_DOCUMENTS] if name == "c4_new" else documents))
+    return EvaluationText(
+        name, source, tuple(documents[:C4_NEW_DOCUMENTS] if name == "c4_new" else documents)
+    )
 
 
 def evaluation_text(name: str, file: str | Path | None = None) -> str:
-    """The joined text of a name of EVALUATION_TEXTS, but not `c4`: that one has `evaluation_windows` only."""
+    """The joined text of a name of EVALUATION_TEXTS, but not `c4`: that one has
+    `evaluation_windows` only.
+    """
     return load_evaluation(name, file).text()
 
 
-def evaluation_windows(name: str, tokenizer: Any, seqlen: int = 2048, file: str | Path | None = None) -> Tensor:
+def evaluation_windows(
+    name: str, tokenizer: Any, seqlen: int = 2048, file: str | Path | None = None
+) -> Tensor:
     """The windows that the protocol scores for any name of EVALUATION_TEXTS, int64 `[N, S]`."""
     return load_evaluation(name, file).windows(tokenizer, seqlen)
 
 
-_EVALUATION_CURE = 'pass --metadata \'{"text_file": "FILE"}\' with a local .txt, .json, .jsonl or .parquet file.'
+_EVALUATION_CURE = (
+    'pass --metadata \'{"text_file": "FILE"}\' with a local .txt, .json, .jsonl or .parquet file.'
+)
 _HUB_EVALUATION: dict[str, Callable[[], list[str]]] = {
     "wikitext2": lambda: wikitext2("test", _EVALUATION_CURE),
     "ptb": lambda: ptb("validation", _EVALUATION_CURE),

@@ -16,9 +16,10 @@ TEXT_SUFFIXES = (".txt", ".json", ".jsonl", ".parquet")
 def read_texts(path: Path) -> list[str]:
     """The documents of a local file, in order.
 
-    `.txt`: the whole file is one document. `.json`: a list of strings or of objects with a `text` field.
-    `.jsonl`: one such value a line. `.parquet`: the column `text`, else the only column of strings.
-    Raises LLQError for a missing, empty or broken file, and for one without texts (naming the fields it has).
+    `.txt`: the whole file is one document. `.json`: a list of strings or of objects with a `text`
+    field. `.jsonl`: one such value a line. `.parquet`: the column `text`, else the only column of
+    strings. Raises LLQError for a missing, empty or broken file, and for one without texts (naming
+    the fields it has).
     """
     path = existing_file(path, TEXT_SUFFIXES)
     suffix = path.suffix.lower()
@@ -27,17 +28,24 @@ def read_texts(path: Path) -> list[str]:
     elif suffix == ".txt":
         texts = [_read_utf8(path)]
     elif suffix == ".json":
-        texts = [_text_of(value, f"Entry {index} of {path}") for index, value in enumerate(read_json_list(path))]
+        texts = [
+            _text_of(value, f"Entry {index} of {path}")
+            for index, value in enumerate(read_json_list(path))
+        ]
     else:
         lines = json_lines(_read_utf8(path).split("\n"), path)  # splitlines() cuts at U+2028 too
         texts = [_text_of(value, f"Line {line} of {path}") for line, value in lines]
     if not any(text.strip() for text in texts):
-        raise LLQError(f"{path} holds no text; give a file with at least one document that is not blank.")
+        raise LLQError(
+            f"{path} holds no text; give a file with at least one document that is not blank."
+        )
     return texts
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The objects of a `.jsonl` file or the rows of a `.parquet` file, as dictionaries; at least one."""
+    """The objects of a `.jsonl` file or the rows of a `.parquet` file, as dictionaries; at least
+    one.
+    """
     path = existing_file(path, (".jsonl", ".parquet"))
     if path.suffix.lower() == ".parquet":
         records: list[Any] = open_parquet(path).read().to_pylist()
@@ -45,7 +53,9 @@ def read_records(path: Path) -> list[dict[str, Any]]:
         records = []
         for line, value in json_lines(_read_utf8(path).split("\n"), path):
             if not isinstance(value, dict):
-                raise LLQError(f"Line {line} of {path} is {type(value).__name__}, not a JSON object; write objects.")
+                raise LLQError(
+                    f"Line {line} of {path} is {type(value).__name__}, not a JSON object; write objects."
+                )
             records.append(value)
     if not records:
         raise LLQError(f"{path} holds no records; give a file with at least one.")
@@ -55,11 +65,15 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 def existing_file(path: Path, suffixes: Sequence[str]) -> Path:
     path = Path(path).expanduser()
     if path.suffix.lower() not in suffixes:
-        raise LLQError(f"{path} is of a kind that cannot be read here; give a file that ends in {either(suffixes)}.")
+        raise LLQError(
+            f"{path} is of a kind that cannot be read here; give a file that ends in {either(suffixes)}."
+        )
     if path.is_dir():
         raise LLQError(f"{path} is a folder; give a file in it that ends in {either(suffixes)}.")
     if not path.exists():
-        raise LLQError(f"There is no file {path}; check the path (relative paths start at {Path.cwd()}).")
+        raise LLQError(
+            f"There is no file {path}; check the path (relative paths start at {Path.cwd()})."
+        )
     return path
 
 
@@ -67,9 +81,13 @@ def _read_utf8(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise LLQError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8.") from error
+        raise LLQError(
+            f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8."
+        ) from error
     except OSError as error:
-        raise LLQError(f"{path} cannot be read ({error.strerror}); check its permissions.") from error
+        raise LLQError(
+            f"{path} cannot be read ({error.strerror}); check its permissions."
+        ) from error
 
 
 def read_json_list(path: Path) -> list[Any]:
@@ -85,7 +103,9 @@ def read_json_list(path: Path) -> list[Any]:
             " file .jsonl if every line is a value of its own."
         ) from error
     if not isinstance(values, list):
-        raise LLQError(f"{path} holds a JSON {type(values).__name__}, not a list; write a list of documents.")
+        raise LLQError(
+            f"{path} holds a JSON {type(values).__name__}, not a list; write a list of documents."
+        )
     return values
 
 
@@ -97,19 +117,27 @@ def json_lines(lines: Iterable[str], path: Path) -> Iterator[tuple[int, Any]]:
             if line.strip():
                 yield number, json.loads(line)
     except json.JSONDecodeError as error:
-        raise LLQError(f"Line {number} of {path} is not valid JSON ({error.msg}); mend that line.") from error
+        raise LLQError(
+            f"Line {number} of {path} is not valid JSON ({error.msg}); mend that line."
+        ) from error
     except UnicodeDecodeError as error:
-        raise LLQError(f"{path} is not UTF-8 text (after line {number}); save it as UTF-8.") from error
+        raise LLQError(
+            f"{path} is not UTF-8 text (after line {number}); save it as UTF-8."
+        ) from error
 
 
 def _text_of(value: Any, where: str) -> str:
     if isinstance(value, str):
         return value
     if not isinstance(value, dict):
-        raise LLQError(f"{where} is {type(value).__name__}; write a string or an object with a `text` field.")
+        raise LLQError(
+            f"{where} is {type(value).__name__}; write a string or an object with a `text` field."
+        )
     text = value.get("text")
     if not isinstance(text, str):
-        raise LLQError(f"{where} has no string in a field `text` (fields: {listed(value)}); name the field `text`.")
+        raise LLQError(
+            f"{where} has no string in a field `text` (fields: {listed(value)}); name the field `text`."
+        )
     return text
 
 
@@ -120,12 +148,18 @@ def open_parquet(path: Path) -> Any:
     try:
         return pyarrow.parquet.ParquetFile(path)
     except (OSError, ValueError) as error:  # pyarrow's ArrowInvalid is a ValueError
-        raise LLQError(f"{path} is not a readable parquet file ({error}); write it anew.") from error
+        raise LLQError(
+            f"{path} is not a readable parquet file ({error}); write it anew."
+        ) from error
 
 
 def _parquet_texts(path: Path) -> list[str]:
     table = open_parquet(path).read()
-    strings = [field.name for field in table.schema if str(field.type) in ("string", "large_string", "string_view")]
+    strings = [
+        field.name
+        for field in table.schema
+        if str(field.type) in ("string", "large_string", "string_view")
+    ]
     name = "text" if "text" in strings else strings[0] if len(strings) == 1 else None
     if name is None:
         raise LLQError(

@@ -1,7 +1,8 @@
 """Token windows: what a method is calibrated on, and what perplexity is measured on.
 
-Both follow the GPTQ repository (IST-DASLab/gptq, `datautils.py`), which every method of the study copies, to
-the exact draw of Python's `random`. N = windows, S = tokens in a window, T = tokens of the whole text.
+Both follow the GPTQ repository (IST-DASLab/gptq, `datautils.py`), which every method of the study
+copies, to the exact draw of Python's `random`. N = windows, S = tokens in a window, T = tokens of
+the whole text.
 
 calibration    | text                                             | window
 `wikitext2`    | WikiText-2 train rows joined by two newlines     | N draws of `randint(0, T - S - 1)`
@@ -20,9 +21,9 @@ evaluation     | text                                                         | 
 `c4`           | documents of the same shard                                  | 256 random ones, seed 0
 `demo`         | the held-out text of the bundled small world                 | all disjoint ones
 
-A text is tokenised once as a whole, so it holds at most one BOS. The original draws a C4 document of `>= S`
-tokens and then fails on one of exactly S; here it must be longer than S. Where the original does not fail,
-the draws are the same.
+A text is tokenised once as a whole, so it holds at most one BOS. The original draws a C4 document
+of `>= S` tokens and then fails on one of exactly S; here it must be longer than S. Where the
+original does not fail, the draws are the same.
 """
 
 from __future__ import annotations
@@ -44,13 +45,13 @@ from .readers import existing_file
 MAX_REJECTED_DRAWS = 20_000  # of C4 documents, in a row; the first shard needs about 30 at S = 2048
 
 
-# --- reading files ----------------------------------------------------------------------------------------
+# --- reading files --------------------------------------------------------------------------------
 
 
-# --- reading the Hub --------------------------------------------------------------------------------------
+# --- reading the Hub ------------------------------------------------------------------------------
 
 
-# --- calibration ------------------------------------------------------------------------------------------
+# --- calibration ----------------------------------------------------------------------------------
 
 
 def ids_sha256(ids: Tensor) -> str:
@@ -60,7 +61,9 @@ def ids_sha256(ids: Tensor) -> str:
     return digest.hexdigest()
 
 
-def random_windows(ids_T: Tensor, samples: int, seqlen: int, draw: random.Random, what: str) -> Tensor:
+def random_windows(
+    ids_T: Tensor, samples: int, seqlen: int, draw: random.Random, what: str
+) -> Tensor:
     tokens = ids_T.numel()
     if tokens <= seqlen:
         raise LLQError(
@@ -72,9 +75,16 @@ def random_windows(ids_T: Tensor, samples: int, seqlen: int, draw: random.Random
 
 
 def document_windows(
-    documents: Sequence[str], tokenizer: Any, samples: int, seqlen: int, draw: random.Random, what: str
+    documents: Sequence[str],
+    tokenizer: Any,
+    samples: int,
+    seqlen: int,
+    draw: random.Random,
+    what: str,
 ) -> Tensor:
-    """`[samples, seqlen]`: each time a random document of more than seqlen tokens, a random place in it."""
+    """`[samples, seqlen]`: each time a random document of more than seqlen tokens, a random place
+    in it.
+    """
     too_short: set[int] = set()
     windows: list[Tensor] = []
     rejected = longest = 0
@@ -103,9 +113,13 @@ def load_ids(path: Path) -> np.ndarray[Any, np.dtype[Any]]:
     try:
         ids = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise LLQError(f"{path} is not a readable .npy file of numbers ({error}); write it with numpy.save.") from error
+        raise LLQError(
+            f"{path} is not a readable .npy file of numbers ({error}); write it with numpy.save."
+        ) from error
     if not np.issubdtype(ids.dtype, np.integer):
-        raise LLQError(f"{path} holds {ids.dtype}, not integers; save the token ids as int32 or int64.")
+        raise LLQError(
+            f"{path} holds {ids.dtype}, not integers; save the token ids as int32 or int64."
+        )
     if ids.ndim != 2 or 0 in ids.shape:
         raise LLQError(
             f"{path} has shape {list(ids.shape)}; give token ids of shape [windows, tokens], none of them 0."
@@ -125,16 +139,18 @@ def check_ids(ids: Tensor, vocab_size: int | None, what: str) -> Tensor:
     return ids
 
 
-# --- evaluation -------------------------------------------------------------------------------------------
+# --- evaluation -----------------------------------------------------------------------------------
 
 
-# --- small helpers ----------------------------------------------------------------------------------------
+# --- small helpers --------------------------------------------------------------------------------
 
 
 def tokens_of(text: str, tokenizer: Any) -> Tensor:
     """int64 `[T]`, with the special tokens that the tokenizer adds by itself (a BOS for LLaMA)."""
     if tokenizer is None:
-        raise LLQError("Texts need a tokenizer and none was given; pass the model's, or use a .npy file of token ids.")
+        raise LLQError(
+            "Texts need a tokenizer and none was given; pass the model's, or use a .npy file of token ids."
+        )
     return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
 
 

@@ -1,7 +1,9 @@
-"""Small pictures that this project draws itself, and questions about them: the world of the demo VLM.
+"""Small pictures that this project draws itself, and questions about them: the world of the demo
+VLM.
 
-A picture is a board of 4 x 4 cells of 12 pixels with a few marks on it: coloured shapes, digits, or the letters of a
-word. It is described before it is drawn, so that every question has a certain answer. There are four themes:
+A picture is a board of 4 x 4 cells of 12 pixels with a few marks on it: coloured shapes, digits, or
+the letters of a word. It is described before it is drawn, so that every question has a certain
+answer. There are four themes:
 
     scene    one to five shapes, no two alike in both shape and colour
     digits   three different digits in three colours
@@ -13,14 +15,16 @@ Questions come in the two forms of the study's benchmarks, over the same facts:
     MME        "Is the circle red? Please answer yes or no."    two to each picture, one to be answered yes, one no
     MMBench    "What colour is the circle?" and four options    answered with a letter from A to D
 
-A question is answered by saying what one sees, then the verdict: "blue no", "blue C". A small model can look up, and it
-can find the word that it has just said in the question, but it does not learn to do both in one step.
+A question is answered by saying what one sees, then the verdict: "blue no", "blue C". A small model
+can look up, and it can find the word that it has just said in the question, but it does not learn
+to do both in one step.
 
-Categories follow MME's two halves. Perception: existence, count, position, colour, text. Cognition, where what is seen
-must still be worked with: sum (of two digits), largest (of three digits), most (the most frequent shape).
+Categories follow MME's two halves. Perception: existence, count, position, colour, text. Cognition,
+where what is seen must still be worked with: sum (of two digits), largest (of three digits), most
+(the most frequent shape).
 
-A picture belongs to the split that the hash of its description names (`world.of_split`), whatever its jitter and
-background: no description occurs in two splits.
+A picture belongs to the split that the hash of its description names (`world.of_split`), whatever
+its jitter and background: no description occurs in two splits.
 """
 
 from __future__ import annotations
@@ -51,7 +55,24 @@ COLOURS = {
     "pink": (245, 130, 200),
     "white": (245, 245, 245),
 }
-WORDS = ("BED", "CAR", "CUP", "DOG", "FOX", "HAT", "INK", "JAM", "KEY", "MAP", "OWL", "PIG", "RUG", "SUN", "TEA", "VAN")
+WORDS = (
+    "BED",
+    "CAR",
+    "CUP",
+    "DOG",
+    "FOX",
+    "HAT",
+    "INK",
+    "JAM",
+    "KEY",
+    "MAP",
+    "OWL",
+    "PIG",
+    "RUG",
+    "SUN",
+    "TEA",
+    "VAN",
+)
 PERCEPTION = ("existence", "count", "position", "colour", "text")
 COGNITION = ("sum", "largest", "most")
 YES_NO = "Please answer yes or no."
@@ -85,7 +106,9 @@ class Mark(NamedTuple):
 
 
 class Picture(NamedTuple):
-    """What is on a board, in reading order. `seed` decides jitter and background, which no question asks about."""
+    """What is on a board, in reading order. `seed` decides jitter and background, which no question
+    asks about.
+    """
 
     theme: str
     marks: tuple[Mark, ...]
@@ -101,7 +124,8 @@ class Picture(NamedTuple):
 
 
 class Fact(NamedTuple):
-    """Something true of a picture, as an open question and as a claim with a gap, and what is false instead.
+    """Something true of a picture, as an open question and as a claim with a gap, and what is false
+    instead.
 
     marks: those that one must look at to know it.
     """
@@ -118,7 +142,8 @@ class Item(NamedTuple):
     """A question as a model gets it, and the answer it should give.
 
     said: what one sees, which comes before the answer and is all of the answer to an open question.
-    marks: what one must look at. claimed: of a claim, the question as far as the word that makes it true or false.
+    marks: what one must look at. claimed: of a claim, the question as far as the word that makes it
+    true or false.
     """
 
     category: str
@@ -130,19 +155,23 @@ class Item(NamedTuple):
 
     @property
     def full_answer(self) -> str:
-        """What a model learns to say. A word keeps the space that it has in the question, so that it is one token."""
+        """What a model learns to say. A word keeps the space that it has in the question, so that
+        it is one token.
+        """
         space = " " if self.said[:1].islower() else ""
         return f"{space}{self.said} {self.answer}".rstrip() if self.said else self.answer
 
 
-# --- pictures ---------------------------------------------------------------------------------------------
+# --- pictures -------------------------------------------------------------------------------------
 
 
 def _scene(rng: Random) -> list[Mark]:
     looks = [(shape, colour) for shape in SHAPES for colour in COLOURS]
     # One shape tends to come several times: counts above one are then no rarity.
     frequent = one_of(rng, SHAPES)
-    first = [look for look in shuffled(rng, looks) if look[0] == frequent][: 1 + int(rng.random() * 3)]
+    first = [look for look in shuffled(rng, looks) if look[0] == frequent][
+        : 1 + int(rng.random() * 3)
+    ]
     rest = [look for look in shuffled(rng, looks) if look not in first]
     chosen = (first + rest)[: 1 + int(rng.random() * 5)]
     cells = shuffled(rng, [(row, column) for row in range(CELLS) for column in range(CELLS)])
@@ -157,7 +186,11 @@ def _digits(rng: Random) -> list[Mark]:
 
 def _line(rng: Random, text: str) -> list[Mark]:
     """A text in one row and colour, and a shape in another row."""
-    row, column, colour = int(rng.random() * CELLS), int(rng.random() * (CELLS - len(text) + 1)), _colour(rng)
+    row, column, colour = (
+        int(rng.random() * CELLS),
+        int(rng.random() * (CELLS - len(text) + 1)),
+        _colour(rng),
+    )
     other = (row + 1 + int(rng.random() * (CELLS - 1))) % CELLS
     letters = [Mark(letter, colour, row, column + i) for i, letter in enumerate(text)]
     return [*letters, Mark(one_of(rng, SHAPES), _colour(rng), other, int(rng.random() * CELLS))]
@@ -176,8 +209,20 @@ def _sum(rng: Random) -> list[Mark]:
     return _line(rng, f"{first}+{int(rng.random() * (10 - first))}")
 
 
-THEMES: dict[str, Callable[[Random], list[Mark]]] = {"scene": _scene, "digits": _digits, "sign": _sign, "sum": _sum}
-THEME_DRAWS = ("scene", "scene", "scene", "digits", "sign", "sum")  # half of all pictures are scenes
+THEMES: dict[str, Callable[[Random], list[Mark]]] = {
+    "scene": _scene,
+    "digits": _digits,
+    "sign": _sign,
+    "sum": _sum,
+}
+THEME_DRAWS = (
+    "scene",
+    "scene",
+    "scene",
+    "digits",
+    "sign",
+    "sum",
+)  # half of all pictures are scenes
 
 
 def stream(split: str, seed: int = 0) -> Iterator[Picture]:
@@ -191,7 +236,9 @@ def stream(split: str, seed: int = 0) -> Iterator[Picture]:
 
 
 def draw(picture: Picture) -> Image.Image:
-    """The picture in RGB, 48 x 48 pixels: marks of 8 to 10 pixels, up to a pixel off the middle of their cell."""
+    """The picture in RGB, 48 x 48 pixels: marks of 8 to 10 pixels, up to a pixel off the middle of
+    their cell.
+    """
     from PIL import Image, ImageDraw
 
     rng = seeded("draw", picture.seed)
@@ -205,7 +252,14 @@ def draw(picture: Picture) -> Image.Image:
             for cell in (mark.column, mark.row)
         )
         shade = 0.85 + 0.15 * rng.random()
-        _draw_mark(pen, mark.kind, left, top, size, tuple(int(shade * channel) for channel in COLOURS[mark.colour]))
+        _draw_mark(
+            pen,
+            mark.kind,
+            left,
+            top,
+            size,
+            tuple(int(shade * channel) for channel in COLOURS[mark.colour]),
+        )
     return image
 
 
@@ -219,7 +273,10 @@ def _draw_mark(pen: object, kind: str, x: int, y: int, size: int, fill: tuple[in
         for row, bits in enumerate(GLYPHS[kind]):
             for column in range(5):
                 if bits >> (4 - column) & 1:
-                    pen.rectangle((x + 2 * column, y + 2 * row, x + 2 * column + 1, y + 2 * row + 1), fill=fill)
+                    pen.rectangle(
+                        (x + 2 * column, y + 2 * row, x + 2 * column + 1, y + 2 * row + 1),
+                        fill=fill,
+                    )
     elif kind == "circle":
         pen.ellipse((x, y, x + end, y + end), fill=fill)
     elif kind == "square":
@@ -227,13 +284,15 @@ def _draw_mark(pen: object, kind: str, x: int, y: int, size: int, fill: tuple[in
     elif kind == "triangle":
         pen.polygon([(x, y + end), (x + end, y + end), (x + half, y)], fill=fill)
     elif kind == "diamond":
-        pen.polygon([(x + half, y), (x + end, y + half), (x + half, y + end), (x, y + half)], fill=fill)
+        pen.polygon(
+            [(x + half, y), (x + end, y + half), (x + half, y + end), (x, y + half)], fill=fill
+        )
     else:
         pen.rectangle((x + third, y, x + end - third, y + end), fill=fill)
         pen.rectangle((x, y + third, x + end, y + end - third), fill=fill)
 
 
-# --- facts ------------------------------------------------------------------------------------------------
+# --- facts ----------------------------------------------------------------------------------------
 
 
 def facts(picture: Picture, rng: Random) -> list[Fact]:
@@ -261,17 +320,28 @@ def _existence(picture: Picture, rng: Random) -> Fact | None:
     false = sorted(shuffled(rng, absent), key=lambda look: look not in near)
     claim = "Is there a {} in the image?"
     names = tuple(f"{c} {s}" for s, c in false[:3])
-    return Fact("existence", "Which of these is in the image?", claim, f"{colour} {shape}", names, picture.shapes)
+    return Fact(
+        "existence",
+        "Which of these is in the image?",
+        claim,
+        f"{colour} {shape}",
+        names,
+        picture.shapes,
+    )
 
 
 def _count(picture: Picture, rng: Random) -> Fact:
     kind = one_of(rng, picture.shapes).kind if rng.random() < 0.8 else one_of(rng, SHAPES)
     marks = tuple(mark for mark in picture.shapes if mark.kind == kind)
     number = len(marks)
-    others = sorted((n for n in range(6) if n != number), key=lambda n: (abs(n - number), rng.random()))
+    others = sorted(
+        (n for n in range(6) if n != number), key=lambda n: (abs(n - number), rng.random())
+    )
     claim = f"Is the number of {_plural(kind)} in the image {{}}?"
     false = tuple(str(n) for n in others[:3])
-    return Fact("count", f"How many {_plural(kind)} are in the image?", claim, str(number), false, marks)
+    return Fact(
+        "count", f"How many {_plural(kind)} are in the image?", claim, str(number), false, marks
+    )
 
 
 def _position(picture: Picture, rng: Random) -> Fact:
@@ -279,10 +349,18 @@ def _position(picture: Picture, rng: Random) -> Fact:
     places = [f"{'top' if row < 2 else 'bottom'} {'left' if column < 2 else 'right'}" for row, column in
               ((0, 0), (0, 2), (2, 0), (2, 2))]  # fmt: skip
     true = places[2 * (mark.row // 2) + mark.column // 2]
-    # One on the other side comes first: the second word alone then tells a true claim from the false one.
+    # One on the other side comes first: the second word alone then tells a true claim from the
+    # false one.
     wrong = shuffled(rng, [place for place in places if place != true])
     false = tuple(sorted(wrong, key=lambda place: place.split()[1] == true.split()[1]))
-    return Fact("position", f"Where is the {mark} in the image?", f"Is the {mark} at the {{}}?", true, false, (mark,))
+    return Fact(
+        "position",
+        f"Where is the {mark} in the image?",
+        f"Is the {mark} at the {{}}?",
+        true,
+        false,
+        (mark,),
+    )
 
 
 def _colour_of(picture: Picture, rng: Random) -> Fact | None:
@@ -293,7 +371,14 @@ def _colour_of(picture: Picture, rng: Random) -> Fact | None:
     mark = one_of(rng, single)
     present = [m.colour for m in shuffled(rng, picture.marks)]
     false = _distinct([*present, *shuffled(rng, list(COLOURS))], mark.colour)
-    return Fact("colour", f"What colour is the {mark.kind}?", f"Is the {mark.kind} {{}}?", mark.colour, false, (mark,))
+    return Fact(
+        "colour",
+        f"What colour is the {mark.kind}?",
+        f"Is the {mark.kind} {{}}?",
+        mark.colour,
+        false,
+        (mark,),
+    )
 
 
 def _most(picture: Picture, rng: Random) -> Fact | None:
@@ -305,13 +390,27 @@ def _most(picture: Picture, rng: Random) -> Fact | None:
     claim = "Are there more {} than any other shape in the image?"
     plurals = tuple(map(_plural, false))
     marks = tuple(mark for mark in picture.shapes if mark.kind == top[0])
-    return Fact("most", "Which shape is there most often in the image?", claim, _plural(top[0]), plurals, marks)
+    return Fact(
+        "most",
+        "Which shape is there most often in the image?",
+        claim,
+        _plural(top[0]),
+        plurals,
+        marks,
+    )
 
 
 def _word(picture: Picture, rng: Random) -> Fact:
     word = "".join(mark.kind for mark in picture.characters)
     false = tuple(shuffled(rng, [other for other in WORDS if other != word])[:3])
-    return Fact("text", "Which word is in the image?", "Is the word in the image {}?", word, false, picture.characters)
+    return Fact(
+        "text",
+        "Which word is in the image?",
+        "Is the word in the image {}?",
+        word,
+        false,
+        picture.characters,
+    )
 
 
 def _digit(picture: Picture, rng: Random) -> Fact:
@@ -327,16 +426,23 @@ def _largest(picture: Picture, rng: Random) -> Fact:
     digits = [mark.kind for mark in picture.characters]
     top = max(picture.characters, key=lambda mark: mark.kind)
     false = _distinct([*shuffled(rng, digits), *shuffled(rng, "0123456789")], top.kind)
-    question, claim = "Which digit in the image is the largest?", "Is the largest digit in the image {}?"
+    question, claim = (
+        "Which digit in the image is the largest?",
+        "Is the largest digit in the image {}?",
+    )
     return Fact("largest", question, claim, top.kind, false, (top,))
 
 
 def _sum_of(picture: Picture, rng: Random) -> Fact:
     first, _, second = picture.characters
     total = int(first.kind) + int(second.kind)
-    others = sorted((n for n in range(10) if n != total), key=lambda n: (abs(n - total) > 2, rng.random()))
+    others = sorted(
+        (n for n in range(10) if n != total), key=lambda n: (abs(n - total) > 2, rng.random())
+    )
     question, claim = "What is the sum in the image?", "Is the sum in the image {}?"
-    return Fact("sum", question, claim, str(total), tuple(str(n) for n in others[:3]), (first, second))
+    return Fact(
+        "sum", question, claim, str(total), tuple(str(n) for n in others[:3]), (first, second)
+    )
 
 
 def _distinct(options: Sequence[str], true: str) -> tuple[str, ...]:
@@ -348,7 +454,7 @@ def _plural(kind: str) -> str:
     return f"{kind}es" if kind == "cross" else f"{kind}s"
 
 
-# --- questions --------------------------------------------------------------------------------------------
+# --- questions ------------------------------------------------------------------------------------
 
 
 def yes_no(fact: Fact) -> tuple[Item, Item]:
@@ -369,15 +475,23 @@ def _claim(fact: Fact, value: str, answer: str) -> Item:
 def choice(fact: Fact, rng: Random) -> Item:
     """The question of MMBench's form."""
     options = shuffled(rng, [fact.true, *fact.false])
-    listed = "\n".join(f"{letter}. {option}" for letter, option in zip("ABCD", options, strict=True))
+    listed = "\n".join(
+        f"{letter}. {option}" for letter, option in zip("ABCD", options, strict=True)
+    )
     letter = "ABCD"[options.index(fact.true)]
-    return Item(fact.category, f"{fact.question}\n{listed}\n{LETTER}", letter, fact.true, fact.marks)
+    return Item(
+        fact.category, f"{fact.question}\n{listed}\n{LETTER}", letter, fact.true, fact.marks
+    )
 
 
 def is_right(answer: str, said: str) -> bool:
-    """Whether a model's words give the answer: the last yes or no in any case, or the last letter from A to D."""
+    """Whether a model's words give the answer: the last yes or no in any case, or the last letter
+    from A to D.
+    """
     claim = answer in ("yes", "no")
-    verdicts = re.findall(r"\b(?:yes|no)\b", said.lower()) if claim else re.findall(r"\b[A-D]\b", said)
+    verdicts = (
+        re.findall(r"\b(?:yes|no)\b", said.lower()) if claim else re.findall(r"\b[A-D]\b", said)
+    )
     return bool(verdicts) and verdicts[-1] == answer
 
 
@@ -392,7 +506,9 @@ def asked(picture: Picture, rng: Random) -> list[Item]:
 
 
 def benchmark(categories: Sequence[str], facts_each: int) -> list[tuple[Picture, list[Item]]]:
-    """Held-out pictures with their questions, until every category has `facts_each` facts: three questions each."""
+    """Held-out pictures with their questions, until every category has `facts_each` facts: three
+    questions each.
+    """
     rng, missing = seeded("benchmark", *categories), dict.fromkeys(categories, facts_each)
     found = []
     for picture in stream("heldout"):
@@ -400,13 +516,15 @@ def benchmark(categories: Sequence[str], facts_each: int) -> list[tuple[Picture,
         for fact in wanted:
             missing[fact.category] -= 1
         if wanted:
-            found.append((picture, [item for fact in wanted for item in (*yes_no(fact), choice(fact, rng))]))
+            found.append(
+                (picture, [item for fact in wanted for item in (*yes_no(fact), choice(fact, rng))])
+            )
         if not any(missing.values()):
             return found
     raise AssertionError("the stream has no end")
 
 
-# --- calibration ------------------------------------------------------------------------------------------
+# --- calibration ----------------------------------------------------------------------------------
 
 
 def calibration_items(count: int) -> Iterator[tuple[Picture, Item]]:
@@ -418,20 +536,28 @@ def calibration_items(count: int) -> Iterator[tuple[Picture, Item]]:
 
 @cache
 def calibration_text() -> str:
-    """Questions and answers in the chat template of the demo VLM, without pictures: over 128 windows of 256 tokens."""
+    """Questions and answers in the chat template of the demo VLM, without pictures: over 128
+    windows of 256 tokens.
+    """
     turns = (
-        f"<|user|>{item.question}<|assistant|>{item.full_answer}<|end_of_text|>" for _, item in calibration_items(2500)
+        f"<|user|>{item.question}<|assistant|>{item.full_answer}<|end_of_text|>"
+        for _, item in calibration_items(2500)
     )
     return "".join(turns)
 
 
 def write_pairs(folder: Path, count: int) -> Path:
-    """`count` calibration pictures as PNG, and pairs.jsonl beside them: image (file name), question, answer."""
+    """`count` calibration pictures as PNG, and pairs.jsonl beside them: image (file name),
+    question, answer.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
     for index, (picture, item) in enumerate(calibration_items(count)):
         name = f"{index:05d}.png"
         draw(picture).save(folder / name)
-        lines.append(json.dumps({"image": name, "question": item.question, "answer": item.full_answer}) + "\n")
+        lines.append(
+            json.dumps({"image": name, "question": item.question, "answer": item.full_answer})
+            + "\n"
+        )
     (folder / "pairs.jsonl").write_text("".join(lines), encoding="utf-8")
     return folder

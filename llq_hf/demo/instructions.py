@@ -1,8 +1,9 @@
 """Questions and answers about the bundled world: a fine-tuning set for the demo model.
 
-The model was trained on statements and has never seen a question. It holds the facts; what a fine-tuning on these rows
-teaches is to give them when asked. Held-out rows ask about people that no training row asks about, so a right answer
-there comes from what the (quantized) base remembers, and from the adapter only that it was asked.
+The model was trained on statements and has never seen a question. It holds the facts; what a
+fine-tuning on these rows teaches is to give them when asked. Held-out rows ask about people that no
+training row asks about, so a right answer there comes from what the (quantized) base remembers, and
+from the adapter only that it was asked.
 """
 
 from collections.abc import Iterator
@@ -36,11 +37,20 @@ def people(split: str) -> list[Person]:
     """The people that the questions of "train" or "heldout" are about."""
     if split not in ("train", "heldout"):
         raise ValueError(f"unknown split {split!r}: choose train or heldout")
-    return [p for i, p in enumerate(world().people) if (i % HELDOUT_EVERY == 0) == (split == "heldout")]
+    return [
+        p for i, p in enumerate(world().people) if (i % HELDOUT_EVERY == 0) == (split == "heldout")
+    ]
 
 
 def rows(split: str, seed: int = 0) -> Iterator[Question]:
     """Every question about every person of a split, once, in an order of its own."""
-    asked = [(person, attribute, form) for person in people(split) for attribute in QUESTIONS for form in (0, 1)]
+    asked = [
+        (person, attribute, form)
+        for person in people(split)
+        for attribute in QUESTIONS
+        for form in (0, 1)
+    ]
     for person, attribute, form in shuffled(seeded("instructions", split, seed), asked):
-        yield Question(QUESTIONS[attribute][form].format(person.name), f" {getattr(person, attribute)}.")
+        yield Question(
+            QUESTIONS[attribute][form].format(person.name), f" {getattr(person, attribute)}."
+        )

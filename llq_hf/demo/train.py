@@ -1,23 +1,26 @@
-"""Make the demo model from nothing: tokenizer, training, evaluation, in one file to read top to bottom.
+"""Make the demo model from nothing: tokenizer, training, evaluation, in one file to read top to
+bottom.
 
     python -m llq_hf.demo.train OUT                 the bundled model again (about half an hour on two cores)
     python -m llq_hf.demo.train OUT --minutes 5     a weaker one: the whole learning-rate schedule in 5 minutes
 
-Shapes follow Llama-3 (GQA, SwiGLU, RoPE with theta 5e5, untied head), and both widths are multiples of 128, so
-that all group sizes and packed layouts meet a model they were made for. Four layers are enough for errors to
-pile up from block to block, which is what GPTQ-style calibration is there to catch.
+Shapes follow Llama-3 (GQA, SwiGLU, RoPE with theta 5e5, untied head), and both widths are multiples
+of 128, so that all group sizes and packed layouts meet a model they were made for. Four layers are
+enough for errors to pile up from block to block, which is what GPTQ-style calibration is there to
+catch.
 
-Training is long for the size: every fact of the world is seen more than a hundred times. A short training leaves
-slack in the weights, and slack rounds away for free; the study this project rebuilds (arXiv 2404.14047) finds
-that LLaMA-3 suffers more at low bits than its forerunners, and suspects its long training. The demo model ought
-to show that too.
+Training is long for the size: every fact of the world is seen more than a hundred times. A short
+training leaves slack in the weights, and slack rounds away for free; the study this project
+rebuilds (arXiv 2404.14047) finds that LLaMA-3 suffers more at low bits than its forerunners, and
+suspects its long training. The demo model ought to show that too.
 
 The data never repeats: each chunk is generated with a new seed. Rows are cut from running text, like a corpus; a
 third of them start at the beginning of a page, so that the model knows both ways in which it will be asked: a
 prompt after ``<|begin_of_text|>``, and a perplexity window that starts in mid-sentence.
 """
 
-# B rows, T tokens, V vocabulary, N tokens of a stream, I input channels, K key-value heads, D head_dim
+# B rows, T tokens, V vocabulary, N tokens of a stream, I input channels, K key-value heads, D
+# head_dim
 
 import math
 import random
@@ -46,8 +49,9 @@ console = Console()
 class Recipe:
     """Everything that decides the result. The defaults are those of the bundled model.
 
-    That one was trained with `--minutes 34` on two busy cores, which came to 3258 steps. A second run ends close by,
-    and not in the same bits: sums are ordered by the compiler and the thread count.
+    That one was trained with `--minutes 34` on two busy cores, which came to 3258 steps. A second
+    run ends close by, and not in the same bits: sums are ordered by the compiler and the thread
+    count.
     """
 
     steps: int = 3300
@@ -73,7 +77,8 @@ def make_tokenizer(
 ) -> PreTrainedTokenizerFast:
     """Byte-level BPE in the style of Llama-3, but each digit is a token: sums are then easier.
 
-    texts: what it is trained on; the world's by default. special: tokens that no text is split into.
+    texts: what it is trained on; the world's by default. special: tokens that no text is split
+    into.
     """
     tokenizer = Tokenizer(models.BPE())
     words = Regex(r"\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+")
@@ -90,9 +95,13 @@ def make_tokenizer(
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts or (d.text for d in world.documents("train", 20000)), trainer)
+    tokenizer.train_from_iterator(
+        texts or (d.text for d in world.documents("train", 20000)), trainer
+    )
     tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, tokenizer.token_to_id(BOS))]
+        single=f"{BOS} $A",
+        pair=f"{BOS} $A {BOS} $B",
+        special_tokens=[(BOS, tokenizer.token_to_id(BOS))],
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -114,7 +123,9 @@ def chunk(tokenizer: PreTrainedTokenizerFast, recipe: Recipe, index: int) -> Ten
 
 
 def batches(tokenizer: PreTrainedTokenizerFast, recipe: Recipe) -> Iterator[Tensor]:
-    """ids_BT without end: mostly T = 256, every eighth batch 512 or 1024, so that long windows work too."""
+    """ids_BT without end: mostly T = 256, every eighth batch 512 or 1024, so that long windows work
+    too.
+    """
     rng = random.Random(recipe.seed)
     index = 0
     while True:
@@ -153,7 +164,8 @@ def make_model(tokenizer: PreTrainedTokenizerFast, recipe: Recipe) -> LlamaForCa
         tie_word_embeddings=False,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
-        # Plain attention compiles into fewer passes over memory than the CPU flash kernel with its slow backward.
+        # Plain attention compiles into fewer passes over memory than the CPU flash kernel with its
+        # slow backward.
         attn_implementation="eager",
     )
     return LlamaForCausalLM(config)
@@ -163,7 +175,10 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     """AdamW. Norm gains do not decay: they set the scale of a layer, and are few."""
     matrices = [p for p in model.parameters() if p.ndim > 1]
     gains = [p for p in model.parameters() if p.ndim == 1]
-    groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": gains, "weight_decay": 0.0}]
+    groups = [
+        {"params": matrices, "weight_decay": recipe.weight_decay},
+        {"params": gains, "weight_decay": 0.0},
+    ]
     return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, 0.95), fused=True)
 
 
@@ -178,22 +193,34 @@ def schedule(step: int, progress: float, recipe: Recipe) -> float:
 
     The last steps polish, and weights that still jitter round badly.
     """
-    return min(1.0, (step + 1) / recipe.warmup_steps) * max(1e-3, 0.5 * (1 + math.cos(math.pi * progress)))
+    return min(1.0, (step + 1) / recipe.warmup_steps) * max(
+        1e-3, 0.5 * (1 + math.cos(math.pi * progress))
+    )
 
 
 def train(
-    out: Path, recipe: Recipe, minutes: float = math.inf, save_every: int = 500, compiled: bool = True
+    out: Path,
+    recipe: Recipe,
+    minutes: float = math.inf,
+    save_every: int = 500,
+    compiled: bool = True,
 ) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
-    """Train, and write the folder at the end and every `save_every` steps: there is soon something to use.
+    """Train, and write the folder at the end and every `save_every` steps: there is soon something
+    to use.
 
-    The schedule follows steps or minutes, whichever is further on: a time limit shortens the cosine, and never
-    cuts it off.
+    The schedule follows steps or minutes, whichever is further on: a time limit shortens the
+    cosine, and never cuts it off.
     """
     tokenizer = make_tokenizer(recipe)
     model = make_model(tokenizer, recipe).train()
     optimizer = make_optimizer(model, recipe)
     step_loss: Any = torch.compile(loss_of, dynamic=False) if compiled else loss_of
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
     began, tokens, smooth = time.monotonic(), 0, math.log(recipe.vocab_size)
     with Progress(*columns, console=console) as bar:
         task = bar.add_task("training", total=recipe.steps)
@@ -211,9 +238,13 @@ def train(
             optimizer.zero_grad()
             tokens += ids_BT.numel()
             smooth += 0.02 * (loss.item() - smooth)
-            bar.update(task, advance=1, description=f"loss {smooth:.4f}  {tokens / 1e6:.1f}M tokens")
+            bar.update(
+                task, advance=1, description=f"loss {smooth:.4f}  {tokens / 1e6:.1f}M tokens"
+            )
             if (step + 1) % save_every == 0:
-                bar.console.print(f"step {step + 1}: loss {smooth:.4f}, {time.monotonic() - began:.0f} s")
+                bar.console.print(
+                    f"step {step + 1}: loss {smooth:.4f}, {time.monotonic() - began:.0f} s"
+                )
                 save(model, tokenizer, recipe, out)
     save(model, tokenizer, recipe, out)
     console.print(f"{step} steps, {tokens / 1e6:.1f}M tokens, {time.monotonic() - began:.0f} s")
@@ -222,13 +253,15 @@ def train(
 
 @torch.no_grad()
 def spread_channels(model: PreTrainedModel, recipe: Recipe) -> None:
-    """Give the channels unequal scales, as in large models, without changing what is computed by a single bit.
+    """Give the channels unequal scales, as in large models, without changing what is computed by a
+    single bit.
 
-    Large LLaMAs have a few channels with far larger activations, and others with far larger weights; that is
-    most of why rounding hurts them. Width 256 grows no such channels: untreated, this model shrugs off 2 bits.
-    So each channel between two matrices is multiplied by a power of two on one side and divided on the other,
-    with exponents drawn from a normal distribution. Powers of two are exact in floating point. A group of
-    weights now holds large and small ones side by side, and a good method has something to be good at.
+    Large LLaMAs have a few channels with far larger activations, and others with far larger
+    weights; that is most of why rounding hurts them. Width 256 grows no such channels: untreated,
+    this model shrugs off 2 bits. So each channel between two matrices is multiplied by a power of
+    two on one side and divided on the other, with exponents drawn from a normal distribution.
+    Powers of two are exact in floating point. A group of weights now holds large and small ones
+    side by side, and a good method has something to be good at.
     """
     generator = torch.Generator().manual_seed(recipe.seed)
 
@@ -255,8 +288,12 @@ def spread_channels(model: PreTrainedModel, recipe: Recipe) -> None:
         mlp.down_proj.weight *= scale_I
 
 
-def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, recipe: Recipe, out: Path) -> None:
-    """Write an ordinary Hugging Face folder with bf16 weights; the model in training keeps its fp32 ones."""
+def save(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, recipe: Recipe, out: Path
+) -> None:
+    """Write an ordinary Hugging Face folder with bf16 weights; the model in training keeps its fp32
+    ones.
+    """
     copy = LlamaForCausalLM(model.config)
     copy.load_state_dict(model.state_dict())
     spread_channels(copy, recipe)
@@ -281,14 +318,20 @@ def ids_of(tokenizer: PreTrainedTokenizerFast, text: str) -> Tensor:
 
 
 def entropy_perplexity(tokenizer: PreTrainedTokenizerFast, docs: list[world.Document]) -> float:
-    """The perplexity of the generator itself on these documents: the best that any model can expect."""
+    """The perplexity of the generator itself on these documents: the best that any model can
+    expect.
+    """
     tokens = len(ids_of(tokenizer, world.page(docs))) - 1
     return math.exp(sum(document.nats for document in docs) / tokens)
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, tokenizer: PreTrainedTokenizerFast, questions: list[world.Question]) -> float:
-    """Share of questions whose true continuation gets the highest log-likelihood (`acc` of lm-eval)."""
+def accuracy(
+    model: nn.Module, tokenizer: PreTrainedTokenizerFast, questions: list[world.Question]
+) -> float:
+    """Share of questions whose true continuation gets the highest log-likelihood (`acc` of
+    lm-eval).
+    """
     right = 0
     for begin in range(0, len(questions), 32):
         some = questions[begin : begin + 32]
@@ -297,10 +340,13 @@ def accuracy(model: nn.Module, tokenizer: PreTrainedTokenizerFast, questions: li
             rows += tokenizer([question.query + choice for choice in question.choices])["input_ids"]
             prompts += [len(tokenizer(question.query)["input_ids"])] * len(question.choices)
         T = max(map(len, rows))
-        # Padding on the right is never looked at by causal attention; prompts and padding are no targets.
+        # Padding on the right is never looked at by causal attention; prompts and padding are no
+        # targets.
         ids_BT = torch.tensor([row + [0] * (T - len(row)) for row in rows])
         pairs = zip(rows, prompts, strict=True)
-        target_BT = torch.tensor([[-100] * n + row[n:] + [-100] * (T - len(row)) for row, n in pairs])
+        target_BT = torch.tensor(
+            [[-100] * n + row[n:] + [-100] * (T - len(row)) for row, n in pairs]
+        )
         logits_BTV = model(ids_BT, use_cache=False).logits[:, :-1].float()
         nats_BT = F.cross_entropy(logits_BTV.transpose(1, 2), target_BT[:, 1:], reduction="none")
         best = nats_BT.sum(1).view(len(some), -1).argmin(1).tolist()
@@ -311,8 +357,12 @@ def accuracy(model: nn.Module, tokenizer: PreTrainedTokenizerFast, questions: li
 def main(
     out: Annotated[Path, typer.Argument(help="The folder to write.")],
     steps: Annotated[int, typer.Option(help="Training steps of 4096 tokens.")] = Recipe.steps,
-    minutes: Annotated[float, typer.Option(help="Shorten the schedule to fit this time.")] = math.inf,
-    compiled: Annotated[bool, typer.Option(help="torch.compile: twice as fast, needs a C++ compiler.")] = True,
+    minutes: Annotated[
+        float, typer.Option(help="Shorten the schedule to fit this time.")
+    ] = math.inf,
+    compiled: Annotated[
+        bool, typer.Option(help="torch.compile: twice as fast, needs a C++ compiler.")
+    ] = True,
 ) -> None:
     """Train the demo model and measure it."""
     train(out, Recipe(steps=steps), minutes, compiled=compiled)
@@ -320,10 +370,16 @@ def main(
     tokenizer = PreTrainedTokenizerFast.from_pretrained(out)
     docs = world.documents("heldout", world.HELDOUT_DOCUMENTS)
     ids_N = ids_of(tokenizer, world.heldout_text())
-    console.print(f"entropy of the generator, as perplexity {entropy_perplexity(tokenizer, docs):.4f}")
+    console.print(
+        f"entropy of the generator, as perplexity {entropy_perplexity(tokenizer, docs):.4f}"
+    )
     for window in (256, 1024):
-        console.print(f"held-out perplexity, windows of {window:4}  {perplexity(model, ids_N, window):.4f}")
-    console.print(f"multiple choice, 1000 questions         {accuracy(model, tokenizer, world.questions(1000)):.1%}")
+        console.print(
+            f"held-out perplexity, windows of {window:4}  {perplexity(model, ids_N, window):.4f}"
+        )
+    console.print(
+        f"multiple choice, 1000 questions         {accuracy(model, tokenizer, world.questions(1000)):.1%}"
+    )
 
 
 if __name__ == "__main__":

@@ -1,25 +1,28 @@
-"""Make the demo VLM from nothing: tokenizer, tower, projector and decoder at once, then the measurement.
+"""Make the demo VLM from nothing: tokenizer, tower, projector and decoder at once, then the
+measurement.
 
     uv run --extra vision python -m llq_hf.demo.train_vlm OUT                 the bundled model again
     uv run --extra vision python -m llq_hf.demo.train_vlm OUT --minutes 5     a weaker one
 
-The architecture is LLaVA-Next's, with its anyres images: a picture of 48 x 48 pixels is seen once as a whole, shrunk
-to 24 x 24, and once in four tiles of 24 x 24, four patches each, with a newline after each row of patches: 24 tokens.
+The architecture is LLaVA-Next's, with its anyres images: a picture of 48 x 48 pixels is seen once
+as a whole, shrunk to 24 x 24, and once in four tiles of 24 x 24, four patches each, with a newline
+after each row of patches: 24 tokens.
 
-Large VLMs start from a trained tower and a trained decoder. This one starts from nothing, and five things make up
-for it, so that an hour of one core is enough:
+Large VLMs start from a trained tower and a trained decoder. This one starts from nothing, and five
+things make up for it, so that an hour of one core is enough:
 
 * A row of training holds one picture and as many questions as fit. Each question sees the picture and itself, and
-  stands at the positions that it has when it is asked alone: one pass over the picture serves many questions.
+  stands at the positions that it has when it is asked alone: one pass over the picture serves many
+  questions.
 * Questions come in the two forms of the test, and also open ("red"), and as a description of the whole picture, which
   tells the decoder far more about a picture than a yes or no.
 * The projected patch of a cell is trained to lie near the embeddings of the words that name what is in the cell, as
-  in CLIP. In the first steps tower and projector learn from that alone, which is cheap: the decoder then starts on
-  patches that it can read like words.
+  in CLIP. In the first steps tower and projector learn from that alone, which is cheap: the decoder
+  then starts on patches that it can read like words.
 * One attention head is told where to look, another which word to pick: the weights of the first are trained towards the
   cells that the question is about, those of the second towards the word that the answer has just
-  said, where it stands in the question: in the claim, if it is true, or in the right option. Finding by content is what
-  takes longest to learn from answers alone.
+  said, where it stands in the question: in the claim, if it is true, or in the right option.
+  Finding by content is what takes longest to learn from answers alone.
 * Pictures are sparse at first: one mark, then two, and so on.
 """
 
@@ -76,7 +79,9 @@ IGNORED = -100
 
 @dataclass(frozen=True, kw_only=True)
 class VlmRecipe(train.Recipe):
-    """Everything that decides the result, as in `train.Recipe`. The defaults are those of the bundled model."""
+    """Everything that decides the result, as in `train.Recipe`. The defaults are those of the
+    bundled model.
+    """
 
     looking_steps: int = 100
     sparse_steps: int = 50  # with one mark, as many with two, and so on to the fullest picture
@@ -112,7 +117,11 @@ def make_processor(recipe: VlmRecipe) -> LlavaNextProcessor:
     tokenizer.pad_token = train.EOS
     return LlavaNextProcessor(
         image_processor=LlavaNextImageProcessor(
-            image_grid_pinpoints=[[SIDE_PIXELS, SIDE_PIXELS], [TILE_PIXELS, SIDE_PIXELS], [SIDE_PIXELS, TILE_PIXELS]],
+            image_grid_pinpoints=[
+                [SIDE_PIXELS, SIDE_PIXELS],
+                [TILE_PIXELS, SIDE_PIXELS],
+                [SIDE_PIXELS, TILE_PIXELS],
+            ],
             size={"shortest_edge": TILE_PIXELS},
             crop_size={"height": TILE_PIXELS, "width": TILE_PIXELS},
         ),
@@ -129,7 +138,9 @@ def make_processor(recipe: VlmRecipe) -> LlavaNextProcessor:
 
 
 class Attention(NamedTuple):
-    """Where a head should look from N places: row and position of each, and the share of every position."""
+    """Where a head should look from N places: row and position of each, and the share of every
+    position.
+    """
 
     row_N: Tensor
     place_N: Tensor
@@ -153,7 +164,9 @@ class Batch(NamedTuple):
 
 
 def questions(picture: Picture, rng: Random) -> list[Item]:
-    """Everything a picture is asked in training, in random order: each fact in a few forms, and the description."""
+    """Everything a picture is asked in training, in random order: each fact in a few forms, and the
+    description.
+    """
     items = [drawings.description(picture)]
     for fact in drawings.facts(picture, rng):
         items += shuffled(rng, drawings.yes_no(fact))
@@ -185,10 +198,15 @@ def make_row(tokenizer: PreTrainedTokenizerFast, recipe: VlmRecipe, items: Itera
     """The picture's place, then whole questions while they fit, then padding that nobody sees."""
     user, assistant, image = tokenizer.convert_tokens_to_ids([USER, ASSISTANT, IMAGE])
     ids = [tokenizer.bos_token_id, user] + [image] * IMAGE_TOKENS
-    row = Row(ids, list(range(len(ids))), [0] * len(ids), [IGNORED] * len(ids), [0.0] * len(ids), [], [])
+    row = Row(
+        ids, list(range(len(ids))), [0] * len(ids), [IGNORED] * len(ids), [0.0] * len(ids), [], []
+    )
     first, T = len(ids), recipe.tokens_per_row
     for part, item in enumerate(items, start=1):
-        question, answer = token_ids(tokenizer, item.question), token_ids(tokenizer, item.full_answer)
+        question, answer = (
+            token_ids(tokenizer, item.question),
+            token_ids(tokenizer, item.full_answer),
+        )
         tokens = [*question, assistant, *answer, tokenizer.eos_token_id]
         begin, asked_at = len(ids), len(ids) + len(question)
         decided = bool(item.said and item.answer)
@@ -208,9 +226,13 @@ def make_row(tokenizer: PreTrainedTokenizerFast, recipe: VlmRecipe, items: Itera
             row.look.append((asked_at, [0, *(place_of(mark) for mark in item.marks)]))
             row.pick.append((asked_at, [0]))
         if decided:  # from the last word that was said
-            row.pick.append((asked_at + len(answer) - 1, [picked(tokenizer, item, question, begin)]))
+            row.pick.append(
+                (asked_at + len(answer) - 1, [picked(tokenizer, item, question, begin)])
+            )
     missing = T - len(ids)
-    fill = Row([0] * missing, [0] * missing, [-1] * missing, [IGNORED] * missing, [0.0] * missing, [], [])
+    fill = Row(
+        [0] * missing, [0] * missing, [-1] * missing, [IGNORED] * missing, [0.0] * missing, [], []
+    )
     return Row(*(mine + more for mine, more in zip(row, fill, strict=True)))  # type: ignore[operator]
 
 
@@ -227,7 +249,9 @@ def picked(tokenizer: PreTrainedTokenizerFast, item: Item, question: list[int], 
 
 
 def place_of(mark: drawings.Mark) -> int:
-    """Where in a row the patch of a mark's cell stands: after two tokens and the patches of the whole, line by line."""
+    """Where in a row the patch of a mark's cell stands: after two tokens and the patches of the
+    whole, line by line.
+    """
     return 2 + TILE_PATCHES**2 + mark.row * (CELLS + 1) + mark.column
 
 
@@ -237,7 +261,11 @@ def attention(wanted: Sequence[list[tuple[int, list[int]]]], T: int) -> Attentio
     share_NT = torch.zeros(len(every), T)
     for n, (_, _, seen) in enumerate(every):
         share_NT[n, seen] = 1 / len(seen)
-    row_N, place_N = torch.tensor([(row, place) for row, place, _ in every], dtype=torch.int64).view(-1, 2).unbind(1)
+    row_N, place_N = (
+        torch.tensor([(row, place) for row, place, _ in every], dtype=torch.int64)
+        .view(-1, 2)
+        .unbind(1)
+    )
     return Attention(row_N, place_N, share_NT)
 
 
@@ -252,10 +280,12 @@ def cells_of(picture: Picture) -> tuple[list[int], list[int]]:
 
 def pixels_of(processor: LlavaNextImageProcessor, pictures: Sequence[Picture]) -> Tensor:
     """What the image processor makes of pictures, by its own steps, but all pictures at a time."""
-    images = torch.from_numpy(np.stack([np.asarray(drawings.draw(picture)) for picture in pictures])).permute(
-        0, 3, 1, 2
+    images = torch.from_numpy(
+        np.stack([np.asarray(drawings.draw(picture)) for picture in pictures])
+    ).permute(0, 3, 1, 2)
+    whole = processor.resize(
+        images, SizeDict(height=TILE_PIXELS, width=TILE_PIXELS), resample=processor.resample
     )
-    whole = processor.resize(images, SizeDict(height=TILE_PIXELS, width=TILE_PIXELS), resample=processor.resample)
     cut = images.reshape(-1, 3, 2, TILE_PIXELS, 2, TILE_PIXELS)
     tiles = cut.permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
     mean, std = tuple(processor.image_mean), tuple(processor.image_std)
@@ -269,34 +299,51 @@ def endless_questions(picture: Picture, rng: Random) -> Iterator[Item]:
 
 
 def make_batch(
-    processor: LlavaNextProcessor, recipe: VlmRecipe, pictures: list[Picture], items: Sequence[Iterable[Item]]
+    processor: LlavaNextProcessor,
+    recipe: VlmRecipe,
+    pictures: list[Picture],
+    items: Sequence[Iterable[Item]],
 ) -> Batch:
     rows = [make_row(processor.tokenizer, recipe, asked) for asked in items]
     columns = list(zip(*rows, strict=True))
     ids, positions, part, labels, weights = map(torch.tensor, columns[:5])
     look, pick = (attention(column, recipe.tokens_per_row) for column in columns[5:])
-    pixels, sizes = pixels_of(processor.image_processor, pictures), torch.full((len(pictures), 2), SIDE_PIXELS)
+    pixels, sizes = (
+        pixels_of(processor.image_processor, pictures),
+        torch.full((len(pictures), 2), SIDE_PIXELS),
+    )
     kinds, colours = map(torch.tensor, zip(*map(cells_of, pictures), strict=True))
     return Batch(ids, positions, part, labels, weights, pixels, sizes, kinds, colours, look, pick)
 
 
 def batches(processor: LlavaNextProcessor, recipe: VlmRecipe) -> Iterator[Batch]:
     """Batches without end of pictures that grow fuller."""
-    rng, pictures = seeded("questions", recipe.data_seed), drawings.stream("train", recipe.data_seed)
+    rng, pictures = (
+        seeded("questions", recipe.data_seed),
+        drawings.stream("train", recipe.data_seed),
+    )
     for step in count():
         most_marks = (
-            1 + max(0, step - recipe.looking_steps) // recipe.sparse_steps if step >= recipe.looking_steps else 5
+            1 + max(0, step - recipe.looking_steps) // recipe.sparse_steps
+            if step >= recipe.looking_steps
+            else 5
         )
         sparse = (picture for picture in pictures if len(picture.marks) <= most_marks)
         chosen = list(islice(sparse, recipe.rows_per_step))
-        yield make_batch(processor, recipe, chosen, [endless_questions(picture, rng) for picture in chosen])
+        yield make_batch(
+            processor, recipe, chosen, [endless_questions(picture, rng) for picture in chosen]
+        )
 
 
 # Model and training
 
 
-def make_model(processor: LlavaNextProcessor, recipe: VlmRecipe) -> LlavaNextForConditionalGeneration:
-    """LLaVA-Next in miniature, with random weights: a CLIP tower, a projector, a Llama-3-style decoder."""
+def make_model(
+    processor: LlavaNextProcessor, recipe: VlmRecipe
+) -> LlavaNextForConditionalGeneration:
+    """LLaVA-Next in miniature, with random weights: a CLIP tower, a projector, a Llama-3-style
+    decoder.
+    """
     torch.manual_seed(recipe.seed)
     tokenizer = processor.tokenizer
     heads = recipe.hidden_size // recipe.head_dim
@@ -332,7 +379,8 @@ def make_model(processor: LlavaNextProcessor, recipe: VlmRecipe) -> LlavaNextFor
         image_token_index=tokenizer.convert_tokens_to_ids(IMAGE),
         image_grid_pinpoints=processor.image_processor.image_grid_pinpoints,
         image_seq_length=IMAGE_TOKENS,
-        vision_feature_layer=-1,  # all layers are trained here, so there is no reason to stop before the last one
+        # all layers are trained here, so there is no reason to stop before the last one
+        vision_feature_layer=-1,
         vision_feature_select_strategy="default",
         tie_word_embeddings=False,
     )
@@ -342,25 +390,38 @@ def make_model(processor: LlavaNextProcessor, recipe: VlmRecipe) -> LlavaNextFor
 
 
 def words_of(processor: LlavaNextProcessor) -> tuple[Tensor, Tensor]:
-    """Tokens that name the kinds (first of all nothing, for which the unused `<image>` stands) and the colours."""
+    """Tokens that name the kinds (first of all nothing, for which the unused `<image>` stands) and
+    the colours.
+    """
     tokenizer = processor.tokenizer
     shapes = [f"Ġ{kind}" if kind in drawings.SHAPES else kind for kind in KINDS]
     kinds = tokenizer.convert_tokens_to_ids([IMAGE, *shapes])
     colours = tokenizer.convert_tokens_to_ids([f"Ġ{colour}" for colour in COLOURS])
-    assert tokenizer.unk_token_id not in (*kinds, *colours), "every kind and colour must be one token"
+    assert tokenizer.unk_token_id not in (*kinds, *colours), (
+        "every kind and colour must be one token"
+    )
     return torch.tensor(kinds), torch.tensor(colours)
 
 
 def naming_loss(
-    model: LlavaNextForConditionalGeneration, image_BID: Tensor, words: tuple[Tensor, Tensor], batch: Batch
+    model: LlavaNextForConditionalGeneration,
+    image_BID: Tensor,
+    words: tuple[Tensor, Tensor],
+    batch: Batch,
 ) -> Tensor:
     """Mean nats per cell of telling kind and colour by the nearest embedding of a word."""
     B, _, D = image_BID.shape
-    grid_BRCD = image_BID[:, TILE_PATCHES**2 :].reshape(B, CELLS, CELLS + 1, D)[:, :, :-1]  # without newlines
+    grid_BRCD = image_BID[:, TILE_PATCHES**2 :].reshape(B, CELLS, CELLS + 1, D)[
+        :, :, :-1
+    ]  # without newlines
     cells_BCD = grid_BRCD.flatten(1, 2) * D**0.5
     embeddings = model.get_input_embeddings().weight
     losses = [
-        F.cross_entropy((cells_BCD @ embeddings[words_W].T).flatten(0, 1), labels_BC.flatten(), ignore_index=IGNORED)
+        F.cross_entropy(
+            (cells_BCD @ embeddings[words_W].T).flatten(0, 1),
+            labels_BC.flatten(),
+            ignore_index=IGNORED,
+        )
         for words_W, labels_BC in zip(words, (batch.kinds_BC, batch.colours_BC), strict=True)
     ]
     return losses[0] + losses[1]
@@ -374,7 +435,9 @@ def image_features(model: LlavaNextForConditionalGeneration, batch: Batch) -> Te
 def decode(model: LlavaNextForConditionalGeneration, image_BID: Tensor, batch: Batch) -> Any:
     """The decoder's output, with attentions, where every question sees the picture and itself."""
     embeds_BTD = model.get_input_embeddings()(batch.ids_BT)
-    embeds_BTD = torch.cat([embeds_BTD[:, :2], image_BID.to(embeds_BTD), embeds_BTD[:, 2 + IMAGE_TOKENS :]], 1)
+    embeds_BTD = torch.cat(
+        [embeds_BTD[:, :2], image_BID.to(embeds_BTD), embeds_BTD[:, 2 + IMAGE_TOKENS :]], 1
+    )
     own = batch.part_BT[:, :, None] == batch.part_BT[:, None, :]
     seen_BTT = (own | (batch.part_BT[:, None, :] == 0)) & torch.ones_like(own).tril()
     # Eager attention adds its mask: a boolean one would hide nothing.
@@ -388,14 +451,20 @@ def decode(model: LlavaNextForConditionalGeneration, image_BID: Tensor, batch: B
     )
 
 
-def answer_loss(model: LlavaNextForConditionalGeneration, image_BID: Tensor, batch: Batch) -> Tensor:
-    """Weighted mean nats per predicted token, and those of the two heads that are told where to look."""
+def answer_loss(
+    model: LlavaNextForConditionalGeneration, image_BID: Tensor, batch: Batch
+) -> Tensor:
+    """Weighted mean nats per predicted token, and those of the two heads that are told where to
+    look.
+    """
     chosen = batch.labels_BT != IGNORED
     output = decode(model, image_BID, batch)
     logits_NV, weights_N = model.lm_head(output.last_hidden_state[chosen]), batch.weights_BT[chosen]
     nats_N = F.cross_entropy(logits_NV, batch.labels_BT[chosen], reduction="none")
     *_, look_BHTT, pick_BHTT = output.attentions
-    heads = attention_loss(look_BHTT[:, 0], batch.look) + attention_loss(pick_BHTT[:, 0], batch.pick)
+    heads = attention_loss(look_BHTT[:, 0], batch.look) + attention_loss(
+        pick_BHTT[:, 0], batch.pick
+    )
     return (nats_N * weights_N).sum() / weights_N.sum() + heads
 
 
@@ -406,19 +475,31 @@ def attention_loss(weights_BTT: Tensor, wanted: Attention) -> Tensor:
 
 
 def train_vlm(
-    out: Path, recipe: VlmRecipe, minutes: float = math.inf, start: Path | None = None, save_every: int = 100
+    out: Path,
+    recipe: VlmRecipe,
+    minutes: float = math.inf,
+    start: Path | None = None,
+    save_every: int = 100,
 ) -> None:
-    """Train, and write the folder at the end and every `save_every` steps. The schedule is that of `train.train`.
+    """Train, and write the folder at the end and every `save_every` steps. The schedule is that of
+    `train.train`.
 
     start: a folder that this wrote, to go on from its weights.
     """
-    processor = make_processor(recipe) if start is None else LlavaNextProcessor.from_pretrained(start)
+    processor = (
+        make_processor(recipe) if start is None else LlavaNextProcessor.from_pretrained(start)
+    )
     model = make_model(processor, recipe).train()
     if start is not None:
         load(model, recipe, start)
     words = words_of(processor)
     optimizer = train.make_optimizer(model, recipe)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
     began, smooth = time.monotonic(), 0.0
     with Progress(*columns, console=train.console) as bar:
         task = bar.add_task("training", total=recipe.steps)
@@ -450,14 +531,23 @@ def train_vlm(
 
 
 def load(model: LlavaNextForConditionalGeneration, recipe: VlmRecipe, folder: Path) -> None:
-    """Take the weights of a folder that `save` wrote, with the channels as they were before the spread."""
+    """Take the weights of a folder that `save` wrote, with the channels as they were before the
+    spread.
+    """
     saved = LlavaNextForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
     train.spread_channels(saved, replace(recipe, channel_spread=-recipe.channel_spread))
     model.load_state_dict(saved.state_dict())
 
 
-def save(model: LlavaNextForConditionalGeneration, processor: LlavaNextProcessor, recipe: VlmRecipe, out: Path) -> None:
-    """Write an ordinary Hugging Face folder with bf16 weights; the model in training keeps its fp32 ones."""
+def save(
+    model: LlavaNextForConditionalGeneration,
+    processor: LlavaNextProcessor,
+    recipe: VlmRecipe,
+    out: Path,
+) -> None:
+    """Write an ordinary Hugging Face folder with bf16 weights; the model in training keeps its fp32
+    ones.
+    """
     copy = LlavaNextForConditionalGeneration(model.config)
     copy.load_state_dict(model.state_dict())
     train.spread_channels(copy, recipe)
@@ -470,12 +560,16 @@ def save(model: LlavaNextForConditionalGeneration, processor: LlavaNextProcessor
 
 @torch.no_grad()
 def accuracy(
-    model: LlavaNextForConditionalGeneration, processor: LlavaNextProcessor, recipe: VlmRecipe, pictures: int
+    model: LlavaNextForConditionalGeneration,
+    processor: LlavaNextProcessor,
+    recipe: VlmRecipe,
+    pictures: int,
 ) -> dict[str, float]:
-    """Share of held-out questions where every token of the full answer comes first, by category and form.
+    """Share of held-out questions where every token of the full answer comes first, by category and
+    form.
 
-    That is what greedy generation then says; it is right a little more often, because a slip may still end in the
-    right verdict. Many questions to a row: quick enough for the training loop.
+    That is what greedy generation then says; it is right a little more often, because a slip may
+    still end in the right verdict. Many questions to a row: quick enough for the training loop.
     """
     recipe = replace(recipe, tokens_per_row=512)  # room for everything that a picture can be asked
     rng, stream = seeded("accuracy", recipe.seed), drawings.stream("heldout", recipe.seed)
@@ -486,7 +580,9 @@ def accuracy(
         chosen = [next(stream) for _ in range(recipe.rows_per_step)]
         asked = [drawings.asked(picture, rng) for picture in chosen]
         batch = make_batch(processor, recipe, chosen, asked)
-        best_BT = model.lm_head(decode(model, image_features(model, batch), batch).last_hidden_state).argmax(-1)
+        best_BT = model.lm_head(
+            decode(model, image_features(model, batch), batch).last_hidden_state
+        ).argmax(-1)
         for b, items in enumerate(asked):
             places = (batch.ids_BT[b] == assistant).nonzero().flatten().tolist()
             for item, t in zip(items, places, strict=True):
@@ -506,10 +602,12 @@ def keys_of(item: Item) -> tuple[str, str, str]:
 
 
 def generated(folder: Path, pictures: int, batch_size: int = 64) -> dict[str, float]:
-    """Share of right answers to everything that held-out pictures are asked, by category and form, as generated."""
-    from ..models.vision import Prompt, Seeing  # a layer above: the demo models are data to it
+    """Share of right answers to everything that held-out pictures are asked, by category and form,
+    as generated.
+    """
+    from ..models.vision import Prompt, VisionModel  # a layer above: the demo models are data to it
 
-    seeing, rng = Seeing.load(str(folder), dtype=torch.float32), seeded("generated")
+    seeing, rng = VisionModel.load(str(folder), dtype=torch.float32), seeded("generated")
     found = [
         (Prompt(item.question, [drawings.draw(picture)], f"picture {index}"), item)
         for index, picture in enumerate(islice(drawings.stream("heldout", 1), pictures))
@@ -532,9 +630,15 @@ def told(shares: dict[str, float]) -> str:
 def main(
     out: Annotated[Path, typer.Argument(help="The folder to write.")],
     steps: Annotated[int, typer.Option(help="Training steps of 32 pictures.")] = VlmRecipe.steps,
-    minutes: Annotated[float, typer.Option(help="Shorten the schedule to fit this time.")] = math.inf,
-    start: Annotated[Path | None, typer.Option(help="A folder made by this command, to go on from.")] = None,
-    data_seed: Annotated[int, typer.Option(help="Of the pictures: another one when going on.")] = VlmRecipe.data_seed,
+    minutes: Annotated[
+        float, typer.Option(help="Shorten the schedule to fit this time.")
+    ] = math.inf,
+    start: Annotated[
+        Path | None, typer.Option(help="A folder made by this command, to go on from.")
+    ] = None,
+    data_seed: Annotated[
+        int, typer.Option(help="Of the pictures: another one when going on.")
+    ] = VlmRecipe.data_seed,
 ) -> None:
     """Train the demo VLM and measure it."""
     recipe = VlmRecipe(steps=steps, data_seed=data_seed)

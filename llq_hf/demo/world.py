@@ -1,29 +1,29 @@
 """A small invented world, told in documents whose exact probability is known.
 
-A demo model is worth quantizing only if we know what it ought to score. Real text has no known entropy, so
-nobody can say how far a model is from the best one. Here every document comes out of a grammar that draws each
-free choice from a stated distribution, and adds up ``-log p``. No model can beat the generator on held-out
-text; a well-trained one ties with it, and ``exp(nats / tokens)`` is the perplexity to aim for. What
-quantization then takes away is damage, not noise.
+A demo model is worth quantizing only if we know what it ought to score. Real text has no known
+entropy, so nobody can say how far a model is from the best one. Here every document comes out of a
+grammar that draws each free choice from a stated distribution, and adds up ``-log p``. No model can
+beat the generator on held-out text; a well-trained one ties with it, and ``exp(nats / tokens)`` is
+the perplexity to aim for. What quantization then takes away is damage, not noise.
 
 Two kinds of content, since low-bit quantization hurts them differently:
 
 * **Facts**, fixed once by ``WORLD_SEED``: hundreds of people with a home, a craft, a friend, a pet and so on,
-  and the towns they live in. Given the subject they cost nothing, so a model pays for each one that it does not
-  hold in its weights. These are what ``questions`` asks about.
+  and the towns they live in. Given the subject they cost nothing, so a model pays for each one that
+  it does not hold in its weights. These are what ``questions`` asks about.
 * **Structure in context**: counting on, small sums, repeating names in the order given, repeating a mood just
   told. Weights store the rule, the context holds the answer.
 
-The reported ``nats`` are exact only if a text can come from one sequence of choices. This holds because at every
-choice point no option is a prefix of another, with what follows included; ``tests/test_demo.py`` checks it with
-a decoder that tries all options.
+The reported ``nats`` are exact only if a text can come from one sequence of choices. This holds
+because at every choice point no option is a prefix of another, with what follows included;
+``tests/test_demo.py`` checks it with a decoder that tries all options.
 
-The splits share facts and grammar, and never a document: a document belongs to the split that the hash of its
-text names, so even a text that is drawn twice stays on its side. The hash knows nothing of content, hence the
-distribution within a split is the grammar's own.
+The splits share facts and grammar, and never a document: a document belongs to the split that the
+hash of its text names, so even a text that is drawn twice stays on its side. The hash knows nothing
+of content, hence the distribution within a split is the grammar's own.
 
-Only ``random.Random.random()`` is used: Python promises its sequence for a given seed, but not that of
-``choice`` or ``shuffle``.
+Only ``random.Random.random()`` is used: Python promises its sequence for a given seed, but not that
+of ``choice`` or ``shuffle``.
 """
 
 import hashlib
@@ -39,7 +39,8 @@ WORLD_SEED = 2404
 PEOPLE = 800
 # About 39 000 and 32 000 tokens of the demo tokenizer.
 CALIBRATION_DOCUMENTS, HELDOUT_DOCUMENTS = 1200, 1000
-# Eighths of the hash range. Most of it goes to training; the other two only need to be wide enough to fill fast.
+# Eighths of the hash range. Most of it goes to training; the other two only need to be wide enough
+# to fill fast.
 SPLITS = {"train": range(2, 8), "calibration": range(1, 2), "heldout": range(0, 1)}
 
 
@@ -67,8 +68,12 @@ CRAFTS = _words(
     "baker brewer carpenter cobbler cooper dyer farrier fletcher glazier hatter joiner locksmith mason miller "
     "painter potter saddler scribe smith tailor tanner thatcher weaver wheelwright"
 )
-PETS = _words("badger cat crow dog duck ferret goat hare jackdaw lizard mouse newt pony rabbit stoat toad")
-COLOURS = _words("amber black blue brown copper cream golden green grey red silver violet white yellow")
+PETS = _words(
+    "badger cat crow dog duck ferret goat hare jackdaw lizard mouse newt pony rabbit stoat toad"
+)
+COLOURS = _words(
+    "amber black blue brown copper cream golden green grey red silver violet white yellow"
+)
 DISHES = _words(
     "apple pie|bean stew|beet soup|cheese toast|chestnut bread|corn cakes|fish broth|garlic eggs|honey cake|"
     "leek tart|mushroom rice|nut roast|onion soup|pear pudding|pea soup|plum dumplings|potato salad|"
@@ -157,7 +162,9 @@ def shuffled(rng: random.Random, items: Sequence[T]) -> list[T]:
 def world() -> World:
     """The facts, the same in every process and every Python."""
     rng = seeded("world", WORLD_SEED)
-    towns = tuple(Town(name, one_of(rng, RIVERS), one_of(rng, CROPS), one_of(rng, COLOURS)) for name in TOWNS)
+    towns = tuple(
+        Town(name, one_of(rng, RIVERS), one_of(rng, CROPS), one_of(rng, COLOURS)) for name in TOWNS
+    )
     # First and last names recur in many people: only the pair names a person, as in real text.
     pairs = shuffled(rng, [f"{first} {last}" for first in FIRST_NAMES for last in LAST_NAMES])
     names = pairs[:PEOPLE]
@@ -181,8 +188,9 @@ def world() -> World:
     return World(tuple(people), towns)
 
 
-# Sentences. Each is written as (prefix, attribute): the sentence is prefix + " " + fact + ".", and the same prefixes
-# are the queries of the multiple-choice task. The forms of one fact differ before the subject ends or right after it.
+# Sentences. Each is written as (prefix, attribute): the sentence is prefix + " " + fact + ".", and
+# the same prefixes are the queries of the multiple-choice task. The forms of one fact differ before
+# the subject ends or right after it.
 
 PERSON_FORMS: dict[str, tuple[str, ...]] = {
     "town": ("The home town of {} is", "{} lives in", "The house of {} stands in"),
@@ -203,7 +211,9 @@ TOWN_FORMS: dict[str, tuple[str, ...]] = {
 
 
 class Teller:
-    """Writes one document: `say` for what is certain, `pick` for what is chosen (and paid for in nats)."""
+    """Writes one document: `say` for what is certain, `pick` for what is chosen (and paid for in
+    nats).
+    """
 
     def __init__(self, choose: Chooser) -> None:
         self.choose = choose
@@ -252,7 +262,9 @@ def _town(t: Teller) -> None:
 
 
 def _day(t: Teller) -> None:
-    """A day out. The town, the pet and the friend follow from the person; the mood is told twice, so it is copied."""
+    """A day out. The town, the pet and the friend follow from the person; the mood is told twice,
+    so it is copied.
+    """
     t.say(f"On {t.pick(DAYS)} it ")
     t.say(t.pick(("rained", "snowed", "cleared up", "was hot"), (4.0, 1.0, 3.0, 2.0)))
     person = t.pick(world().people)
@@ -260,7 +272,9 @@ def _day(t: Teller) -> None:
     mood = t.pick(MOODS)
     t.say(f"{mood}. ")
     if t.pick((True, False), (2.0, 1.0)):
-        t.say(f"With the {person.pet_colour} {person.pet} it was a short walk to the {t.pick(PLACES)}. ")
+        t.say(
+            f"With the {person.pet_colour} {person.pet} it was a short walk to the {t.pick(PLACES)}. "
+        )
     else:
         t.say(f"Out came the {person.instrument}, and supper was {person.dish}. ")
     t.say(f"By night {person.friend} was {mood} too.")
@@ -276,7 +290,9 @@ def _sum(t: Teller) -> None:
     if t.pick((True, False)):
         t.say(f" and bought {second} more. Then there were {first + second} {goods}.")
     else:
-        t.say(f", and {person.friend} brought {second} more. Together that made {first + second} {goods}.")
+        t.say(
+            f", and {person.friend} brought {second} more. Together that made {first + second} {goods}."
+        )
 
 
 def _count(t: Teller) -> None:
@@ -300,7 +316,9 @@ def _guests(t: Teller) -> None:
     guests.append(t.pick([name for name in FIRST_NAMES if name not in guests]))
     t.say(f"{guests[1]} and ")
     guests.append(t.pick([name for name in FIRST_NAMES if name not in guests]))
-    t.say(f"{guests[2]}. They ate {host.dish}. First {guests[0]} sang, then {guests[1]}, then {guests[2]}.")
+    t.say(
+        f"{guests[2]}. They ate {host.dish}. First {guests[0]} sang, then {guests[1]}, then {guests[2]}."
+    )
 
 
 KINDS: tuple[Callable[[Teller], None], ...] = (_portrait, _town, _day, _sum, _count, _guests)
@@ -342,7 +360,9 @@ def _stream(split: str, seed: int) -> Iterator[Document]:
 
 
 def documents(split: str, count: int, seed: int = 0) -> list[Document]:
-    """`count` documents of a split ("train", "calibration" or "heldout"). No text occurs in two splits."""
+    """`count` documents of a split ("train", "calibration" or "heldout"). No text occurs in two
+    splits.
+    """
     stream = _stream(split, seed)
     return [next(stream) for _ in range(count)]
 

@@ -14,14 +14,18 @@ from ..models.decoder import block_prefixes, decoder_of
 
 
 class Blocks(ABC):
-    """Decoder blocks, one at a time, and the decoder around them that turns token ids into the first block's input."""
+    """Decoder blocks, one at a time, and the decoder around them that turns token ids into the
+    first block's input.
+    """
 
     prefixes: list[str]
     device: torch.device
 
     @abstractmethod
     def load(self, index: int) -> nn.Module:
-        """The block with real tensors, ready to run. The caller drops it before it asks for the next."""
+        """The block with real tensors, ready to run. The caller drops it before it asks for the
+        next.
+        """
 
     @abstractmethod
     def decoder(self) -> nn.Module:
@@ -29,7 +33,9 @@ class Blocks(ABC):
 
     @abstractmethod
     def around(self) -> nn.Module:
-        """The whole model, but for its blocks and its head: what turns images and text into the first block's input."""
+        """The whole model, but for its blocks and its head: what turns images and text into the
+        first block's input.
+        """
 
 
 class LiveBlocks(Blocks):
@@ -50,10 +56,19 @@ class LiveBlocks(Blocks):
 
 
 class StreamedBlocks(Blocks):
-    """Blocks read from a checkpoint as they are asked for. `skeleton` is the whole model on the meta device."""
+    """Blocks read from a checkpoint as they are asked for. `skeleton` is the whole model on the
+    meta device.
+    """
 
-    def __init__(self, checkpoint: Checkpoint, skeleton: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
-        self.checkpoint, self.skeleton, self.dtype, self.device = checkpoint, skeleton, dtype, device
+    def __init__(
+        self, checkpoint: Checkpoint, skeleton: nn.Module, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.checkpoint, self.skeleton, self.dtype, self.device = (
+            checkpoint,
+            skeleton,
+            dtype,
+            device,
+        )
         self.prefixes = block_prefixes(skeleton)
 
     def load(self, index: int) -> nn.Module:
@@ -73,15 +88,24 @@ class StreamedBlocks(Blocks):
     def _hollow(self, module: nn.Module) -> nn.Module:
         """A copy of the skeleton, or of its decoder, without the blocks."""
         decoder = decoder_of(self.skeleton)[1]
-        blocks, decoder.layers = decoder.layers, nn.ModuleList([nn.Identity() for _ in self.prefixes])
+        blocks, decoder.layers = (
+            decoder.layers,
+            nn.ModuleList([nn.Identity() for _ in self.prefixes]),
+        )
         try:
             return copy.deepcopy(module)
         finally:
             decoder.layers = blocks
 
     def _filled(self, module: nn.Module, prefix: str) -> nn.Module:
-        """`module` with its meta parameters replaced by the checkpoint's tensors, cast to the run's dtype."""
-        names = {f"{prefix}.{n}" if prefix else n: n for n, t in module.state_dict(keep_vars=True).items() if t.is_meta}
+        """`module` with its meta parameters replaced by the checkpoint's tensors, cast to the run's
+        dtype.
+        """
+        names = {
+            f"{prefix}.{n}" if prefix else n: n
+            for n, t in module.state_dict(keep_vars=True).items()
+            if t.is_meta
+        }
         tensors = self.checkpoint.read(names)
         own = {names[key]: tensor.to(self.device, self.dtype) for key, tensor in tensors.items()}
         module.load_state_dict(own, strict=False, assign=True)
@@ -89,7 +113,9 @@ class StreamedBlocks(Blocks):
 
 
 def with_computed(model: nn.Module, device: torch.device) -> nn.Module:
-    """`model` with the buffers that no file holds (rotary tables, position ids), as from_pretrained computes them."""
+    """`model` with the buffers that no file holds (rotary tables, position ids), as from_pretrained
+    computes them.
+    """
     for module in model.modules():
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.is_meta:

@@ -23,7 +23,8 @@ def cached(
     root: Path | None = None,
     progress: Progress | None = None,
 ) -> Path:
-    """Folder of the packed checkpoint, from the cache or made now; keyed by everything that decides its bytes.
+    """Folder of the packed checkpoint, from the cache or made now; keyed by everything that decides
+    its bytes.
 
     progress: told how it goes; by default drawn on the terminal by the first of several processes.
     """

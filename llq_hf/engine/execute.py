@@ -1,9 +1,11 @@
-"""A checkpoint run: from a folder of dense weights to a folder of packed ones, never holding the model.
+"""A checkpoint run: from a folder of dense weights to a folder of packed ones, never holding the
+model.
 
-Blocks are read, quantized and written one at a time. `prepare` checks everything that can be checked before hours are
-spent; `execute` writes (see `packed.py`), with a journal beside the folder that a killed run goes on from. A method may
-rewrite the dense tensors first, one at a time as they are read; only what it must learn for that on the whole model
-is learned with all of it in memory, once, and kept in OUT.learned.safetensors.
+Blocks are read, quantized and written one at a time. `prepare` checks everything that can be
+checked before hours are spent; `execute` writes (see `packed.py`), with a journal beside the folder
+that a killed run goes on from. A method may rewrite the dense tensors first, one at a time as they
+are read; only what it must learn for that on the whole model is learned with all of it in memory,
+once, and kept in OUT.learned.safetensors.
 """
 
 from __future__ import annotations
@@ -49,31 +51,41 @@ def quantize_checkpoint(
     run: RunOptions | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Quantize `model` (folder or Hub id) into the folder `out`, or go on where an interrupted run stopped.
+    """Quantize `model` (folder or Hub id) into the folder `out`, or go on where an interrupted run
+    stopped.
 
-    Returns the report. LLQError for anything wrong with the input, before work starts where it can be known then.
+    Returns the report. LLQError for anything wrong with the input, before work starts where it can
+    be known then.
     """
     progress = progress or Progress()
     try:
-        return execute(prepare(model, method, calibration, run or RunOptions(), out, progress), out, progress)
+        return execute(
+            prepare(model, method, calibration, run or RunOptions(), out, progress), out, progress
+        )
     finally:
         progress.close()
 
 
 @reference()
 def execute(plan: Plan, out: Path, progress: Progress) -> dict[str, Any]:
-    """Run a plan into `out`; returns the report. Of a team's processes the leader writes, the others compute along."""
+    """Run a plan into `out`; returns the report. Of a team's processes the leader writes, the
+    others compute along.
+    """
     if not plan.run.team.leads:
         return _follow(plan, out, progress)
     journal = None
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(out.with_name(out.name + ".lock")):  # a second process waits, then finds the work done
+        with FileLock(
+            out.with_name(out.name + ".lock")
+        ):  # a second process waits, then finds the work done
             if finished_fingerprint(out) == plan.fingerprint:
                 if not Journal.damaged(out):
                     plan.run.team.tell(None)
                     return read_report(out)
-                (out / CONFIG).unlink()  # not a whole checkpoint until the damaged blocks are done again
+                (
+                    out / CONFIG
+                ).unlink()  # not a whole checkpoint until the damaged blocks are done again
             journal = Journal.open(out, plan.identity)
             plan.run.team.tell(sorted(journal.blocks))
             report = _write(plan, out, journal, progress)
@@ -81,7 +93,9 @@ def execute(plan: Plan, out: Path, progress: Progress) -> dict[str, Any]:
             return report
     except (OSError, SafetensorError) as error:
         if journal is None:
-            raise LLQError(f"{out} cannot be written ({error}); give another folder, or free some space") from error
+            raise LLQError(
+                f"{out} cannot be written ({error}); give another folder, or free some space"
+            ) from error
         for draft in out.glob("*.tmp"):
             draft.unlink(missing_ok=True)
         raise LLQError(
@@ -92,7 +106,7 @@ def execute(plan: Plan, out: Path, progress: Progress) -> dict[str, Any]:
 
 def _write(plan: Plan, out: Path, journal: Journal, progress: Progress) -> dict[str, Any]:
     learned = _learned(plan, out, progress)
-    plan = replace(plan, method=plan.method.taught(learned))
+    plan = replace(plan, method=plan.method.with_learned(learned))
     blocks, folder = _opened(plan, out, learned)
     folder.save_rest()  # also on a resume: the journal has no digest of this file
     started = time.perf_counter()
@@ -140,7 +154,9 @@ def _write(plan: Plan, out: Path, journal: Journal, progress: Progress) -> dict[
 
 
 def _follow(plan: Plan, out: Path, progress: Progress) -> dict[str, Any]:
-    """What a process of a team does that does not lead: the same walk, its share of the work, no files."""
+    """What a process of a team does that does not lead: the same walk, its share of the work, no
+    files.
+    """
     done = plan.run.team.tell(None)
     if done is None:
         return read_report(out)
@@ -151,16 +167,25 @@ def _follow(plan: Plan, out: Path, progress: Progress) -> dict[str, Any]:
     return read_report(out)
 
 
-def _opened(plan: Plan, out: Path, learned: dict[str, Tensor]) -> tuple[StreamedBlocks, PackedFolder]:
+def _opened(
+    plan: Plan, out: Path, learned: dict[str, Tensor]
+) -> tuple[StreamedBlocks, PackedFolder]:
     """Where the run reads its blocks, and the folder that they go to."""
     rewrite = plan.method.rewrite(plan.skeleton, learned)
     source = Rewritten.of(plan.checkpoint, rewrite, plan.dtype)
     blocks = StreamedBlocks(source, plan.skeleton, plan.dtype, torch.device(plan.run.device))
-    return blocks, PackedFolder(out, Rewritten.of(plan.checkpoint, rewrite), blocks.prefixes, plan.method)
+    return blocks, PackedFolder(
+        out, Rewritten.of(plan.checkpoint, rewrite), blocks.prefixes, plan.method
+    )
 
 
 def _todo(
-    plan: Plan, blocks: StreamedBlocks, folder: PackedFolder, done: Collection[int], progress: Progress, **hooks: Any
+    plan: Plan,
+    blocks: StreamedBlocks,
+    folder: PackedFolder,
+    done: Collection[int],
+    progress: Progress,
+    **hooks: Any,
 ) -> Iterator[Step]:
     """The steps of all blocks but those `done`; hooks: `on_block` and `state_of` of `walk`."""
     return steps(
@@ -178,10 +203,14 @@ def _todo(
     )
 
 
-def _tune(plan: Plan, out: Path, folder: PackedFolder, journal: Journal, progress: Progress) -> None:
-    """Train the packed model as a whole, which is in memory for that long, and put what changed into its files.
+def _tune(
+    plan: Plan, out: Path, folder: PackedFolder, journal: Journal, progress: Progress
+) -> None:
+    """Train the packed model as a whole, which is in memory for that long, and put what changed
+    into its files.
 
-    A killed run trains on from OUT.training.safetensors, or has the result in OUT.tuned.safetensors already.
+    A killed run trains on from OUT.training.safetensors, or has the result in OUT.tuned.safetensors
+    already.
     """
     result = FileState(out, plan.fingerprint, "model", kind="tuned")
     tuned = result.load()
@@ -194,7 +223,12 @@ def _tune(plan: Plan, out: Path, folder: PackedFolder, journal: Journal, progres
         for index, prefix in enumerate(folder.prefixes):
             folder.restore_block(index, student.get_submodule(prefix))
         tuned = tune(
-            student, teacher, plan.method, token_ids(plan.data), progress, FileState(out, plan.fingerprint, "model")
+            student,
+            teacher,
+            plan.method,
+            token_ids(plan.data),
+            progress,
+            FileState(out, plan.fingerprint, "model"),
         )
         result.save(tuned)
         FileState.clear(out)
@@ -202,23 +236,31 @@ def _tune(plan: Plan, out: Path, folder: PackedFolder, journal: Journal, progres
         for record in line["linears"]:
             name, shape = record["name"], record["shape"]
             packed = folder.packed(index, name) | _under(name, tuned)
-            restored_OI = plan.method.at(name).dequantize(packed, *shape)
-            record_tuned(record, folder.base.read([f"{name}.weight"])[f"{name}.weight"], restored_OI)
+            restored_OI = plan.method.for_linear(name).dequantize(packed, *shape)
+            record_tuned(
+                record, folder.base.read([f"{name}.weight"])[f"{name}.weight"], restored_OI
+            )
 
         def note(draft: Path, line: dict[str, Any] = line) -> None:
             untuned = line.get("untuned_sha256", line["sha256"])
-            journal.tuned_block({**line, "sha256": sha256_file(draft), "untuned_sha256": untuned, "tuned": True})
+            journal.tuned_block(
+                {**line, "sha256": sha256_file(draft), "untuned_sha256": untuned, "tuned": True}
+            )
 
         folder.tune_block(index, tuned, note)
 
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of a module, by their names in it."""
-    return {n.removeprefix(prefix + "."): t for n, t in tensors.items() if n.startswith(prefix + ".")}
+    return {
+        n.removeprefix(prefix + "."): t for n, t in tensors.items() if n.startswith(prefix + ".")
+    }
 
 
 def _learned(plan: Plan, out: Path, progress: Progress) -> dict[str, Tensor]:
-    """What the method learns on the whole model, which is in memory for that long; kept beside OUT for resumed runs."""
+    """What the method learns on the whole model, which is in memory for that long; kept beside OUT
+    for resumed runs.
+    """
     if not plan.method.learns:
         return {}
     state = FileState(out, plan.fingerprint, "model", kind="learned")

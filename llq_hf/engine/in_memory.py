@@ -17,7 +17,7 @@ from ..method import Method
 from ..models.decoder import quantizable
 from .blocks import LiveBlocks
 from .step import quantize_step, record_tuned, steps
-from .whole_model import rewrite_model, settled, shared_copy, token_ids, tune
+from .whole_model import resolve_method, rewrite_model, shared_copy, token_ids, tune
 
 
 @reference()
@@ -30,14 +30,15 @@ def quantize_model(
     progress: Progress | None = None,
     learned: dict[str, Tensor] | None = None,
 ) -> list[dict[str, Any]]:
-    """Quantize the decoder's linears of a model in memory, in place. Records per linear, as in the report.
+    """Quantize the decoder's linears of a model in memory, in place. Records per linear, as in the
+    report.
 
-    data: token ids [N, S], or image-text pairs. learned: what came with `method` out of `settled`; None: it is settled
-    here.
+    data: token ids [N, S], or image-text pairs. learned: what came with `method` out of `settled`;
+    None: it is settled here.
     """
     progress = progress or Progress()
     if learned is None:
-        method, learned = settled(model, method, data, progress)
+        method, learned = resolve_method(model, method, data, progress)
     rewrite = method.rewrite(model, learned)
     if rewrite is not None:
         rewrite_model(model, rewrite)
@@ -58,6 +59,10 @@ def quantize_model(
         for record in records:
             module = model.get_submodule(record["name"])
             assert isinstance(module, QuantLinear)
-            record_tuned(record, teacher.get_parameter(record["name"] + ".weight").detach(), module.dequantized())
+            record_tuned(
+                record,
+                teacher.get_parameter(record["name"] + ".weight").detach(),
+                module.dequantized(),
+            )
     progress.close()
     return records

@@ -19,7 +19,7 @@ from ..method import Job, Method, Packed, Step, stored_bits
 from ..models.decoder import replace_module
 from ..numerics.stats import Hessian, Stat
 from .blocks import Blocks
-from .team import Team, and_notes, with_notes
+from .team import Team, pack_message, unpack_message
 from .walk import walk
 
 
@@ -27,20 +27,35 @@ from .walk import walk
 def quantize_step(step: Step, method: Method, team: Team | None = None) -> list[dict[str, Any]]:
     """Quantize the linears of a step, put QuantLinears in their place; a record per linear."""
     started = time.perf_counter()
-    packed = shared_out(step, method, team) if team is not None and team.size > 1 else method.quantize_block(step)
+    packed = (
+        shared_out(step, method, team)
+        if team is not None and team.size > 1
+        else method.quantize_block(step)
+    )
     seconds = (time.perf_counter() - started) / max(len(packed), 1)
     records = []
     for name, tensors in packed.items():
         dense = step.linears[name]
         job = step.jobs[name]
-        quantized = QuantLinear.from_packed(method.at(job.name), dense, tensors)
-        errors = _errors(dense.weight.detach().float(), quantized.dequantized(), step.stats.get(name))
+        quantized = QuantLinear.from_packed(method.for_linear(job.name), dense, tensors)
+        errors = _errors(
+            dense.weight.detach().float(), quantized.dequantized(), step.stats.get(name)
+        )
         if not all(map(math.isfinite, errors.values())):
-            raise LLQError(f"{job.name} came out not finite: its weights or its calibration inputs are not usable")
+            raise LLQError(
+                f"{job.name} came out not finite: its weights or its calibration inputs are not usable"
+            )
         shape = [dense.out_features, dense.in_features]  # a list, as it comes back from JSON
         bits = stored_bits(quantized.layout, dense.out_features, dense.in_features)
         records.append(
-            {"name": job.name, "shape": shape, "stored_bits": bits, **errors, **job.notes, "seconds": seconds}
+            {
+                "name": job.name,
+                "shape": shape,
+                "stored_bits": bits,
+                **errors,
+                **job.notes,
+                "seconds": seconds,
+            }
         )
         replace_module(step.block, name, quantized)
     return records
@@ -54,17 +69,23 @@ def shared_out(step: Step, method: Method, team: Team) -> dict[str, Packed]:
     solved = method.quantize_block(mine)
     packed = {}
     for name, owner in owners.items():
-        message = with_notes(solved[name], step.jobs[name].notes) if name in own else {}
-        packed[name], notes = and_notes(team.broadcast(message, owner))
-        packed[name] = {key: tensor.to(step.linears[name].weight.device) for key, tensor in packed[name].items()}
+        message = pack_message(solved[name], step.jobs[name].notes) if name in own else {}
+        packed[name], notes = unpack_message(team.broadcast(message, owner))
+        packed[name] = {
+            key: tensor.to(step.linears[name].weight.device) for key, tensor in packed[name].items()
+        }
         step.jobs[name] = Job(f"{step.prefix}.{name}", notes)
     return packed
 
 
 def _errors(weight_OI: Tensor, restored_OI: Tensor, stat: Stat | None) -> dict[str, float]:
-    """Relative squared errors: of the weight, and of the calibration output, tr(dW H dW^T) / tr(W H W^T)."""
+    """Relative squared errors: of the weight, and of the calibration output, tr(dW H dW^T) / tr(W H
+    W^T).
+    """
     error_OI = weight_OI - restored_OI
-    errors = {"weight_error": float(error_OI.square().sum() / weight_OI.square().sum().clamp_min(1e-30))}
+    errors = {
+        "weight_error": float(error_OI.square().sum() / weight_OI.square().sum().clamp_min(1e-30))
+    }
     if isinstance(stat, Hessian):
         loss = (error_OI @ stat.sum_II).mul_(error_OI).sum()
         total = (weight_OI @ stat.sum_II).mul_(weight_OI).sum()

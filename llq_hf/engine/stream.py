@@ -1,6 +1,7 @@
 """Calibration data on its way from block to block, and the statistics that linears leave behind.
 
-Legend: N calibration sequences, S tokens each, D hidden size, B sequences per forward pass; T tokens of all sequences.
+Legend: N calibration sequences, S tokens each, D hidden size, B sequences per forward pass; T
+tokens of all sequences.
 """
 
 from __future__ import annotations
@@ -25,13 +26,19 @@ from ..numerics.stats import Stat
 from .blocks import Blocks
 from .team import Stats, Team, batches_of, edges_of
 
-BATCH_TOKENS = 4096  # tokens per forward pass: enough to keep the cores busy, little enough to bound memory
+BATCH_TOKENS = (
+    4096  # tokens per forward pass: enough to keep the cores busy, little enough to bound memory
+)
 
 
 class Activations:
-    """What flows from block to block: [N, S, D], in memory or in a file of `offload`; batches are replaced in place."""
+    """What flows from block to block: [N, S, D], in memory or in a file of `offload`; batches are
+    replaced in place.
+    """
 
-    def __init__(self, shape: tuple[int, int, int], dtype: torch.dtype, offload: Path | None) -> None:
+    def __init__(
+        self, shape: tuple[int, int, int], dtype: torch.dtype, offload: Path | None
+    ) -> None:
         self._file = None
         if offload is None:
             self.tensor_NSD = torch.empty(shape, dtype=dtype)
@@ -45,8 +52,12 @@ class Activations:
         except OSError as error:
             self._file.close()
             need = count * dtype.itemsize / 2**20
-            raise LLQError(f"{offload} has no room for {need:.0f} MiB of activations ({error.strerror})") from error
-        self.tensor_NSD = torch.from_file(self._file.name, shared=True, size=count, dtype=dtype).view(shape)
+            raise LLQError(
+                f"{offload} has no room for {need:.0f} MiB of activations ({error.strerror})"
+            ) from error
+        self.tensor_NSD = torch.from_file(
+            self._file.name, shared=True, size=count, dtype=dtype
+        ).view(shape)
 
     def __getitem__(self, rows: slice) -> Tensor:
         return self.tensor_NSD[rows]
@@ -64,16 +75,22 @@ class Activations:
 
 
 class Ragged(Activations):
-    """Sequences of different lengths, one behind the other in [1, T, D]; they come and go one at a time."""
+    """Sequences of different lengths, one behind the other in [1, T, D]; they come and go one at a
+    time.
+    """
 
-    def __init__(self, lengths: Sequence[int], width: int, dtype: torch.dtype, offload: Path | None) -> None:
+    def __init__(
+        self, lengths: Sequence[int], width: int, dtype: torch.dtype, offload: Path | None
+    ) -> None:
         super().__init__((1, sum(lengths), width), dtype, offload)
         self.ends = [0, *accumulate(lengths)]
 
     def __getitem__(self, rows: slice) -> Tensor:
         several = len(range(*rows.indices(len(self.ends) - 1)))
         if several != 1:
-            raise LLQError(f"{several} sequences of different lengths do not make a batch; train with a batch of 1")
+            raise LLQError(
+                f"{several} sequences of different lengths do not make a batch; train with a batch of 1"
+            )
         return self.tensor_NSD[:, self.ends[rows.start] : self.ends[rows.start + 1]]
 
     def __setitem__(self, rows: slice, value: Tensor) -> None:
@@ -81,9 +98,11 @@ class Ragged(Activations):
 
 
 class Entrance:
-    """What calibration data becomes where it enters the first block: windows of token ids, or image-text pairs.
+    """What calibration data becomes where it enters the first block: windows of token ids, or
+    image-text pairs.
 
-    Images go through the model's own tower and projector: visual tokens are in the sequence as they are in use.
+    Images go through the model's own tower and projector: visual tokens are in the sequence as they
+    are in use.
     """
 
     def __init__(self, blocks: Blocks, data: Tensor | Pairs) -> None:
@@ -91,7 +110,9 @@ class Entrance:
         self.pairs = isinstance(data, Pairs)
         self.runner = blocks.around() if self.pairs else blocks.decoder()
         self.lengths = data.lengths if isinstance(data, Pairs) else [data.shape[1]] * len(data)
-        self.size = 1 if self.pairs else max(1, BATCH_TOKENS // self.lengths[0])  # sequences per forward pass
+        self.size = (
+            1 if self.pairs else max(1, BATCH_TOKENS // self.lengths[0])
+        )  # sequences per forward pass
 
     def batches(self) -> list[slice]:
         count = len(self.lengths)
@@ -102,7 +123,10 @@ class Entrance:
         if not isinstance(self.data, Pairs):
             return capture(self.runner, self.data[rows].to(self.device))
         dtype = next(self.runner.parameters()).dtype
-        inputs = {name: t.to(self.device, dtype if t.is_floating_point() else None) for name, t in self._pair(rows)}
+        inputs = {
+            name: t.to(self.device, dtype if t.is_floating_point() else None)
+            for name, t in self._pair(rows)
+        }
         return _caught(decoder_of(self.runner)[1], lambda: self.runner(**inputs, use_cache=False))
 
     def _pair(self, rows: slice) -> Iterable[tuple[str, Tensor]]:
@@ -116,7 +140,9 @@ class Entrance:
 
 
 class Stream:
-    """The calibration set on its way through the blocks: its activations and the keyword arguments every block gets."""
+    """The calibration set on its way through the blocks: its activations and the keyword arguments
+    every block gets.
+    """
 
     def __init__(
         self,
@@ -128,7 +154,7 @@ class Stream:
         team: Team | None = None,
     ) -> None:
         self.team = team or Team()
-        edges = self.team.own(edges_of(len(data), shards))
+        edges = self.team.own_shards(edges_of(len(data), shards))
         if isinstance(data, Tensor):
             data = data[edges[0] : edges[-1]]  # of several processes, each holds its own
         entrance = Entrance(blocks, data)
@@ -136,9 +162,11 @@ class Stream:
         self.length = -(-sum(entrance.lengths) // self.count)
         self.shards = batches_of([edge - edges[0] for edge in edges], entrance.size)
         self.listener = listener
-        # Keyword arguments of pairs by number: masks may depend on where the image is. Else by batch size: masks have a
-        # batch axis, and those of size 1 serve any other.
-        self._kwargs: dict[int, dict[str, Any]] = {} if self.pairs else {1: entrance.capture(slice(0, 1))[1]}
+        # Keyword arguments of pairs by number: masks may depend on where the image is. Else by
+        # batch size: masks have a batch axis, and those of size 1 serve any other.
+        self._kwargs: dict[int, dict[str, Any]] = (
+            {} if self.pairs else {1: entrance.capture(slice(0, 1))[1]}
+        )
         activations: Activations | None = None
         listener.stage("embedding the calibration data", self.count)
         for rows in self.batches():
@@ -164,16 +192,22 @@ class Stream:
         hidden_BSD = self.activations[rows].to(self.device)
         if self.pairs:
             return hidden_BSD, self._kwargs[rows.start]
-        return hidden_BSD, self._kwargs.get(len(hidden_BSD), self._kwargs[1])  # of size 1, it broadcasts
+        return hidden_BSD, self._kwargs.get(
+            len(hidden_BSD), self._kwargs[1]
+        )  # of size 1, it broadcasts
 
     @torch.no_grad()
     def observe(
-        self, block: nn.Module, groups: list[list[str]], observes: Mapping[str, type[Stat] | None], dense: Dense | None
+        self,
+        block: nn.Module,
+        groups: list[list[str]],
+        observes: Mapping[str, type[Stat] | None],
+        dense: Dense | None,
     ) -> dict[str, Stat]:
         """Statistics of the input of every linear in `groups`, of the kind that it `observes`.
 
-        Linears of a group share one object of a kind. dense: the full-precision block and its stream, which paired
-        statistics look at beside this one.
+        Linears of a group share one object of a kind. dense: the full-precision block and its
+        stream, which paired statistics look at beside this one.
         """
         if not any(observes[name] for group in groups for name in group):
             return {}
@@ -181,7 +215,11 @@ class Stream:
         shares = (self._observe(block, groups, observes, dense, batches) for batches in self.shards)
         found = self.team.reduced(shares)
         asked = ((group[0], name, observes[name]) for group in groups for name in group)
-        return {name: found[f"{first}/{kind.__name__}"] for first, name, kind in asked if kind is not None}
+        return {
+            name: found[f"{first}/{kind.__name__}"]
+            for first, name, kind in asked
+            if kind is not None
+        }
 
     def _observe(
         self,
@@ -201,7 +239,9 @@ class Stream:
             stats |= {f"{group[0]}/{kind.__name__}": stat for kind, stat in shared.items()}
             watches += [_Watch(group[0], tuple(shared.values()))] if shared else []
         beside = dense is not None and any(stat.paired for stat in stats.values())
-        handles = [handle for watch in watches for handle in watch.hooks(block, dense if beside else None)]
+        handles = [
+            handle for watch in watches for handle in watch.hooks(block, dense if beside else None)
+        ]
         try:
             for rows in batches:
                 hidden_BSD, kwargs = self.inputs(rows)
@@ -233,7 +273,9 @@ class Stream:
 
 @dataclass
 class _Watch:
-    """Shows the input of linear `name` to statistics: here, and, to paired ones, the full-precision model's beside."""
+    """Shows the input of linear `name` to statistics: here, and, to paired ones, the full-precision
+    model's beside.
+    """
 
     name: str
     stats: tuple[Stat, ...]
@@ -243,7 +285,9 @@ class _Watch:
     def hooks(self, block: nn.Module, dense: Dense | None) -> list[Any]:
         found = [block.get_submodule(self.name).register_forward_pre_hook(self.see)]
         if dense is not None and any(stat.paired for stat in self.stats):
-            found.append(dense.block.get_submodule(self.name).register_forward_pre_hook(self.see_dense))
+            found.append(
+                dense.block.get_submodule(self.name).register_forward_pre_hook(self.see_dense)
+            )
         return found
 
     def see(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -298,7 +342,9 @@ class _CaughtError(Exception):
 class _Catcher(nn.Module):
     def __init__(self, original: nn.Module) -> None:
         super().__init__()
-        self.__dict__["original"] = original  # not a child: only lends its attributes to the decoder's loop
+        self.__dict__["original"] = (
+            original  # not a child: only lends its attributes to the decoder's loop
+        )
         self.hidden: Tensor | None = None
         self.kwargs: dict[str, Any] = {}
 
@@ -314,7 +360,9 @@ class _Catcher(nn.Module):
 
 
 def capture(decoder: nn.Module, ids_BS: Tensor) -> tuple[Tensor, dict[str, Any]]:
-    """Input [B, S, D] of the first block and the keyword arguments the decoder passes to it (mask, rotary tables)."""
+    """Input [B, S, D] of the first block and the keyword arguments the decoder passes to it (mask,
+    rotary tables).
+    """
     return _caught(decoder, lambda: decoder(input_ids=ids_BS, use_cache=False))
 
 

@@ -1,12 +1,14 @@
-"""One run shared by several processes (torchrun): each takes its part of the calibration sequences and of the linears.
+"""One run shared by several processes (torchrun): each takes its part of the calibration sequences
+and of the linears.
 
-The sequences are cut into `shards` runs of consecutive ones. A statistic is summed from zero over each shard, and the
-shards' sums are added in their order, whoever made them: so a run of S shards gives the same bits in one process as in
-any number that divides S, and may be resumed by another number. One shard is the plain sum over all sequences, whose
-last bits are others. (Matrix products must be the same too: the same kind of processor, as many threads in each.)
+The sequences are cut into `shards` runs of consecutive ones. A statistic is summed from zero over
+each shard, and the shards' sums are added in their order, whoever made them: so a run of S shards
+gives the same bits in one process as in any number that divides S, and may be resumed by another
+number. One shard is the plain sum over all sequences, whose last bits are others. (Matrix products
+must be the same too: the same kind of processor, as many threads in each.)
 
-Sums go from rank to rank and the last one tells all; a solved linear comes from the rank that solved it. What is sent
-is the bytes of a safetensors file.
+Sums go from rank to rank and the last one tells all; a solved linear comes from the rank that
+solved it. What is sent is the bytes of a safetensors file.
 """
 
 from __future__ import annotations
@@ -55,17 +57,23 @@ class Team:
         """Whether this process writes files and speaks to people."""
         return self.rank == 0
 
-    def own(self, edges: list[int]) -> list[int]:
-        """Of the edges of all shards, those of this process's shards. LLQError where they cannot be shared out."""
+    def own_shards(self, edges: list[int]) -> list[int]:
+        """Of the edges of all shards, those of this process's shards. LLQError where they cannot be
+        shared out.
+        """
         shards = len(edges) - 1
         if shards % self.size:
-            raise LLQError(f"shards={shards} cannot be shared by {self.size} processes; give a multiple of that")
+            raise LLQError(
+                f"shards={shards} cannot be shared by {self.size} processes; give a multiple of that"
+            )
         each = shards // self.size
         return edges[self.rank * each : (self.rank + 1) * each + 1]
 
     def reduced(self, shares: Iterator[Stats]) -> Stats:
         """Statistics of all shards, merged in order; `shares` are this process's."""
-        waiting = shares if self.leads else iter(list(shares))  # work first, then wait for the ranks before
+        waiting = (
+            shares if self.leads else iter(list(shares))
+        )  # work first, then wait for the ranks before
         total = next(waiting)
         if not self.leads:
             first, total = total, {name: stat.fresh() for name, stat in total.items()}
@@ -99,7 +107,7 @@ class Team:
 
     def tell(self, message: Any) -> Any:
         """JSON of the leader's, on every rank."""
-        return _said(self.broadcast(_saying(message), 0))
+        return decode_json(self.broadcast(encode_json(message), 0))
 
     def _send(self, tensors: dict[str, Tensor], to: int) -> None:
         content = self._bytes(tensors)
@@ -121,42 +129,51 @@ class Team:
 def edges_of(count: int, shards: int) -> list[int]:
     """Where each of `shards` runs of consecutive sequences begins, and where the last one ends."""
     if not 1 <= shards <= count:
-        raise LLQError(f"shards={shards} must be at least 1, and at most the {count} calibration sequences")
+        raise LLQError(
+            f"shards={shards} must be at least 1, and at most the {count} calibration sequences"
+        )
     return [count * i // shards for i in range(shards + 1)]
 
 
 def batches_of(edges: Iterable[int], size: int) -> list[list[slice]]:
     """Per shard: its sequences, at most `size` at a time."""
     return [
-        [slice(start, min(start + size, stop)) for start in range(begin, stop, size)] for begin, stop in pairwise(edges)
+        [slice(start, min(start + size, stop)) for start in range(begin, stop, size)]
+        for begin, stop in pairwise(edges)
     ]
 
 
-def with_notes(packed: dict[str, Tensor], notes: dict[str, Any]) -> dict[str, Tensor]:
+def pack_message(packed: dict[str, Tensor], notes: dict[str, Any]) -> dict[str, Tensor]:
     """A solved linear as a message."""
-    return {**packed, **_saying(notes)}
+    return {**packed, **encode_json(notes)}
 
 
-def and_notes(message: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def unpack_message(message: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The inverse."""
-    notes = _said(message)
+    notes = decode_json(message)
     return {name: tensor for name, tensor in message.items() if name != _SAID}, notes
 
 
 _SAID = " json"  # no tensor of a method has a space in its name
 
 
-def _saying(message: Any) -> dict[str, Tensor]:
+def encode_json(message: Any) -> dict[str, Tensor]:
     return {_SAID: torch.frombuffer(bytearray(json.dumps(message).encode()), dtype=torch.uint8)}
 
 
-def _said(tensors: dict[str, Tensor]) -> Any:
+def decode_json(tensors: dict[str, Tensor]) -> Any:
     return json.loads(tensors[_SAID].numpy().tobytes())
 
 
 def _flat(stats: Stats) -> dict[str, Tensor]:
-    return {f"{name}/{key}": tensor for name, stat in stats.items() for key, tensor in stat.state().items()}
+    return {
+        f"{name}/{key}": tensor
+        for name, stat in stats.items()
+        for key, tensor in stat.state().items()
+    }
 
 
 def _under(name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {key.removeprefix(f"{name}/"): t for key, t in tensors.items() if key.startswith(f"{name}/")}
+    return {
+        key.removeprefix(f"{name}/"): t for key, t in tensors.items() if key.startswith(f"{name}/")
+    }

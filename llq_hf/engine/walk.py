@@ -1,10 +1,12 @@
 """The only code that runs a model to calibrate it.
 
-Legend: N calibration sequences, S tokens each, D hidden size, B sequences per forward pass; T tokens of all sequences.
+Legend: N calibration sequences, S tokens each, D hidden size, B sequences per forward pass; T
+tokens of all sequences.
 
-`walk` yields one decoder block at a time with the statistics of its linears' inputs. While the generator is suspended
-the caller puts quantized linears in their place, so the next block sees what quantized blocks produce. Blocks come
-from a live model or, one at a time, from safetensors on disk; activations lie in memory or in a mapped file.
+`walk` yields one decoder block at a time with the statistics of its linears' inputs. While the
+generator is suspended the caller puts quantized linears in their place, so the next block sees what
+quantized blocks produce. Blocks come from a live model or, one at a time, from safetensors on disk;
+activations lie in memory or in a mapped file.
 """
 
 from __future__ import annotations
@@ -42,10 +44,12 @@ def walk(
     shards: int = 1,
     team: Team | None = None,
 ) -> Iterator[Step]:
-    """Yield the steps of every block not `finished`; `on_block` is called when a block's last step was consumed.
+    """Yield the steps of every block not `finished`; `on_block` is called when a block's last step
+    was consumed.
 
-    A finished block (of a resumed run) is only passed through: `restore` puts its packed linears in place. Without
-    calibration no data is needed and nothing is run. shards, team: see `distributed`.
+    A finished block (of a resumed run) is only passed through: `restore` puts its packed linears in
+    place. Without calibration no data is needed and nothing is run. shards, team: see
+    `distributed`.
     """
     if method.calibrated and calibration is None:
         raise LLQError("this method needs calibration data")
@@ -58,10 +62,16 @@ def walk(
     for index, prefix in enumerate(blocks.prefixes):
         if finished(index):
             if stream is not None and index < last:
-                _pass_through(blocks.load(index), prefix, method, stream, beside, partial(restore, index))
+                _pass_through(
+                    blocks.load(index), prefix, method, stream, beside, partial(restore, index)
+                )
             continue
         block = blocks.load(index)
-        original = copy.deepcopy(block) if stream is not None and method.flow is not Flow.QUANTIZED else None
+        original = (
+            copy.deepcopy(block)
+            if stream is not None and method.flow is not Flow.QUANTIZED
+            else None
+        )
         if stream is None:
             parts = [[list(block_linears(block))]]
         else:
@@ -70,7 +80,9 @@ def walk(
         for number, part in enumerate(parts, start=1):
             dense = Dense(original, beside) if original is not None and beside is not None else None
             step = _step(prefix, block, part, stream, dense, method)
-            if dense is not None and number == len(parts):  # its inputs are not needed again: they become the targets
+            if dense is not None and number == len(
+                parts
+            ):  # its inputs are not needed again: they become the targets
                 dense.stream.advance(dense.block, prefix)
             step.on_linear, step.listener, step.state = on_linear, listener, state_of(index)
             if method.attention is not None:
@@ -81,7 +93,9 @@ def walk(
             install(block, method.attention)
         on_block(index, block)
         if stream is not None and index < last:
-            stream.advance(original if method.flow is Flow.DENSE and original is not None else block, prefix)
+            stream.advance(
+                original if method.flow is Flow.DENSE and original is not None else block, prefix
+            )
         del block, original
 
 
@@ -111,11 +125,21 @@ def _step(
     dense: Dense | None,
     method: Method,
 ) -> Step:
-    """The linears of `part`. In a function of its own, so that no name of the loop keeps a block or a Hessian alive."""
-    observes = {name: method.at(f"{prefix}.{name}").observes for group in part for name in group}
+    """The linears of `part`. In a function of its own, so that no name of the loop keeps a block or
+    a Hessian alive.
+    """
+    observes = {
+        name: method.for_linear(f"{prefix}.{name}").observes for group in part for name in group
+    }
     stats = stream.observe(block, part, observes, dense) if stream is not None else {}
     for name, stat in stats.items():
         stat.check(f"{prefix}.{name}")
     linears = block_linears(block)
-    data = StreamData(stream, dense.stream if dense is not None else None) if stream is not None else None
-    return Step(prefix, block, {name: linears[name] for group in part for name in group}, stats, part, data)
+    data = (
+        StreamData(stream, dense.stream if dense is not None else None)
+        if stream is not None
+        else None
+    )
+    return Step(
+        prefix, block, {name: linears[name] for group in part for name in group}, stats, part, data
+    )

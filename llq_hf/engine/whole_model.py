@@ -1,4 +1,6 @@
-"""What a method does with the whole model in memory: learn before the first block, tune after the last one."""
+"""What a method does with the whole model in memory: learn before the first block, tune after the
+last one.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +18,17 @@ from ..layers.attention import install
 from ..method import Method, Packed, Rewrite, State
 
 
-def settled(
+def resolve_method(
     model: nn.Module, method: Method, data: Tensor | Pairs | None, progress: Progress | None = None
 ) -> tuple[Method, dict[str, Tensor]]:
     """The method as it is for this model, and what it learned on a copy of it."""
-    method = method.fitted(model)
-    learned = learn(copy.deepcopy(model), method, token_ids(data), progress or Progress()) if method.learns else {}
-    return method.taught(learned), learned
+    method = method.bound_to(model)
+    learned = (
+        learn(copy.deepcopy(model), method, token_ids(data), progress or Progress())
+        if method.learns
+        else {}
+    )
+    return method.with_learned(learned), learned
 
 
 def tune(
@@ -42,12 +48,18 @@ def tune(
 
 
 def shared_copy(model: nn.Module) -> nn.Module:
-    """A model of its own that shares every parameter and buffer: what is replaced in one stays in the other."""
-    shared: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    """A model of its own that shares every parameter and buffer: what is replaced in one stays in
+    the other.
+    """
+    shared: dict[int, Any] = {
+        id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())
+    }
     return copy.deepcopy(model, shared)
 
 
-def learn(model: nn.Module, method: Method, ids_NS: Tensor | None, progress: Progress) -> dict[str, Tensor]:
+def learn(
+    model: nn.Module, method: Method, ids_NS: Tensor | None, progress: Progress
+) -> dict[str, Tensor]:
     """What `method` learns on a model of its own."""
     if ids_NS is None:
         raise LLQError("this method needs calibration data")
@@ -62,7 +74,11 @@ def rewrite_model(model: nn.Module, rewrite: Rewrite) -> None:
     vectors = {name: p.detach().clone() for name, p in model.named_parameters() if p.ndim == 1}
     for name, source in rewrite.untied.items():
         owner, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(owner), attribute, nn.Parameter(model.get_parameter(source).detach().clone()))
+        setattr(
+            model.get_submodule(owner),
+            attribute,
+            nn.Parameter(model.get_parameter(source).detach().clone()),
+        )
     if rewrite.untied:
         config: Any = model.config
         config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False

@@ -1,4 +1,6 @@
-"""From a packed checkpoint of ours to one of the formats that other libraries read. A file per format."""
+"""From a packed checkpoint of ours to one of the formats that other libraries read. A file per
+format.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +11,8 @@ from .convert import export
 from .dense import Dense, GGUFSource
 from .gptq import GPTQFormat
 
-FORMATS: dict[str, type[Format]] = {f.name: f for f in (CompressedTensors, GPTQFormat, AWQFormat, Dense, GGUFSource)}
+FORMATS: dict[str, type[Format]] = {
+    f.name: f for f in (CompressedTensors, GPTQFormat, AWQFormat, Dense, GGUFSource)
+}
 
 __all__ = ["FORMATS", "Format", "export"]

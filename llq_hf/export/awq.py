@@ -1,4 +1,5 @@
-"""AutoAWQ's format ("gemm"), as AutoAWQ, GPTQModel, vLLM and SGLang read it: 4 bits, groups in order.
+"""AutoAWQ's format ("gemm"), as AutoAWQ, GPTQModel, vLLM and SGLang read it: 4 bits, groups in
+order.
 
 name     shape        dtype
 qweight  [I, O / 8]   int32   eight output features a word, in the order 0 2 4 6 1 3 5 7
@@ -30,7 +31,9 @@ class AWQFormat(AffineFormat):
     def check(self, affine: Affine) -> None:
         super().check(affine)
         if not affine.in_order:
-            raise LLQError("its groups are of scattered columns (act_order), which this format has no index for")
+            raise LLQError(
+                "its groups are of scattered columns (act_order), which this format has no index for"
+            )
         for what, features in zip(("output", "input"), affine.codes_OI.shape, strict=True):
             whole(what, features)
 
@@ -56,4 +59,6 @@ class AWQFormat(AffineFormat):
 def _interleaved(codes_RO: Tensor) -> Tensor:
     """4-bit codes [R, O] -> int32 [R, O / 8]."""
     rows, features = codes_RO.shape
-    return bitstream(codes_RO.reshape(rows, features // 8, 8)[..., ORDER].reshape(rows, features), 4)
+    return bitstream(
+        codes_RO.reshape(rows, features // 8, 8)[..., ORDER].reshape(rows, features), 4
+    )

@@ -35,7 +35,9 @@ class Format(ABC):
 
     @abstractmethod
     def linear(self, method: Method, packed: Packed, shape: tuple[int, int]) -> Exported:
-        """The linear of `shape` (O, I) in this format. LLQError, with the reason, where it does not fit."""
+        """The linear of `shape` (O, I) in this format. LLQError, with the reason, where it does not
+        fit.
+        """
 
     def section(self, first: Affine | None) -> dict[str, Any] | None:
         """The `quantization_config`, from any of the linears; None: the model is dense."""
@@ -69,7 +71,9 @@ class AffineFormat(Format):
 
     def linear(self, method: Method, packed: Packed, shape: tuple[int, int]) -> Exported:
         if not method.weight_only:
-            raise LLQError(f"{method.name} quantizes activations while the model runs; this format holds weights only")
+            raise LLQError(
+                f"{method.name} quantizes activations while the model runs; this format holds weights only"
+            )
         affine = method.affine(packed, *shape)
         self.check(affine)
         return Exported(affine)
@@ -77,9 +81,13 @@ class AffineFormat(Format):
     def check(self, affine: Affine) -> None:
         """LLQError where codes or grids do not fit. Formats add their own rules."""
         if affine.bits not in self.widths:
-            raise LLQError(f"{affine.bits}-bit codes have no place in it: it has {', '.join(map(str, self.widths))}")
+            raise LLQError(
+                f"{affine.bits}-bit codes have no place in it: it has {', '.join(map(str, self.widths))}"
+            )
         if (affine.zero_OG != affine.zero_OG.round()).any():
-            raise LLQError("its levels lie at odd halves of a step, and zero points of this format are whole")
+            raise LLQError(
+                "its levels lie at odd halves of a step, and zero points of this format are whole"
+            )
         columns, size = len(affine.groups_I), affine.group_size
         if size != -1 and columns % size:
             raise LLQError(
@@ -100,7 +108,9 @@ class AffineFormat(Format):
 
 
 def bitstream(codes: Tensor, bits: int) -> Tensor:
-    """uint8 codes [R, n] -> int32 [R, ceil(n * b / 32)]: one after the other, lowest bit first, across word borders."""
+    """uint8 codes [R, n] -> int32 [R, ceil(n * b / 32)]: one after the other, lowest bit first,
+    across word borders.
+    """
     rows, n = codes.shape
     codes = torch.nn.functional.pad(codes, (0, -n % WORD))
     shifts = torch.arange(bits, dtype=torch.uint8)
@@ -112,4 +122,6 @@ def bitstream(codes: Tensor, bits: int) -> Tensor:
 def whole(what: str, features: int) -> None:
     """LLQError unless `features` codes of any width fill whole words."""
     if features % WORD:
-        raise LLQError(f"its {features} {what} features are no multiple of {WORD}, which the readers' kernels need")
+        raise LLQError(
+            f"its {features} {what} features are no multiple of {WORD}, which the readers' kernels need"
+        )

@@ -1,4 +1,5 @@
-"""compressed-tensors, "pack-quantized": what vLLM, SGLang and transformers read. Asymmetric grids included, 1..8 bits.
+"""compressed-tensors, "pack-quantized": what vLLM, SGLang and transformers read. Asymmetric grids
+included, 1..8 bits.
 
     name                shape                 dtype
     weight_packed       [O, ceil(I * b / 32)] int32   codes, a stream of bits
@@ -30,7 +31,9 @@ class CompressedTensors(AffineFormat):
     def check(self, affine: Affine) -> None:
         super().check(affine)
         if not affine.in_order:
-            raise LLQError("its groups are of scattered columns (act_order), which this format has no index for")
+            raise LLQError(
+                "its groups are of scattered columns (act_order), which this format has no index for"
+            )
 
     def pack(self, affine: Affine) -> dict[str, Tensor]:
         tensors = {

@@ -1,9 +1,10 @@
-"""One pass over a packed checkpoint's files, a block at a time, into a folder that another library reads.
+"""One pass over a packed checkpoint's files, a block at a time, into a folder that another library
+reads.
 
-Codes are carried over as they are; no weight is rounded to a grid again. An input scale (AWQ, SmoothQuant, QuIP) has no
-place in others' formats: it moves into the norm or the linear that the input comes from, whose gain or scales are
-divided by it, where every reader of that output has the same one; else the export is refused. The folder appears when
-it is whole.
+Codes are carried over as they are; no weight is rounded to a grid again. An input scale (AWQ,
+SmoothQuant, QuIP) has no place in others' formats: it moves into the norm or the linear that the
+input comes from, whose gain or scales are divided by it, where every reader of that output has the
+same one; else the export is refused. The folder appears when it is whole.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import Tensor
 from ..checkpoints.dense import Checkpoint, header
 from ..checkpoints.format import CONFIG, REPORT
 from ..checkpoints.inspection import inspect_checkpoint
-from ..checkpoints.packed import PackedFolder, carry
+from ..checkpoints.packed import PackedFolder, copy_small_files
 from ..common.errors import LLQError
 from ..common.files import save_tensors, write_json
 from ..common.progress import Progress
@@ -33,12 +34,17 @@ from .base import Exported, Format
 
 
 def export(
-    path: Path, out: Path, kind: type[Format], dtype: torch.dtype | None = None, progress: Progress | None = None
+    path: Path,
+    out: Path,
+    kind: type[Format],
+    dtype: torch.dtype | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Write the packed checkpoint in the folder `path` to the new folder `out`, as `kind`.
 
-    dtype: of everything that is no code; by default the format's, or the base's. Returns stored bits per quantized
-    weight before and after, and bytes after. LLQError where the method's storage does not fit the format.
+    dtype: of everything that is no code; by default the format's, or the base's. Returns stored
+    bits per quantized weight before and after, and bytes after. LLQError where the method's storage
+    does not fit the format.
     """
     progress = progress or Progress()
     found = inspect_checkpoint(path)
@@ -50,14 +56,20 @@ def export(
     draft = out.with_name(out.name + ".part")
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
-    folder = PackedFolder(draft, checkpoint, block_prefixes(skeleton), build(found["method"], **found["config"]))
-    shapes = {n: (linear.out_features, linear.in_features) for n, linear in quantizable(skeleton).items()}
+    folder = PackedFolder(
+        draft, checkpoint, block_prefixes(skeleton), build(found["method"], **found["config"])
+    )
+    shapes = {
+        n: (linear.out_features, linear.in_features) for n, linear in quantizable(skeleton).items()
+    }
     try:
         first = _write(folder, form, shapes, _Folds(skeleton), progress)
         total_bytes = folder.save_index()
-        carry(path, draft)
+        copy_small_files(path, draft)
         config = {
-            k: v for k, v in checkpoint.config.items() if k not in ("quantization_config", "dtype", "torch_dtype")
+            k: v
+            for k, v in checkpoint.config.items()
+            if k not in ("quantization_config", "dtype", "torch_dtype")
         }
         section = form.section(first.affine)
         config |= {"quantization_config": section} if section else {}
@@ -75,7 +87,11 @@ def export(
 
 
 def _write(
-    folder: PackedFolder, form: Format, shapes: dict[str, tuple[int, int]], folds: _Folds, progress: Progress
+    folder: PackedFolder,
+    form: Format,
+    shapes: dict[str, tuple[int, int]],
+    folds: _Folds,
+    progress: Progress,
 ) -> Exported:
     """Write every file; returns the first linear, which tells what all of them are."""
     first = None
@@ -87,7 +103,11 @@ def _write(
         linears = _linears(tensors, folder.method, form, shapes)
         first = first or next(iter(linears.values()))
         folds.apply(linears, tensors)
-        stored = {f"{n}.{k}": t for n, linear in linears.items() for k, t in _stored(form, n, linear).items()}
+        stored = {
+            f"{n}.{k}": t
+            for n, linear in linears.items()
+            for k, t in _stored(form, n, linear).items()
+        }
         save_tensors(_cast(tensors, form.dtype) | stored, folder.file(index))
         progress.blocks(index + 1, total)
     assert first is not None
@@ -105,7 +125,7 @@ def _linears(
         keys = [key for key in tensors if key.startswith(name + ".") and not key.endswith(".bias")]
         packed = {key.removeprefix(name + "."): tensors.pop(key) for key in keys}
         try:
-            linears[name] = form.linear(method.at(name), packed, shape)
+            linears[name] = form.linear(method.for_linear(name), packed, shape)
         except LLQError as error:
             raise LLQError(f"{name} does not fit {form.name}: {error}") from None
     return linears
@@ -137,7 +157,7 @@ def _linear_bytes(folder: Path, names: Iterable[str]) -> int:
     return total
 
 
-# --- input scales ----------------------------------------------------------------------------------------------------
+# --- input scales ---------------------------------------------------------------------------------
 
 
 @dataclass
@@ -153,7 +173,9 @@ class _Folds:
         return self._residual
 
     def apply(self, linears: dict[str, Exported], tensors: dict[str, Tensor]) -> None:
-        """Fold every input scale of a block's linears into what comes before; changes both in place."""
+        """Fold every input scale of a block's linears into what comes before; changes both in
+        place.
+        """
         for name, linear in linears.items():
             s_I = linear.in_scale_I
             if s_I is None:
@@ -170,20 +192,26 @@ class _Folds:
         assert linear.affine is not None
         linear.affine = linear.affine._replace(in_scale_I=None)
 
-    def _into_norm(self, norm: str, s_I: Tensor, linears: dict[str, Exported], tensors: dict[str, Tensor]) -> None:
+    def _into_norm(
+        self, norm: str, s_I: Tensor, linears: dict[str, Exported], tensors: dict[str, Tensor]
+    ) -> None:
         """The norm's gain is divided once, for all of its readers."""
         readers = [name for name, source in self.residual.readers.items() if source == norm]
         for reader in readers:
             other_I = linears[reader].in_scale_I if reader in linears else None
             if other_I is None or not torch.equal(other_I, s_I):
-                raise LLQError(f"{norm} feeds {', '.join(readers)}, whose input scales differ: they cannot be folded")
+                raise LLQError(
+                    f"{norm} feeds {', '.join(readers)}, whose input scales differ: they cannot be folded"
+                )
         offset = 1 - self.residual.norms[norm]  # the gain is weight + offset
         gain = tensors[f"{norm}.weight"]
         tensors[f"{norm}.weight"] = (gain.float() + offset) / s_I - offset
         for reader in readers:
             self._done(linears[reader])
 
-    def _into_linear(self, name: str, s_I: Tensor, linears: dict[str, Exported], tensors: dict[str, Tensor]) -> None:
+    def _into_linear(
+        self, name: str, s_I: Tensor, linears: dict[str, Exported], tensors: dict[str, Tensor]
+    ) -> None:
         """The rows of v_proj before o_proj, of up_proj before down_proj."""
         parent, _, kind = name.rpartition(".")
         source = f"{parent}.{'v_proj' if name in self.residual.outputs else 'up_proj'}"
@@ -195,7 +223,9 @@ class _Folds:
         if name in self.residual.outputs and rows != len(s_I):  # query heads share a value head
             heads = s_I.view(rows // self.residual.head_dim, -1, self.residual.head_dim)
             if (heads != heads[:, :1]).any():
-                raise LLQError(f"heads of {name} that share values have different input scales: they cannot be folded")
+                raise LLQError(
+                    f"heads of {name} that share values have different input scales: they cannot be folded"
+                )
             s_I = heads[:, 0].flatten()
         linears[source].divide_outputs(s_I)
         if f"{source}.bias" in tensors:

@@ -1,8 +1,10 @@
-"""Dense weights: what the packed ones mean, for loaders that know no quantization. Every method of weights only fits.
+"""Dense weights: what the packed ones mean, for loaders that know no quantization. Every method of
+weights only fits.
 
-`gguf-f16` is the same in fp16: what llama.cpp's `convert_hf_to_gguf.py OUT --outtype f16` takes. A GGUF is not written
-here: that converter knows each architecture's order of heads and RoPE scaling, and tells tokenizers apart by hash; a
-second one would go stale, and a tokenizer that it mistakes gives a model that is wrong without an error.
+`gguf-f16` is the same in fp16: what llama.cpp's `convert_hf_to_gguf.py OUT --outtype f16` takes. A
+GGUF is not written here: that converter knows each architecture's order of heads and RoPE scaling,
+and tells tokenizers apart by hash; a second one would go stale, and a tokenizer that it mistakes
+gives a model that is wrong without an error.
 """
 
 from __future__ import annotations
@@ -25,7 +27,9 @@ class Dense(Format):
 
     def linear(self, method: Method, packed: Packed, shape: tuple[int, int]) -> Exported:
         if not method.weight_only:
-            raise LLQError(f"{method.name} quantizes activations while the model runs; dense weights would not")
+            raise LLQError(
+                f"{method.name} quantizes activations while the model runs; dense weights would not"
+            )
         return Exported(None, method.dequantize(packed, *shape))
 
     def tensors(self, linear: Exported) -> dict[str, Tensor]:

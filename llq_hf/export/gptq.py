@@ -6,9 +6,9 @@
     scales   [G, O]            fp16 (dtype)
     g_idx    [I]               int32   group of each input column
 
-Version 2 of the format (`checkpoint_format` "gptq_v2") holds zero points as they are. Version 1 holds them less one,
-which a zero point of 0 does not survive; it is used for symmetric grids, where all are the middle code and every kernel
-reads it.
+Version 2 of the format (`checkpoint_format` "gptq_v2") holds zero points as they are. Version 1
+holds them less one, which a zero point of 0 does not survive; it is used for symmetric grids, where
+all are the middle code and every kernel reads it.
 """
 
 from __future__ import annotations

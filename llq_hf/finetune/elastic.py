@@ -7,10 +7,11 @@ Each half of a LoRA pair is bridged by a fixed averaging map with one trainable 
     u = A x + beta1 P x     (P x)_k: mean of the (k mod g)-th of g chunks of x
     v = B u + beta2 R u     (R u)_j: mean of the chunk of u that belongs to the j-th of O outputs
 
-P and R are linear, so the pair is at every moment a plain one with the weights A + beta1 P and B + beta2 R. That is how
-it is computed here and what `merge` leaves behind: the merged adapter is the trained one to the last bit, and any LoRA
-loader serves it. Where r divides both widths, as the authors' code demands, P averages chunks of I / r inputs and R
-repeats each entry O / r times; else the paper's rule with the greatest common divisor holds.
+P and R are linear, so the pair is at every moment a plain one with the weights A + beta1 P and B +
+beta2 R. That is how it is computed here and what `merge` leaves behind: the merged adapter is the
+trained one to the last bit, and any LoRA loader serves it. Where r divides both widths, as the
+authors' code demands, P averages chunks of I / r inputs and R repeats each entry O / r times; else
+the paper's rule with the greatest common divisor holds.
 
 Departure: with dropout, P sees the inputs that A sees; theirs sees all.
 """
@@ -26,14 +27,18 @@ from torch import Tensor, nn
 
 
 class Elastic(nn.Linear):
-    """One half of a LoRA pair with its connection; takes the place of peft's own Linear and of its weight."""
+    """One half of a LoRA pair with its connection; takes the place of peft's own Linear and of its
+    weight.
+    """
 
     def __init__(self, half: nn.Linear) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = half.in_features, half.out_features
         self.weight = half.weight
         self.register_parameter("bias", None)
-        self.beta = nn.Parameter(half.weight.new_zeros(1, 1))  # peft takes a vector for a torn matrix
+        self.beta = nn.Parameter(
+            half.weight.new_zeros(1, 1)
+        )  # peft takes a vector for a torn matrix
 
     def connected(self) -> Tensor:
         """The weight that this half amounts to."""

@@ -1,14 +1,16 @@
 """Rows to learn from: where they come from, one at a time, and the tokens that each becomes.
 
-A row is an object with `instruction`, `output` and perhaps `input` (put into Alpaca's prompt), or with `prompt` and
-`completion` (taken as they are). Only the tokens of the answer, and the EOS after it, are targets.
+A row is an object with `instruction`, `output` and perhaps `input` (put into Alpaca's prompt), or
+with `prompt` and `completion` (taken as they are). Only the tokens of the answer, and the EOS after
+it, are targets.
 
 `alpaca`     tatsu-lab/alpaca on the Hub, 52 002 rows
 `demo`       questions about the bundled world (prompt and completion)
 a file       .jsonl and .parquet are read row by row; a .json list is read whole
 another name a dataset on the Hub, split `train`, streamed
 
-Nothing is ever held as a list: tokens go to a memory-mapped file of `datasets`, or, streamed, to the trainer.
+Nothing is ever held as a list: tokens go to a memory-mapped file of `datasets`, or, streamed, to
+the trainer.
 """
 
 from __future__ import annotations
@@ -32,9 +34,7 @@ SHUFFLED_ROWS = 10_000  # of a stream, from which the next one is drawn
 HEAD = "Below is an instruction that describes a task"
 WRITE = "Write a response that appropriately completes the request.\n\n### Instruction:\n{instruction}\n\n"
 PROMPT = f"{HEAD}. {WRITE}### Response: "
-PROMPT_WITH_INPUT = (
-    f"{HEAD}, paired with an input that provides further context. {WRITE}### Input:\n{{input}}\n\n### Response: "
-)
+PROMPT_WITH_INPUT = f"{HEAD}, paired with an input that provides further context. {WRITE}### Input:\n{{input}}\n\n### Response: "
 HUB_CURE = "check the name and the network, or give a local .json, .jsonl or .parquet file."
 
 
@@ -47,7 +47,8 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Tokens:
-    """How a row becomes tokens; a prompt keeps its first `prompt_tokens` (BOS among them), an answer likewise.
+    """How a row becomes tokens; a prompt keeps its first `prompt_tokens` (BOS among them), an
+    answer likewise.
 
     An answer that is cut has no EOS: it did not end there.
     """
@@ -69,7 +70,9 @@ class Tokens:
 
 
 def rows_of(source: str) -> Iterator[Row]:
-    """The rows of a source, in order. LLQError names the first bad one: its file, its place, and what is wrong."""
+    """The rows of a source, in order. LLQError names the first bad one: its file, its place, and
+    what is wrong.
+    """
     if source == "demo":
         return (Row(*row) for row in instructions.rows("train"))
     path = Path(source).expanduser()
@@ -80,7 +83,9 @@ def rows_of(source: str) -> Iterator[Row]:
             f"{source} is of a kind that cannot be read here; give a file that ends in {', '.join(SUFFIXES)}"
         )
     if not path.is_file():
-        raise LLQError(f"There is no file {path}; check the path (relative paths start at {Path.cwd()}).")
+        raise LLQError(
+            f"There is no file {path}; check the path (relative paths start at {Path.cwd()})."
+        )
     return {".json": _json, ".jsonl": _jsonl, ".parquet": _parquet}[path.suffix.lower()](path)
 
 
@@ -104,15 +109,23 @@ def _parquet(path: Path) -> Iterator[Row]:
 
 
 def _hub(name: str) -> Iterator[Row]:
-    for number, value in enumerate(hub_rows(name, split="train", offline_cure=HUB_CURE, streaming=True), start=1):
+    for number, value in enumerate(
+        hub_rows(name, split="train", offline_cure=HUB_CURE, streaming=True), start=1
+    ):
         yield _row(value, f"Row {number} of {name}")
 
 
 def _row(value: Any, where: str) -> Row:
     if not isinstance(value, dict):
-        raise LLQError(f"{where} is {type(value).__name__}, not an object with the fields instruction and output")
+        raise LLQError(
+            f"{where} is {type(value).__name__}, not an object with the fields instruction and output"
+        )
     if "instruction" in value:
-        fields = {"instruction": value["instruction"], "input": value.get("input") or "", "output": value.get("output")}
+        fields = {
+            "instruction": value["instruction"],
+            "input": value.get("input") or "",
+            "output": value.get("output"),
+        }
         _check(fields, "instruction", where)
         prompt = (PROMPT_WITH_INPUT if fields["input"].strip() else PROMPT).format_map(fields)
         return Row(prompt, fields["output"])
@@ -129,17 +142,24 @@ def _row(value: Any, where: str) -> Row:
 def _check(fields: dict[str, Any], question: str, where: str) -> None:
     for name, text in fields.items():
         if not isinstance(text, str):
-            lacks = f"lacks the field {name}" if text is None else f"has {type(text).__name__} in the field {name}"
+            lacks = (
+                f"lacks the field {name}"
+                if text is None
+                else f"has {type(text).__name__} in the field {name}"
+            )
             raise LLQError(f"{where} {lacks}; write a string there")
     if not fields[question].strip():
         raise LLQError(f"{where} has an empty {question}; remove the row, or fill it in")
 
 
-# --- data sets ----------------------------------------------------------------------------------------------------
+# --- data sets ------------------------------------------------------------------------------------
 
 
-def stored(source: str, tokens: Tokens, heldout: int, seed: int, cache: Path) -> tuple[Dataset, Dataset]:
-    """(training rows, held-out rows) as memory-mapped files under `cache`; every row is checked before any is learned.
+def stored(
+    source: str, tokens: Tokens, heldout: int, seed: int, cache: Path
+) -> tuple[Dataset, Dataset]:
+    """(training rows, held-out rows) as memory-mapped files under `cache`; every row is checked
+    before any is learned.
 
     At most a tenth of the rows is held out. `demo` has held-out people of its own.
     """
@@ -150,18 +170,26 @@ def stored(source: str, tokens: Tokens, heldout: int, seed: int, cache: Path) ->
         own = (Row(*row) for row in islice(instructions.rows("heldout"), heldout))
         return everything, datasets.Dataset.from_list([tokens(row) for row in own])
     if len(everything) < 2:
-        raise LLQError(f"{source} has {len(everything)} rows; give at least 2, of which one is held out")
+        raise LLQError(
+            f"{source} has {len(everything)} rows; give at least 2, of which one is held out"
+        )
     split = everything.train_test_split(min(heldout, max(len(everything) // 10, 1)), seed=seed)
     return split["train"], split["test"]
 
 
-def streamed(source: str, tokens: Tokens, heldout: int, seed: int) -> tuple[IterableDataset, Dataset]:
-    """(a stream of the rows behind the first `heldout`, shuffled in a window; these as held-out rows)."""
+def streamed(
+    source: str, tokens: Tokens, heldout: int, seed: int
+) -> tuple[IterableDataset, Dataset]:
+    """(a stream of the rows behind the first `heldout`, shuffled in a window; these as held-out
+    rows).
+    """
     import datasets
 
     first = [tokens(row) for row in islice(rows_of(source), heldout)]
     if len(first) < heldout:
-        raise LLQError(f"{source} has {len(first)} rows, and {heldout} are to be held out; hold out fewer")
+        raise LLQError(
+            f"{source} has {len(first)} rows, and {heldout} are to be held out; hold out fewer"
+        )
 
     def rest() -> Iterator[dict[str, list[int]]]:
         return map(tokens, islice(rows_of(source), heldout, None))

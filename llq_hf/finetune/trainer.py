@@ -1,12 +1,15 @@
-"""A fine-tuning run: packed base, peft adapter, Trainer; killed at any point it goes on, to the same loss curve.
+"""A fine-tuning run: packed base, peft adapter, Trainer; killed at any point it goes on, to the
+same loss curve.
 
-OUT.training/ beside OUT holds what only the run needs: the tokens of the rows, and Trainer's checkpoints. OUT itself
-becomes an adapter when its adapter_config.json is written, as the last file; before that nothing loads it as one.
+OUT.training/ beside OUT holds what only the run needs: the tokens of the rows, and Trainer's
+checkpoints. OUT itself becomes an adapter when its adapter_config.json is written, as the last
+file; before that nothing loads it as one.
 
-The recipe's defaults are those of the study's LoRA track (QLoRA's Alpaca script, constant learning rate). Departures:
-rows are shuffled, not grouped by length, because Trainer's grouping draws from the global generator and a resumed run
-would see another order (`packing` saves the padding instead); a model without a pad token is padded with EOS behind
-the attention mask, where theirs adds a token and resizes embeddings.
+The recipe's defaults are those of the study's LoRA track (QLoRA's Alpaca script, constant learning
+rate). Departures: rows are shuffled, not grouped by length, because Trainer's grouping draws from
+the global generator and a resumed run would see another order (`packing` saves the padding
+instead); a model without a pad token is padded with EOS behind the attention mask, where theirs
+adds a token and resizes embeddings.
 """
 
 from __future__ import annotations
@@ -44,15 +47,20 @@ from ..layers.linear import QuantLinear
 from ..models.load import load_tokenizer
 from . import elastic, rows
 
-IDENTITY, FINISHED = "identity.json", "trainer_state.json"  # Trainer writes its state as the last file of a checkpoint
+IDENTITY, FINISHED = (
+    "identity.json",
+    "trainer_state.json",
+)  # Trainer writes its state as the last file of a checkpoint
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """connections: IR-QLoRA's. batch_size: rows per step, over all processes; micro_batch: rows per pass of one.
+    """connections: IR-QLoRA's. batch_size: rows per step, over all processes; micro_batch: rows per
+    pass of one.
 
-    packing: the rows of a pass follow each other in one sequence without padding, each seeing itself only. streaming:
-    rows are read while training, none are stored. paged: AdamW whose state may leave the GPU (bitsandbytes).
+    packing: the rows of a pass follow each other in one sequence without padding, each seeing
+    itself only. streaming: rows are read while training, none are stored. paged: AdamW whose state
+    may leave the GPU (bitsandbytes).
     """
 
     connections: bool = False
@@ -74,7 +82,15 @@ class Recipe:
     seed: int = 42
 
     def __post_init__(self) -> None:
-        counts = ("rank", "alpha", "max_steps", "batch_size", "micro_batch", "prompt_tokens", "answer_tokens")
+        counts = (
+            "rank",
+            "alpha",
+            "max_steps",
+            "batch_size",
+            "micro_batch",
+            "prompt_tokens",
+            "answer_tokens",
+        )
         for name in counts:
             if getattr(self, name) < 1:
                 raise LLQError(f"{name}={getattr(self, name)} must be at least 1")
@@ -106,12 +122,16 @@ class Machine:
 
     @property
     def processes(self) -> PartialState:
-        """Those that train together. Whoever asks accelerate first must say that it is on CPUs, or each is alone."""
+        """Those that train together. Whoever asks accelerate first must say that it is on CPUs, or
+        each is alone.
+        """
         return PartialState(cpu=self.device == "cpu")
 
 
 def machine(device: str, dtype: str, save_steps: int) -> Machine:
-    """From what a user says: "auto" is a GPU where there is one, and the model's usual bf16 there, fp32 on a CPU."""
+    """From what a user says: "auto" is a GPU where there is one, and the model's usual bf16 there,
+    fp32 on a CPU.
+    """
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     dtypes["auto"] = dtypes["float32" if device == "cpu" else "bfloat16"]
@@ -123,12 +143,18 @@ def machine(device: str, dtype: str, save_steps: int) -> Machine:
 
 
 def finetune(
-    base: str, out: Path, data: str, recipe: Recipe, machine: Machine, progress: Progress | None = None
+    base: str,
+    out: Path,
+    data: str,
+    recipe: Recipe,
+    machine: Machine,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Train an adapter for the packed checkpoint `base` (folder or Hub id) into `out`; returns its note.
+    """Train an adapter for the packed checkpoint `base` (folder or Hub id) into `out`; returns its
+    note.
 
-    LLQError for anything wrong with the input. The same call goes on where a killed one stopped; a finished one is
-    left as it is.
+    LLQError for anything wrong with the input. The same call goes on where a killed one stopped; a
+    finished one is left as it is.
     """
     progress = progress or Progress()
     work = out.with_name(out.name + ".training")
@@ -146,10 +172,12 @@ def finetune(
     with processes.main_process_first():
         train_rows, heldout_rows = _rows(data, tokenizer, recipe, work)
     model = _adapted(model, base, recipe)
-    progress.stage("scoring the base")  # through adapters that add nothing yet: Trainer takes no bare packed model
+    progress.stage(
+        "scoring the base"
+    )  # through adapters that add nothing yet: Trainer takes no bare packed model
     before = score(model, tokenizer, heldout_rows, machine)
     trainer = _trainer(model, tokenizer, train_rows, recipe, machine, work, accumulation)
-    trainer.add_callback(_Told(progress))
+    trainer.add_callback(TrainerProgress(progress))
     trainer.train(resume_from_checkpoint=_last_checkpoint(work))
     elastic.merge(model)
     progress.stage("scoring the adapter")
@@ -168,11 +196,17 @@ def finetune(
 
 
 def _check(out: Path, work: Path, recipe: Recipe, machine: Machine) -> None:
-    if recipe.paged and (machine.device == "cpu" or importlib.util.find_spec("bitsandbytes") is None):
-        raise LLQError("paged=True needs a GPU and bitsandbytes; install llq-hf[kernels], or leave it out")
+    if recipe.paged and (
+        machine.device == "cpu" or importlib.util.find_spec("bitsandbytes") is None
+    ):
+        raise LLQError(
+            "paged=True needs a GPU and bitsandbytes; install llq-hf[kernels], or leave it out"
+        )
     others = [file.name for file in sorted(out.glob("*")) if not file.name.startswith(BASE)]
     if out.is_file() or (others and not (out / NOTE).is_file() and not (work / IDENTITY).is_file()):
-        raise LLQError(f"{out} is not empty ({others[0] if others else 'a file'}) and no adapter; give another folder")
+        raise LLQError(
+            f"{out} is not empty ({others[0] if others else 'a file'}) and no adapter; give another folder"
+        )
 
 
 def _load(base: str, machine: Machine) -> tuple[Any, Any]:
@@ -234,7 +268,9 @@ def _rows(data: str, tokenizer: Any, recipe: Recipe, work: Path) -> tuple[Any, A
 def _adapted(model: Any, base: str, recipe: Recipe) -> Any:
     """The model with fresh adapters on all of its quantized linears, which alone are trained."""
     set_seed(recipe.seed)
-    names = {name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, QuantLinear)}
+    names = {
+        name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, QuantLinear)
+    }
     config = LoraConfig(
         r=recipe.rank,
         lora_alpha=recipe.alpha,
@@ -244,17 +280,27 @@ def _adapted(model: Any, base: str, recipe: Recipe) -> Any:
     )
     quantized = count_quantized(model)
     model = get_peft_model(model, config)
-    model.peft_config["default"].base_model_name_or_path = str(Path(base).resolve()) if Path(base).is_dir() else base
+    model.peft_config["default"].base_model_name_or_path = (
+        str(Path(base).resolve()) if Path(base).is_dir() else base
+    )
     adapted = sum(hasattr(module, "lora_A") for module in model.modules())
     if adapted != quantized:
-        raise LLQError(f"{adapted} linears would get adapters, but {quantized} are quantized; is it a text model?")
+        raise LLQError(
+            f"{adapted} linears would get adapters, but {quantized} are quantized; is it a text model?"
+        )
     if recipe.connections:
         elastic.connect(model)
     return model
 
 
 def _trainer(
-    model: Any, tokenizer: Any, train_rows: Any, recipe: Recipe, machine: Machine, work: Path, accumulation: int
+    model: Any,
+    tokenizer: Any,
+    train_rows: Any,
+    recipe: Recipe,
+    machine: Machine,
+    work: Path,
+    accumulation: int,
 ) -> Trainer:
     arguments = TrainingArguments(
         output_dir=str(work),
@@ -274,14 +320,18 @@ def _trainer(
         save_total_limit=2,
         seed=recipe.seed,
         data_seed=recipe.seed,
-        accelerator_config={"dispatch_batches": False},  # every process reads: batches of one row cannot be split
+        accelerator_config={
+            "dispatch_batches": False
+        },  # every process reads: batches of one row cannot be split
         ddp_find_unused_parameters=False,
         disable_tqdm=True,
         report_to="none",
     )
     padded = DataCollatorForSeq2Seq(tokenizer, padding=True)
     collator = DataCollatorWithFlattening() if recipe.packing else padded
-    return _silent(Trainer(model=model, args=arguments, train_dataset=train_rows, data_collator=collator))
+    return _silent(
+        Trainer(model=model, args=arguments, train_dataset=train_rows, data_collator=collator)
+    )
 
 
 def _silent(trainer: Trainer) -> Trainer:
@@ -291,23 +341,29 @@ def _silent(trainer: Trainer) -> Trainer:
 
 
 def score(model: Any, tokenizer: Any, heldout: Any, machine: Machine) -> dict[str, float]:
-    """Nats per token of held-out answers (tokens as `rows` makes them), and the share that is right to the last token.
+    """Nats per token of held-out answers (tokens as `rows` makes them), and the share that is right
+    to the last token.
 
-    Right: every token of the answer, and the EOS after it, is the likeliest one. {} where nothing is held out.
+    Right: every token of the answer, and the EOS after it, is the likeliest one. {} where nothing
+    is held out.
     """
     if len(heldout) == 0:
         return {}
     trainer = Trainer(
         model=model,
         args=TrainingArguments(
-            use_cpu=machine.device == "cpu", per_device_eval_batch_size=16, disable_tqdm=True, report_to="none"
+            use_cpu=machine.device == "cpu",
+            per_device_eval_batch_size=16,
+            disable_tqdm=True,
+            report_to="none",
         ),
         data_collator=DataCollatorForSeq2Seq(tokenizer, padding=True),
         compute_metrics=_right_answers,
         preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(-1),
     )
     found = _silent(trainer).evaluate(heldout)
-    # accelerate marks what it prepared to be scored, and would then not wrap it to be trained by several processes
+    # accelerate marks what it prepared to be scored, and would then not wrap it to be trained by
+    # several processes
     vars(model).pop("_is_accelerate_prepared", None)
     return {"loss": found["eval_loss"], "accuracy": found["eval_right"]}
 
@@ -325,9 +381,13 @@ def _last_checkpoint(work: Path) -> str | None:
 
 
 def _write(model: Any, out: Path, work: Path, note: dict[str, Any]) -> None:
-    """Adapter and note into OUT, the config that makes it an adapter as the last; then the run's own files go."""
+    """Adapter and note into OUT, the config that makes it an adapter as the last; then the run's
+    own files go.
+    """
     draft = work / "adapter"
-    for config in model.peft_config.values():  # peft writes a set, in an order of its own in every process
+    for (
+        config
+    ) in model.peft_config.values():  # peft writes a set, in an order of its own in every process
         config.target_modules = sorted(config.target_modules)
     model.save_pretrained(draft)
     out.mkdir(parents=True, exist_ok=True)
@@ -337,7 +397,7 @@ def _write(model: Any, out: Path, work: Path, note: dict[str, Any]) -> None:
     shutil.rmtree(work)
 
 
-class _Told(TrainerCallback):  # type: ignore[misc]
+class TrainerProgress(TrainerCallback):  # type: ignore[misc]
     """Tells our progress what Trainer does."""
 
     def __init__(self, progress: Progress) -> None:
@@ -350,6 +410,8 @@ class _Told(TrainerCallback):  # type: ignore[misc]
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.progress.advance()
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
         if logs and "loss" in logs:
             self.progress.linear(f"loss {float(logs['loss']):.4f}")

@@ -1,4 +1,5 @@
-"""Which harness serves a task: lm-eval those about text that it declares, lmms-eval all others that it declares.
+"""Which harness serves a task: lm-eval those about text that it declares, lmms-eval all others that
+it declares.
 
 Names are read from the YAML files themselves: importing either harness takes half a minute.
 """
@@ -12,7 +13,9 @@ from pathlib import Path
 from ..common.errors import LLQError
 from ..common.resources import tasks_folder
 
-_DECLARED = re.compile(r"^(?:task|group|tag):[ \t]*[\"']?([^\s\"'#]+)[\"']?[ \t]*(?:#.*)?$", re.MULTILINE)
+_DECLARED = re.compile(
+    r"^(?:task|group|tag):[ \t]*[\"']?([^\s\"'#]+)[\"']?[ \t]*(?:#.*)?$", re.MULTILINE
+)
 
 
 def harness_of(tasks: str) -> str:
@@ -35,10 +38,19 @@ def harness_of(tasks: str) -> str:
 
 
 def _declared_by(harness: str, without: str | None = None) -> set[str]:
-    """Tasks, groups and tags of the harness, if it is installed, and ours for it; not of files that hold `without`."""
+    """Tasks, groups and tags of the harness, if it is installed, and ours for it; not of files that
+    hold `without`.
+    """
     spec = importlib.util.find_spec(harness)
     folders = [tasks_folder(harness)]
     if spec is not None and spec.origin is not None:
         folders.append(Path(spec.origin).parent / "tasks")
-    texts = (file.read_text(errors="replace") for folder in folders for file in folder.rglob("*.yaml"))
-    return {name for text in texts if without is None or without not in text for name in _DECLARED.findall(text)}
+    texts = (
+        file.read_text(errors="replace") for folder in folders for file in folder.rglob("*.yaml")
+    )
+    return {
+        name
+        for text in texts
+        if without is None or without not in text
+        for name in _DECLARED.findall(text)
+    }

@@ -1,4 +1,6 @@
-"""QuantizedLlama and QuantizedLlavaNext: model classes for those who want one; the auto classes load the same files."""
+"""QuantizedLlama and QuantizedLlavaNext: model classes for those who want one; the auto classes
+load the same files.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +13,9 @@ from typing import Any, ClassVar
 
 from transformers import LlamaForCausalLM, LlavaNextForConditionalGeneration
 
-from ..checkpoints.dense import fetch, origin
+from ..checkpoints.dense import fetch, provenance
 from ..checkpoints.format import REPORT
-from ..checkpoints.packed import carry
+from ..checkpoints.packed import copy_small_files
 from ..common.errors import LLQError
 from ..common.files import write_json
 from ..demo import resolve
@@ -23,13 +25,19 @@ from .hf_quantizer import CONFIGS, check_quantized
 
 
 class _Quantized:
-    """from_pretrained that quantizes a dense model where a method is given; save_pretrained under the plain class."""
+    """from_pretrained that quantizes a dense model where a method is given; save_pretrained under
+    the plain class.
+    """
 
     plain: ClassVar[type]
 
     @classmethod
-    def from_pretrained(cls, model: str, *args: Any, method: str | None = None, **kwargs: Any) -> Any:
-        """`method` and its options (those of the method's config type) quantize a dense model on loading."""
+    def from_pretrained(
+        cls, model: str, *args: Any, method: str | None = None, **kwargs: Any
+    ) -> Any:
+        """`method` and its options (those of the method's config type) quantize a dense model on
+        loading.
+        """
         owned = {key for each in METHODS.values() for key in each.field_names()} & set(kwargs)
         if method is None and owned:
             raise LLQError(
@@ -37,14 +45,18 @@ class _Quantized:
             )
         if method is not None:
             if kwargs.get("quantization_config") is not None:
-                raise LLQError("give either method=... with its options or quantization_config=..., not both")
+                raise LLQError(
+                    "give either method=... with its options or quantization_config=..., not both"
+                )
             keys = {*method_type(method).field_names(), "preset", "tokenizer"}
             keys |= {"calibration", "calibration_samples", "calibration_seqlen", "calibration_seed"}
             options = {key: kwargs.pop(key) for key in list(kwargs) if key in keys}
             kwargs["quantization_config"] = CONFIGS[method](**options)
         return super().from_pretrained(model, *args, **kwargs)  # type: ignore[misc]
 
-    def save_pretrained(self, save_directory: Any, *args: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
+    def save_pretrained(
+        self, save_directory: Any, *args: Any, push_to_hub: bool = False, **kwargs: Any
+    ) -> None:
         """config.json names the plain class, so every loader finds its way."""
         repo_id = kwargs.pop("repo_id", Path(save_directory).name)
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
@@ -64,23 +76,29 @@ class _Quantized:
         base_model: str | None = None,
         results: Iterable[Path] | None = None,
     ) -> str:
-        """Upload the packed model, its tokenizer and its card, as `llq push` does a folder; returns the address.
+        """Upload the packed model, its tokenizer and its card, as `llq push` does a folder; returns
+        the address.
 
-        base_model: Hub id of the base, where the model was loaded from a folder; results: see `card.make_card`.
+        base_model: Hub id of the base, where the model was loaded from a folder; results: see
+        `card.make_card`.
         """
         model: Any = self
-        source = fetch(resolve(str(model.name_or_path)), getattr(model.config, "_commit_hash", None))
+        source = fetch(
+            resolve(str(model.name_or_path)), getattr(model.config, "_commit_hash", None)
+        )
         config = check_quantized(model)
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch) / repo_id.rpartition("/")[2]
             self.save_pretrained(folder)
-            carry(source, folder)
+            copy_small_files(source, folder)
             if (source / REPORT).is_file():  # it was loaded packed
                 shutil.copyfile(source / REPORT, folder / REPORT)
             else:
                 drawn = config.calibration.described if config.calibration_used else None
-                made_from = {**origin(source), "calibration": drawn}
-                write_json(folder / REPORT, {"made_from": made_from, "linears": config.records, "bits": {}})
+                made_from = {**provenance(source), "calibration": drawn}
+                write_json(
+                    folder / REPORT, {"made_from": made_from, "linears": config.records, "bits": {}}
+                )
             upload = prepare_upload(folder, repo_id, base=base_model, results=results)
             return push(upload, private=private, token=token)
 
@@ -88,20 +106,22 @@ class _Quantized:
 class QuantizedLlama(_Quantized, LlamaForCausalLM):  # type: ignore[misc]
     """A Llama with packed low-bit weights.
 
-    QuantizedLlama.from_pretrained("meta-llama/Meta-Llama-3-8B", method="quip", bits=2) quantizes a dense model;
-    QuantizedLlama.from_pretrained(folder or Hub id of a packed checkpoint) loads one. What it saves and pushes
-    is an ordinary LlamaForCausalLM checkpoint that AutoModelForCausalLM loads.
+    QuantizedLlama.from_pretrained("meta-llama/Meta-Llama-3-8B", method="quip", bits=2) quantizes a
+    dense model; QuantizedLlama.from_pretrained(folder or Hub id of a packed checkpoint) loads one.
+    What it saves and pushes is an ordinary LlamaForCausalLM checkpoint that AutoModelForCausalLM
+    loads.
     """
 
     plain = LlamaForCausalLM
 
 
 class QuantizedLlavaNext(_Quantized, LlavaNextForConditionalGeneration):  # type: ignore[misc]
-    """A LLaVA-Next whose language model has packed low-bit weights; vision tower and projector stay as they are.
+    """A LLaVA-Next whose language model has packed low-bit weights; vision tower and projector stay
+    as they are.
 
-    QuantizedLlavaNext.from_pretrained("llava-hf/llama3-llava-next-8b-hf", method="gptq", bits=4) quantizes a dense
-    model; of a packed checkpoint it loads one. What it saves and pushes is an ordinary checkpoint that
-    AutoModelForImageTextToText loads.
+    QuantizedLlavaNext.from_pretrained("llava-hf/llama3-llava-next-8b-hf", method="gptq", bits=4)
+    quantizes a dense model; of a packed checkpoint it loads one. What it saves and pushes is an
+    ordinary checkpoint that AutoModelForImageTextToText loads.
     """
 
     plain = LlavaNextForConditionalGeneration

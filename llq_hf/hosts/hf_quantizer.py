@@ -1,9 +1,10 @@
 """The socket of transformers: a `quantization_config` type per method, and one quantizer for all.
 
-The only file that knows transformers.quantizers. Loading a packed checkpoint builds QuantLinears on the meta device
-from config and layout, and the ordinary loader fills them by name: no repacking, no conversion. A config given for a
-dense model quantizes the loaded model in place. `_startup` imports this module when transformers imports its
-quantizers, which happens in the middle of importing its models: no model class may be imported here.
+The only file that knows transformers.quantizers. Loading a packed checkpoint builds QuantLinears on
+the meta device from config and layout, and the ordinary loader fills them by name: no repacking, no
+conversion. A config given for a dense model quantizes the loaded model in place. `_startup` imports
+this module when transformers imports its quantizers, which happens in the middle of importing its
+models: no model class may be imported here.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from ..common.progress import Progress
 from ..data.calibration import Calibration
 from ..engine.in_memory import quantize_model
 from ..engine.prepare import calibration_data
-from ..engine.whole_model import settled
+from ..engine.whole_model import resolve_method
 from ..layers.attention import install
 from ..layers.linear import QuantLinear
 from ..method import FORMAT_VERSION, Method, stored_bits
@@ -38,15 +39,23 @@ from ..models.load import module_names
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-RUN_KEYS = ("quant_method", "format_version", "quantized_linears", "digest", "calibration", "fingerprint")
+RUN_KEYS = (
+    "quant_method",
+    "format_version",
+    "quantized_linears",
+    "digest",
+    "calibration",
+    "fingerprint",
+)
 
 
 class LLQConfig(QuantizationConfigMixin):  # type: ignore[misc]
-    """Base of the `quantization_config` types. Use the one of a method: RTNConfig, GPTQConfig, QuIPConfig, ...
+    """Base of the `quantization_config` types. Use the one of a method: RTNConfig, GPTQConfig,
+    QuIPConfig, ...
 
-    Fields of the method (bits, group_size, ...), `preset`, and for dense models the calibration: `calibration` (a
-    data set or a file), `calibration_samples`, `calibration_seqlen`, `calibration_seed`, `tokenizer` (default: the
-    model's).
+    Fields of the method (bits, group_size, ...), `preset`, and for dense models the calibration:
+    `calibration` (a data set or a file), `calibration_samples`, `calibration_seqlen`,
+    `calibration_seed`, `tokenizer` (default: the model's).
     """
 
     method_type: ClassVar[type[Method]]
@@ -73,11 +82,15 @@ class LLQConfig(QuantizationConfigMixin):  # type: ignore[misc]
         # In a checkpoint this is what the calibration was; for a dense model, what to calibrate on.
         self.calibration_used = calibration if isinstance(calibration, dict) else None
         source = calibration if isinstance(calibration, str) else "wikitext2"
-        self.calibration = Calibration(source, calibration_samples, calibration_seqlen, calibration_seed)
+        self.calibration = Calibration(
+            source, calibration_samples, calibration_seqlen, calibration_seed
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """JSON of what a checkpoint's config.json holds."""
-        return config_section(self.method, self.quantized_linears, self.calibration_used, self.fingerprint)
+        return config_section(
+            self.method, self.quantized_linears, self.calibration_used, self.fingerprint
+        )
 
     def to_diff_dict(self) -> dict[str, Any]:
         return self.to_dict()
@@ -89,7 +102,9 @@ class LLQConfig(QuantizationConfigMixin):  # type: ignore[misc]
                 f"the checkpoint has format_version {self.format_version}, this llq-hf reads {FORMAT_VERSION}: "
                 "update llq-hf"
             )
-        if self.quantized_linears is None or self.digest != digest(self.method, self.quantized_linears):
+        if self.quantized_linears is None or self.digest != digest(
+            self.method, self.quantized_linears
+        ):
             raise LLQError(
                 "the quantization_config in config.json was edited: its options do not match its digest. The packed "
                 "weights mean what they meant when they were written; restore the file"
@@ -99,12 +114,18 @@ class LLQConfig(QuantizationConfigMixin):  # type: ignore[misc]
 def _config_type(method: type[Method]) -> type[LLQConfig]:
     doc = f"`quantization_config` of {method.title}: the fields of `{method.__name__}`, and those of LLQConfig."
     return type(
-        f"{method.__name__}Config", (LLQConfig,), {"method_type": method, "__doc__": doc, "__module__": __name__}
+        f"{method.__name__}Config",
+        (LLQConfig,),
+        {"method_type": method, "__doc__": doc, "__module__": __name__},
     )
 
 
-CONFIGS: dict[str, type[LLQConfig]] = {name: _config_type(method) for name, method in METHODS.items()}
-globals().update({config.__name__: config for config in CONFIGS.values()})  # RTNConfig, GPTQConfig, ...
+CONFIGS: dict[str, type[LLQConfig]] = {
+    name: _config_type(method) for name, method in METHODS.items()
+}
+globals().update(
+    {config.__name__: config for config in CONFIGS.values()}
+)  # RTNConfig, GPTQConfig, ...
 
 
 class LLQQuantizer(HfQuantizer):  # type: ignore[misc]
@@ -131,7 +152,7 @@ class LLQQuantizer(HfQuantizer):  # type: ignore[misc]
             )
         for name, linear in linears.items():
             new = QuantLinear(
-                config.method.at(name),
+                config.method.for_linear(name),
                 linear.in_features,
                 linear.out_features,
                 linear.bias is not None,
@@ -143,14 +164,16 @@ class LLQQuantizer(HfQuantizer):  # type: ignore[misc]
             install(decoder_of(model)[1], config.method.attention)
         _check_files(model, checkpoint_files or [])
 
-    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+    def _process_model_after_weight_loading(
+        self, model: PreTrainedModel, **kwargs: Any
+    ) -> PreTrainedModel:
         config = self.quantization_config
         if not self.pre_quantized:
-            config.method, path = config.method.fitted(model), Path(str(model.name_or_path))
+            config.method, path = config.method.bound_to(model), Path(str(model.name_or_path))
             data, config.calibration_used = calibration_data(
                 config.calibration, config.method, model.config, path, Progress(), config.tokenizer
             )
-            config.method, learned = settled(model, config.method, data)
+            config.method, learned = resolve_method(model, config.method, data)
             records = quantize_model(model, config.method, data, learned=learned)
             config.quantized_linears, config.records = len(records), records
             config.digest = digest(config.method, len(records))
@@ -172,7 +195,8 @@ class LLQQuantizer(HfQuantizer):  # type: ignore[misc]
 
 
 def _check_files(model: PreTrainedModel, files: list[str]) -> None:
-    """Every tensor of every QuantLinear is in the files, with its shape and dtype; else LLQError, before any is loaded.
+    """Every tensor of every QuantLinear is in the files, with its shape and dtype; else LLQError,
+    before any is loaded.
 
     transformers fills a missing buffer with whatever memory holds and only warns.
     """
@@ -201,10 +225,14 @@ def count_quantized(model: nn.Module) -> int:
 
 
 def check_quantized(model: nn.Module) -> LLQConfig:
-    """The model's LLQConfig; LLQError unless exactly the linears it counts are packed: never score the wrong model."""
+    """The model's LLQConfig; LLQError unless exactly the linears it counts are packed: never score
+    the wrong model.
+    """
     config = getattr(model.config, "quantization_config", None)
     if not isinstance(config, LLQConfig):
-        raise LLQError("the model carries no llq quantization_config: it would be scored in full precision")
+        raise LLQError(
+            "the model carries no llq quantization_config: it would be scored in full precision"
+        )
     packed = count_quantized(model)
     if packed != config.quantized_linears or packed == 0:
         raise LLQError(
@@ -231,7 +259,9 @@ def described(model: nn.Module) -> dict[str, Any]:
     linears = [module for module in model.modules() if isinstance(module, QuantLinear)]
     weights = sum(linear.in_features * linear.out_features for linear in linears)
     bits = sum(
-        stored_bits(linear.layout, linear.out_features, linear.in_features) * linear.in_features * linear.out_features
+        stored_bits(linear.layout, linear.out_features, linear.in_features)
+        * linear.in_features
+        * linear.out_features
         for linear in linears
     )
     return {

@@ -1,11 +1,11 @@
 """Multiple-choice tasks for lm-evaluation-harness, from the Hub or from local files.
 
-`MultipleChoice`: the prompts, answers and scores of lm-eval's built-in tasks, read from the Hub or from local
-files. All formats end in one shape: `{query, choices, gold}`, for WinoGrande `{context_options, continuation,
-gold}`, for MMLU `{question, choices, answer, subject}`.
+`MultipleChoice`: the prompts, answers and scores of lm-eval's built-in tasks, read from the Hub or
+from local files. All formats end in one shape: `{query, choices, gold}`, for WinoGrande
+`{context_options, continuation, gold}`, for MMLU `{question, choices, answer, subject}`.
 
-What a user passes as `--metadata '{"folder": "..."}'` reaches every task as
-`config.metadata`, on top of the task's own and together with all model_args. Other keys are ignored.
+What a user passes as `--metadata '{"folder": "..."}'` reaches every task as `config.metadata`, on
+top of the task's own and together with all model_args. Other keys are ignored.
 """
 
 from __future__ import annotations
@@ -30,8 +30,9 @@ Doc = dict[str, Any]
 class MultipleChoice(ConfigurableTask):  # type: ignore[misc]
     """A benchmark of `BENCHMARKS`; see the head of the file.
 
-    From the YAML: `dataset_kwargs: {benchmark: NAME}`, and `dataset_path`, `dataset_name` for the Hub. From the
-    user's metadata: `folder`, where the files of all benchmarks lie; the `demo` questions are made, not read.
+    From the YAML: `dataset_kwargs: {benchmark: NAME}`, and `dataset_path`, `dataset_name` for the
+    Hub. From the user's metadata: `folder`, where the files of all benchmarks lie; the `demo`
+    questions are made, not read.
     """
 
     def __init__(self, config: dict[str, Any]) -> None:
@@ -46,11 +47,18 @@ class MultipleChoice(ConfigurableTask):  # type: ignore[misc]
         if name == "demo":
             splits = {"test": _demo_questions()}
         elif folder is not None:
-            splits = {split: _local_docs(name, _folder(folder), split, self.DATASET_NAME) for split in self._splits()}
+            splits = {
+                split: _local_docs(name, _folder(folder), split, self.DATASET_NAME)
+                for split in self._splits()
+            }
         else:
             splits = {split: self._hub_docs(name, split) for split in self._splits()}
-        self.config.metadata["data_source"] = name if name == "demo" else str(folder) if folder else "hub"
-        self.dataset = datasets.DatasetDict({split: datasets.Dataset.from_list(docs) for split, docs in splits.items()})
+        self.config.metadata["data_source"] = (
+            name if name == "demo" else str(folder) if folder else "hub"
+        )
+        self.dataset = datasets.DatasetDict(
+            {split: datasets.Dataset.from_list(docs) for split, docs in splits.items()}
+        )
 
     def build_all_requests(self, **kwargs: Any) -> None:
         # the cache of --cache_requests knows the task's name only, not the folder
@@ -60,7 +68,11 @@ class MultipleChoice(ConfigurableTask):  # type: ignore[misc]
 
     def _splits(self) -> list[str]:
         config = self.config
-        return [split for split in (config.validation_split, config.test_split, config.fewshot_split) if split]
+        return [
+            split
+            for split in (config.validation_split, config.test_split, config.fewshot_split)
+            if split
+        ]
 
     def _hub_docs(self, name: str, split: str) -> list[Doc]:
         cure = (
@@ -76,8 +88,8 @@ class MultipleChoice(ConfigurableTask):  # type: ignore[misc]
 class Benchmark:
     """Where a benchmark lies in a local folder and what its rows may look like.
 
-    `shapes`: (fields of a row, conversion to the common shape), tried in order. `{split}` and `{subject}` in
-    `files` are filled in.
+    `shapes`: (fields of a row, conversion to the common shape), tried in order. `{split}` and
+    `{subject}` in `files` are filled in.
     """
 
     files: tuple[str, ...]
@@ -160,7 +172,9 @@ BENCHMARKS: dict[str, Benchmark] = {
         ("piqa/valid.jsonl", "piqa.jsonl", "piqa.parquet"),
         ((("goal", "sol1", "sol2", "label"), _piqa), (("query", "choices", "gold"), _scored)),
     ),
-    "arc_easy": Benchmark(("arc/arc_easy.jsonl", "arc_easy.jsonl", "arc_easy.parquet"), _ARC_SHAPES),
+    "arc_easy": Benchmark(
+        ("arc/arc_easy.jsonl", "arc_easy.jsonl", "arc_easy.parquet"), _ARC_SHAPES
+    ),
     "arc_challenge": Benchmark(
         ("arc/arc_challenge.jsonl", "arc_challenge.jsonl", "arc_challenge.parquet"), _ARC_SHAPES
     ),
@@ -215,14 +229,20 @@ def _converted(rows: Any, name: str, subject: str | None, where: str) -> list[Do
     shapes = BENCHMARKS[name].shapes
     docs = []
     for number, row in enumerate(rows, start=1):
-        convert = next((convert for fields, convert in shapes if all(field in row for field in fields)), None)
+        convert = next(
+            (convert for fields, convert in shapes if all(field in row for field in fields)), None
+        )
         if convert is None:
             wanted = " or ".join(f"({', '.join(fields)})" for fields, _ in shapes)
-            raise LLQError(f"Row {number} of {where} has the fields {', '.join(row)}; it needs {wanted}.")
+            raise LLQError(
+                f"Row {number} of {where} has the fields {', '.join(row)}; it needs {wanted}."
+            )
         try:
             doc = convert(row)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise LLQError(f"Row {number} of {where} cannot be read ({error!r}); mend that row.") from error
+            raise LLQError(
+                f"Row {number} of {where} cannot be read ({error!r}); mend that row."
+            ) from error
         docs.append({**doc, "subject": subject} if name == "mmlu" else doc)
     if not docs:
         raise LLQError(f"{where} holds no questions; give a file with at least one.")
@@ -236,7 +256,9 @@ def _labelled(rows: list[Doc], path: Path) -> list[Doc]:
         raise LLQError(f"There is no file {labels_path} with the labels of {path}; put it there.")
     labels = labels_path.read_text(encoding="utf-8").split()
     if len(labels) != len(rows):
-        raise LLQError(f"{labels_path} has {len(labels)} labels for {len(rows)} questions; give one a question.")
+        raise LLQError(
+            f"{labels_path} has {len(labels)} labels for {len(rows)} questions; give one a question."
+        )
     return [{**row, "label": label} for row, label in zip(rows, labels, strict=True)]
 
 
@@ -245,7 +267,9 @@ def _hendrycks_rows(path: Path) -> Iterator[Doc]:
     with path.open(encoding="utf-8", newline="") as file:
         for number, row in enumerate(csv.reader(file), start=1):
             if len(row) != 6:
-                raise LLQError(f"Row {number} of {path} has {len(row)} columns; it needs question, A, B, C, D, answer.")
+                raise LLQError(
+                    f"Row {number} of {path} has {len(row)} columns; it needs question, A, B, C, D, answer."
+                )
             yield {"question": row[0], "choices": row[1:5], "answer": row[5]}
 
 
@@ -264,5 +288,7 @@ def _folder(value: Any) -> Path:
         raise LLQError(f"folder={value!r} in the metadata is no path; give a string.")
     folder = Path(value).expanduser()
     if not folder.is_dir():
-        raise LLQError(f"There is no folder {folder}; check the path (relative paths start at {Path.cwd()}).")
+        raise LLQError(
+            f"There is no folder {folder}; check the path (relative paths start at {Path.cwd()})."
+        )
     return folder

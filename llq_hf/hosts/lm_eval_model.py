@@ -5,8 +5,8 @@
     lm_eval --model llq --model_args pretrained=ADAPTER --tasks llq_csqa         an adapter, on the base it belongs to
     lm_eval --model llq --model_args method=none --tasks llq_study               the full-precision baseline
 
-`_startup` registers the class; results carry method, options, nominal and stored bits, and the fingerprint. Of a model
-that sees, the language part is scored on text.
+`_startup` registers the class; results carry method, options, nominal and stored bits, and the
+fingerprint. Of a model that sees, the language part is scored on text.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 from lm_eval.models.huggingface import HFLM
 
 from ..checkpoints.adapter import base_of, is_adapter
-from ..models.load import auto_class, sees
+from ..models.load import auto_class, takes_images
 from .hf_quantizer import check_quantized, described
 from .model_args import Choice
 
@@ -28,33 +28,45 @@ HOST_OPTIONS = set(inspect.signature(HFLM).parameters) - {"kwargs"}
 
 
 class LLQLM(HFLM):  # type: ignore[misc]
-    """HFLM over a packed model. model_args are those of `scoring.Choice`, of the method, and of HFLM."""
+    """HFLM over a packed model. model_args are those of `scoring.Choice`, of the method, and of
+    HFLM.
+    """
 
     def __init__(self, **options: Any) -> None:
         choice, host = Choice.split(options, DEFAULT_MODEL, HOST_OPTIONS)
         if is_adapter(choice.pretrained):
-            host["peft"], choice = choice.pretrained, replace(choice, pretrained=base_of(choice.pretrained))
+            host["peft"], choice = (
+                choice.pretrained,
+                replace(choice, pretrained=base_of(choice.pretrained)),
+            )
         scored = choice.scored(host.get("device"), host.get("dtype"))
         host.setdefault("softmax_dtype", "float32")  # log-softmax in bf16 shifts perplexities
         super().__init__(pretrained=scored.path, revision=scored.revision, **host)
-        accelerator = getattr(self, "accelerator", None)  # HFLM takes ranks from it only where it sees several GPUs
+        accelerator = getattr(
+            self, "accelerator", None
+        )  # HFLM takes ranks from it only where it sees several GPUs
         if accelerator is not None and accelerator.num_processes > 1 and self.world_size == 1:
             self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
         if scored.quantized:
             check_quantized(self.model)
 
     def _get_backend(self, config: Any, backend: Any = "default", **kwargs: Any) -> None:
-        """lm-eval knows causal models; one that sees is causal, too, but has an auto class of its own."""
-        if sees(config):
+        """lm-eval knows causal models; one that sees is causal, too, but has an auto class of its
+        own.
+        """
+        if takes_images(config):
             self.AUTO_MODEL_CLASS, backend = auto_class(config), "causal"
         super()._get_backend(config, backend=backend, **kwargs)
 
     def _create_model(self, *args: Any, peft: str | None = None, **kwargs: Any) -> None:
         with warnings.catch_warnings():
-            # lm-eval hands the checkpoint's own quantization_config back to from_pretrained, which warns about that.
+            # lm-eval hands the checkpoint's own quantization_config back to from_pretrained, which
+            # warns about that.
             warnings.filterwarnings("ignore", message="You passed `quantization_config`")
             super()._create_model(*args, **kwargs)
-        if peft is not None:  # lm-eval's own way first resizes the embeddings where the tokenizer has other tokens
+        if (
+            peft is not None
+        ):  # lm-eval's own way first resizes the embeddings where the tokenizer has other tokens
             from peft import PeftModel
 
             self._model: Any = PeftModel.from_pretrained(self._model, peft)

@@ -1,16 +1,19 @@
 """Token perplexity in fixed windows, as a task of lm-evaluation-harness.
 
-The YAML files in `tasks/lm_eval` name the class here (`class: !function llq_hf.hosts.lm_eval_perplexity.X`).
+The YAML files in `tasks/lm_eval` name the class here (`class: !function
+llq_hf.hosts.lm_eval_perplexity.X`).
 
-`WindowPerplexity`: the protocol of the GPTQ repository, which is neither lm-eval's `wikitext` (words, documents,
-rolling windows) nor its rolling log-likelihood. The text is tokenised once and cut into disjoint windows of S
-tokens; the first token of a window is context only; perplexity = exp(mean over the N * (S - 1) scored tokens).
-lm-eval has no request type for that, so the task has its own, `llq_windows_nll`: the evaluator calls the method
-of that name on the model, which `llq_hf._startup` adds to HFLM and which is `windows_nll` below. The windows are
-dealt out to `SHARDS` documents, since data-parallel ranks divide the work by documents.
+`WindowPerplexity`: the protocol of the GPTQ repository, which is neither lm-eval's `wikitext`
+(words, documents, rolling windows) nor its rolling log-likelihood. The text is tokenised once and
+cut into disjoint windows of S tokens; the first token of a window is context only; perplexity =
+exp(mean over the N * (S - 1) scored tokens). lm-eval has no request type for that, so the task has
+its own, `llq_windows_nll`: the evaluator calls the method of that name on the model, which
+`llq_hf._startup` adds to HFLM and which is `windows_nll` below. The windows are dealt out to
+`SHARDS` documents, since data-parallel ranks divide the work by documents.
 
 What a user passes as `--metadata '{"text_file": "...", "seqlen": 256}'` reaches every task as
-`config.metadata`, on top of the task's own and together with all model_args. Other keys are ignored.
+`config.metadata`, on top of the task's own and together with all model_args. Other keys are
+ignored.
 """
 
 from __future__ import annotations
@@ -38,20 +41,24 @@ METRIC = "token_perplexity"
 _log = logging.getLogger("llq_hf")
 
 
-# --- perplexity -------------------------------------------------------------------------------------------
+# --- perplexity -----------------------------------------------------------------------------------
 
 
 class WindowPerplexity(ConfigurableTask):  # type: ignore[misc]  # lm_eval has no types
     """Token perplexity of one evaluation text; see the head of the file.
 
-    From the YAML: `dataset_kwargs: {text: NAME}` (a name of `EVALUATION_TEXTS`), `metadata: {seqlen: S}`.
-    From the user's metadata: `seqlen`, and `text_file`: a path for all texts, or an object of paths by name.
-    The `demo` text is fixed: it heeds only a file given under its own name.
+    From the YAML: `dataset_kwargs: {text: NAME}` (a name of `EVALUATION_TEXTS`), `metadata:
+    {seqlen: S}`. From the user's metadata: `seqlen`, and `text_file`: a path for all texts, or an
+    object of paths by name. The `demo` text is fixed: it heeds only a file given under its own
+    name.
     """
 
     def __init__(self, config: dict[str, Any]) -> None:
         # an output type of lm-eval's own gets through its checks; requests carry ours
-        super().__init__(config=_without_class(config) | {"output_type": "loglikelihood_rolling", "metric_list": []})
+        super().__init__(
+            config=_without_class(config)
+            | {"output_type": "loglikelihood_rolling", "metric_list": []}
+        )
         self.OUTPUT_TYPE = REQUEST_TYPE
 
     def download(self, dataset_kwargs: Mapping[str, Any] | None = None, **_: Any) -> None:
@@ -62,7 +69,9 @@ class WindowPerplexity(ConfigurableTask):  # type: ignore[misc]  # lm_eval has n
         metadata = self.config.metadata
         self.seqlen = _seqlen(metadata.get("seqlen"))
         self.source = load_evaluation(name, _text_file(metadata.get("text_file"), name))
-        metadata.update(seqlen=self.seqlen, text_source=self.source.source, text_sha256=self.source.sha256)
+        metadata.update(
+            seqlen=self.seqlen, text_source=self.source.source, text_sha256=self.source.sha256
+        )
         shards = [{"text": name, "shard": shard, "shards": SHARDS} for shard in range(SHARDS)]
         self.dataset = datasets.DatasetDict(test=datasets.Dataset.from_list(shards))
 
@@ -80,7 +89,9 @@ class WindowPerplexity(ConfigurableTask):  # type: ignore[misc]  # lm_eval has n
         return ""  # no shots, system prompt or chat template around a window
 
     def construct_requests(self, doc: dict[str, Any], ctx: str, **kwargs: Any) -> Instance:
-        """One request per shard. `arguments` are logged and hashed, hence the text itself travels in `doc`."""
+        """One request per shard. `arguments` are logged and hashed, hence the text itself travels
+        in `doc`.
+        """
         arguments = (str(self.source), self.seqlen, doc["shard"], doc["shards"])
         return Instance(
             request_type=REQUEST_TYPE,
@@ -90,9 +101,13 @@ class WindowPerplexity(ConfigurableTask):  # type: ignore[misc]  # lm_eval has n
             metadata=kwargs["metadata"],
         )
 
-    def process_results(self, doc: Any, results: Sequence[tuple[float, int, int]]) -> dict[str, Any]:
+    def process_results(
+        self, doc: Any, results: Sequence[tuple[float, int, int]]
+    ) -> dict[str, Any]:
         logprob, tokens, seqlen = results[0]
-        self.config.metadata["seqlen"] = seqlen  # what was scored; a short model cuts what was asked for
+        self.config.metadata["seqlen"] = (
+            seqlen  # what was scored; a short model cuts what was asked for
+        )
         return {METRIC: (logprob, tokens)}
 
     def aggregation(self) -> dict[str, Callable[[Any], float]]:
@@ -103,21 +118,26 @@ class WindowPerplexity(ConfigurableTask):  # type: ignore[misc]  # lm_eval has n
 
 
 def token_perplexity(shards: Sequence[tuple[float, int]]) -> float:
-    """exp(mean negative log-likelihood) of `(sum of log-probabilities, tokens)`; shards without windows weigh 0."""
+    """exp(mean negative log-likelihood) of `(sum of log-probabilities, tokens)`; shards without
+    windows weigh 0.
+    """
     tokens = sum(count for _, count in shards)
     if tokens == 0:
         raise LLQError("No window was scored; drop --samples, or name shards that have windows.")
     nats = -math.fsum(logprob for logprob, _ in shards) / tokens
     if math.isnan(nats):
-        _log.warning("The model gives logits that are no numbers (NaN); its token perplexity is reported as NaN.")
+        _log.warning(
+            "The model gives logits that are no numbers (NaN); its token perplexity is reported as NaN."
+        )
     return math.inf if nats > 700 else math.exp(nats)
 
 
 def windows_nll(lm: Any, requests: Sequence[Instance]) -> list[tuple[float, int, int]]:
-    """The request type `llq_windows_nll` for an HFLM: per shard (sum of log-probabilities, tokens, window length).
+    """The request type `llq_windows_nll` for an HFLM: per shard (sum of log-probabilities, tokens,
+    window length).
 
-    Shard i of n scores windows i, i + n, i + 2n, ... A window longer than the model allows is cut to the model's
-    length, with a warning. Log-softmax is float32 whatever the model's dtype.
+    Shard i of n scores windows i, i + n, i + 2n, ... A window longer than the model allows is cut
+    to the model's length, with a warning. Log-softmax is float32 whatever the model's dtype.
     """
     results: list[tuple[float, int, int]] = [(0.0, 0, 0)] * len(requests)
     for (_, seqlen), indices in _by_text(requests).items():
@@ -128,7 +148,9 @@ def windows_nll(lm: Any, requests: Sequence[Instance]) -> list[tuple[float, int,
         chosen = {index: _shard_windows(requests[index], len(windows_NS)) for index in indices}
         # each window once, though data-parallel padding repeats a request
         needed = sorted({window for windows in chosen.values() for window in windows})
-        logprob = dict(zip(needed, _window_logprobs(lm, windows_NS[needed], source.name), strict=True))
+        logprob = dict(
+            zip(needed, _window_logprobs(lm, windows_NS[needed], source.name), strict=True)
+        )
         length = windows_NS.shape[1]
         for index, windows in chosen.items():
             total = math.fsum(logprob[window] for window in windows)
@@ -188,7 +210,8 @@ def _batch_logprobs(lm: Any, batch_BS: Tensor) -> list[float]:
     with torch.no_grad():
         batch_BS = batch_BS.to(lm.device)
         logits_BSV = lm._model_call(batch_BS)
-        # one window at a time: float32 logits of a window of 2048 in a vocabulary of 128k take 1 GiB
+        # one window at a time: float32 logits of a window of 2048 in a vocabulary of 128k take 1
+        # GiB
         losses = [
             torch.nn.functional.cross_entropy(
                 logits_SV[:-1].float(), ids_S[1:].to(logits_SV.device), reduction="none"
@@ -200,7 +223,9 @@ def _batch_logprobs(lm: Any, batch_BS: Tensor) -> list[float]:
 
 def _seqlen(value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 2:
-        raise LLQError(f"seqlen={value!r} in the metadata is no window length; give an integer of 2 or more.")
+        raise LLQError(
+            f"seqlen={value!r} in the metadata is no window length; give an integer of 2 or more."
+        )
     return value
 
 
@@ -210,16 +235,20 @@ def _text_file(value: Any, name: str) -> str | None:
         unknown = [key for key in value if key not in EVALUATION_TEXTS]
         if unknown:
             known = ", ".join(EVALUATION_TEXTS)
-            raise LLQError(f"text_file names the text {unknown[0]!r} in the metadata; the texts are {known}.")
+            raise LLQError(
+                f"text_file names the text {unknown[0]!r} in the metadata; the texts are {known}."
+            )
         value = value.get(name)
     elif name == "demo":
         return None
     if value is not None and not isinstance(value, str):
-        raise LLQError(f"text_file={value!r} in the metadata is no path; give a string or an object of strings.")
+        raise LLQError(
+            f"text_file={value!r} in the metadata is no path; give a string or an object of strings."
+        )
     return value
 
 
-# --- multiple choice --------------------------------------------------------------------------------------
+# --- multiple choice ------------------------------------------------------------------------------
 
 
 def _without_class(config: dict[str, Any]) -> dict[str, Any]:

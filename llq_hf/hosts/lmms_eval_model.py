@@ -1,14 +1,16 @@
-"""`lmms-eval --model llq`: quantize (once, cached), load the packed checkpoint, ask it about images.
+"""`lmms-eval --model llq`: quantize (once, cached), load the packed checkpoint, ask it about
+images.
 
     lmms-eval --model llq --model_args pretrained=MODEL,method=gptq,bits=4 --tasks llq_mllm --batch_size 8
     lmms-eval --model llq --model_args pretrained=FOLDER --tasks mme             a packed checkpoint is just evaluated
     lmms-eval --model llq --model_args method=none --tasks llq_mllm              the full-precision baseline
 
-lmms-eval finds the class by an entry point. A row that cannot be asked (its image is missing or damaged, it has none,
-its prompt is too long) ends the evaluation with an error that names it: lmms-eval's own models answer such rows with
-an empty string and score that. With `text_only=true` rows without an image are asked as text, and counted in the
-results. Those carry method, options, nominal and stored bits, and the fingerprint under `llq`, and the command
-exits with 1 where an evaluation failed; see the hooks at the end, which `_startup` puts in place.
+lmms-eval finds the class by an entry point. A row that cannot be asked (its image is missing or
+damaged, it has none, its prompt is too long) ends the evaluation with an error that names it:
+lmms-eval's own models answer such rows with an empty string and score that. With `text_only=true`
+rows without an image are asked as text, and counted in the results. Those carry method, options,
+nominal and stored bits, and the fingerprint under `llq`, and the command exits with 1 where an
+evaluation failed; see the hooks at the end, which `_startup` puts in place.
 """
 
 from __future__ import annotations
@@ -28,18 +30,31 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from ..common.errors import LLQError
 from ..common.machine import usable_device
 from ..common.words import one_line
-from ..models.vision import Prompt, Seeing, truncated_images_refused
+from ..models.vision import Prompt, VisionModel, truncated_images_refused
 from .hf_quantizer import check_quantized, described
 from .model_args import Choice
 
 DEFAULT_MODEL = "llava-hf/llama3-llava-next-8b-hf"
 HOST_OPTIONS = {"device", "dtype", "batch_size", "text_only"}
-GENERATION = {"do_sample", "temperature", "top_p", "top_k", "num_beams", "repetition_penalty"}  # go to generate()
-OTHER_MODELS = {"image_aspect_ratio", "until", "max_new_tokens"}  # how llava's own code cuts images; done here
+GENERATION = {
+    "do_sample",
+    "temperature",
+    "top_p",
+    "top_k",
+    "num_beams",
+    "repetition_penalty",
+}  # go to generate()
+OTHER_MODELS = {
+    "image_aspect_ratio",
+    "until",
+    "max_new_tokens",
+}  # how llava's own code cuts images; done here
 
 
 class LLQ(lmms):  # type: ignore[misc]
-    """model_args: those of `scoring.Choice`, of the method, and dtype, device, batch_size, text_only."""
+    """model_args: those of `scoring.Choice`, of the method, and dtype, device, batch_size,
+    text_only.
+    """
 
     is_simple = True  # requests carry a text and a function that finds the images
 
@@ -47,12 +62,15 @@ class LLQ(lmms):  # type: ignore[misc]
         super().__init__()
         choice, host = Choice.split(options, DEFAULT_MODEL, HOST_OPTIONS)
         self.accelerator = Accelerator()
-        self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
+        self._rank, self._world_size = (
+            self.accelerator.process_index,
+            self.accelerator.num_processes,
+        )
         several = self._world_size > 1
         device = str(self.accelerator.device) if several else usable_device(host.get("device"))
         dtype = host.get("dtype", "auto")
         scored = choice.scored(device, dtype)
-        self.seeing = Seeing.load(scored.path, scored.revision, device, dtype)
+        self.seeing = VisionModel.load(scored.path, scored.revision, device, dtype)
         if scored.quantized:
             check_quantized(self.seeing.model)
         self.batch_size = _batch_size(host.get("batch_size"))
@@ -65,21 +83,30 @@ class LLQ(lmms):  # type: ignore[misc]
 
     def llq(self) -> dict[str, Any]:
         """What the results file gets to know about what was scored."""
-        return {**described(self.seeing.model), "rows_without_image_asked_as_text": self.asked_as_text}
+        return {
+            **described(self.seeing.model),
+            "rows_without_image_asked_as_text": self.asked_as_text,
+        }
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        raise LLQError("llq answers questions; tasks that score given answers by log-likelihood are not served")
+        raise LLQError(
+            "llq answers questions; tasks that score given answers by log-likelihood are not served"
+        )
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
         raise LLQError("llq answers single questions; tasks of several rounds are not served")
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
-        """An answer per request, in their order; LLQError naming the first row that cannot be asked."""
+        """An answer per request, in their order; LLQError naming the first row that cannot be
+        asked.
+        """
         answers: dict[int, str] = {}
         with tqdm(total=len(requests), desc="Model Responding", disable=self.rank != 0) as bar:
             for indices, options, until in self._batches(requests):
                 prompts = [self._prompt(requests[index]) for index in indices]
-                for index, answer in zip(indices, self.seeing.answers(prompts, **options), strict=True):
+                for index, answer in zip(
+                    indices, self.seeing.answers(prompts, **options), strict=True
+                ):
                     for stop in until:
                         answer = answer.split(stop)[0]
                     answers[index] = answer
@@ -88,8 +115,12 @@ class LLQ(lmms):  # type: ignore[misc]
                 bar.update(len(indices))
         return [answers[index] for index in range(len(requests))]
 
-    def _batches(self, requests: list[Instance]) -> Iterator[tuple[list[int], dict[str, Any], list[str]]]:
-        """(indices, options of generate(), strings to stop at): questions of like length and one way to be answered."""
+    def _batches(
+        self, requests: list[Instance]
+    ) -> Iterator[tuple[list[int], dict[str, Any], list[str]]]:
+        """(indices, options of generate(), strings to stop at): questions of like length and one
+        way to be answered.
+        """
         groups: dict[str, list[int]] = {}
         for index, request in enumerate(requests):
             groups.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(index)
@@ -108,11 +139,15 @@ class LLQ(lmms):  # type: ignore[misc]
                 for image in images:
                     getattr(image, "load", bool)()  # Pillow reads no pixel before it must
         except Exception as error:  # of the task's own code, of datasets, of Pillow
-            raise LLQError(f"{where}: its image is missing or damaged ({one_line(error)})") from error
+            raise LLQError(
+                f"{where}: its image is missing or damaged ({one_line(error)})"
+            ) from error
         if any(not hasattr(image, "convert") for image in images):
             raise LLQError(f"{where}: llq looks at images; this row has {type(images[0]).__name__}")
         if not images and not self.text_only:
-            raise LLQError(f"{where}: a question without an image; text_only=true in model_args asks it as text")
+            raise LLQError(
+                f"{where}: a question without an image; text_only=true in model_args asks it as text"
+            )
         self.asked_as_text += not images
         return Prompt(context, images, where)
 
@@ -126,9 +161,15 @@ def _generation(request: Instance) -> tuple[dict[str, Any], list[str]]:
             f"{task} asks for {', '.join(sorted(unknown))} in its generation_kwargs, which llq does not know"
         )
     until: str | Sequence[str] = given.get("until") or []
-    options = {key: value for key, value in given.items() if key in GENERATION and value is not None}
+    options = {
+        key: value for key, value in given.items() if key in GENERATION and value is not None
+    }
     if not options.get("temperature"):
-        options = {key: value for key, value in options.items() if key not in ("temperature", "top_p", "top_k")}
+        options = {
+            key: value
+            for key, value in options.items()
+            if key not in ("temperature", "top_p", "top_k")
+        }
         options["do_sample"] = False
     options["max_new_tokens"] = int(given.get("max_new_tokens") or 1024)
     return options, [until] if isinstance(until, str) else list(until)
@@ -144,7 +185,7 @@ def _batch_size(value: Any) -> int:
     return size
 
 
-# --- hooks -----------------------------------------------------------------------------------------------------------
+# --- hooks ----------------------------------------------------------------------------------------
 
 
 def carrying_llq(evaluate: Callable[..., Any]) -> Callable[..., Any]:
@@ -161,9 +202,11 @@ def carrying_llq(evaluate: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def failing_loudly(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function of lmms-eval's command, whose errors its caller logs and forgets: of `--model llq` they end it.
+    """A function of lmms-eval's command, whose errors its caller logs and forgets: of `--model llq`
+    they end it.
 
-    The command's arguments are its only argument or its `cli_args`; without them, it is called by a program.
+    The command's arguments are its only argument or its `cli_args`; without them, it is called by a
+    program.
     """
 
     def wrapped(*args: Any, **kwargs: Any) -> Any:

@@ -1,10 +1,12 @@
-"""`llq_demo_vqa` for lmms-eval: questions about the bundled drawings, made in memory, so that nothing is downloaded.
+"""`llq_demo_vqa` for lmms-eval: questions about the bundled drawings, made in memory, so that
+nothing is downloaded.
 
-The YAML files in `tasks/lmms_eval/llq_demo_vqa` name the class here. Two tasks, as MME has two halves: perception and
-cognition. Of each fact three questions are asked: two of MME's form, one to be answered yes and one no, and one of
-MMBench's form, a letter from A to D. `accuracy` is over all of them, `yes_no` and `choice` over one form each, of
-which chance gets 50 % and 25 %. The demo VLM says what it sees before it decides ("blue no",
-"blue C"), so the last yes or no, or the last letter, of an answer counts.
+The YAML files in `tasks/lmms_eval/llq_demo_vqa` name the class here. Two tasks, as MME has two
+halves: perception and cognition. Of each fact three questions are asked: two of MME's form, one to
+be answered yes and one no, and one of MMBench's form, a letter from A to D. `accuracy` is over all
+of them, `yes_no` and `choice` over one form each, of which chance gets 50 % and 25 %. The demo VLM
+says what it sees before it decides ("blue no", "blue C"), so the last yes or no, or the last
+letter, of an answer counts.
 """
 
 from __future__ import annotations
@@ -19,7 +21,9 @@ COLUMNS = ("category", "question", "answer")
 
 
 class DrawingQuestions(ConfigurableTask):  # type: ignore[misc]  # lmms_eval has no types
-    """From the YAML: `dataset_kwargs: {categories: [...], facts_each: N}`, N facts of every category."""
+    """From the YAML: `dataset_kwargs: {categories: [...], facts_each: N}`, N facts of every
+    category.
+    """
 
     def __init__(self, config: dict[str, Any]) -> None:
         # ConfigurableTask does not know the key that chose this class
@@ -31,7 +35,11 @@ class DrawingQuestions(ConfigurableTask):  # type: ignore[misc]  # lmms_eval has
 
         assert dataset_kwargs is not None
         rows = [
-            {"question_id": index, "image": image, **{name: getattr(item, name) for name in COLUMNS}}
+            {
+                "question_id": index,
+                "image": image,
+                **{name: getattr(item, name) for name in COLUMNS},
+            }
             for index, (picture, items) in enumerate(drawings.benchmark(**dataset_kwargs))
             for image in [drawings.draw(picture)]
             for item in items

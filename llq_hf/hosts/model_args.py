@@ -1,7 +1,9 @@
-"""Which model a harness scores: the options that lm-eval and lmms-eval share, quantizing once, and what results carry.
+"""Which model a harness scores: the options that lm-eval and lmms-eval share, quantizing once, and
+what results carry.
 
-A packed checkpoint is scored as it is. A dense one is quantized first by `method` and kept in the cache under the
-fingerprint of everything that decides its bytes; `method=none` is the full-precision baseline.
+A packed checkpoint is scored as it is. A dense one is quantized first by `method` and kept in the
+cache under the fingerprint of everything that decides its bytes; `method=none` is the
+full-precision baseline.
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ from ..methods import METHODS, build, method_type
 
 
 class Scored(NamedTuple):
-    """What from_pretrained is to load (folder or Hub id, with its revision), and whether it has to be packed."""
+    """What from_pretrained is to load (folder or Hub id, with its revision), and whether it has to
+    be packed.
+    """
 
     path: str
     revision: str
@@ -47,10 +51,16 @@ class Choice:
     method_options: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def split(cls, options: dict[str, Any], default: str, host: set[str]) -> tuple[Self, dict[str, Any]]:
-        """(ours, the host's) of model_args; an option that neither knows is refused. default: the model."""
+    def split(
+        cls, options: dict[str, Any], default: str, host: set[str]
+    ) -> tuple[Self, dict[str, Any]]:
+        """(ours, the host's) of model_args; an option that neither knows is refused. default: the
+        model.
+        """
         ours = {f.name for f in fields(cls)} - {"method_options"}
-        of_methods = {name for each in METHODS.values() for name in each.field_names()} - host - ours
+        of_methods = (
+            {name for each in METHODS.values() for name in each.field_names()} - host - ours
+        )
         for name in options:
             if name not in ours | host | of_methods:
                 raise LLQError(
@@ -74,7 +84,9 @@ class Choice:
             )
         elif self.method == "none":
             if self.method_options:
-                raise LLQError(f"method=none takes no options, but {', '.join(self.method_options)} was given")
+                raise LLQError(
+                    f"method=none takes no options, but {', '.join(self.method_options)} was given"
+                )
         else:
             return Scored(str(self._quantized(model, device, dtype)), "main", True)
         return Scored(model, self.revision or "main", packed is not None)
@@ -83,7 +95,11 @@ class Choice:
         assert self.method is not None
         method = build(self.method, self.preset, **self.method_options)
         data = calibration_for(
-            model, self.calibration, self.calibration_samples, self.calibration_seqlen, self.calibration_seed
+            model,
+            self.calibration,
+            self.calibration_samples,
+            self.calibration_seqlen,
+            self.calibration_seed,
         )
         run = RunOptions(
             device=usable_device(device),
@@ -95,7 +111,9 @@ class Choice:
 
 
 def _packed_config(model: str, revision: str | None) -> dict[str, Any] | None:
-    """The quantization_config of a checkpoint of ours, else None; other people's quantized checkpoints are refused."""
+    """The quantization_config of a checkpoint of ours, else None; other people's quantized
+    checkpoints are refused.
+    """
     section = read_json(fetch(model, revision) / "config.json").get("quantization_config")
     if section is not None and not str(section.get("quant_method", "")).startswith("llq_"):
         raise LLQError(
@@ -111,5 +129,7 @@ def _agree(model: str, packed: dict[str, Any], method: str | None, options: dict
     for key, value in {**asked, **options}.items():
         stored = name if key == "method" else packed.get(key)
         if stored != value:
-            raise LLQError(f"{model} is a packed checkpoint with {key}={stored!r}, but {key}={value!r} was asked for")
+            raise LLQError(
+                f"{model} is a packed checkpoint with {key}={stored!r}, but {key}={value!r} was asked for"
+            )
     method_type(name)

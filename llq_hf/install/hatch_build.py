@@ -1,6 +1,8 @@
-"""Build hook: the CPU kernels go into the wheel where a compiler is at hand, else the wheel is pure Python.
+"""Build hook: the CPU kernels go into the wheel where a compiler is at hand, else the wheel is pure
+Python.
 
-Installing never fails for want of a compiler. An editable install (uv sync) gets them beside the sources.
+Installing never fails for want of a compiler. An editable install (uv sync) gets them beside the
+sources.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """`optimum-cli llq ...`: the commands of llq under optimum's, with their own options and help.
 
-Installed as optimum/commands/register/register_llq.py, where optimum looks for subcommands. It is imported at every
-call of optimum-cli, so nothing of ours is imported before it runs.
+Installed as optimum/commands/register/register_llq.py, where optimum looks for subcommands. It is
+imported at every call of optimum-cli, so nothing of ours is imported before it runs.
 """
 
 from argparse import REMAINDER, ArgumentParser
@@ -12,12 +12,16 @@ from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 class LLQCommand(BaseOptimumCLICommand):  # type: ignore[misc]
     """Hands all that follows `llq` to llq itself: there is no second list of options."""
 
-    COMMAND = CommandInfo(name="llq", help="Low-bit LLaMA models: all of llq, as `llq quantize --help`.")
+    COMMAND = CommandInfo(
+        name="llq", help="Low-bit LLaMA models: all of llq, as `llq quantize --help`."
+    )
 
     @staticmethod
     def parse_args(parser: ArgumentParser) -> None:
         parser.add_argument(
-            "arguments", nargs=REMAINDER, help="a command of llq and its options; `llq quantize --help`"
+            "arguments",
+            nargs=REMAINDER,
+            help="a command of llq and its options; `llq quantize --help`",
         )
 
     def run(self) -> None:

@@ -2,14 +2,16 @@
 
 Legend: n codes per row, W int32 words per row.
 
-A row is cut into blocks of 128 codes; what is left over is cut into units of 32 codes (the last one padded with
-zeros), so a tail never pays for a whole block. A block of b-bit codes is the concatenation of *planes* whose
-widths are the binary expansion of b, widest first: 3 = 2 + 1, 5 = 4 + 1, 7 = 4 + 2 + 1. The widest plane holds the
-most significant bits. Inside a plane of width v, 16 bytes (a *chunk*; 4v bytes in a 32-code unit) hold
-128 / v codes: field f (bits f*v .. f*v+v-1) of byte j is code f * 16 + j of the chunk.
+A row is cut into blocks of 128 codes; what is left over is cut into units of 32 codes (the last one
+padded with zeros), so a tail never pays for a whole block. A block of b-bit codes is the
+concatenation of *planes* whose widths are the binary expansion of b, widest first: 3 = 2 + 1, 5 = 4
++ 1, 7 = 4 + 2 + 1. The widest plane holds the most significant bits. Inside a plane of width v, 16
+bytes (a *chunk*; 4v bytes in a 32-code unit) hold 128 / v codes: field f (bits f*v .. f*v+v-1) of
+byte j is code f * 16 + j of the chunk.
 
-Why this order: decoding is shift and mask over whole vectors and comes out in column order, with no gather, and a
-fast kernel only has to interleave rows. Bit streams in GPTQ's format make 3-bit codes straddle words.
+Why this order: decoding is shift and mask over whole vectors and comes out in column order, with no
+gather, and a fast kernel only has to interleave rows. Bit streams in GPTQ's format make 3-bit codes
+straddle words.
 """
 
 from __future__ import annotations
@@ -36,7 +38,8 @@ def packed_words(n: int, bits: int) -> int:
 def pack(codes: Tensor, bits: int) -> Tensor:
     """Integer codes [..., n] in 0..2**bits - 1 -> int32 [..., packed_words(n, bits)].
 
-    Raises ValueError on a code outside the range: a wrapped code would be a silently different weight.
+    Raises ValueError on a code outside the range: a wrapped code would be a silently different
+    weight.
     """
     least, most = map(int, torch.aminmax(codes)) if codes.numel() else (0, 0)
     if least < 0 or most >= 1 << bits:
@@ -44,7 +47,10 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     n = codes.shape[-1]
     whole = n // BLOCK * BLOCK
     codes = torch.nn.functional.pad(codes.to(torch.uint8), (0, -(n - whole) % UNIT))
-    parts = [_pack_blocks(codes[..., :whole], bits, BLOCK), _pack_blocks(codes[..., whole:], bits, UNIT)]
+    parts = [
+        _pack_blocks(codes[..., :whole], bits, BLOCK),
+        _pack_blocks(codes[..., whole:], bits, UNIT),
+    ]
     return torch.cat(parts, dim=-1).contiguous().view(torch.int32)
 
 
@@ -78,7 +84,9 @@ def _pack_blocks(codes: Tensor, bits: int, block: int) -> Tensor:
     for width in plane_widths(bits):
         low -= width  # this plane holds bits low .. low + width - 1 of every code
         plane = (blocks >> low).bitwise_and_((1 << width) - 1)
-        fields = plane.view(*lead, count, *_chunks(width, block)).bitwise_left_shift_(_shifts(width, codes))
+        fields = plane.view(*lead, count, *_chunks(width, block)).bitwise_left_shift_(
+            _shifts(width, codes)
+        )
         planes.append(reduce(torch.bitwise_or, fields.unbind(-2)).flatten(-2))
     return torch.cat(planes, dim=-1).reshape(*lead, count * block * bits // 8)
 
@@ -93,7 +101,9 @@ def _unpack_blocks(as_bytes: Tensor, bits: int, block: int) -> Tensor:
         stop = start + block * width // 8
         chunks, _, chunk_bytes = _chunks(width, block)
         plane = blocks[..., start:stop].reshape(*lead, count, chunks, 1, chunk_bytes)
-        plane = ((plane >> _shifts(width, as_bytes)) & ((1 << width) - 1)).reshape(*lead, count, block)
+        plane = ((plane >> _shifts(width, as_bytes)) & ((1 << width) - 1)).reshape(
+            *lead, count, block
+        )
         codes = plane if codes is None else (codes << width) | plane
         start = stop
     assert codes is not None
@@ -102,5 +112,7 @@ def _unpack_blocks(as_bytes: Tensor, bits: int, block: int) -> Tensor:
 
 def count_ones(words: Tensor) -> int:
     """How many bits of an int32 tensor are set."""
-    of_byte_256 = torch.tensor([byte.bit_count() for byte in range(256)], dtype=torch.int32, device=words.device)
+    of_byte_256 = torch.tensor(
+        [byte.bit_count() for byte in range(256)], dtype=torch.int32, device=words.device
+    )
     return int(of_byte_256[words.view(torch.uint8).int()].sum())

@@ -1,9 +1,11 @@
-"""Compiling the CPU kernels: one shared object per instruction set, with whatever g++ or clang++ is at hand.
+"""Compiling the CPU kernels: one shared object per instruction set, with whatever g++ or clang++ is
+at hand.
 
     python llq_hf/kernels/build.py [FOLDER]          what `llq build-kernels` and the build hook of the wheel do
 
-Nothing here imports torch, and the objects need neither torch nor Python: they have a plain C interface and take their
-C++ library along. A file's name holds the hash of the sources, so that a stale one is never loaded.
+Nothing here imports torch, and the objects need neither torch nor Python: they have a plain C
+interface and take their C++ library along. A file's name holds the hash of the sources, so that a
+stale one is never loaded.
 """
 
 from __future__ import annotations
@@ -23,13 +25,22 @@ SOURCES, PACKAGED = HERE / "cpp", HERE / "lib"
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni"]
 ISAS = {
-    "avx512vbmi2": [*AVX512, "-mavx512vbmi", "-mavx512vbmi2", "-mavx512vpopcntdq"],  # Ice Lake, Zen 4
+    "avx512vbmi2": [
+        *AVX512,
+        "-mavx512vbmi",
+        "-mavx512vbmi2",
+        "-mavx512vpopcntdq",
+    ],  # Ice Lake, Zen 4
     "avx512": AVX512,
     "avx2": AVX2,
 }
 FLAGS = [
     *("-O3", "-std=c++17", "-fPIC", "-shared", "-pthread", "-static-libstdc++", "-static-libgcc"),
-    *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"),  # decoded weights are torch's to the last bit
+    *(
+        "-fno-math-errno",
+        "-fno-trapping-math",
+        "-ffp-contract=off",
+    ),  # decoded weights are torch's to the last bit
 ]
 
 
@@ -58,7 +69,9 @@ def compiler() -> str | None:
 
 
 def build(folder: Path = PACKAGED) -> list[Path]:
-    """Compile every instruction set into `folder`, whole files or none; BuildError says what went wrong."""
+    """Compile every instruction set into `folder`, whole files or none; BuildError says what went
+    wrong.
+    """
     program = compiler()
     if program is None:
         raise BuildError("no C++ compiler for x86-64 was found; install g++ or clang++, or set CXX")

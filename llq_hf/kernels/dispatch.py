@@ -77,11 +77,14 @@ TABLE = (
 )
 
 
-def product(x: Tensor, stored: Stored | None, dense: Callable[[], Tensor], bias: Tensor | None = None) -> Tensor:
-    """y [..., O] = F.linear(x, dense(), bias), where `dense` gives the fp32 [O, I] that `stored` means.
+def product(
+    x: Tensor, stored: Stored | None, dense: Callable[[], Tensor], bias: Tensor | None = None
+) -> Tensor:
+    """y [..., O] = F.linear(x, dense(), bias), where `dense` gives the fp32 [O, I] that `stored`
+    means.
 
-    Errors of kernels are relative to the norm of y: 1e-5 with fp32 activations; with bf16 and fp16 ones below what
-    rounding x and y to that dtype costs anyway.
+    Errors of kernels are relative to the norm of y: 1e-5 with fp32 activations; with bf16 and fp16
+    ones below what rounding x and y to that dtype costs anyway.
     """
     kernel = choose(x, stored)
     if kernel is None or stored is None:
@@ -89,11 +92,19 @@ def product(x: Tensor, stored: Stored | None, dense: Callable[[], Tensor], bias:
     return kernel(x, stored, bias)
 
 
-def choose(x: Tensor, stored: Stored | None) -> Callable[[Tensor, Stored, Tensor | None], Tensor] | None:
-    """The kernel for this call; None: torch's own operations. Of int8 activations y is fp32, and exact but for that."""
+def choose(
+    x: Tensor, stored: Stored | None
+) -> Callable[[Tensor, Stored, Tensor | None], Tensor] | None:
+    """The kernel for this call; None: torch's own operations. Of int8 activations y is fp32, and
+    exact but for that.
+    """
     if stored is None or not _native(x):
         return None
-    call = (min(x.numel() // stored.columns, FEW.stop), x.dtype, x.device.type)  # beyond a few all are many
+    call = (
+        min(x.numel() // stored.columns, FEW.stop),
+        x.dtype,
+        x.device.type,
+    )  # beyond a few all are many
     if call not in stored.memo:
         stored.memo[call] = _first_fit(stored, *call)
     kernel: Callable[[Tensor, Stored, Tensor | None], Tensor] | None = stored.memo[call]
@@ -101,9 +112,14 @@ def choose(x: Tensor, stored: Stored | None) -> Callable[[Tensor, Stored, Tensor
 
 
 def turned(
-    x: Tensor, by: Turn | None, slow: Callable[[], Tensor], divisor: Tensor | None = None, factor: Tensor | None = None
+    x: Tensor,
+    by: Turn | None,
+    slow: Callable[[], Tensor],
+    divisor: Tensor | None = None,
+    factor: Tensor | None = None,
 ) -> Tensor:
-    """factor * the transform of x / divisor in the dtype of x: what `slow` gives by torch's operations.
+    """factor * the transform of x / divisor in the dtype of x: what `slow` gives by torch's
+    operations.
 
     divisor: fp16 [n]; factor: fp32 [1].
     """
@@ -114,8 +130,14 @@ def turned(
 
 
 def _native(x: Tensor) -> bool:
-    """Whether kernels may serve at all: there are some, calibration is not running, and nobody wants gradients."""
-    return not reference.depth and not (x.requires_grad and torch.is_grad_enabled()) and backend() is not None
+    """Whether kernels may serve at all: there are some, calibration is not running, and nobody
+    wants gradients.
+    """
+    return (
+        not reference.depth
+        and not (x.requires_grad and torch.is_grad_enabled())
+        and backend() is not None
+    )
 
 
 def _first_fit(stored: Stored, tokens: int, dtype: torch.dtype, device: str) -> Any:
@@ -127,12 +149,19 @@ def _first_fit(stored: Stored, tokens: int, dtype: torch.dtype, device: str) -> 
 
 
 class reference(ContextDecorator):
-    """Inside, torch decodes everything: what calibration computes must not depend on a compiler or a processor."""
+    """Inside, torch decodes everything: what calibration computes must not depend on a compiler or
+    a processor.
+    """
 
     depth = 0
 
     def __enter__(self) -> None:
         reference.depth += 1
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
         reference.depth -= 1

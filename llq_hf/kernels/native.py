@@ -18,16 +18,34 @@ from torch.nn import functional as F
 from ..common.errors import LLQError
 from ..common.machine import cache_root
 from .build import ISAS, PACKAGED, library
-from .views import LevelCodes, Numbers, Part, SalientCodes, Stored, TableCodes, Turn, UniformCodes, readable
+from .views import (
+    LevelCodes,
+    Numbers,
+    Part,
+    SalientCodes,
+    Stored,
+    TableCodes,
+    Turn,
+    UniformCodes,
+    readable,
+)
 
 DTYPES = {torch.float16: 1, torch.float32: 2, torch.bfloat16: 3}
-FAMILIES = {UniformCodes: "uniform", LevelCodes: "levels", TableCodes: "table", SalientCodes: "salient"}
-TILE = 512  # rows decoded at once: 4 MB of bf16 at 4096 columns, which stay in the cache until they are multiplied
+FAMILIES = {
+    UniformCodes: "uniform",
+    LevelCodes: "levels",
+    TableCodes: "table",
+    SalientCodes: "salient",
+}
+# rows decoded at once: 4 MB of bf16 at 4096 columns, which stay in the cache until they are
+# multiplied
+TILE = 512
 
 Buffer = ctypes.c_void_p
 Int = ctypes.c_int32
 
-# What the C functions take after the structs; cpp/cpu.cpp defines them. ctypes converts by these faster than we could.
+# What the C functions take after the structs; cpp/cpu.cpp defines them. ctypes converts by these
+# faster than we could.
 ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "digits": (Buffer, Int, Buffer, Int, Int, Int, Buffer, Buffer, Int),
     "floats": (Buffer, Int, Buffer, Int, Int, Int, Buffer, Buffer, Int),
@@ -46,7 +64,18 @@ class _Uniform(ctypes.Structure):
         ("scale", Buffer),
         ("zero", Buffer),
         ("blocks", Buffer),
-        *((name, Int) for name in ("rows", "columns", "bits", "groups", "group_size", "scale_dtype", "zero_bits")),
+        *(
+            (name, Int)
+            for name in (
+                "rows",
+                "columns",
+                "bits",
+                "groups",
+                "group_size",
+                "scale_dtype",
+                "zero_bits",
+            )
+        ),
         *((name, ctypes.c_float) for name in ("scale_value", "zero_value", "zero_step")),
     )
 
@@ -88,7 +117,10 @@ class _Salient(ctypes.Structure):
     _fields_ = (
         ("weight", Buffer),
         ("row_bytes", ctypes.c_int64),
-        *((name, Buffer) for name in ("scale", "mean", "own_scale", "own_zero", "code", "high", "low")),
+        *(
+            (name, Buffer)
+            for name in ("scale", "mean", "own_scale", "own_zero", "code", "high", "low")
+        ),
         *((name, ctypes.c_int64) for name in ("count", "unary")),
         *((name, Int) for name in ("rows", "columns", "groups", "group_size", "dtype", "low_bits")),
     )
@@ -97,7 +129,11 @@ class _Salient(ctypes.Structure):
 class _Turn(ctypes.Structure):
     """`Turn` of cpp/turn.h."""
 
-    _fields_ = (*((name, Buffer) for name in ("source", "left", "right", "target")), ("a", Int), ("b", Int))
+    _fields_ = (
+        *((name, Buffer) for name in ("source", "left", "right", "target")),
+        ("a", Int),
+        ("b", Int),
+    )
 
 
 class Backend(NamedTuple):
@@ -113,9 +149,13 @@ def cache_folder() -> Path:
 
 def supported() -> list[str]:
     """The instruction sets of this processor that there are kernels for, best first."""
-    has_vnni = torch.cpu._is_vnni_supported() and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    has_vnni = (
+        torch.cpu._is_vnni_supported() and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    )
     more = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    has_vbmi2 = has_vnni and all(more.get(f"avx512_{name}") for name in ("vbmi", "vbmi2", "vpopcntdq"))
+    has_vbmi2 = has_vnni and all(
+        more.get(f"avx512_{name}") for name in ("vbmi", "vbmi2", "vpopcntdq")
+    )
     has = {"avx512vbmi2": has_vbmi2, "avx512": has_vnni, "avx2": torch.cpu._is_avx2_supported()}
     return [isa for isa in ISAS if has[isa]]
 
@@ -130,7 +170,9 @@ def backend() -> Backend | None:
     if wanted == "none":
         return None
     if wanted and wanted not in isas:
-        raise LLQError(f"LLQ_CPU_ISA={wanted} is not one of none, {', '.join(isas)}, which this processor has")
+        raise LLQError(
+            f"LLQ_CPU_ISA={wanted} is not one of none, {', '.join(isas)}, which this processor has"
+        )
     for isa in [wanted] if wanted else isas:
         for folder in (PACKAGED, cache_folder()):
             path = library(folder, isa)
@@ -153,11 +195,13 @@ def describe() -> str:
     return "torch operations (kernels are not built: run `llq build-kernels`)"
 
 
-# --- products --------------------------------------------------------------------------------------------------------
+# --- products -------------------------------------------------------------------------------------
 
 
 def digits(x: Tensor, stored: Stored, bias: Tensor | None) -> Tensor:
-    """F.linear of few tokens with activations in two int8 digits: error 5e-5 of Gaussian ones, below that of bf16."""
+    """F.linear of few tokens with activations in two int8 digits: error 5e-5 of Gaussian ones,
+    below that of bf16.
+    """
     return _dot("digits", x, stored, bias)
 
 
@@ -167,7 +211,9 @@ def floats(x: Tensor, stored: Stored, bias: Tensor | None) -> Tensor:
 
 
 def tiles(x: Tensor, stored: Stored, bias: Tensor | None) -> Tensor:
-    """F.linear of many tokens: `TILE` rows at a time are decoded, to the bits that torch decodes, and multiplied."""
+    """F.linear of many tokens: `TILE` rows at a time are decoded, to the bits that torch decodes,
+    and multiplied.
+    """
     tile_RI = torch.empty(min(TILE, stored.rows), stored.columns, dtype=x.dtype)
     x_TI = x.reshape(-1, stored.columns)
     y_TO = torch.empty(len(x_TI), stored.rows, dtype=x.dtype)
@@ -180,7 +226,9 @@ def tiles(x: Tensor, stored: Stored, bias: Tensor | None) -> Tensor:
 
 
 def integer_tiles(x: Tensor, stored: Stored, bias: Tensor | None) -> Tensor:
-    """fp32 y of many tokens in int8, with int32 sums: weights of one scale a row, their zero the middle code."""
+    """fp32 y of many tokens in int8, with int32 sums: weights of one scale a row, their zero the
+    middle code.
+    """
     assert isinstance(stored, UniformCodes)
     scale, zero = stored.scale, stored.zero
     assert isinstance(scale, Tensor)
@@ -208,7 +256,14 @@ def turn(x: Tensor, by: Turn, divisor: Tensor | None, factor: Tensor | None) -> 
     """factor * the transform of x / divisor, all in fp32, in the dtype of x."""
     x = x.contiguous()
     y = torch.empty_like(x)
-    rows = (x.data_ptr(), DTYPES[x.dtype], x.numel() // x.shape[-1], _pointer(divisor), _pointer(factor), y.data_ptr())
+    rows = (
+        x.data_ptr(),
+        DTYPES[x.dtype],
+        x.numel() // x.shape[-1],
+        _pointer(divisor),
+        _pointer(factor),
+        y.data_ptr(),
+    )
     found = backend()
     assert found is not None
     _bound(found.library, "llq_turn", "turn")(structs(by), *rows, torch.get_num_threads())
@@ -241,7 +296,9 @@ def _bound(library: ctypes.CDLL, function: str, name: str) -> Any:
 
 
 def structs(stored: Stored | Turn) -> Any:
-    """A C array of the structs that describe it, of uniform codes one for each part; None where C cannot read it."""
+    """A C array of the structs that describe it, of uniform codes one for each part; None where C
+    cannot read it.
+    """
     if "structs" not in stored.memo:
         stored.memo["structs"] = _structs(stored) if readable(stored) else None
     return stored.memo["structs"]
@@ -251,7 +308,12 @@ def _structs(stored: Stored | Turn) -> Any:
     if isinstance(stored, UniformCodes):
         each = [_struct(stored, part) for part in stored.parts]
     else:
-        readers: dict[type, Any] = {LevelCodes: _levels, TableCodes: _table, SalientCodes: _salient, Turn: _turn}
+        readers: dict[type, Any] = {
+            LevelCodes: _levels,
+            TableCodes: _table,
+            SalientCodes: _salient,
+            Turn: _turn,
+        }
         each = [readers[type(stored)](stored)]
     return (type(each[0]) * len(each))(*each)
 
@@ -261,7 +323,15 @@ def _turn(by: Turn) -> _Turn:
 
 
 def _salient(stored: SalientCodes) -> _Salient:
-    tensors = (stored.scale, stored.mean, stored.own_scale, stored.own_zero, stored.code, stored.high, stored.low)
+    tensors = (
+        stored.scale,
+        stored.mean,
+        stored.own_scale,
+        stored.own_zero,
+        stored.code,
+        stored.high,
+        stored.low,
+    )
     return _Salient(
         stored.weight.data_ptr(),
         stored.weight.shape[1] * 4,
@@ -292,7 +362,11 @@ def _table(stored: TableCodes) -> _Table:
 
 
 def _numbers(numbers: Numbers | None) -> _Numbers:
-    parts = (None,) * 4 if numbers is None else (numbers.values, numbers.map, numbers.step, numbers.mean)
+    parts = (
+        (None,) * 4
+        if numbers is None
+        else (numbers.values, numbers.map, numbers.step, numbers.mean)
+    )
     return _Numbers(*map(_pointer, parts))
 
 

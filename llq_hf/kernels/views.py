@@ -1,4 +1,5 @@
-"""Packed weights as kernels see them: which tensors, and how they are to be read. Nothing is copied.
+"""Packed weights as kernels see them: which tensors, and how they are to be read. Nothing is
+copied.
 
 Legend: O out_features, I in_features, G groups.
 """
@@ -22,7 +23,8 @@ from .bitpack import BLOCK, UNIT
 class Part:
     """A run of codes of one width: `columns` of them in each row, from byte `start` of the row on.
 
-    blocks: int32, which 128 columns of the weight each block stands for; None: all of them, in order.
+    blocks: int32, which 128 columns of the weight each block stands for; None: all of them, in
+    order.
     """
 
     bits: int
@@ -34,7 +36,9 @@ class Part:
 
 @dataclass(frozen=True, eq=False)
 class _Stored:
-    """memo: what kernels found out about it, once: finding it again would take as long as a small product."""
+    """memo: what kernels found out about it, once: finding it again would take as long as a small
+    product.
+    """
 
     memo: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)
 
@@ -43,8 +47,8 @@ class _Stored:
 class UniformCodes(_Stored):
     """value = scale * (code - zero), with a scale and a zero for every row and group of columns.
 
-    scale: [O, G] fp16 or fp32, or one number; zero: codes packed over [O, G], or one number. Groups of `group_size`
-    columns; the last may be shorter.
+    scale: [O, G] fp16 or fp32, or one number; zero: codes packed over [O, G], or one number. Groups
+    of `group_size` columns; the last may be shorter.
     """
 
     weight: Tensor
@@ -102,11 +106,13 @@ class _ByRow(_Stored):
 
 @dataclass(frozen=True, eq=False)
 class LevelCodes(_ByRow):
-    """2-bit codes that pick one of four levels of their row and group, or of four others in salient columns.
+    """2-bit codes that pick one of four levels of their row and group, or of four others in salient
+    columns.
 
-    scale [O, G, 2]: a level is the sum of the scales whose bit is set (dual binarization). scale [O, G, 4] with mean
-    [O, G, 3 or 4]: bit 1 says low or mid, bit 0 the sign: mean +- scale; in salient columns both are signs, of two
-    scales around one mean (or the sum of two). salient: packed bits [I].
+    scale [O, G, 2]: a level is the sum of the scales whose bit is set (dual binarization). scale
+    [O, G, 4] with mean [O, G, 3 or 4]: bit 1 says low or mid, bit 0 the sign: mean +- scale; in
+    salient columns both are signs, of two scales around one mean (or the sum of two). salient:
+    packed bits [I].
     """
 
     weight: Tensor
@@ -143,9 +149,11 @@ class Numbers:
 
 @dataclass(frozen=True, eq=False)
 class TableCodes(_Stored):
-    """value = levels[code] * scale + shift, with a scale and a shift for every `group_size` weights of the flat matrix.
+    """value = levels[code] * scale + shift, with a scale and a shift for every `group_size` weights
+    of the flat matrix.
 
-    levels: fp32 [2**bits], of at most 4 bits. 4-bit codes: the first of two in the high half of a byte.
+    levels: fp32 [2**bits], of at most 4 bits. 4-bit codes: the first of two in the high half of a
+    byte.
     """
 
     weight: Tensor
@@ -170,18 +178,28 @@ class TableCodes(_Stored):
 
     @property
     def half_groups(self) -> bool:
-        """Whether codes have 4 bits, rows are whole blocks, and groups whole half blocks of 64 columns."""
-        whole = self.columns % max(self.group_size, BLOCK) == 0 and self.group_size % (BLOCK // 2) == 0
+        """Whether codes have 4 bits, rows are whole blocks, and groups whole half blocks of 64
+        columns.
+        """
+        whole = (
+            self.columns % max(self.group_size, BLOCK) == 0 and self.group_size % (BLOCK // 2) == 0
+        )
         return self.bits == 4 and whole
 
     @property
     def tensors(self) -> list[Tensor]:
-        return [self.weight, self.levels, *self.scale.tensors, *(self.shift.tensors if self.shift else [])]
+        return [
+            self.weight,
+            self.levels,
+            *self.scale.tensors,
+            *(self.shift.tensors if self.shift else []),
+        ]
 
 
 @dataclass(frozen=True, eq=False)
 class SalientCodes(_ByRow):
-    """value = mean +- scale by the sign bits [O, I] in `weight`, a mean and a scale for every row and group of columns.
+    """value = mean +- scale by the sign bits [O, I] in `weight`, a mean and a scale for every row
+    and group of columns.
 
     Of `count` listed weights the sign is the top bit of a code of 8 bits, whose others lie in `code`: value = own_scale
     * (code - own_zero), with a grid for every row. The list is Elias and Fano's: `low_bits` of a position as they are,
@@ -208,13 +226,22 @@ class SalientCodes(_ByRow):
 
     @property
     def tensors(self) -> list[Tensor]:
-        found = [self.weight, self.scale, self.mean, self.own_scale, self.own_zero, self.code, self.high]
+        found = [
+            self.weight,
+            self.scale,
+            self.mean,
+            self.own_scale,
+            self.own_zero,
+            self.code,
+            self.high,
+        ]
         return found if self.low is None else [*found, self.low]
 
 
 @dataclass(frozen=True, eq=False)
 class Turn(_Stored):
-    """A transform in two factors: n = A * B numbers x[source] seen as [A, B], left @ . @ right, and of that [target].
+    """A transform in two factors: n = A * B numbers x[source] seen as [A, B], left @ . @ right, and
+    of that [target].
 
     source, target: int32 [n]; left: fp32 [A, A]; right: fp32 [B, B].
     """
@@ -239,58 +266,71 @@ Stored = UniformCodes | LevelCodes | TableCodes | SalientCodes
 Made = TypeVar("Made")
 
 
-class Kept(dict[str, Tensor]):
-    """Stored tensors by name that are read again and again, and what `kept` made of them."""
+class CachedTensors(dict[str, Tensor]):
+    """Stored tensors by name, and what `once` has computed from them so far."""
 
     def __init__(self, packed: Mapping[str, Tensor]) -> None:
         super().__init__(packed)
-        self.made: dict[str, Any] = {}
+        self.computed: dict[str, Any] = {}
 
 
-class _Held(NamedTuple):
-    """A Kept, and by what it is told that it still stands: the tensors, where they lie, how often each was changed."""
+class _CacheEntry(NamedTuple):
+    """Cached tensors, and what must be unchanged for them to be reused.
+
+    state: the address and the version counter of every tensor.
+    """
 
     first: ReferenceType[Tensor]
     others: list[Tensor]
     state: list[tuple[int, int]]
-    kept: Kept
+    tensors: CachedTensors
 
 
-_HELD: dict[int, _Held] = {}  # by the id of a linear's first tensor, with which it ends
+_CACHE: dict[int, _CacheEntry] = {}  # by the id of a linear's first tensor; an entry ends with it
 
 
-def keep(names: Iterable[str], tensors: Sequence[Tensor]) -> Kept:
-    """The Kept of a linear's tensors: the same one until a tensor is another one, lies elsewhere or is filled anew.
+def cached_tensors(names: Iterable[str], tensors: Sequence[Tensor]) -> CachedTensors:
+    """The CachedTensors of a linear: the same object until a tensor is replaced, moved or written.
 
-    Found by the tensors alone, so that an operator in a graph, which is given no more than them, finds it too.
+    The tensors alone are the key, so that an operator in a graph, which is given no more than
+    them, finds the same object.
     """
     first, *others = tensors
-    if any(map(Tensor.is_inference, tensors)):  # these count no changes
-        return Kept(dict(zip(names, tensors, strict=True)))
-    state, key = [(tensor.data_ptr(), tensor._version) for tensor in tensors], id(first)
-    held = _HELD.get(key)
-    if held is not None and held.first() is first and held.state == state and all(map(is_, held.others, others)):
-        return held.kept
-    found = Kept(dict(zip(names, (tensor.data for tensor in tensors), strict=True)))
-    ending = partial(_HELD.pop, key)  # called with the dead reference, which serves as pop's default
-    _HELD[key] = _Held(ref(first, ending), others, state, found)
+    if any(map(Tensor.is_inference, tensors)):  # these have no version counter
+        return CachedTensors(dict(zip(names, tensors, strict=True)))
+    state = [(tensor.data_ptr(), tensor._version) for tensor in tensors]
+    key = id(first)
+    entry = _CACHE.get(key)
+    if (
+        entry is not None
+        and entry.first() is first
+        and entry.state == state
+        and all(map(is_, entry.others, others))
+    ):
+        return entry.tensors
+    found = CachedTensors(dict(zip(names, (tensor.data for tensor in tensors), strict=True)))
+    ending = partial(_CACHE.pop, key)  # called with the dead reference, which serves as the default
+    _CACHE[key] = _CacheEntry(ref(first, ending), others, state, found)
     return found
 
 
-def kept(packed: dict[str, Tensor], make: Callable[[], Made], name: str = "stored") -> Made:
-    """What `make` makes of `packed`; of a Kept it is made once, for it takes as long as a small product.
+def once(packed: dict[str, Tensor], make: Callable[[], Made], name: str = "stored") -> Made:
+    """The result of `make`, computed once for CachedTensors and each time for a plain dict.
 
-    Values that the host reads of a tensor belong in here as well: on a GPU each reading waits, and no CUDA graph may.
+    Values that the host reads from a tensor belong in here as well: on a GPU each reading waits
+    for the device, and a CUDA graph may not contain one.
     """
-    if not isinstance(packed, Kept):
+    if not isinstance(packed, CachedTensors):
         return make()
-    if name not in packed.made:
-        packed.made[name] = make()
-    made: Made = packed.made[name]
+    if name not in packed.computed:
+        packed.computed[name] = make()
+    made: Made = packed.computed[name]
     return made
 
 
 def readable(stored: Stored | Turn) -> bool:
     """Whether every tensor lies in memory as C expects it."""
     dtypes = (torch.int32, torch.uint8, torch.float16, torch.float32)
-    return all(t.is_contiguous() and t.dtype in dtypes and t.device.type == "cpu" for t in stored.tensors)
+    return all(
+        t.is_contiguous() and t.dtype in dtypes and t.device.type == "cpu" for t in stored.tensors
+    )

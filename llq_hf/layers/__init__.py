@@ -1,1 +1,3 @@
-"""Modules that take the place of a model's own: packed linears and attention with low-bit keys and values."""
+"""Modules that take the place of a model's own: packed linears and attention with low-bit keys and
+values.
+"""

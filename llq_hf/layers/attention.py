@@ -1,8 +1,10 @@
-"""Between the rotary embedding and the attention product: where methods quantize queries, keys and values.
+"""Between the rotary embedding and the attention product: where methods quantize queries, keys and
+values.
 
-transformers' attention modules look their function up by name at every call, in the config they hold. Here each module
-gets a config of its own that looks through to the model's and answers `llq_<name>`, a function that transforms q, k
-and v and calls the function <name>. Masks are made by the model, from its own config: they stay what <name> wants.
+transformers' attention modules look their function up by name at every call, in the config they
+hold. Here each module gets a config of its own that looks through to the model's and answers
+`llq_<name>`, a function that transforms q, k and v and calls the function <name>. Masks are made by
+the model, from its own config: they stay what <name> wants.
 """
 
 from __future__ import annotations
@@ -19,7 +21,9 @@ _PREFIX = "llq_"
 
 
 class _ConfigView:
-    """The model's config, but for the name of the attention function. Follows later changes of the model's config."""
+    """The model's config, but for the name of the attention function. Follows later changes of the
+    model's config.
+    """
 
     def __init__(self, config: Any) -> None:
         self.__dict__["config"] = config
@@ -38,19 +42,24 @@ class _ConfigView:
 
 
 def install(root: nn.Module, attention: Attention) -> int:
-    """Have every attention module inside `root` transform its queries, keys and values; returns how many there are.
+    """Have every attention module inside `root` transform its queries, keys and values; returns how
+    many there are.
 
-    LLQError where there is none to be found: scores with 16-bit attention must not pass for quantized ones.
+    LLQError where there is none to be found: scores with 16-bit attention must not pass for
+    quantized ones.
     """
     found = 0
     for module in root.modules():
         if hasattr(module, "q_proj") and hasattr(module, "config"):
-            config: Any = module.config
-            setattr(module, "config", config if isinstance(config, _ConfigView) else _ConfigView(config))  # noqa: B010
-            setattr(module, "llq_attention", attention)  # noqa: B010 (a plain attribute, no submodule)
+            owner: Any = module
+            if not isinstance(owner.config, _ConfigView):
+                owner.config = _ConfigView(owner.config)
+            owner.llq_attention = attention
             found += 1
     if not found:
-        raise LLQError(f"{type(root).__name__} has no attention module with a q_proj: its attention stays 16 bits")
+        raise LLQError(
+            f"{type(root).__name__} has no attention module with a q_proj: its attention stays 16 bits"
+        )
     return found
 
 
@@ -62,11 +71,17 @@ def _register(name: str) -> None:
         return
 
     def function(
-        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        **options: Any,
     ) -> Any:
         attention = module.llq_attention
         assert isinstance(attention, Attention)
-        # "eager" is no entry of the table: every architecture has its own, beside its attention class.
+        # "eager" is no entry of the table: every architecture has its own, beside its attention
+        # class.
         eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
         inner = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
         return inner(module, *attention.transform(query, key, value), mask, **options)

@@ -1,7 +1,9 @@
-"""A packed linear as one node of a graph, for torch.compile: whatever a method does with its tensors breaks no graph.
+"""A packed linear as one node of a graph, for torch.compile: whatever a method does with its
+tensors breaks no graph.
 
-A graph holds tensors, numbers and texts only: the operators are given the stored tensors, by which they find what is
-kept of them, and the method by a text. Calls outside graphs go without them, which saves 5 us each and more.
+A graph holds tensors, numbers and texts only: the operators are given the stored tensors, by which
+they find what is kept of them, and the method by a text. Calls outside graphs go without them,
+which saves 5 us each and more.
 
     linear    what graphs without gradients hold; in a graph it costs what calling a module does outside
     trained   the same with a derivative, which torch takes longer to call
@@ -16,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels import keep
+from ..kernels import cached_tensors
 from ..method import Method
 
 _KNOWN: dict[str, Method] = {}  # in this process, by what stands for a method in a graph
@@ -30,9 +32,16 @@ def known(method: Method) -> str:
 
 
 def node(
-    x: Tensor, stored: Sequence[Tensor], names: str, bias: Tensor | None, method: str, out_features: int
+    x: Tensor,
+    stored: Sequence[Tensor],
+    names: str,
+    bias: Tensor | None,
+    method: str,
+    out_features: int,
 ) -> Tensor:
-    """`Method.linear`, to be traced. names: of the stored tensors, joined by commas; method: as `known` said."""
+    """`Method.linear`, to be traced. names: of the stored tensors, joined by commas; method: as
+    `known` said.
+    """
     trained = x.requires_grad and torch.is_grad_enabled()
     operator = torch.ops.llq.trained if trained else torch.ops.llq.linear
     y: Tensor = operator(x, stored, names, bias, method, out_features)
@@ -40,18 +49,34 @@ def node(
 
 
 def _linear(
-    x: Tensor, stored: Sequence[Tensor], names: str, bias: Tensor | None, method: str, out_features: int
+    x: Tensor,
+    stored: Sequence[Tensor],
+    names: str,
+    bias: Tensor | None,
+    method: str,
+    out_features: int,
 ) -> Tensor:
-    return _KNOWN[method].linear(x, keep(names.split(","), stored), bias, out_features).contiguous()
+    return (
+        _KNOWN[method]
+        .linear(x, cached_tensors(names.split(","), stored), bias, out_features)
+        .contiguous()
+    )
 
 
 def _gradient(
-    y_gradient: Tensor, x: Tensor, stored: Sequence[Tensor], names: str, method: str, out_features: int
+    y_gradient: Tensor,
+    x: Tensor,
+    stored: Sequence[Tensor],
+    names: str,
+    method: str,
+    out_features: int,
 ) -> Tensor:
     """Of x, by way of torch.func: inside an operator autograd records nothing."""
-    packed = keep(names.split(","), stored)
+    packed = cached_tensors(names.split(","), stored)
     with torch.enable_grad():
-        pull: Any = torch.func.vjp(lambda x: _KNOWN[method].linear(x, packed, None, out_features), x)[1]
+        pull: Any = torch.func.vjp(
+            lambda x: _KNOWN[method].linear(x, packed, None, out_features), x
+        )[1]
     x_gradient: Tensor = pull(y_gradient)[0]
     return x_gradient.contiguous()
 
@@ -65,13 +90,19 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, y_gradient: Tensor) -> tuple[Any, ...]:
     x, *stored = ctx.saved_tensors
     x_gradient = torch.ops.llq.gradient(y_gradient, x, stored, *ctx.rest)
-    bias_gradient = y_gradient.reshape(-1, y_gradient.shape[-1]).sum(0) if ctx.needs_input_grad[3] else None
+    bias_gradient = (
+        y_gradient.reshape(-1, y_gradient.shape[-1]).sum(0) if ctx.needs_input_grad[3] else None
+    )
     return x_gradient, [None] * len(stored), None, bias_gradient, None, None
 
 
-def _define(name: str, arguments: str, function: Callable[..., Tensor], shape: Callable[..., Tensor]) -> None:
+def _define(
+    name: str, arguments: str, function: Callable[..., Tensor], shape: Callable[..., Tensor]
+) -> None:
     """shape: gives an empty tensor like the one that `function` puts out."""
-    torch.library.define(f"llq::{name}", f"({arguments}) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
+    torch.library.define(
+        f"llq::{name}", f"({arguments}) -> Tensor", tags=torch.Tag.pt2_compliant_tag
+    )
     torch.library.impl(f"llq::{name}", "default", function)
     torch.library.register_fake(f"llq::{name}", shape)
 

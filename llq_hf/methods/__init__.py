@@ -33,7 +33,9 @@ METHODS: dict[str, type[Method]] = {method.name: method for method in LISTED}
 def method_type(name: str) -> type[Method]:
     """The class of a method; LLQError with the nearest name where there is none."""
     if name not in METHODS:
-        raise LLQError(f"unknown method {name!r}{nearest(name, METHODS)}; there are: {', '.join(METHODS)}")
+        raise LLQError(
+            f"unknown method {name!r}{nearest(name, METHODS)}; there are: {', '.join(METHODS)}"
+        )
     return METHODS[name]
 
 

@@ -55,7 +55,9 @@ ROWS = 1024  # rows whose ranges are searched together: bounds memory only
 
 @dataclass(frozen=True, kw_only=True)
 class AWQ(Method):
-    """group_size -1: one group per row; ratios: how many r; gqa: skip, tie or free; ranges: full, clip or search."""
+    """group_size -1: one group per row; ratios: how many r; gqa: skip, tie or free; ranges: full,
+    clip or search.
+    """
 
     name: ClassVar[str] = "awq"
     title: ClassVar[str] = "AWQ (Lin et al. 2024)"
@@ -79,11 +81,16 @@ class AWQ(Method):
         for option, least in (("ratios", 1), ("search_tokens", 1)):
             if getattr(self, option) < least:
                 raise LLQError(f"{option}={getattr(self, option)} must be at least {least}")
-        for option, known in (("gqa", ("skip", "tie", "free")), ("ranges", ("full", "clip", "search"))):
+        for option, known in (
+            ("gqa", ("skip", "tie", "free")),
+            ("ranges", ("full", "clip", "search")),
+        ):
             if getattr(self, option) not in known:
                 raise LLQError(f"{option}={getattr(self, option)!r} is none of {', '.join(known)}")
         if not 0 <= self.damp <= 1:
-            raise LLQError(f"damp={self.damp} must lie in 0..1, a share of the Hessian's mean diagonal")
+            raise LLQError(
+                f"damp={self.damp} must lie in 0..1, a share of the Hessian's mean diagonal"
+            )
 
     @cached_property
     def grid(self) -> Uniform:
@@ -91,10 +98,15 @@ class AWQ(Method):
 
     @property
     def flow(self) -> Flow:
-        return Flow.QUANTIZED if self.feedback else Flow.DENSE  # GPTQ repairs what earlier blocks did, too
+        return (
+            Flow.QUANTIZED if self.feedback else Flow.DENSE
+        )  # GPTQ repairs what earlier blocks did, too
 
     def layout(self, out_features: int, in_features: int) -> dict[str, Spec]:
-        return {**self.grid.layout(out_features, in_features), "in_scale": Spec((in_features,), self.grid.scale_dtype)}
+        return {
+            **self.grid.layout(out_features, in_features),
+            "in_scale": Spec((in_features,), self.grid.scale_dtype),
+        }
 
     def quantize_block(self, step: Step) -> dict[str, Packed]:
         packed = {}
@@ -110,15 +122,19 @@ class AWQ(Method):
                 packed[name] = self._solve(weight_OI * s_I, s_I, stat, job)
         return packed
 
-    # --- scales ------------------------------------------------------------------------------------------------
+    # --- scales -----------------------------------------------------------------------------------
 
-    def _best_scale(self, step: Step, weights: Weights, stat: Samples) -> tuple[Tensor, dict[str, Any]]:
+    def _best_scale(
+        self, step: Step, weights: Weights, stat: Samples
+    ) -> tuple[Tensor, dict[str, Any]]:
         """s [I] that linears of one input share, and what to note of it."""
         mean_I = self._magnitudes(step, list(weights), stat)
         if mean_I is None:
             step.listener.advance(self.ratios)
             return torch.ones_like(stat.mean_I), {"scaled": False}
-        loss_of = self._output_loss(step, list(weights)) if len(weights) > 1 else _trace_loss(stat.H_II)
+        loss_of = (
+            self._output_loss(step, list(weights)) if len(weights) > 1 else _trace_loss(stat.H_II)
+        )
         share_I = self._share(weights) if self.duo_scaling else torch.ones_like(mean_I)
         best: tuple[float, Tensor, dict[str, Any]] = (float("inf"), mean_I, {})
         for i in range(self.ratios):
@@ -126,30 +142,49 @@ class AWQ(Method):
             for duo in (False, True) if self.duo_scaling else (False,):
                 s_I = mean_I.pow(ratio)
                 s_I = self._stored(s_I / (share_I.pow(1 - ratio) + 1e-4) if duo else s_I)
-                loss = loss_of(weights, {name: self._rounded(W_OI * s_I) / s_I for name, W_OI in weights.items()})
+                loss = loss_of(
+                    weights,
+                    {name: self._rounded(W_OI * s_I) / s_I for name, W_OI in weights.items()},
+                )
                 if loss < best[0]:
                     best = (loss, s_I, {"ratio": ratio, **({"duo": True} if duo else {})})
             step.listener.advance(1)
         if not best[2]:
-            raise LLQError(f"no scale of {step.prefix}.{next(iter(weights))} gives finite outputs; use dtype float32")
+            raise LLQError(
+                f"no scale of {step.prefix}.{next(iter(weights))} gives finite outputs; use dtype float32"
+            )
         return best[1:]
 
     def _magnitudes(self, step: Step, group: list[str], stat: Samples) -> Tensor | None:
         """Mean |x| [I] to scale by; None: these linears are not scaled."""
         mean_I, parent = stat.mean_I, _parent(group[:1])
         values = step.linears.get(_inside(parent, "v_proj"))
-        if values is not None and group == [_inside(parent, "o_proj")] and values.out_features != len(mean_I):
+        if (
+            values is not None
+            and group == [_inside(parent, "o_proj")]
+            and values.out_features != len(mean_I)
+        ):
             if self.gqa == "skip":
                 return None
             if self.gqa == "tie":
-                mean_I = _tied(mean_I, values.out_features, int(step.block.get_submodule(parent).head_dim))  # type: ignore[arg-type]
+                attention: Any = step.block.get_submodule(parent)
+                mean_I = _tied(mean_I, values.out_features, int(attention.head_dim))
         alive_I = mean_I > 0
-        return torch.where(alive_I, mean_I, mean_I[alive_I].min()) if alive_I.any() else torch.ones_like(mean_I)
+        return (
+            torch.where(alive_I, mean_I, mean_I[alive_I].min())
+            if alive_I.any()
+            else torch.ones_like(mean_I)
+        )
 
     def _stored(self, s_I: Tensor) -> Tensor:
         """s brought to sqrt(max s * min s) = 1, as it will be stored."""
         s_I = s_I.clamp_min(1e-4)
-        return (s_I / (s_I.max() * s_I.min()).sqrt()).clamp(1e-4, 6e4).to(self.grid.scale_dtype).float()
+        return (
+            (s_I / (s_I.max() * s_I.min()).sqrt())
+            .clamp(1e-4, 6e4)
+            .to(self.grid.scale_dtype)
+            .float()
+        )
 
     def _share(self, weights: Weights) -> Tensor:
         """[I]: |w| as a share of the largest of its group, mean over all rows of all linears."""
@@ -158,13 +193,18 @@ class AWQ(Method):
         return share_OGg.mean(0).flatten()[: next(iter(weights.values())).shape[1]]
 
     def _output_loss(self, step: Step, group: list[str]) -> Callable[[Weights, Weights], float]:
-        """Squared error of what the common parent of `group` puts out on calibration data, with weights replaced."""
+        """Squared error of what the common parent of `group` puts out on calibration data, with
+        weights replaced.
+        """
         parent = _parent(group)
         module, dtype = step.block.get_submodule(parent), step.linears[group[0]].weight.dtype
         calls = self._calls(step, module)
 
         def loss(weights: Weights, candidates: Weights) -> float:
-            replaced = {f"{name.removeprefix(parent + '.')}.weight": W.to(dtype) for name, W in candidates.items()}
+            replaced = {
+                f"{name.removeprefix(parent + '.')}.weight": W.to(dtype)
+                for name, W in candidates.items()
+            }
             total = torch.zeros((), device=step.linears[group[0]].weight.device)
             for args, kwargs, target in calls:
                 output = hidden_of(torch.func.functional_call(module, replaced, args, kwargs))
@@ -174,7 +214,9 @@ class AWQ(Method):
         return loss
 
     def _calls(self, step: Step, module: nn.Module) -> list[tuple[Any, dict[str, Any], Tensor]]:
-        """(arguments, keyword arguments, output) of `module` on at most `search_tokens` evenly spaced tokens."""
+        """(arguments, keyword arguments, output) of `module` on at most `search_tokens` evenly
+        spaced tokens.
+        """
         calls: list[tuple[Any, dict[str, Any], Tensor]] = []
         data = step.data
         assert data is not None
@@ -187,16 +229,20 @@ class AWQ(Method):
         handle = module.register_forward_hook(record, with_kwargs=True)
         try:
             for start in range(0, data.count, batch):
-                hidden_BSD, kwargs = data.inputs(slice(start, min(start + batch, data.count), stride))
+                hidden_BSD, kwargs = data.inputs(
+                    slice(start, min(start + batch, data.count), stride)
+                )
                 step.block(hidden_BSD, **kwargs)
         finally:
             handle.remove()
         return calls
 
-    # --- grids and codes ---------------------------------------------------------------------------------------
+    # --- grids and codes --------------------------------------------------------------------------
 
     def _grouped(self, W_OI: Tensor) -> Tensor:
-        """[O, G, g]; a last group that is shorter is filled up with zeros, which no range minds: all hold zero."""
+        """[O, G, g]; a last group that is shorter is filled up with zeros, which no range minds:
+        all hold zero.
+        """
         size = W_OI.shape[1] if self.group_size == -1 else self.group_size
         return nn.functional.pad(W_OI, (0, -W_OI.shape[1] % size)).view(len(W_OI), -1, size)
 
@@ -208,7 +254,9 @@ class AWQ(Method):
 
     def _solve(self, W_OI: Tensor, s_I: Tensor, stat: Samples, job: Job) -> Packed:
         """The tensors of the scaled weight W_OI."""
-        clipped = self.ranges == "clip" and not any(part in job.name.rpartition(".")[2] for part in NOT_CLIPPED)
+        clipped = self.ranges == "clip" and not any(
+            part in job.name.rpartition(".")[2] for part in NOT_CLIPPED
+        )
         W_OGg, H_II = self._grouped(W_OI), stat.H_II / torch.outer(s_I, s_I)
         if self.ranges == "search" or clipped:
             x_TI = stat.rows_TI / s_I
@@ -224,17 +272,23 @@ class AWQ(Method):
         return {**self.grid.pack(codes_OI, grid_OG), "in_scale": s_I.to(self.grid.scale_dtype)}
 
     def _best_grid(self, W_OGg: Tensor, H_Ggg: Tensor) -> Grid:
-        """The candidate [O, G] of least error on each group's own part of the outputs; the first of equals."""
+        """The candidate [O, G] of least error on each group's own part of the outputs; the first of
+        equals.
+        """
         best: Grid | None = None
         for grid in self._candidates(W_OGg):
             error_OGg = grid.values(grid.codes(W_OGg, self.bits)) - W_OGg
-            loss_OG1 = torch.einsum("ogi,gij->ogj", error_OGg, H_Ggg).mul_(error_OGg).sum(-1, keepdim=True)
+            loss_OG1 = (
+                torch.einsum("ogi,gij->ogj", error_OGg, H_Ggg).mul_(error_OGg).sum(-1, keepdim=True)
+            )
             if best is None:
                 best, least_OG1 = grid, loss_OG1
                 continue
             better_OG1 = loss_OG1 < least_OG1
             least_OG1 = torch.where(better_OG1, loss_OG1, least_OG1)
-            best = Grid(*(torch.where(better_OG1, new, old) for new, old in zip(grid, best, strict=True)))
+            best = Grid(
+                *(torch.where(better_OG1, new, old) for new, old in zip(grid, best, strict=True))
+            )
         assert best is not None
         return Grid(*(part.squeeze(-1) for part in best))
 
@@ -243,7 +297,10 @@ class AWQ(Method):
             high = W_OGg.abs().amax(-1, keepdim=True)
             low, steps, neighbours = -high, 10, False
         else:
-            low, high = W_OGg.amin(-1, keepdim=True).clamp_max(0), W_OGg.amax(-1, keepdim=True).clamp_min(0)
+            low, high = (
+                W_OGg.amin(-1, keepdim=True).clamp_max(0),
+                W_OGg.amax(-1, keepdim=True).clamp_min(0),
+            )
             steps, neighbours = 16, not self.sym
         for i in range(steps):
             share = 1 - i / 20
@@ -262,7 +319,7 @@ class AWQ(Method):
         solution = solve(W_OI[:, order_I], U_II, self.grid, order_I // size, grid_OG)
         return solution.codes_OI[:, torch.argsort(order_I)]
 
-    # --- meaning -----------------------------------------------------------------------------------------------
+    # --- meaning ----------------------------------------------------------------------------------
 
     def dequantize(self, packed: Packed, out_features: int, in_features: int) -> Tensor:
         return self.grid.unpack(packed, in_features) / packed["in_scale"].float()
@@ -286,7 +343,9 @@ def _trace_loss(H_II: Tensor) -> Callable[[Weights, Weights], float]:
 
 
 def _tied(mean_I: Tensor, value_features: int, head_dim: int) -> Tensor:
-    """The mean over the query heads of each value head, for all of them: [value heads, queries per value, head_dim]."""
+    """The mean over the query heads of each value head, for all of them: [value heads, queries per
+    value, head_dim].
+    """
     heads = mean_I.view(value_features // head_dim, -1, head_dim)
     return heads.mean(1, keepdim=True).expand_as(heads).flatten()
 

@@ -1,4 +1,5 @@
-"""BiLLM (Huang et al., ICML 2024, arXiv 2402.04291), after Aaronhuang-778/BiLLM at dc137eb (its method "braq").
+"""BiLLM (Huang et al., ICML 2024, arXiv 2402.04291), after Aaronhuang-778/BiLLM at dc137eb (its
+method "braq").
 
 Blocks of 128 columns are binarized from left to right, each repairing the later ones as GPTQ does (nothing is
 repaired inside a block). In a block a few *columns* are salient and get two signs per weight, the second for what the
@@ -16,18 +17,20 @@ Storage (G = ceil(I / block_size) blocks)
     mean     [O, G, 3]         fp16    48 / block_size: mu of low, mid; m = mu1 + mu2 (with scale_bits=32: mu1, mu2)
 2.88 bits at block 128.
 
-Departures: a last block of less than 50 columns tries fewer salient counts (theirs crashes), and a block of one
-column has none; a weight equal to its mean is coded as above it (theirs: the mean, a third level); averages are
-rounded to the stored fp16 before signs are chosen, and those of the two salient signs added; a Hessian that will not
-factorize is damped more, and at last done without (salience w^2, no repair: the notes say "fallback"). Their code
-searches how well S is approximated (search_on="salience"), the paper how well W is (search_on="weight"); published
-numbers come from the former.
+Departures: a last block of less than 50 columns tries fewer salient counts (theirs crashes), and a
+block of one column has none; a weight equal to its mean is coded as above it (theirs: the mean, a
+third level); averages are rounded to the stored fp16 before signs are chosen, and those of the two
+salient signs added; a Hessian that will not factorize is damped more, and at last done without
+(salience w^2, no repair: the notes say "fallback"). Their code searches how well S is approximated
+(search_on="salience"), the paper how well W is (search_on="weight"); published numbers come from
+the former.
 
-preset="best" takes the latter, `arb_rounds` of alternating refits (ARB, Li et al. 2024, arXiv 2410.03129) of each
-group when it is found, and at last `refine` rounds over the whole linear: every code to the best of its row's four
-levels given all others, then the levels to their best given the codes, for the output error against outputs that are
-by `dense_share` the full-precision model's (else the original weight's on the quantized model's activations). Same
-storage. Perplexity falls from 157 to 12 on stories260K, on which rounds and share were chosen, and from 26 to 4.3 on
+preset="best" takes the latter, `arb_rounds` of alternating refits (ARB, Li et al. 2024, arXiv
+2410.03129) of each group when it is found, and at last `refine` rounds over the whole linear: every
+code to the best of its row's four levels given all others, then the levels to their best given the
+codes, for the output error against outputs that are by `dense_share` the full-precision model's
+(else the original weight's on the quantized model's activations). Same storage. Perplexity falls
+from 157 to 12 on stories260K, on which rounds and share were chosen, and from 26 to 4.3 on
 babyllama, which had no part in it (full precision 3.66 and 2.98; search and ARB alone 38 and 11.8).
 """
 
@@ -41,7 +44,7 @@ from torch import Tensor
 
 from ..common.errors import LLQError
 from ..common.spec import Spec
-from ..kernels import LevelCodes, kept, product
+from ..kernels import LevelCodes, once, product
 from ..kernels.bitpack import pack, packed_words, unpack
 from ..method import Flow, Job, Method, Packed
 from ..numerics.cholesky import factorize, revive_dead
@@ -57,8 +60,9 @@ QUANTILES = [percent / 100 for percent in range(10, 91)]
 
 @dataclass(frozen=True, kw_only=True)
 class BiLLM(Method):
-    """block_size: columns; salience: "hessian" or "magnitude"; search_on: "salience" or "weight"; arb_rounds, refine,
-    dense_share: see above; feedback: repair later blocks; damp: a share of mean(diag H).
+    """block_size: columns; salience: "hessian" or "magnitude"; search_on: "salience" or "weight";
+    arb_rounds, refine, dense_share: see above; feedback: repair later blocks; damp: a share of
+    mean(diag H).
     """
 
     name: ClassVar[str] = "billm"
@@ -94,7 +98,9 @@ class BiLLM(Method):
         if self.scale_bits not in (16, 32):
             raise LLQError(f"scale_bits={self.scale_bits} must be 16 (stored as fp16) or 32 (fp32)")
         if not 0 <= self.damp <= 1:
-            raise LLQError(f"damp={self.damp} must lie in 0..1, a share of the Hessian's mean diagonal")
+            raise LLQError(
+                f"damp={self.damp} must lie in 0..1, a share of the Hessian's mean diagonal"
+            )
 
     @property
     def flow(self) -> Flow:
@@ -110,7 +116,9 @@ class BiLLM(Method):
             "weight": Spec((out_features, packed_words(in_features, 2)), torch.int32),
             "salient": Spec((packed_words(in_features, 1),), torch.int32),
             "scale": Spec((out_features, blocks, 4), self._scale_dtype),
-            "mean": Spec((out_features, blocks, 3 if self.scale_bits == 16 else 4), self._scale_dtype),
+            "mean": Spec(
+                (out_features, blocks, 3 if self.scale_bits == 16 else 4), self._scale_dtype
+            ),
         }
 
     def quantize(self, weight_OI: Tensor, stat: Stat | None, job: Job) -> Packed:
@@ -123,11 +131,19 @@ class BiLLM(Method):
         if U_II is None:  # nothing made H positive definite: salience w^2, no repair
             job.notes["fallback"] = "rtn"
         d_I = torch.ones_like(W_OI[0]) if U_II is None else torch.diagonal(U_II)
-        code = Code([], [], torch.empty_like(W_OI, dtype=torch.uint8), torch.zeros_like(dead_I), self.block_size)
+        code = Code(
+            [],
+            [],
+            torch.empty_like(W_OI, dtype=torch.uint8),
+            torch.zeros_like(dead_I),
+            self.block_size,
+        )
 
         def rounded(start: int, stop: int, w_OB: Tensor) -> Tensor:
             w_OB = w_OB.contiguous()
-            salience_OB = w_OB.square() / d_I[start:stop].square() if self.salience == "hessian" else w_OB
+            salience_OB = (
+                w_OB.square() / d_I[start:stop].square() if self.salience == "hessian" else w_OB
+            )
             target_OB = salience_OB if self.search_on == "salience" else w_OB
             salient_B = salient_columns(target_OB, salience_OB)
             mid_OB = mid_weights(target_OB, salience_OB, salient_B)
@@ -146,7 +162,9 @@ class BiLLM(Method):
         return self._packed(code)
 
     def _refine(self, code: Code, objective: Objective) -> None:
-        """Every code to its best given all others, then the levels of every block to theirs, `refine` times."""
+        """Every code to its best given all others, then the levels of every block to theirs,
+        `refine` times.
+        """
         size, salient = self.block_size, code.salient_I.tolist()
 
         def nearest(j: int, w_O: Tensor) -> Tensor:
@@ -163,7 +181,9 @@ class BiLLM(Method):
                 part = slice(start, start + size)
                 levels_O8 = torch.cat([code.scales[g], code.means[g]], dim=1)
                 basis_O8B = basis(code.codes_OI[:, part], code.salient_I[part])
-                levels_O8 = refit_levels(objective, values_OI, start, basis_O8B, levels_O8, self._stored)
+                levels_O8 = refit_levels(
+                    objective, values_OI, start, basis_O8B, levels_O8, self._stored
+                )
                 code.scales[g], code.means[g] = levels_O8[:, :4], levels_O8[:, 4:]
                 values_OI[:, part] = code.block(g)
 
@@ -173,16 +193,24 @@ class BiLLM(Method):
             "weight": pack(code.codes_OI, 2),
             "salient": pack(code.salient_I.to(torch.uint8), 1),
             "scale": torch.stack(code.scales, dim=1).to(self._scale_dtype),
-            "mean": (mean_OG4[..., [0, 1, 3]] if self._merged else mean_OG4).to(self._scale_dtype).contiguous(),
+            "mean": (mean_OG4[..., [0, 1, 3]] if self._merged else mean_OG4)
+            .to(self._scale_dtype)
+            .contiguous(),
         }
 
     @property
     def _merged(self) -> bool:
-        """Whether the two means of salient weights are stored as one; apart, sums are the authors' to the last bit."""
+        """Whether the two means of salient weights are stored as one; apart, sums are the authors'
+        to the last bit.
+        """
         return self.scale_bits == 16
 
-    def _binarize(self, w_OB: Tensor, salient_B: Tensor, mid_OB: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Scales [O, 4] and means [O, 4] (of low, mid, first and second salient sign) as stored, and codes [O, B]."""
+    def _binarize(
+        self, w_OB: Tensor, salient_B: Tensor, mid_OB: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Scales [O, 4] and means [O, 4] (of low, mid, first and second salient sign) as stored,
+        and codes [O, B].
+        """
         salient_OB = salient_B.expand_as(w_OB)
         low = fit(w_OB, ~(salient_OB | mid_OB), self.arb_rounds)
         mid = fit(w_OB, mid_OB, self.arb_rounds)
@@ -190,18 +218,26 @@ class BiLLM(Method):
         second = fit(w_OB - one_sign(w_OB, *first), salient_OB)
         split_O1 = first[1]  # above it, the first sign is +
         if self._merged or self.arb_rounds:
-            first, second = (first[0], torch.zeros_like(first[1])), (second[0], first[1] + second[1])
+            first, second = (
+                (first[0], torch.zeros_like(first[1])),
+                (second[0], first[1] + second[1]),
+            )
         if self.arb_rounds:
             first, second = refit_two(w_OB, salient_OB, first, second, self.arb_rounds)
 
-        (a_O4, mu_O4) = (self._stored(torch.cat(parts, dim=1)) for parts in zip(low, mid, first, second, strict=True))
+        (a_O4, mu_O4) = (
+            self._stored(torch.cat(parts, dim=1))
+            for parts in zip(low, mid, first, second, strict=True)
+        )
         if self.arb_rounds:
             split_O1 = mu_O4[:, 3:]
         mean_OB = torch.where(mid_OB, mu_O4[:, 1:2], mu_O4[:, 0:1])
         above_OB = w_OB >= torch.where(salient_OB, split_O1, mean_OB)
         rest_OB = w_OB - (torch.where(above_OB, a_O4[:, 2:3], -a_O4[:, 2:3]) + mu_O4[:, 2:3])
         codes_OB = torch.where(
-            salient_OB, 2 * above_OB.byte() + (rest_OB >= mu_O4[:, 3:]).byte(), 2 * mid_OB.byte() + above_OB.byte()
+            salient_OB,
+            2 * above_OB.byte() + (rest_OB >= mu_O4[:, 3:]).byte(),
+            2 * mid_OB.byte() + above_OB.byte(),
         )
         return a_O4, mu_O4, codes_OB
 
@@ -216,20 +252,28 @@ class BiLLM(Method):
         if self._merged:
             both = mean_OG4[..., 2:]
             mean_OG4 = torch.cat([mean_OG4[..., :2], torch.zeros_like(both), both], dim=-1)
-        codes_OI, salient_I = unpack(packed["weight"], 2, in_features), unpack(packed["salient"], 1, in_features)
+        codes_OI, salient_I = (
+            unpack(packed["weight"], 2, in_features),
+            unpack(packed["salient"], 1, in_features),
+        )
         return look_up(packed["scale"].float(), mean_OG4, codes_OI, salient_I, self.block_size)
 
     def linear(self, x: Tensor, packed: Packed, bias: Tensor | None, out_features: int) -> Tensor:
         in_features = x.shape[-1]
         tensors = (packed["mean"], packed["salient"])
-        stored = kept(
-            packed, lambda: LevelCodes(packed["weight"], in_features, packed["scale"], self.block_size, *tensors)
+        stored = once(
+            packed,
+            lambda: LevelCodes(
+                packed["weight"], in_features, packed["scale"], self.block_size, *tensors
+            ),
         )
         return product(x, stored, lambda: self.dequantize(packed, out_features, in_features), bias)
 
 
 class Code(NamedTuple):
-    """What is decided about a linear: scales and means [O, 4] of each block, codes, salient columns, block size."""
+    """What is decided about a linear: scales and means [O, 4] of each block, codes, salient
+    columns, block size.
+    """
 
     scales: list[Tensor]
     means: list[Tensor]
@@ -244,25 +288,42 @@ class Code(NamedTuple):
         return look_up(*table, self.codes_OI[:, part], self.salient_I[part], self.size)
 
 
-def look_up(scale_OG4: Tensor, mean_OG4: Tensor, codes_OI: Tensor, salient_I: Tensor, size: int) -> Tensor:
+def look_up(
+    scale_OG4: Tensor, mean_OG4: Tensor, codes_OI: Tensor, salient_I: Tensor, size: int
+) -> Tensor:
     """Values [O, I] of 2-bit codes: one gather from the eight levels of each row and block."""
-    first_I = torch.arange(len(salient_I), device=salient_I.device).div_(size, rounding_mode="floor").mul_(8)
+    first_I = (
+        torch.arange(len(salient_I), device=salient_I.device)
+        .div_(size, rounding_mode="floor")
+        .mul_(8)
+    )
     first_I += 4 * salient_I
-    return torch.gather(level_table(scale_OG4, mean_OG4).flatten(1), 1, codes_OI.long().add_(first_I))
+    return torch.gather(
+        level_table(scale_OG4, mean_OG4).flatten(1), 1, codes_OI.long().add_(first_I)
+    )
 
 
 def basis(codes_OB: Tensor, salient_B: Tensor) -> Tensor:
-    """[O, 8, B]: what scales (of low, mid, first and second sign), then means, are multiplied with in each value."""
+    """[O, 8, B]: what scales (of low, mid, first and second sign), then means, are multiplied with
+    in each value.
+    """
     first_OB, second_OB = (codes_OB >> 1).float(), (codes_OB & 1).float() * 2 - 1
     plain_B, salient_B = (~salient_B).float(), salient_B.float()
     low_OB, mid_OB = (1 - first_OB) * plain_B, first_OB * plain_B
-    signs = [low_OB * second_OB, mid_OB * second_OB, (2 * first_OB - 1) * salient_B, second_OB * salient_B]
+    signs = [
+        low_OB * second_OB,
+        mid_OB * second_OB,
+        (2 * first_OB - 1) * salient_B,
+        second_OB * salient_B,
+    ]
     ones_OB = salient_B.expand_as(low_OB)
     return torch.stack([*signs, low_OB, mid_OB, torch.zeros_like(ones_OB), ones_OB], dim=1)
 
 
 def level_table(scale: Tensor, mean: Tensor) -> Tensor:
-    """[..., 4] and [..., 4] -> levels [..., 8]: low -+, mid -+, and of salient weights --, -+, +-, ++."""
+    """[..., 4] and [..., 4] -> levels [..., 8]: low -+, mid -+, and of salient weights --, -+, +-,
+    ++.
+    """
     a_low, a_mid, a1, a2 = scale.unbind(-1)
     mu_low, mu_mid, mu1, mu2 = mean.unbind(-1)
     plain = [mu_low - a_low, mu_low + a_low, mu_mid - a_mid, mu_mid + a_mid]
@@ -270,7 +331,7 @@ def level_table(scale: Tensor, mean: Tensor) -> Tensor:
     return torch.stack(plain + salient, dim=-1)
 
 
-# --- binary approximation ------------------------------------------------------------------------------------------
+# --- binary approximation -------------------------------------------------------------------------
 
 
 def masked_mean(x_OB: Tensor, mask_OB: Tensor) -> Tensor:
@@ -279,7 +340,9 @@ def masked_mean(x_OB: Tensor, mask_OB: Tensor) -> Tensor:
 
 
 def fit(x_OB: Tensor, mask_OB: Tensor, rounds: int = 0) -> tuple[Tensor, Tensor]:
-    """(a, mu), both [O, 1], of x ~ mu +- a where masked; `rounds` times refitted to their own signs."""
+    """(a, mu), both [O, 1], of x ~ mu +- a where masked; `rounds` times refitted to their own
+    signs.
+    """
     mu_O1 = masked_mean(x_OB, mask_OB)
     a_O1 = masked_mean((x_OB - mu_O1).abs(), mask_OB)
     for _ in range(rounds):
@@ -290,9 +353,15 @@ def fit(x_OB: Tensor, mask_OB: Tensor, rounds: int = 0) -> tuple[Tensor, Tensor]
 
 
 def refit_two(
-    x_OB: Tensor, mask_OB: Tensor, first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor], rounds: int
+    x_OB: Tensor,
+    mask_OB: Tensor,
+    first: tuple[Tensor, Tensor],
+    second: tuple[Tensor, Tensor],
+    rounds: int,
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """x ~ m +- a1 +- a2: each of m, a1, a2 in turn the best for the others and for the signs of the last round."""
+    """x ~ m +- a1 +- a2: each of m, a1, a2 in turn the best for the others and for the signs of the
+    last round.
+    """
     (a1_O1, zero_O1), (a2_O1, m_O1) = first, second
     for _ in range(rounds):
         s1_OB = torch.where(x_OB >= m_O1, 1.0, -1.0)
@@ -316,7 +385,7 @@ def approximate(x_OB: Tensor, mask_OB: Tensor, signs: int) -> Tensor:
     return sum_OB
 
 
-# --- which weights get how many signs --------------------------------------------------------------------------------
+# --- which weights get how many signs -------------------------------------------------------------
 
 
 def salient_columns(target_OB: Tensor, salience_OB: Tensor) -> Tensor:
@@ -328,7 +397,9 @@ def salient_columns(target_OB: Tensor, salience_OB: Tensor) -> Tensor:
     for row, count in enumerate(counts):
         masks_NB[row, order_B[:count]] = True
     errors = [
-        (target_OB - (approximate(target_OB, mask, 2) + approximate(target_OB, ~mask, 2))).square().mean()
+        (target_OB - (approximate(target_OB, mask, 2) + approximate(target_OB, ~mask, 2)))
+        .square()
+        .mean()
         for mask in (mask_B.expand_as(target_OB) for mask_B in masks_NB)
     ]
     if not errors:  # a block of one column
@@ -338,7 +409,9 @@ def salient_columns(target_OB: Tensor, salience_OB: Tensor) -> Tensor:
 
 def mid_weights(target_OB: Tensor, salience_OB: Tensor, salient_B: Tensor) -> Tensor:
     """Mask [O, B] of mid weights: outside salient columns, |salience| from the best threshold for `target` on."""
-    size_OB = salience_OB.abs() * ~salient_B  # zeros of the salient columns stay in the sample, as in the authors' code
+    size_OB = (
+        salience_OB.abs() * ~salient_B
+    )  # zeros of the salient columns stay in the sample, as in the authors' code
     rest_OB = target_OB - approximate(target_OB, salient_B.expand_as(target_OB), 2)
     thresholds = quantiles(size_OB.flatten(), QUANTILES)
     errors = []
@@ -351,7 +424,9 @@ def mid_weights(target_OB: Tensor, salience_OB: Tensor, salient_B: Tensor) -> Te
 
 
 def quantiles(x_N: Tensor, shares: list[float]) -> Tensor:
-    """Linearly interpolated quantiles, also of more than the 2**24 values that torch.quantile takes."""
+    """Linearly interpolated quantiles, also of more than the 2**24 values that torch.quantile
+    takes.
+    """
     sorted_N = x_N.sort().values
     rank = torch.tensor(shares, device=x_N.device) * (len(x_N) - 1)
     below = rank.long()

@@ -1,18 +1,22 @@
-"""DB-LLM: Accurate Dual-Binarization for Efficient LLMs (Chen et al., Findings of ACL 2024, arXiv 2402.11960).
+"""DB-LLM: Accurate Dual-Binarization for Efficient LLMs (Chen et al., Findings of ACL 2024, arXiv
+2402.11960).
 
-A 2-bit weight is the sum of two binary ones: w^ = a1 b1 + a2 b2 with b in {0, 1} and a scale each for every group of a
-row (flexible dual binarization). Born from a 2-bit grid of step s as a1 = 2s, a2 = -s, the four levels -s, 0, s, 2s
-are then free to move: weights stay frozen, and the scales are trained on the whole model, so that it predicts what the
-full-precision one predicts. The loss weighs each token by how uncertain the teacher is about it (deviation-aware
-distillation): L = CE(labels) + dad * mean_t H_t**gamma CE(teacher, student)_t.
+A 2-bit weight is the sum of two binary ones: w^ = a1 b1 + a2 b2 with b in {0, 1} and a scale each
+for every group of a row (flexible dual binarization). Born from a 2-bit grid of step s as a1 = 2s,
+a2 = -s, the four levels -s, 0, s, 2s are then free to move: weights stay frozen, and the scales are
+trained on the whole model, so that it predicts what the full-precision one predicts. The loss
+weighs each token by how uncertain the teacher is about it (deviation-aware distillation): L =
+CE(labels) + dad * mean_t H_t**gamma CE(teacher, student)_t.
 
-There is no code of the authors. The paper's: the two planes, the four levels and the thresholds between them, frozen
-weights, the entropy-weighted distillation. Ours, where the paper is silent or could not be verified: s minimizes the
-squared error of its group (80 shrunken ranges), and the mirrored levels are taken where they are nearer; the codes
-stay as first chosen (letting them follow the scales made the loss grow: its gradient does not see a code change);
-scales are trained as factors of their start, so one learning rate serves every layer; AdamW, cosine to zero;
-calibration windows as data, or sequences that the model itself writes (`generated`: the paper's data-free way, after
-LLM-QAT). `feedback` (preset="best") chooses the first codes as GPTQ does, each column's error handed on.
+There is no code of the authors. The paper's: the two planes, the four levels and the thresholds
+between them, frozen weights, the entropy-weighted distillation. Ours, where the paper is silent or
+could not be verified: s minimizes the squared error of its group (80 shrunken ranges), and the
+mirrored levels are taken where they are nearer; the codes stay as first chosen (letting them follow
+the scales made the loss grow: its gradient does not see a code change); scales are trained as
+factors of their start, so one learning rate serves every layer; AdamW, cosine to zero; calibration
+windows as data, or sequences that the model itself writes (`generated`: the paper's data-free way,
+after LLM-QAT). `feedback` (preset="best") chooses the first codes as GPTQ does, each column's error
+handed on.
 
 Storage (G = ceil(I / group_size) groups)
     name    shape             dtype   bits per weight
@@ -33,7 +37,7 @@ from torch.nn import functional as F
 from ..common.errors import LLQError
 from ..common.progress import PassListener
 from ..common.spec import Spec
-from ..kernels import LevelCodes, kept, product
+from ..kernels import LevelCodes, once, product
 from ..kernels.bitpack import pack, packed_words, unpack
 from ..method import Job, Method, Packed, State
 from ..numerics.cholesky import factorize, revive_dead
@@ -48,8 +52,8 @@ _TINY = 2.0**-14  # the smallest normal fp16: scales below it are stored with le
 class DBLLM(Method):
     """group_size -1: one group per row; steps: of training, 0 is none; lr: relative to the scales.
 
-    dad, gamma: weight of the distillation, and of entropy in it; generated: sequences the model writes to train on,
-    0 = the calibration windows.
+    dad, gamma: weight of the distillation, and of entropy in it; generated: sequences the model
+    writes to train on, 0 = the calibration windows.
     """
 
     name: ClassVar[str] = "db_llm"
@@ -74,16 +78,27 @@ class DBLLM(Method):
 
     def check(self) -> None:
         if self.group_size != -1 and self.group_size < 1:
-            raise LLQError(f"group_size={self.group_size} must be -1 (one group per row) or at least 1")
+            raise LLQError(
+                f"group_size={self.group_size} must be -1 (one group per row) or at least 1"
+            )
         if self.scale_bits not in (16, 32):
             raise LLQError(f"scale_bits={self.scale_bits} must be 16 (stored as fp16) or 32 (fp32)")
-        for option, least in (("steps", 0), ("batch", 1), ("dad", 0), ("gamma", 0), ("generated", 0), ("damp", 0)):
+        for option, least in (
+            ("steps", 0),
+            ("batch", 1),
+            ("dad", 0),
+            ("gamma", 0),
+            ("generated", 0),
+            ("damp", 0),
+        ):
             if not least <= getattr(self, option) < math.inf:
                 raise LLQError(f"{option}={getattr(self, option)} must be at least {least}")
         if not 0 < self.lr <= 1:
             raise LLQError(f"lr={self.lr} must lie in 0..1, a share of the scales")
         if self.steps and not self.labels and not self.dad:
-            raise LLQError("labels=False and dad=0 leave nothing to train on; give steps=0 for no training")
+            raise LLQError(
+                "labels=False and dad=0 leave nothing to train on; give steps=0 for no training"
+            )
 
     @property
     def tunes(self) -> bool:
@@ -101,10 +116,12 @@ class DBLLM(Method):
             "scale": Spec((out_features, groups, 2), dtype),
         }
 
-    # --- quantizing -------------------------------------------------------------------------------------------------
+    # --- quantizing -------------------------------------------------------------------------------
 
     def quantize(self, weight_OI: Tensor, stat: Stat | None, job: Job) -> Packed:
-        """Codes on the stored scales of the start: nearest levels, or with every column's error handed on."""
+        """Codes on the stored scales of the start: nearest levels, or with every column's error
+        handed on.
+        """
         scale_OG2 = self._start(weight_OI)
         U_II, W_OI = None, weight_OI.clone()
         if self.feedback:
@@ -128,12 +145,17 @@ class DBLLM(Method):
         return {"weight": pack(codes_IO.T.contiguous(), 2), "scale": scale_OG2.to(dtype)}
 
     def dequantize(self, packed: Packed, out_features: int, in_features: int) -> Tensor:
-        return restored(packed["weight"], packed["scale"].float(), in_features, self._size(in_features))
+        return restored(
+            packed["weight"], packed["scale"].float(), in_features, self._size(in_features)
+        )
 
     def linear(self, x: Tensor, packed: Packed, bias: Tensor | None, out_features: int) -> Tensor:
         in_features = x.shape[-1]
-        stored = kept(
-            packed, lambda: LevelCodes(packed["weight"], in_features, packed["scale"], self._size(in_features))
+        stored = once(
+            packed,
+            lambda: LevelCodes(
+                packed["weight"], in_features, packed["scale"], self._size(in_features)
+            ),
         )
         return product(x, stored, lambda: self.dequantize(packed, out_features, in_features), bias)
 
@@ -141,7 +163,9 @@ class DBLLM(Method):
         return in_features if self.group_size == -1 else self.group_size
 
     def _start(self, weight_OI: Tensor) -> Tensor:
-        """(a1, a2) [O, G, 2], as stored: of the levels -s, 0, s, 2s, or their mirror, nearest in squared error."""
+        """(a1, a2) [O, G, 2], as stored: of the levels -s, 0, s, 2s, or their mirror, nearest in
+        squared error.
+        """
         weight_OGg = grouped(weight_OI, self._size(weight_OI.shape[1]))
         largest_OG1 = weight_OGg.abs().amax(-1, keepdim=True).clamp_min(_TINY)
         best_OG2, least_OG1 = None, None
@@ -149,7 +173,9 @@ class DBLLM(Method):
             for sign in (1.0, -1.0):
                 s_OG1 = sign * (1 - step / 100) * largest_OG1 / 2
                 scale_OG2 = torch.cat([2 * s_OG1, -s_OG1], dim=-1)
-                error_OG1 = (dual(weight_OGg, scale_OG2) - weight_OGg).square().sum(-1, keepdim=True)
+                error_OG1 = (
+                    (dual(weight_OGg, scale_OG2) - weight_OGg).square().sum(-1, keepdim=True)
+                )
                 if best_OG2 is None or least_OG1 is None:
                     best_OG2, least_OG1 = scale_OG2, error_OG1
                 best_OG2 = torch.where(error_OG1 < least_OG1, scale_OG2, best_OG2)
@@ -161,21 +187,39 @@ class DBLLM(Method):
         """Scales as the file will hold them, in fp32. LLQError where fp16 cannot."""
         stored = scale_OG2.half().float() if self.scale_bits == 16 else scale_OG2
         if not torch.isfinite(stored).all():
-            raise LLQError(f"a scale of {float(scale_OG2.abs().max()):g} does not fit fp16: the weights are too large")
+            raise LLQError(
+                f"a scale of {float(scale_OG2.abs().max()):g} does not fit fp16: the weights are too large"
+            )
         return stored
 
-    # --- training the scales ------------------------------------------------------------------------------------------
+    # --- training the scales ----------------------------------------------------------------------
 
     def tune(
-        self, student: nn.Module, teacher: nn.Module, ids_NS: Tensor, listener: PassListener, state: State
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        ids_NS: Tensor,
+        listener: PassListener,
+        state: State,
     ) -> Packed:
-        duals = scaled_linears(student, self, lambda module: DualLinear(module, self._size(module.in_features)))
+        duals = scaled_linears(
+            student, self, lambda module: DualLinear(module, self._size(module.in_features))
+        )
         if self.generated:
             ids_NS = self._written(teacher, ids_NS, listener)
         schedule = Schedule(self.steps, self.batch, self.lr, self.seed)
-        schedule.run(list(duals.values()), lambda ids_BS: self._loss(student, teacher, ids_BS), ids_NS, listener, state)
+        schedule.run(
+            list(duals.values()),
+            lambda ids_BS: self._loss(student, teacher, ids_BS),
+            ids_NS,
+            listener,
+            state,
+        )
         dtype = torch.float16 if self.scale_bits == 16 else torch.float32
-        return {f"{name}.scale": self._stored(m.scale().detach()).to(dtype).cpu() for name, m in duals.items()}
+        return {
+            f"{name}.scale": self._stored(m.scale().detach()).to(dtype).cpu()
+            for name, m in duals.items()
+        }
 
     def _loss(self, student: nn.Module, teacher: nn.Module, ids_BS: Tensor) -> Tensor:
         """CE(labels) + dad * mean_t H_t**gamma CE(teacher, student)_t, in nats."""
@@ -185,7 +229,9 @@ class DBLLM(Method):
             loss = loss + F.nll_loss(student_BSV[:, :-1].flatten(0, 1), ids_BS[:, 1:].flatten())
         if self.dad:
             with torch.no_grad():
-                teacher_BSV = teacher(input_ids=ids_BS, use_cache=False).logits.float().log_softmax(-1)
+                teacher_BSV = (
+                    teacher(input_ids=ids_BS, use_cache=False).logits.float().log_softmax(-1)
+                )
             chance_BSV = teacher_BSV.exp()
             entropy_BS = -(chance_BSV * teacher_BSV).sum(-1)
             cross_BS = -(chance_BSV * student_BSV).sum(-1)
@@ -194,8 +240,8 @@ class DBLLM(Method):
 
     @torch.no_grad()
     def _written(self, teacher: nn.Module, ids_NS: Tensor, listener: PassListener) -> Tensor:
-        """`generated` sequences by the full-precision model, as long as the calibration's: a random first token, three
-        greedy ones, then sampled (LLM-QAT).
+        """`generated` sequences by the full-precision model, as long as the calibration's: a random
+        first token, three greedy ones, then sampled (LLM-QAT).
         """
         random, length = torch.Generator().manual_seed(self.seed), ids_NS.shape[1]
         embedding: Any = teacher.get_input_embeddings()  # type: ignore[operator]
@@ -209,7 +255,7 @@ class DBLLM(Method):
         return torch.cat(written)
 
 
-# --- the two planes --------------------------------------------------------------------------------------------------
+# --- the two planes -------------------------------------------------------------------------------
 
 
 class Levels(NamedTuple):
@@ -269,5 +315,7 @@ def sampled(model: nn.Module, ids_BS: Tensor, length: int, random: torch.Generat
         next_B1 = next_B1.to(ids_BS.device)
         ids_BS = torch.cat([ids_BS, next_B1], dim=1)
         if ids_BS.shape[1] < length:
-            output = model(input_ids=next_B1, past_key_values=output.past_key_values, use_cache=True)
+            output = model(
+                input_ids=next_B1, past_key_values=output.past_key_values, use_cache=True
+            )
     return ids_BS

@@ -1,11 +1,12 @@
 """EfficientQAT (Chen et al., ACL 2025, arXiv 2407.11062), after OpenGVLab/EfficientQAT at 78fd3fb.
 
-Quantization-aware training in two phases that both fit small memories. *Block-AP*: block by block, all parameters are
-trained (weights, scales s, zero points z), so that the quantized block on quantized inputs makes what the
-full-precision block makes of its own: mean squared error, AdamW without decay, 2 epochs of 4096 sequences, 2 a step.
-In every forward pass a weight is w^ = s (c - z), c = clamp(round(w / s) + z, 0, 2**bits - 1), gradients straight
-through the roundings but not through the clamp: a clipped weight stands still, and moves z instead. *E2E-QP*: codes and
-zero points are frozen and packed, and the scales of the whole model are trained on the next token.
+Quantization-aware training in two phases that both fit small memories. *Block-AP*: block by block,
+all parameters are trained (weights, scales s, zero points z), so that the quantized block on
+quantized inputs makes what the full-precision block makes of its own: mean squared error, AdamW
+without decay, 2 epochs of 4096 sequences, 2 a step. In every forward pass a weight is w^ = s (c -
+z), c = clamp(round(w / s) + z, 0, 2**bits - 1), gradients straight through the roundings but not
+through the clamp: a clipped weight stands still, and moves z instead. *E2E-QP*: codes and zero
+points are frozen and packed, and the scales of the whole model are trained on the next token.
 
 Storage (uniform grid; G = ceil(I / group_size) groups)
     name    shape                 dtype   bits per weight
@@ -13,19 +14,21 @@ Storage (uniform grid; G = ceil(I / group_size) groups)
     scale   [O, G]                fp16    16 / group_size
     zero    [O * G * bits / 32]   int32   bits / group_size
 
-Departures: the gains of a block's norms, which Block-AP trains too, stay the base's, as everything does here that is no
-linear. Ranges start with zero inside and zero points are codes (theirs may leave the code range while packing clamps
-nothing). Training is fp32 and sees scales as stored in fp16; codes are decided from fp32 weights, not from weights cast
-to half. Scales down to the smallest fp16 are kept (theirs: 1e-4). Gradients of E2E-QP are clipped to a norm of 0.3 as
-theirs are, those of Block-AP, as theirs, not at all.
+Departures: the gains of a block's norms, which Block-AP trains too, stay the base's, as everything
+does here that is no linear. Ranges start with zero inside and zero points are codes (theirs may
+leave the code range while packing clamps nothing). Training is fp32 and sees scales as stored in
+fp16; codes are decided from fp32 weights, not from weights cast to half. Scales down to the
+smallest fp16 are kept (theirs: 1e-4). Gradients of E2E-QP are clipped to a norm of 0.3 as theirs
+are, those of Block-AP, as theirs, not at all.
 
-preset="best" is for the few hundred sequences of a calibration. The model is rotated first (`rotated`): its stream and
-the values of its heads by random Hadamards merged into the weights, as SpinQuant does, so that no outlier channel is
-left for the grids to fail on; a tied head gets a matrix of its own. Block-AP starts at codes and scales that GPTQ's
-feedback with searched ranges and `refine` rounds of descent and refit found (`solved`): each weight at the point of its
-code's cell nearest to where it was. Learning rates are relative to the scales a group starts with (`relative`), so that
-one suits every layer, and larger, as there are fewer steps. E2E-QP learns the full-precision model's predictions
-(`distill`).
+preset="best" is for the few hundred sequences of a calibration. The model is rotated first
+(`rotated`): its stream and the values of its heads by random Hadamards merged into the weights, as
+SpinQuant does, so that no outlier channel is left for the grids to fail on; a tied head gets a
+matrix of its own. Block-AP starts at codes and scales that GPTQ's feedback with searched ranges and
+`refine` rounds of descent and refit found (`solved`): each weight at the point of its code's cell
+nearest to where it was. Learning rates are relative to the scales a group starts with (`relative`),
+so that one suits every layer, and larger, as there are fewer steps. E2E-QP learns the
+full-precision model's predictions (`distill`).
 """
 
 from __future__ import annotations
@@ -54,7 +57,16 @@ from ..numerics.coordinate_descent import Objective, refined
 from ..numerics.error_feedback import BLOCK, Solution, group_aware_order, solve
 from ..numerics.grids import Affine, Grid, Uniform
 from ..numerics.stats import PairedHessian, Stat
-from .training import ScaledLinear, Schedule, Trained, cosine, grouped, run_block, scaled_linears, train_block
+from .training import (
+    ScaledLinear,
+    Schedule,
+    Trained,
+    cosine,
+    grouped,
+    run_block,
+    scaled_linears,
+    train_block,
+)
 
 TINY_SCALE = 2.0**-24  # the smallest fp16 above zero
 FLOOR = 1 / 20  # of Block-AP's learning rates, at its end
@@ -65,17 +77,22 @@ EDGE = 0.45  # how far from the middle of its code's cell a weight may start, in
 
 @dataclass(frozen=True, kw_only=True)
 class EfficientQAT(Method):
-    """epochs, batch, weight_lr, grid_lr (of scales and zero points): of Block-AP; tune_*: of E2E-QP.
+    """epochs, batch, weight_lr, grid_lr (of scales and zero points): of Block-AP; tune_*: of
+    E2E-QP.
 
-    weight_lr, tune_lr 0: the authors', 2e-5 at 2 bits and 1e-5 above. tune_epochs 0: no E2E-QP. rotated: turn the model
-    first, by the rotations of `seed`.
+    weight_lr, tune_lr 0: the authors', 2e-5 at 2 bits and 1e-5 above. tune_epochs 0: no E2E-QP.
+    rotated: turn the model first, by the rotations of `seed`.
     """
 
     name: ClassVar[str] = "efficient_qat"
     title: ClassVar[str] = "EfficientQAT (Chen et al. 2025)"
-    bits_range: ClassVar[range] = range(2, 5)  # with more, their learning rates are larger than a step of the grid
+    bits_range: ClassVar[range] = range(
+        2, 5
+    )  # with more, their learning rates are larger than a step of the grid
     observes: ClassVar[type[Stat] | None] = PairedHessian
-    training_copies: ClassVar[int] = 7  # twin, weights, gradients, two moments, two in the forward pass
+    training_copies: ClassVar[int] = (
+        7  # twin, weights, gradients, two moments, two in the forward pass
+    )
     best: ClassVar[dict[str, Any]] = {
         "rotated": True,
         "solved": True,
@@ -107,7 +124,13 @@ class EfficientQAT(Method):
 
     def check(self) -> None:
         _ = self.grid  # validates group_size
-        for option, least in (("epochs", 0), ("batch", 1), ("refine", 0), ("tune_epochs", 0), ("tune_batch", 1)):
+        for option, least in (
+            ("epochs", 0),
+            ("batch", 1),
+            ("refine", 0),
+            ("tune_epochs", 0),
+            ("tune_batch", 1),
+        ):
             if getattr(self, option) < least:
                 raise LLQError(f"{option}={getattr(self, option)} must be at least {least}")
         for option in ("weight_lr", "grid_lr", "tune_lr"):
@@ -153,12 +176,15 @@ class EfficientQAT(Method):
     def linear(self, x: Tensor, packed: Packed, bias: Tensor | None, out_features: int) -> Tensor:
         return self.grid.linear(x, packed, bias)
 
-    # --- Block-AP ------------------------------------------------------------------------------------------------
+    # --- Block-AP ---------------------------------------------------------------------------------
 
     def quantize_block(self, step: Step) -> dict[str, Packed]:
         jobs = {name: step.job(name) for name in step.linears}
         twin = copy.deepcopy(step.block).float().requires_grad_(False)
-        parts = {name: self._started(linear, step.stats[name], jobs[name]) for name, linear in step.linears.items()}
+        parts = {
+            name: self._started(linear, step.stats[name], jobs[name])
+            for name, linear in step.linears.items()
+        }
         for name, part in parts.items():
             replace_module(twin, name, part)
         losses = self._train(step, twin, list(parts.values()))
@@ -198,9 +224,14 @@ class EfficientQAT(Method):
     def _train(self, step: Step, twin: nn.Module, parts: list[_Linear]) -> list[float]:
         assert step.data is not None
         data = step.data
-        weights, grids = [part.weight_OGg for part in parts], [p for part in parts for p in part.grid_parameters]
+        weights, grids = (
+            [part.weight_OGg for part in parts],
+            [p for part in parts for p in part.grid_parameters],
+        )
         rates = self.weight_lr or self.published_lr, self.grid_lr
-        groups = [{"params": p, "lr": rate} for p, rate in zip((weights, grids), rates, strict=True)]
+        groups = [
+            {"params": p, "lr": rate} for p, rate in zip((weights, grids), rates, strict=True)
+        ]
         optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
 
         def descend(rows: slice, done: float) -> Tensor:
@@ -212,7 +243,9 @@ class EfficientQAT(Method):
                 one = slice(i, i + 1)
                 with torch.enable_grad():
                     out_BSD = run_block(twin, data, one)
-                    loss = F.mse_loss(out_BSD, data.targets(one).to(out_BSD)) / (rows.stop - rows.start)
+                    loss = F.mse_loss(out_BSD, data.targets(one).to(out_BSD)) / (
+                        rows.stop - rows.start
+                    )
                     loss.backward()
                 total += loss.detach()
             optimizer.step()
@@ -220,13 +253,23 @@ class EfficientQAT(Method):
 
         trained = Trained([*weights, *grids], optimizer)
         return train_block(
-            step, trained, self.epochs, self.batch, descend, "lower weight_lr or grid_lr, or run in float32"
+            step,
+            trained,
+            self.epochs,
+            self.batch,
+            descend,
+            "lower weight_lr or grid_lr, or run in float32",
         )
 
-    # --- E2E-QP --------------------------------------------------------------------------------------------------
+    # --- E2E-QP -----------------------------------------------------------------------------------
 
     def tune(
-        self, student: nn.Module, teacher: nn.Module, ids_NS: Tensor, listener: PassListener, state: State
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        ids_NS: Tensor,
+        listener: PassListener,
+        state: State,
     ) -> Packed:
         linears = scaled_linears(student, self, lambda packed: UniformLinear(packed, self))
         steps = -(-self.tune_epochs * len(ids_NS) // self.tune_batch)
@@ -253,16 +296,18 @@ def logits(model: Any, ids_BS: Tensor) -> Tensor:
 
 def divergence(student_BSV: Tensor, teacher_BSV: Tensor) -> Tensor:
     """Mean KL of the student's predictions from the teacher's, in nats per token."""
-    student_TV, teacher_TV = (part.log_softmax(-1).flatten(0, 1) for part in (student_BSV, teacher_BSV))
+    student_TV, teacher_TV = (
+        part.log_softmax(-1).flatten(0, 1) for part in (student_BSV, teacher_BSV)
+    )
     return F.kl_div(student_TV, teacher_TV, reduction="batchmean", log_target=True)
 
 
-# --- one linear under training ---------------------------------------------------------------------------------------
+# --- one linear under training --------------------------------------------------------------------
 
 
 def nearest_of_cells(weight_OI: Tensor, solution: Solution) -> Tensor:
-    """The weights nearest to these that round to the solution's codes (those of the outermost cells: as they are, if
-    beyond).
+    """The weights nearest to these that round to the solution's codes (those of the outermost
+    cells: as they are, if beyond).
     """
     grid_OI = solution.columns()
     steps_OI, middle_OI = weight_OI / grid_OI.scale, solution.codes_OI - grid_OI.zero
@@ -270,9 +315,13 @@ def nearest_of_cells(weight_OI: Tensor, solution: Solution) -> Tensor:
 
 
 class _Linear(nn.Module):
-    """A linear that rounds its weight anew at every forward pass, on grids that are trained along with it."""
+    """A linear that rounds its weight anew at every forward pass, on grids that are trained along
+    with it.
+    """
 
-    def __init__(self, weight_OI: Tensor, grid_OG: Grid, bias: Tensor | None, method: EfficientQAT) -> None:
+    def __init__(
+        self, weight_OI: Tensor, grid_OG: Grid, bias: Tensor | None, method: EfficientQAT
+    ) -> None:
         super().__init__()
         self.method, self.bias, self.levels = method, bias, 2**method.bits - 1
         self.size = weight_OI.shape[1] if method.group_size == -1 else method.group_size
@@ -296,7 +345,9 @@ class _Linear(nn.Module):
     def _rounded(self) -> tuple[Tensor, Grid]:
         """Codes [O, G, g], and the grid as it is stored, both differentiable."""
         scale_OG1 = self.scale_OG1.clamp_min(TINY_SCALE)
-        stored_OG1 = (scale_OG1.detach() * self.unit_OG1).half().clamp_min(TINY_SCALE).float() / self.unit_OG1
+        stored_OG1 = (scale_OG1.detach() * self.unit_OG1).half().clamp_min(
+            TINY_SCALE
+        ).float() / self.unit_OG1
         scale_OG1 = scale_OG1 + (stored_OG1 - scale_OG1).detach()
         zero_OG1 = round_through(self.zero_OG1).clamp(0, self.levels)
         codes_OGg = (round_through(self.weight_OGg / scale_OG1) + zero_OG1).clamp(0, self.levels)
@@ -307,7 +358,9 @@ class _Linear(nn.Module):
         """The tensors of the layout. Codes are decided here."""
         codes_OGg, grid = self._rounded()
         codes_OI = codes_OGg.flatten(1)[:, : self.shape[1]]
-        return self.method.grid.pack(codes_OI, Grid((grid.scale * self.unit_OG1)[..., 0], grid.zero[..., 0]))
+        return self.method.grid.pack(
+            codes_OI, Grid((grid.scale * self.unit_OG1)[..., 0], grid.zero[..., 0])
+        )
 
 
 class UniformLinear(ScaledLinear):
@@ -316,12 +369,18 @@ class UniformLinear(ScaledLinear):
     def __init__(self, packed: Any, method: EfficientQAT) -> None:
         size = packed.in_features if method.group_size == -1 else method.group_size
         start_OG1 = packed.scale.float()[..., None]
-        super().__init__(packed, size, start_OG1, start_OG1 if method.relative else torch.ones_like(start_OG1))
+        super().__init__(
+            packed, size, start_OG1, start_OG1 if method.relative else torch.ones_like(start_OG1)
+        )
         self.method = method
-        self.zero_OG1 = bitpack.unpack(packed.zero, method.bits, start_OG1.numel()).view_as(start_OG1).float()
+        self.zero_OG1 = (
+            bitpack.unpack(packed.zero, method.bits, start_OG1.numel()).view_as(start_OG1).float()
+        )
 
     def bases(self, in_features: int) -> list[Tensor]:
-        codes_OGg = grouped(bitpack.unpack(self.words, self.method.bits, in_features).float(), self.size)
+        codes_OGg = grouped(
+            bitpack.unpack(self.words, self.method.bits, in_features).float(), self.size
+        )
         return [(codes_OGg - self.zero_OG1).flatten(1)[:, :in_features]]
 
     def stored(self) -> Tensor:

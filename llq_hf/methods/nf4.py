@@ -1,12 +1,15 @@
-"""NF4: NormalFloat of 2 to 4 bits, the base of QLoRA (Dettmers et al. 2023); with `icq` of IR-QLoRA (Qin et al. 2024).
+"""NF4: NormalFloat of 2 to 4 bits, the base of QLoRA (Dettmers et al. 2023); with `icq` of IR-QLoRA
+(Qin et al. 2024).
 
-The matrix, read row by row, is cut into blocks of 64 weights. A block is divided by its largest magnitude, and every
-weight takes the nearest of 2**bits levels that lie at quantiles of a normal distribution, zero among them. The blocks'
-scales are themselves stored in 8 bits, 256 of them to one fp32 (`double_quant`). No data.
+The matrix, read row by row, is cut into blocks of 64 weights. A block is divided by its largest
+magnitude, and every weight takes the nearest of 2**bits levels that lie at quantiles of a normal
+distribution, zero among them. The blocks' scales are themselves stored in 8 bits, 256 of them to
+one fp32 (`double_quant`). No data.
 
-`icq` (information calibration quantization) shifts each block by tau before it is coded: of 2 `tau_steps` + 1 shifts
-around the median the one whose codes have the most entropy. tau is stored beside the codes, in 8 bits; the authors
-derive it anew at every load, from a full-precision model and a `tau_steps` that has to be the same.
+`icq` (information calibration quantization) shifts each block by tau before it is coded: of 2
+`tau_steps` + 1 shifts around the median the one whose codes have the most entropy. tau is stored
+beside the codes, in 8 bits; the authors derive it anew at every load, from a full-precision model
+and a `tau_steps` that has to be the same.
 
 Storage (N = O I weights, B = ceil(N / 64) blocks, S = ceil(B / 256) super-blocks)
     name          shape                 dtype   bits per weight
@@ -16,14 +19,16 @@ Storage (N = O I weights, B = ceil(N / 64) blocks, S = ceil(B / 256) super-block
     scale_mean    [1]                   fp32    32 / N
     tau           [B]                   uint8   8 / 64              only with icq, as the next
     tau_absmax    [S]                   fp32    32 / (64 * 256)
-4 bits store 4.127, with icq 4.254. Codes of 4 bits lie in the very bytes of bitsandbytes (the first of two in the high
-half), so that its CUDA kernels read them where they are; `linear` uses them where bitsandbytes is installed.
+4 bits store 4.127, with icq 4.254. Codes of 4 bits lie in the very bytes of bitsandbytes (the first
+of two in the high half), so that its CUDA kernels read them where they are; `linear` uses them
+where bitsandbytes is installed.
 
-Codes, scales and mean equal bitsandbytes' bit for bit, with two exceptions. A block of zeros gets the code of zero
-(theirs divides by zero). And 8-bit codes are the nearest always, as in its CUDA kernels; its CPU kernel rounds to 65536
-points first, which moves about one scale in 700 by a code. 2 and 3 bits, which the papers mention and nobody
-published, use the same construction of levels. `preset="best"` searches each block's range for the least squared
-error, chooses codes for the scales and shifts as stored, and takes the smallest of equally good shifts (theirs the most
+Codes, scales and mean equal bitsandbytes' bit for bit, with two exceptions. A block of zeros gets
+the code of zero (theirs divides by zero). And 8-bit codes are the nearest always, as in its CUDA
+kernels; its CPU kernel rounds to 65536 points first, which moves about one scale in 700 by a code.
+2 and 3 bits, which the papers mention and nobody published, use the same construction of levels.
+`preset="best"` searches each block's range for the least squared error, chooses codes for the
+scales and shifts as stored, and takes the smallest of equally good shifts (theirs the most
 negative).
 """
 
@@ -41,7 +46,7 @@ from torch import Tensor
 
 from ..common.errors import LLQError
 from ..common.spec import Spec
-from ..kernels import Numbers, TableCodes, kept, product
+from ..kernels import Numbers, TableCodes, once, product
 from ..kernels.bitpack import pack, packed_words, unpack
 from ..method import Job, Method, Packed
 from ..numerics.stats import Stat
@@ -51,7 +56,8 @@ CHUNK = 2**21  # weights whose shifts are searched at a time: bounds memory
 SHRINKS = 32  # ranges tried by search_range, 1.00 down to 0.38
 KERNEL_BLOCKS = (64, 128, 256, 512, 1024, 2048, 4096)  # that bitsandbytes has kernels for
 
-# The published levels, and the points where its kernels go from one to the next: midpoints, some an ulp off.
+# The published levels, and the points where its kernels go from one to the next: midpoints, some an
+# ulp off.
 NF4_LEVELS = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
@@ -65,7 +71,9 @@ NF4_BOUNDS = (
 
 @cache
 def levels(bits: int) -> tuple[Tensor, Tensor]:
-    """The values of the codes [2**bits], ascending, and the bounds between neighbours [2**bits - 1]."""
+    """The values of the codes [2**bits], ascending, and the bounds between neighbours [2**bits -
+    1].
+    """
     if bits == 4:
         return torch.tensor(NF4_LEVELS), torch.tensor(NF4_BOUNDS)
     half = 2 ** (bits - 1)
@@ -77,7 +85,9 @@ def levels(bits: int) -> tuple[Tensor, Tensor]:
 
 
 def _tail(bits: int) -> float:
-    """The probability at which the outermost level lies, to the digits of the published 0.9677083 of 4 bits."""
+    """The probability at which the outermost level lies, to the digits of the published 0.9677083
+    of 4 bits.
+    """
     return float(round(1 - (1 / (2 * (2**bits - 1)) + 1 / (2 * 2**bits)) / 2, 7))
 
 
@@ -87,7 +97,9 @@ def _line(start: float, count: int) -> Tensor:
 
 @cache
 def dynamic_levels() -> tuple[Tensor, Tensor]:
-    """bitsandbytes' signed "dynamic" 8-bit map: 256 values, finer towards zero; and the bounds between them."""
+    """bitsandbytes' signed "dynamic" 8-bit map: 256 values, finer towards zero; and the bounds
+    between them.
+    """
     values = [0.0, 1.0]
     for exponent in range(7):
         edges = torch.linspace(0.1, 1, 2**exponent + 1)
@@ -100,12 +112,16 @@ def dynamic_levels() -> tuple[Tensor, Tensor]:
 @cache
 @torch.inference_mode(False)
 def _on(device: torch.device, table: Callable[..., tuple[Tensor, Tensor]], *bits: int) -> Tensor:
-    """The values of `levels` or `dynamic_levels` on a device: copied there once, for no CUDA graph may copy them."""
+    """The values of `levels` or `dynamic_levels` on a device: copied there once, for no CUDA graph
+    may copy them.
+    """
     return table(*bits)[0].to(device)
 
 
-class Eight:
-    """Numbers [B] in 8 bits: a code of the dynamic map for each, times the largest magnitude of 256 neighbours."""
+class DynamicInt8:
+    """Numbers [B] in 8 bits: a code of the dynamic map for each, times the largest magnitude of 256
+    neighbours.
+    """
 
     @staticmethod
     def encode(values_B: Tensor) -> tuple[Tensor, Tensor]:
@@ -124,9 +140,10 @@ class Eight:
 
 @dataclass(frozen=True, kw_only=True)
 class NF4(Method):
-    """double_quant: scales in 8 bits; icq: shift each block by a stored tau, found among 2 tau_steps + 1 shifts within
-    tau_range (in sigmas of a block's levels) of the median; nearest_shift: the smallest of equally good ones;
-    search_range: shrink each block's range to the least squared error.
+    """double_quant: scales in 8 bits; icq: shift each block by a stored tau, found among 2
+    tau_steps + 1 shifts within tau_range (in sigmas of a block's levels) of the median;
+    nearest_shift: the smallest of equally good ones; search_range: shrink each block's range to the
+    least squared error.
     """
 
     name: ClassVar[str] = "nf4"
@@ -168,7 +185,7 @@ class NF4(Method):
             layout["tau_absmax"] = Spec((supers,), torch.float32)
         return layout
 
-    # --- quantizing ----------------------------------------------------------------------------------------------
+    # --- quantizing -------------------------------------------------------------------------------
 
     def quantize(self, weight_OI: Tensor, stat: Stat | None, job: Job) -> Packed:
         weight_BK = _rows(weight_OI.flatten(), self.block_size)
@@ -181,12 +198,16 @@ class NF4(Method):
         return {"weight": self._pack_codes(codes_BK.flatten()[: weight_OI.numel()]), **packed}
 
     def _codes(self, weight_BK: Tensor, scale_B: Tensor) -> Tensor:
-        """Nearest codes; times the reciprocal, as bitsandbytes does, because a division rounds otherwise."""
+        """Nearest codes; times the reciprocal, as bitsandbytes does, because a division rounds
+        otherwise.
+        """
         bounds = levels(self.bits)[1].to(weight_BK.device)
         return torch.bucketize(weight_BK * _inverse(scale_B)[:, None], bounds, out_int32=True)
 
     def _searched(self, weight_BK: Tensor) -> Tensor:
-        """The scale of each block, of `SHRINKS` shrunken ones, whose codes have the least squared error."""
+        """The scale of each block, of `SHRINKS` shrunken ones, whose codes have the least squared
+        error.
+        """
         values = levels(self.bits)[0].to(weight_BK.device)
         full_B = weight_BK.abs().amax(1)
         best_B, least_B = full_B, torch.full_like(full_B, torch.inf)
@@ -202,14 +223,14 @@ class NF4(Method):
         if not self.double_quant:
             return {"scale": scale_B}
         mean_1 = scale_B.mean().reshape(1)
-        codes_B, absmax_S = Eight.encode(scale_B - mean_1)
+        codes_B, absmax_S = DynamicInt8.encode(scale_B - mean_1)
         return {"scale": codes_B, "scale_absmax": absmax_S, "scale_mean": mean_1}
 
     def _scales(self, packed: Packed) -> Tensor:
         """fp32 [B], as stored."""
         if not self.double_quant:
             return packed["scale"]
-        return Eight.decode(packed["scale"], packed["scale_absmax"]) + packed["scale_mean"]
+        return DynamicInt8.decode(packed["scale"], packed["scale_absmax"]) + packed["scale_mean"]
 
     def _pack_codes(self, codes_N: Tensor) -> Tensor:
         if self.bits != 4:
@@ -224,23 +245,30 @@ class NF4(Method):
         as_bytes = weight.contiguous().view(torch.uint8).int()
         return torch.stack([as_bytes >> 4, as_bytes & 15], dim=1).flatten()[:weights]
 
-    # --- information calibration -----------------------------------------------------------------------------------
+    # --- information calibration ------------------------------------------------------------------
 
     def _shifted(self, weight_N: Tensor, weight_BK: Tensor) -> tuple[Tensor, Packed]:
-        """(weights less their block's tau, tau as stored); tau unrounded, as theirs is, unless ranges are searched."""
+        """(weights less their block's tau, tau as stored); tau unrounded, as theirs is, unless
+        ranges are searched.
+        """
         whole = len(weight_N) // self.block_size
-        taus = [self._taus(part) for part in torch.split(weight_BK[:whole], max(CHUNK // self.block_size, 1))]
+        taus = [
+            self._taus(part)
+            for part in torch.split(weight_BK[:whole], max(CHUNK // self.block_size, 1))
+        ]
         if whole < len(weight_BK):  # a short last block: its padding takes no part
             taus.append(self._taus(weight_N[whole * self.block_size :][None]))
         tau_B = torch.cat(taus)
-        codes_B, absmax_S = Eight.encode(tau_B)
+        codes_B, absmax_S = DynamicInt8.encode(tau_B)
         if self.search_range:
-            tau_B = Eight.decode(codes_B, absmax_S)
+            tau_B = DynamicInt8.decode(codes_B, absmax_S)
         shifted_N = (weight_BK - tau_B[:, None]).flatten()[: len(weight_N)]
         return _rows(shifted_N, self.block_size), {"tau": codes_B, "tau_absmax": absmax_S}
 
     def _taus(self, weight_BK: Tensor) -> Tensor:
-        """tau [B] of the most entropy. Sorted weights stay sorted when shifted: codes are counted by binary search."""
+        """tau [B] of the most entropy. Sorted weights stay sorted when shifted: codes are counted
+        by binary search.
+        """
         ordered_BK = weight_BK.sort(1).values
         median_B = ordered_BK[:, (ordered_BK.shape[1] - 1) // 2]  # the lower one
         reach_B = torch.maximum(ordered_BK[:, -1] - median_B, median_B - ordered_BK[:, 0])
@@ -253,8 +281,12 @@ class NF4(Method):
         return best_B
 
     def _shifts(self) -> list[float]:
-        """In the order in which equally good ones win: from the most negative one up, or from zero outwards."""
-        reach = self.tau_range / float(torch.special.ndtri(torch.tensor(_tail(self.bits), dtype=torch.float64)))
+        """In the order in which equally good ones win: from the most negative one up, or from zero
+        outwards.
+        """
+        reach = self.tau_range / float(
+            torch.special.ndtri(torch.tensor(_tail(self.bits), dtype=torch.float64))
+        )
         shifts: list[float] = torch.linspace(-reach, reach, 2 * self.tau_steps + 1).tolist()
         return sorted(shifts, key=abs) if self.nearest_shift else shifts
 
@@ -263,13 +295,19 @@ class NF4(Method):
         size, bounds = ordered_BK.shape[1], levels(self.bits)[1].to(ordered_BK.device)
         scale_B = torch.maximum(ordered_BK[:, -1], -ordered_BK[:, 0])
         normal_BK = ordered_BK * _inverse(scale_B)[:, None]
-        below = torch.searchsorted(normal_BK, bounds.expand(len(normal_BK), -1).contiguous(), right=True)
-        counts = torch.nn.functional.pad(below, (1, 0)).diff(append=below.new_full((len(below), 1), size))
-        if self.nearest_shift:  # in order of size: the same counts in another order are exactly as good
+        below = torch.searchsorted(
+            normal_BK, bounds.expand(len(normal_BK), -1).contiguous(), right=True
+        )
+        counts = torch.nn.functional.pad(below, (1, 0)).diff(
+            append=below.new_full((len(below), 1), size)
+        )
+        if (
+            self.nearest_shift
+        ):  # in order of size: the same counts in another order are exactly as good
             counts = counts.sort(1).values
         return -sum(_plogp(size, counts.device)[counts].unbind(1), start=torch.zeros_like(scale_B))
 
-    # --- use ---------------------------------------------------------------------------------------------------------
+    # --- use --------------------------------------------------------------------------------------
 
     def dequantize(self, packed: Packed, out_features: int, in_features: int) -> Tensor:
         weights = out_features * in_features
@@ -277,14 +315,16 @@ class NF4(Method):
         weight_BK = _rows(values[self._unpack_codes(packed["weight"], weights)], self.block_size)
         weight_BK *= self._scales(packed)[:, None]
         if self.icq:
-            weight_BK += Eight.decode(packed["tau"], packed["tau_absmax"])[:, None]
+            weight_BK += DynamicInt8.decode(packed["tau"], packed["tau_absmax"])[:, None]
         return weight_BK.flatten()[:weights].view(out_features, in_features)
 
     def linear(self, x: Tensor, packed: Packed, bias: Tensor | None, out_features: int) -> Tensor:
         kernels = _bitsandbytes() if self._has_kernel(x) else None
         if kernels is None:
-            stored = kept(packed, lambda: self._readable(packed, out_features, x.shape[-1]))
-            return product(x, stored, lambda: self.dequantize(packed, out_features, x.shape[-1]), bias)
+            stored = once(packed, lambda: self._readable(packed, out_features, x.shape[-1]))
+            return product(
+                x, stored, lambda: self.dequantize(packed, out_features, x.shape[-1]), bias
+            )
         codes = packed["weight"].view(torch.uint8)[: -(-out_features * x.shape[-1] // 2), None]
         state = kernels.functional.QuantState(
             absmax=self._scales(packed),
@@ -298,29 +338,50 @@ class NF4(Method):
             y: Tensor = kernels.matmul_4bit(x, codes.t(), quant_state=state, bias=bias)
             return y
         weight_OI = kernels.functional.dequantize_4bit(codes, state)
-        tau_B1 = Eight.decode(packed["tau"], packed["tau_absmax"])[:, None].to(x.dtype)
+        tau_B1 = DynamicInt8.decode(packed["tau"], packed["tau_absmax"])[:, None].to(x.dtype)
         weight_OI = (weight_OI.view(-1, self.block_size) + tau_B1).view(out_features, -1)
         return torch.nn.functional.linear(x, weight_OI, bias)
 
     def _readable(self, packed: Packed, out_features: int, in_features: int) -> TableCodes:
         scale, shift = Numbers(packed["scale"]), None
         if self.double_quant:
-            scale = Numbers(packed["scale"], dynamic_levels()[0], packed["scale_absmax"], packed["scale_mean"])
+            scale = Numbers(
+                packed["scale"], dynamic_levels()[0], packed["scale_absmax"], packed["scale_mean"]
+            )
         if self.icq:
             shift = Numbers(packed["tau"], dynamic_levels()[0], packed["tau_absmax"])
         table = levels(self.bits)[0]
-        return TableCodes(packed["weight"], out_features, in_features, self.bits, table, self.block_size, scale, shift)
+        return TableCodes(
+            packed["weight"],
+            out_features,
+            in_features,
+            self.bits,
+            table,
+            self.block_size,
+            scale,
+            shift,
+        )
 
     def _has_kernel(self, x: Tensor) -> bool:
-        """Whether bitsandbytes serves this layout and these inputs; a width that blocks divide keeps blocks in rows."""
-        whole = self.bits == 4 and self.block_size in KERNEL_BLOCKS and x.shape[-1] % self.block_size == 0
+        """Whether bitsandbytes serves this layout and these inputs; a width that blocks divide
+        keeps blocks in rows.
+        """
+        whole = (
+            self.bits == 4
+            and self.block_size in KERNEL_BLOCKS
+            and x.shape[-1] % self.block_size == 0
+        )
         return whole and x.is_cuda and x.numel() > 0
 
 
 @cache
 def _bitsandbytes() -> Any:
     """The package, or None where it is not installed."""
-    return importlib.import_module("bitsandbytes") if importlib.util.find_spec("bitsandbytes") else None
+    return (
+        importlib.import_module("bitsandbytes")
+        if importlib.util.find_spec("bitsandbytes")
+        else None
+    )
 
 
 def _rows(values_N: Tensor, size: int) -> Tensor:

@@ -1,4 +1,5 @@
-"""PB-LLM (Shang et al., ICLR 2024, arXiv 2310.00034), after hahnyuan/PB-LLM at fe85da9 (its post-training "GPTQ-PB").
+"""PB-LLM (Shang et al., ICLR 2024, arXiv 2310.00034), after hahnyuan/PB-LLM at fe85da9 (its
+post-training "GPTQ-PB").
 
 A share of the weights is salient and keeps 8 bits; the rest is binarized to mu +- alpha. A weight's salience is w^2 /
 U_jj^2 (what GPTQ would pay for dropping it) or |w|; in each group of columns, all rows together, the largest are
@@ -8,7 +9,8 @@ GPTQ's feedback. `bits` is the paper's figure, 1 for a binarized weight and 8 fo
 salient share, so 1.7 is 10 % and 2.0 is 1/7. Where the salient weights are, and the scales, it does not count; the
 storage does.
 
-Storage (G = ceil(I / group_size) groups, s = (bits - 1) / 7 the salient share, S salient weights in all)
+Storage (G = ceil(I / group_size) groups, s = (bits - 1) / 7 the salient share, S salient weights in
+all)
     name           shape                 dtype   bits per weight
     weight         [O, I / 32]           int32   1: the sign; of salient weights the top bit of the code
     code           [7 S / 32]            int32   7 s: the other bits of salient codes, in order of rows (none if S = 0)
@@ -20,19 +22,21 @@ Storage (G = ceil(I / group_size) groups, s = (bits - 1) / 7 the salient share, 
     salient_zero   [O]                   uint8   8 / I
 A 4096 x 4096 linear in groups of 128 takes 2.48 bits at "1.7" and 2.93 at "2.0".
 
-Departures: exactly floor(N * (1 - s)) + 1 of the N weights of a group are binarized, ties going to the first (theirs
-binarizes every weight that ties with the last one), so that sizes are known beforehand; all at 1 bit (theirs
-crashes), none at 8. Groups need not be multiples of 128. A weight equal to mu is coded mu + alpha (theirs: mu, a
-third level). Scales are rounded to the stored fp16 before codes are chosen. Averages run over the whole group with
-salient weights counted as zeros, as their code does and published numbers have it; `mean_over="binarized"` is the
-paper's optimum. Their "2bit" and "4bit" low methods are left out: they are broken (the zero points of all rows use
-one row's scale).
+Departures: exactly floor(N * (1 - s)) + 1 of the N weights of a group are binarized, ties going to
+the first (theirs binarizes every weight that ties with the last one), so that sizes are known
+beforehand; all at 1 bit (theirs crashes), none at 8. Groups need not be multiples of 128. A weight
+equal to mu is coded mu + alpha (theirs: mu, a third level). Scales are rounded to the stored fp16
+before codes are chosen. Averages run over the whole group with salient weights counted as zeros, as
+their code does and published numbers have it; `mean_over="binarized"` is the paper's optimum. Their
+"2bit" and "4bit" low methods are left out: they are broken (the zero points of all rows use one
+row's scale).
 
-preset="best" adds `refine` rounds over the whole linear: every code to its best given all others, then alpha and mu
-to theirs given the codes, for the output error against outputs that are by `dense_share` the full-precision model's
-(else the original weight's on the quantized model's activations). Same storage. Perplexity at 1.7 bits falls from
-56.7 to 35.5 on stories260K, on which rounds and share were chosen, and from 16.1 to 6.3 on babyllama, which had no
-part in it (full precision 3.66 and 2.98).
+preset="best" adds `refine` rounds over the whole linear: every code to its best given all others,
+then alpha and mu to theirs given the codes, for the output error against outputs that are by
+`dense_share` the full-precision model's (else the original weight's on the quantized model's
+activations). Same storage. Perplexity at 1.7 bits falls from 56.7 to 35.5 on stories260K, on which
+rounds and share were chosen, and from 16.1 to 6.3 on babyllama, which had no part in it (full
+precision 3.66 and 2.98).
 """
 
 from __future__ import annotations
@@ -46,7 +50,7 @@ from torch import Tensor
 
 from ..common.errors import LLQError
 from ..common.spec import Spec
-from ..kernels import SalientCodes, kept, product
+from ..kernels import SalientCodes, once, product
 from ..kernels.bitpack import count_ones, pack, packed_words, unpack
 from ..method import Flow, Job, Method, Packed
 from ..numerics.cholesky import factorize, revive_dead
@@ -63,9 +67,10 @@ MEANS = ("group", "binarized")
 class Positions:
     """Which `count` of `total` weights are salient, in a size that is known beforehand.
 
-    The rarer kind is listed, in row-major order, as Elias and Fano do: the low bits of each position as they are, the
-    high parts in unary, position k as a one at bit (high part + k). With the best number of low bits that is within
-    0.1 bits per weight of the mask's entropy at 1.7 and 2.0 bits; from a quarter of the weights on a bitmap is smaller.
+    The rarer kind is listed, in row-major order, as Elias and Fano do: the low bits of each
+    position as they are, the high parts in unary, position k as a one at bit (high part + k). With
+    the best number of low bits that is within 0.1 bits per weight of the mask's entropy at 1.7 and
+    2.0 bits; from a quarter of the weights on a bitmap is smaller.
     """
 
     count: int
@@ -134,22 +139,35 @@ class Positions:
         """LLQError where the list has another length: `unpack` and kernels rely on it."""
         wanted = self.count if self.low_bits is None else self.listed
         if self.listed and (found := count_ones(packed["position"])) != wanted:
-            raise LLQError(f"the list of salient weights is damaged: it holds {found} of them, not {wanted}")
+            raise LLQError(
+                f"the list of salient weights is damaged: it holds {found} of them, not {wanted}"
+            )
 
 
 def _ones(mask_N: Tensor, count: int) -> Tensor:
-    """Where the `count` ones of a mask are [count]: known beforehand, so that a GPU need not stop to count them."""
+    """Where the `count` ones of a mask are [count]: known beforehand, so that a GPU need not stop
+    to count them.
+    """
     return torch.nonzero_static(mask_N, size=count).flatten()
 
 
 class Coder:
     """Rounds columns to their two kinds of levels and keeps the codes, uint8.
 
-    Of a binarized weight's code only the top bit means something: 1 for mu + alpha, 0 for mu - alpha.
+    Of a binarized weight's code only the top bit means something: 1 for mu + alpha, 0 for mu -
+    alpha.
     """
 
-    def __init__(self, salient_IO: Tensor, grid: Grid, scale_OG: Tensor, mean_OG: Tensor, size: int) -> None:
-        self.salient_IO, self.grid, self.scale_OG, self.mean_OG, self.size = salient_IO, grid, scale_OG, mean_OG, size
+    def __init__(
+        self, salient_IO: Tensor, grid: Grid, scale_OG: Tensor, mean_OG: Tensor, size: int
+    ) -> None:
+        self.salient_IO, self.grid, self.scale_OG, self.mean_OG, self.size = (
+            salient_IO,
+            grid,
+            scale_OG,
+            mean_OG,
+            size,
+        )
         self.grid_O = Grid(*(part.flatten() for part in grid))
         self.codes_IO = torch.zeros_like(salient_IO, dtype=torch.uint8)
 
@@ -157,7 +175,9 @@ class Coder:
         """Of the values that column j may take, the nearest to w_O."""
         alpha_O, mu_O = self.scale_OG[:, j // self.size], self.mean_OG[:, j // self.size]
         code_O, above_O = self.grid_O.codes(w_O, 8), w_O >= mu_O
-        self.codes_IO[j] = torch.where(self.salient_IO[j], code_O.to(torch.uint8), above_O.to(torch.uint8) << 7)
+        self.codes_IO[j] = torch.where(
+            self.salient_IO[j], code_O.to(torch.uint8), above_O.to(torch.uint8) << 7
+        )
         low_O = torch.where(above_O, alpha_O, -alpha_O) + mu_O
         return torch.where(self.salient_IO[j], self.grid_O.values(code_O), low_O)
 
@@ -165,14 +185,22 @@ class Coder:
         """Values [O, B] that the codes of group g mean."""
         part = slice(g * self.size, (g + 1) * self.size)
         codes_OB = self.codes_IO[part].T
-        low_OB = (codes_OB >> 7).float().mul_(2).sub_(1).mul_(self.scale_OG[:, g, None]).add_(self.mean_OG[:, g, None])
+        low_OB = (
+            (codes_OB >> 7)
+            .float()
+            .mul_(2)
+            .sub_(1)
+            .mul_(self.scale_OG[:, g, None])
+            .add_(self.mean_OG[:, g, None])
+        )
         return torch.where(self.salient_IO[part].T, self.grid.values(codes_OB), low_OB)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PBLLM(Method):
-    """bits = 1 + 7 * salient share; salience: "hessian" or "magnitude"; mean_over: "group" or "binarized" (see above);
-    feedback: repair later columns as GPTQ does; damp: a share of mean(diag H); group_size -1: one group.
+    """bits = 1 + 7 * salient share; salience: "hessian" or "magnitude"; mean_over: "group" or
+    "binarized" (see above); feedback: repair later columns as GPTQ does; damp: a share of mean(diag
+    H); group_size -1: one group.
     """
 
     name: ClassVar[str] = "pb_llm"
@@ -205,7 +233,9 @@ class PBLLM(Method):
         if not 0 <= self.dense_share <= 1:
             raise LLQError(f"dense_share={self.dense_share} must lie in 0..1")
         if not 0 <= self.damp <= 1:
-            raise LLQError(f"damp={self.damp} must lie in 0..1, a share of the Hessian's mean diagonal")
+            raise LLQError(
+                f"damp={self.damp} must lie in 0..1, a share of the Hessian's mean diagonal"
+            )
 
     @property
     def flow(self) -> Flow:
@@ -226,10 +256,14 @@ class PBLLM(Method):
         return [min(size, in_features - start) for start in range(0, in_features, size)]
 
     def _binarized(self, weights: int) -> int:
-        """How many of the weights of a group are binarized: the authors' rule, but all at 1 bit and none at 8."""
+        """How many of the weights of a group are binarized: the authors' rule, but all at 1 bit and
+        none at 8.
+        """
         if self.bits == self.bits_range[-1]:
             return 0
-        return min(math.floor(weights * (8 - self.bits) / 7 + 1e-6) + 1, weights)  # 0.9 N may lie a hair below 0.9 N
+        return min(
+            math.floor(weights * (8 - self.bits) / 7 + 1e-6) + 1, weights
+        )  # 0.9 N may lie a hair below 0.9 N
 
     def _positions(self, out_features: int, in_features: int) -> Positions:
         groups = [out_features * size for size in self._sizes(in_features)]
@@ -262,7 +296,13 @@ class PBLLM(Method):
             job.notes["fallback"] = "rtn"
         salient_OI = self._salient(W_OI, U_II)
         scale_OG, mean_OG = self._levels(W_OI, salient_OI)
-        coder = Coder(salient_OI.T.contiguous(), salient_grid, scale_OG, mean_OG, self._sizes(W_OI.shape[1])[0])
+        coder = Coder(
+            salient_OI.T.contiguous(),
+            salient_grid,
+            scale_OG,
+            mean_OG,
+            self._sizes(W_OI.shape[1])[0],
+        )
         by_columns(W_OI.clone(), U_II if self.feedback else None, coder.nearest)
         if self.refine and U_II is not None:
             share = self.dense_share if self.flow is Flow.BOTH else 0.0
@@ -271,7 +311,9 @@ class PBLLM(Method):
         return self._packed(coder)
 
     def _refine(self, coder: Coder, objective: Objective) -> None:
-        """Every code to its best given all others, then alpha and mu of every group to theirs, `refine` times."""
+        """Every code to its best given all others, then alpha and mu of every group to theirs,
+        `refine` times.
+        """
 
         def stored(levels_O2: Tensor) -> Tensor:
             alpha_O, mu_O = levels_O2.to(self._scale_dtype).float().unbind(1)
@@ -279,7 +321,9 @@ class PBLLM(Method):
 
         for _ in range(self.refine):
             groups = range(coder.scale_OG.shape[1])
-            values_OI = descend(objective, torch.cat([coder.group(g) for g in groups], dim=1), coder.nearest)
+            values_OI = descend(
+                objective, torch.cat([coder.group(g) for g in groups], dim=1), coder.nearest
+            )
             for g, start in enumerate(range(0, values_OI.shape[1], coder.size)):
                 part = slice(start, start + coder.size)
                 low_OB = ~coder.salient_IO[part].T
@@ -320,7 +364,8 @@ class PBLLM(Method):
                 alpha_O1 = ((part_OB - mean_O1).abs() * ~salient_OB).sum(1, keepdim=True) / count_O1
             found.append((alpha_O1, mean_O1))
         scale_OG, mean_OG = (
-            torch.cat(parts, dim=1).to(self._scale_dtype).float() for parts in zip(*found, strict=True)
+            torch.cat(parts, dim=1).to(self._scale_dtype).float()
+            for parts in zip(*found, strict=True)
         )
         if not (torch.isfinite(scale_OG).all() and torch.isfinite(mean_OG).all()):
             raise LLQError("a level does not fit fp16: the weights are too large")
@@ -341,7 +386,7 @@ class PBLLM(Method):
         }
 
     def linear(self, x: Tensor, packed: Packed, bias: Tensor | None, out_features: int) -> Tensor:
-        stored = kept(packed, lambda: self._readable(packed, out_features, x.shape[-1]))
+        stored = once(packed, lambda: self._readable(packed, out_features, x.shape[-1]))
         return product(x, stored, lambda: self.dequantize(packed, out_features, x.shape[-1]), bias)
 
     def _readable(self, packed: Packed, out_features: int, in_features: int) -> SalientCodes | None:
@@ -349,7 +394,7 @@ class PBLLM(Method):
         positions = self._positions(out_features, in_features)
         if not positions.count or positions.listed < positions.count or positions.low_bits is None:
             return None
-        kept(packed, lambda: positions.check(packed), "checked")
+        once(packed, lambda: positions.check(packed), "checked")
         return SalientCodes(
             weight=packed["weight"],
             columns=in_features,
@@ -371,13 +416,18 @@ class PBLLM(Method):
         top_OI = unpack(packed["weight"], 1, in_features).contiguous()
         weight_OI = top_OI.float().mul_(2).sub_(1)
         for g, part_OB in enumerate(torch.split(weight_OI, size, dim=1)):
-            part_OB.mul_(packed["scale"][:, g, None].float()).add_(packed["mean"][:, g, None].float())
+            part_OB.mul_(packed["scale"][:, g, None].float()).add_(
+                packed["mean"][:, g, None].float()
+            )
         positions = self._positions(out_features, in_features)
         if positions.count:
-            kept(packed, lambda: positions.check(packed), "checked")
+            once(packed, lambda: positions.check(packed), "checked")
             at_S = positions.unpack(packed, weight_OI.device)
             code_S = unpack(packed["code"], 7, positions.count) | top_OI.view(-1)[at_S] << 7
             row_S = torch.div(at_S, in_features, rounding_mode="floor")
-            zero_S, scale_S = packed["salient_zero"][row_S].float(), packed["salient_scale"][row_S].float()
+            zero_S, scale_S = (
+                packed["salient_zero"][row_S].float(),
+                packed["salient_scale"][row_S].float(),
+            )
             weight_OI.view(-1)[at_S] = scale_S * (code_S.float() - zero_S)
         return weight_OI

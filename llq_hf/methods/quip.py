@@ -1,11 +1,13 @@
 """QuIP (Chee et al., NeurIPS 2023, arXiv 2307.13304), after Cornell-RelaxML/QuIP at ac92cfc.
 
-Rounding is easiest when neither weights nor Hessian point along single coordinates. So (1) columns are rescaled by s
-= (diag H / diag W^T W)^(1/4); (2) both sides are rotated by random orthogonal matrices, W~ = U (W s) V^T, H~ = V (H /
-s s^T) V^T, which leaves the output error unchanged and makes W~ look Gaussian; (3) one range for the whole matrix,
-+-2.4 sigma, carries 2**bits levels; (4) LDLQ rounds the columns from last to first, feeding back the errors of those
-already rounded through L, the unit lower Cholesky factor of H~: k_i = round(t_i + (t - k) L)_i; (5) `greedy_passes`
-revisit every code. At run time y = U^T (What (V (x / s))): codes stay packed, U and V come back from their seeds.
+Rounding is easiest when neither weights nor Hessian point along single coordinates. So (1) columns
+are rescaled by s = (diag H / diag W^T W)^(1/4); (2) both sides are rotated by random orthogonal
+matrices, W~ = U (W s) V^T, H~ = V (H / s s^T) V^T, which leaves the output error unchanged and
+makes W~ look Gaussian; (3) one range for the whole matrix, +-2.4 sigma, carries 2**bits levels; (4)
+LDLQ rounds the columns from last to first, feeding back the errors of those already rounded through
+L, the unit lower Cholesky factor of H~: k_i = round(t_i + (t - k) L)_i; (5) `greedy_passes` revisit
+every code. At run time y = U^T (What (V (x / s))): codes stay packed, U and V come back from their
+seeds.
 
 Storage                                    with incoherence=False instead of scale, seeds
     name      shape               dtype   bits per weight
@@ -14,12 +16,13 @@ Storage                                    with incoherence=False instead of sca
     in_scale  [I]                 fp16    16 / O (absent if not rescale)
     seeds     [2]                 int32   64 / (O I): V's and U's
 
-Departures: U and V are Kronecker products, as the paper and the authors' docstring say; their code runs a misspelt
-flag's default, an own orthogonal matrix for every slice (`blocked=True`: about sqrt(n) times the memory at run time).
-Seeds are drawn per (layer, linear, side) and stored; theirs are unseeded. Their fp16 roundings between the steps are
-gone. The greedy passes clamp each code as they go (theirs clamps at the end of a pass and leaves the error
-uncorrected) and see H before `damp` (theirs after). `search_range` (in preset="best") solves for several ranges and
-keeps the one of least tr(dW H dW^T): 2.4 sigma is right near 4 bits only.
+Departures: U and V are Kronecker products, as the paper and the authors' docstring say; their code
+runs a misspelt flag's default, an own orthogonal matrix for every slice (`blocked=True`: about
+sqrt(n) times the memory at run time). Seeds are drawn per (layer, linear, side) and stored; theirs
+are unseeded. Their fp16 roundings between the steps are gone. The greedy passes clamp each code as
+they go (theirs clamps at the end of a pass and leaves the error uncorrected) and see H before
+`damp` (theirs after). `search_range` (in preset="best") solves for several ranges and keeps the one
+of least tr(dW H dW^T): 2.4 sigma is right near 4 bits only.
 """
 
 from __future__ import annotations
@@ -33,7 +36,7 @@ from torch import Tensor
 
 from ..common.errors import LLQError
 from ..common.spec import Spec
-from ..kernels import Part, UniformCodes, kept, product, turned
+from ..kernels import Part, UniformCodes, once, product, turned
 from ..kernels.bitpack import pack, packed_words, unpack
 from ..method import Job, Method, Packed
 from ..numerics.cholesky import factorize, revive_dead
@@ -43,8 +46,8 @@ from ..numerics.stats import Hessian, Stat
 
 BLOCK = 128  # columns fed back together: speed only
 SEARCH_STEPS = 6
-# Where the best half-range lies, in sigmas: from the optimum of a unit Gaussian (1.49, 2.05, 2.51, 3.9 at 2, 3, 4, 8
-# bits) upwards, because LDLQ's feedback widens what is rounded.
+# Where the best half-range lies, in sigmas: from the optimum of a unit Gaussian (1.49, 2.05, 2.51,
+# 3.9 at 2, 3, 4, 8 bits) upwards, because LDLQ's feedback widens what is rounded.
 SEARCH_SPAN = {
     1: (0.8, 1.6),
     2: (1.4, 2.4),
@@ -59,7 +62,9 @@ SEARCH_SPAN = {
 
 @dataclass(frozen=True, kw_only=True)
 class QuIP(Method):
-    """bits 1..8; range_sigma is the half-range of the grid in standard deviations; damp a share of mean(diag H)."""
+    """bits 1..8; range_sigma is the half-range of the grid in standard deviations; damp a share of
+    mean(diag H).
+    """
 
     name: ClassVar[str] = "quip"
     title: ClassVar[str] = "QuIP (Chee et al. 2023)"
@@ -82,7 +87,9 @@ class QuIP(Method):
         if self.greedy_passes < 0:
             raise LLQError(f"greedy_passes={self.greedy_passes} must not be negative")
         if not 0 <= self.damp <= 1:
-            raise LLQError(f"damp={self.damp} must lie in 0..1, a share of the Hessian's mean diagonal")
+            raise LLQError(
+                f"damp={self.damp} must lie in 0..1, a share of the Hessian's mean diagonal"
+            )
 
     @cached_property
     def row_grid(self) -> Uniform:
@@ -108,7 +115,10 @@ class QuIP(Method):
         if self.rescale:
             s_I = _balance(W_OI, H_II)
             extra["in_scale"] = s_I.half()
-            W_OI, H_II = W_OI * s_I, H_II / H_II.abs().max().clamp_min(1e-30) / torch.outer(s_I, s_I)
+            W_OI, H_II = (
+                W_OI * s_I,
+                H_II / H_II.abs().max().clamp_min(1e-30) / torch.outer(s_I, s_I),
+            )
         if not self.incoherence:
             H_II, L_II = self._prepare(H_II, job)
             grid = self.row_grid.grid(W_OI)
@@ -116,7 +126,9 @@ class QuIP(Method):
             codes_OI = self._round(t_OI, H_II, L_II)
             return {**self.row_grid.pack(codes_OI, grid), **extra}
 
-        extra["seeds"] = torch.tensor(job.seeds(self.seed, 2), dtype=torch.int32, device=W_OI.device)
+        extra["seeds"] = torch.tensor(
+            job.seeds(self.seed, 2), dtype=torch.int32, device=W_OI.device
+        )
         V, U = self._sides(extra["seeds"], *W_OI.shape)
         W_OI = U.apply(V.apply(W_OI).T).T.contiguous()
         H_II = V.apply(V.apply(H_II).T)
@@ -127,7 +139,9 @@ class QuIP(Method):
         return {"weight": pack(codes_OI, self.bits), "scale": half_range, **extra}
 
     def _prepare(self, H_II: Tensor, job: Job) -> tuple[Tensor, Tensor]:
-        """Hessian with dead channels revived, and the strictly lower feedback matrix of its LDL decomposition."""
+        """Hessian with dead channels revived, and the strictly lower feedback matrix of its LDL
+        decomposition.
+        """
         job.notes["dead_columns"] = int(revive_dead(H_II).sum())
         L_II = factorize(H_II, self.damp, job.notes, inverse=False)
         if L_II is None:  # no feedback, which is rounding to nearest
@@ -135,7 +149,9 @@ class QuIP(Method):
             return H_II, torch.zeros_like(H_II)
         return H_II, (L_II / torch.diagonal(L_II)).tril_(-1)
 
-    def _best_range(self, W_OI: Tensor, H_II: Tensor, L_II: Tensor, job: Job) -> tuple[Tensor, Tensor]:
+    def _best_range(
+        self, W_OI: Tensor, H_II: Tensor, L_II: Tensor, job: Job
+    ) -> tuple[Tensor, Tensor]:
         """Codes [O, I] and half-range [1] at `range_sigma`, or at the best of several ranges."""
         factors = [self.range_sigma]
         if self.search_range:
@@ -163,7 +179,9 @@ class QuIP(Method):
                 break
         return codes_OI
 
-    def _sides(self, seeds: Tensor, out_features: int, in_features: int) -> tuple[Rotation, Rotation]:
+    def _sides(
+        self, seeds: Tensor, out_features: int, in_features: int
+    ) -> tuple[Rotation, Rotation]:
         seed_in, seed_out = seeds.tolist()
         device = seeds.device
         return rotation(seed_in, in_features, self.blocked, device), rotation(
@@ -190,13 +208,20 @@ class QuIP(Method):
         if not self.incoherence:
             return self.row_grid.linear(self._scaled(x, packed).to(x.dtype), packed, bias)
         in_features, top = x.shape[-1], 2**self.bits - 1
-        V, U = kept(packed, lambda: self._sides(packed["seeds"], out_features, in_features), "sides")
-        step = kept(packed, lambda: self._step(packed), "step")
+        V, U = once(
+            packed, lambda: self._sides(packed["seeds"], out_features, in_features), "sides"
+        )
+        step = once(packed, lambda: self._step(packed), "step")
         s_I = packed["in_scale"] if self.rescale else None
         # Scaled before the product: fp16 must not overflow.
-        z = turned(x, V.forth, lambda: (V.apply(self._scaled(x, packed)) * step).to(x.dtype), s_I, step)
+        z = turned(
+            x, V.forth, lambda: (V.apply(self._scaled(x, packed)) * step).to(x.dtype), s_I, step
+        )
         part = Part(self.bits, in_features)
-        stored = kept(packed, lambda: UniformCodes(packed["weight"], in_features, (part,), 2.0, top / 2, in_features))
+        stored = once(
+            packed,
+            lambda: UniformCodes(packed["weight"], in_features, (part,), 2.0, top / 2, in_features),
+        )
         y = product(z, stored, lambda: self._odd_levels(packed, in_features))
         y = turned(y, U.back, lambda: U.invert(y).to(x.dtype))
         return y if bias is None else y + bias
@@ -221,7 +246,9 @@ def _balance(W_OI: Tensor, H_II: Tensor) -> Tensor:
 
 
 def ldlq(t_OI: Tensor, L_II: Tensor, top: int) -> Tensor:
-    """Round t_OI to 0..top, last column first, with linear feedback L_II (strictly lower). Halves go up."""
+    """Round t_OI to 0..top, last column first, with linear feedback L_II (strictly lower). Halves
+    go up.
+    """
     codes_OI, error_OI = torch.empty_like(t_OI), torch.zeros_like(t_OI)
     columns = t_OI.shape[1]
     for stop in range(columns, 0, -BLOCK):
@@ -235,7 +262,9 @@ def ldlq(t_OI: Tensor, L_II: Tensor, top: int) -> Tensor:
 
 
 def greedy_pass(codes_OI: Tensor, t_OI: Tensor, H_II: Tensor, top: int) -> bool:
-    """Set every code, last column first, to its best given all others; in place. False when nothing changed."""
+    """Set every code, last column first, to its best given all others; in place. False when nothing
+    changed.
+    """
     error_OI, changed = codes_OI - t_OI, False
     columns = t_OI.shape[1]
     for stop in range(columns, 0, -BLOCK):

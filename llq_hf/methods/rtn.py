@@ -1,12 +1,12 @@
 """RTN: round to nearest, the baseline of every study.
 
-Each group of `group_size` consecutive weights of a row spans its own uniform grid (zero always inside), and every
-weight takes the nearest of the 2**bits levels. No data, no compensation: what remains is exactly what calibration can
-win.
+Each group of `group_size` consecutive weights of a row spans its own uniform grid (zero always
+inside), and every weight takes the nearest of the 2**bits levels. No data, no compensation: what
+remains is exactly what calibration can win.
 
-The study's rows are IST-DASLab/gptq's `--nearest` (per channel, asymmetric: `group_size=-1`) and the same grid on
-groups of 128. Its 8.5 at 4 bits, group 128, is worse than this grid gives on most models; which grid they used is
-unknown.
+The study's rows are IST-DASLab/gptq's `--nearest` (per channel, asymmetric: `group_size=-1`) and
+the same grid on groups of 128. Its 8.5 at 4 bits, group 128, is worse than this grid gives on most
+models; which grid they used is unknown.
 
 Storage (uniform grid; G = ceil(I / group_size) groups)
     name    shape                 dtype   bits per weight
@@ -34,7 +34,9 @@ from ..numerics.stats import Stat
 
 @dataclass(frozen=True, kw_only=True)
 class RTN(Method):
-    """group_size -1: one group per row; sym: no zero points; search_range: shrink each range; scale_bits: 16 or 32."""
+    """group_size -1: one group per row; sym: no zero points; search_range: shrink each range;
+    scale_bits: 16 or 32.
+    """
 
     name: ClassVar[str] = "rtn"
     title: ClassVar[str] = "RTN (round to nearest)"

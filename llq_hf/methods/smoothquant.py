@@ -7,9 +7,9 @@ weights multiplied by it. Then weights are rounded to nearest per row, q in +-(2
 bits-1) - 1), and every token of every linear's input finds its own step of the same form at run time (`a_bits` bits).
 `quantize_bmm_input` does the same to what q, k and v projections put out, before the rotary embedding.
 
-y = (codes_x codes_W^T) * step_x * step_W is computed in int8 on CPUs with VNNI (our kernels, else `torch._int_mm`) and
-on CUDA, else in fp32; weights are decoded for the product, tile by tile or whole, and forgotten. Where the
-input wants a gradient, rounding passes it through.
+y = (codes_x codes_W^T) * step_x * step_W is computed in int8 on CPUs with VNNI (our kernels, else
+`torch._int_mm`) and on CUDA, else in fp32; weights are decoded for the product, tile by tile or
+whole, and forgotten. Where the input wants a gradient, rounding passes it through.
 
 Storage
     name      shape               dtype   bits per weight
@@ -17,8 +17,9 @@ Storage
     scale     [O, 1]              fp16    16 / I (fp32, twice that, with scale_bits=32)
     in_scale  [I]                 fp16    16 / O, likewise: s; ones where nothing is smoothed (absent without smooth)
 
-Defaults: alpha 0.85 is the authors' for LLaMA-3, quantized q, k and v their perplexity script's; their 6.26 with both
-is the study's 6.3 at 8 bits. For 6 and 4 bits, which their code has not, all widths change together.
+Defaults: alpha 0.85 is the authors' for LLaMA-3, quantized q, k and v their perplexity script's;
+their 6.26 with both is the study's 6.3 at 8 bits. For 6 and 4 bits, which their code has not, all
+widths change together.
 
 Departures: scales are rounded to what is stored before codes are chosen; s stands beside each linear instead of being
 folded into the norm; it is computed in fp32 (theirs in the model's dtype), and a channel that never fired has s = 1
@@ -39,7 +40,7 @@ from torch import Tensor, nn
 
 from ..common.errors import LLQError
 from ..common.spec import Spec
-from ..kernels import choose, kept
+from ..kernels import choose, once
 from ..kernels.bitpack import unpack
 from ..method import Flow, Method, Packed, Step
 from ..numerics.activations import TokenQuant
@@ -52,7 +53,9 @@ CUDA_ROWS = 32  # CUDA's integer product wants more than 16
 
 @dataclass(frozen=True, kw_only=True)
 class SmoothQuant(Method):
-    """a_bits: of activations, 0 as bits, 16 not quantized; alpha: how much of the difficulty moves into the weights."""
+    """a_bits: of activations, 0 as bits, 16 not quantized; alpha: how much of the difficulty moves
+    into the weights.
+    """
 
     name: ClassVar[str] = "smoothquant"
     title: ClassVar[str] = "SmoothQuant (Xiao et al. 2023)"
@@ -90,7 +93,7 @@ class SmoothQuant(Method):
     def flow(self) -> Flow:
         return Flow.DENSE
 
-    def at(self, name: str) -> Method:
+    def for_linear(self, name: str) -> Method:
         quantized = self.quantize_bmm_input and name.rpartition(".")[2] in BMM_INPUTS
         return BmmInput(**self.to_dict()) if quantized else self
 
@@ -112,7 +115,7 @@ class SmoothQuant(Method):
             for name, weight_OI in weights.items():
                 job = step.job(name)
                 job.notes["smoothed"] = self.smooth and len(group) > 1
-                job.notes["bmm_input"] = isinstance(self.at(job.name), BmmInput)
+                job.notes["bmm_input"] = isinstance(self.for_linear(job.name), BmmInput)
                 packed[name] = self._rounded(weight_OI * s_I)
                 if self.smooth:
                     packed[name]["in_scale"] = s_I.to(self.grid.scale_dtype)
@@ -120,7 +123,9 @@ class SmoothQuant(Method):
 
     def _smoothing(self, max_I: Tensor, weights: list[Tensor]) -> Tensor:
         """s [I], as it will be stored."""
-        top_I = torch.stack([weight_OI.abs().amax(0) for weight_OI in weights]).amax(0).clamp_min(1e-5)
+        top_I = (
+            torch.stack([weight_OI.abs().amax(0) for weight_OI in weights]).amax(0).clamp_min(1e-5)
+        )
         s_I = (max_I.pow(self.alpha) / top_I.pow(1 - self.alpha)).clamp(1e-5, 6e4)
         return torch.where(max_I > 0, s_I, 1.0).to(self.grid.scale_dtype).float()
 
@@ -160,20 +165,24 @@ class SmoothQuant(Method):
     def _integer_product(self, z: Tensor, packed: Packed) -> Tensor:
         """fp32 y [..., O]."""
         codes_TI, step_T1 = self.tokens.codes(z.reshape(-1, z.shape[-1]))
-        stored = kept(packed, lambda: self.grid.readable(packed, z.shape[-1]))
+        stored = once(packed, lambda: self.grid.readable(packed, z.shape[-1]))
         if (kernel := choose(codes_TI, stored)) is not None:
             return (kernel(codes_TI, stored, None) * step_T1).view(*z.shape[:-1], stored.rows)
         tokens = len(codes_TI)
         if z.is_cuda and tokens < CUDA_ROWS:
             codes_TI = nn.functional.pad(codes_TI, (0, 0, 0, CUDA_ROWS - tokens))
         codes_OI = unpack(packed["weight"], self.bits, z.shape[-1])
-        signed_OI = codes_OI.sub_(2 ** (self.bits - 1)).view(torch.int8)  # wraps around to two's complement
+        signed_OI = codes_OI.sub_(2 ** (self.bits - 1)).view(
+            torch.int8
+        )  # wraps around to two's complement
         y_TO = torch._int_mm(codes_TI, signed_OI.T)[:tokens] * step_T1 * packed["scale"].float().T
         return y_TO.view(*z.shape[:-1], len(signed_OI))
 
 
 class BmmInput(SmoothQuant):
-    """SmoothQuant of a linear whose output enters a product of two activations: it is quantized per token too."""
+    """SmoothQuant of a linear whose output enters a product of two activations: it is quantized per
+    token too.
+    """
 
     def linear(self, x: Tensor, packed: Packed, bias: Tensor | None, out_features: int) -> Tensor:
         return self.tokens(super().linear(x, packed, bias, out_features))
@@ -181,5 +190,7 @@ class BmmInput(SmoothQuant):
 
 @cache
 def _cpu_has_int8() -> bool:
-    """Whether the CPU multiplies int8 with int32 sums; without, the product is slow, or its partial sums saturate."""
+    """Whether the CPU multiplies int8 with int32 sums; without, the product is slow, or its partial
+    sums saturate.
+    """
     return hasattr(torch, "_int_mm") and bool(torch.cpu._is_vnni_supported())

@@ -1,23 +1,26 @@
 """SpinQuant (Liu et al., ICLR 2025, arXiv 2405.16406), after facebookresearch/SpinQuant at 8f47aa3.
 
-Outlier channels are what low-bit grids fail on, and a rotation spreads them. R1 turns the residual stream and R2 the
-values of every head: both are merged into the weights (see `residual`), norm gains folded first. R4, a Hadamard,
-turns the input of down_proj and R3, another, queries and keys after the rotary embedding: these run with the model. R1
-and R2 are random Hadamards, or learned from there on the calibration data by Cayley SGD. The rotated weights are then
-rounded by GPTQ (or to nearest) on symmetric grids; with a_bits < 16 the inputs of all linears, with kv_bits < 16
-keys and values are rounded token by token while the model runs.
+Outlier channels are what low-bit grids fail on, and a rotation spreads them. R1 turns the residual
+stream and R2 the values of every head: both are merged into the weights (see `residual`), norm
+gains folded first. R4, a Hadamard, turns the input of down_proj and R3, another, queries and keys
+after the rotary embedding: these run with the model. R1 and R2 are random Hadamards, or learned
+from there on the calibration data by Cayley SGD. The rotated weights are then rounded by GPTQ (or
+to nearest) on symmetric grids; with a_bits < 16 the inputs of all linears, with kv_bits < 16 keys
+and values are rounded token by token while the model runs.
 
 Storage: rotations are merged or computed, none is stored. Tied heads get a matrix of their own.
     name    shape                 dtype   bits per weight
     weight  [O, I * bits / 32]    int32   bits
     scale   [O, G]                fp16    16 / I (per row), 16 / group_size
 
-Departures: no mean is taken out of the embedding, which RMSNorm would not do either (theirs changes the model); a bias
-of v_proj is turned, too; while a Hessian is gathered all linears before already round their inputs, though not yet
-the one it is for (theirs puts activation rounding in after GPTQ); the step on the orthogonal matrices is the exact
-Cayley transform (theirs five fixed-point iterations of it), and what is learned is projected back in fp64; where
-activations stay 16 bits, rotations are learned with rounded weights. R1 and R2 are drawn from `seed` (theirs ignores
-its own). preset="best" has no level at zero but as many on either side: four useful levels at 2 bits instead of three.
+Departures: no mean is taken out of the embedding, which RMSNorm would not do either (theirs changes
+the model); a bias of v_proj is turned, too; while a Hessian is gathered all linears before already
+round their inputs, though not yet the one it is for (theirs puts activation rounding in after
+GPTQ); the step on the orthogonal matrices is the exact Cayley transform (theirs five fixed-point
+iterations of it), and what is learned is projected back in fp64; where activations stay 16 bits,
+rotations are learned with rounded weights. R1 and R2 are drawn from `seed` (theirs ignores its
+own). preset="best" has no level at zero but as many on either side: four useful levels at 2 bits
+instead of three.
 """
 
 from __future__ import annotations
@@ -50,9 +53,9 @@ BATCH = 8  # sequences per learning step
 
 @dataclass(frozen=True, kw_only=True)
 class SpinQuant(Method):
-    """a_bits, kv_bits 16: not quantized; key_heads: a grid per head of a key, as values have; solver gptq, rtn; levels
-    absmax, full, halves (see `Uniform`); w_clip: search each range; rotations hadamard, learned; r4: turn down_proj's
-    input; head_dim 0: filled in from the model.
+    """a_bits, kv_bits 16: not quantized; key_heads: a grid per head of a key, as values have;
+    solver gptq, rtn; levels absmax, full, halves (see `Uniform`); w_clip: search each range;
+    rotations hadamard, learned; r4: turn down_proj's input; head_dim 0: filled in from the model.
     """
 
     name: ClassVar[str] = "spinquant"
@@ -81,31 +84,42 @@ class SpinQuant(Method):
 
     def check(self) -> None:
         _ = self.grid, self.attention, self.token_quant  # validate their fields
-        for name, value, known in (("rotations", self.rotations, ROTATIONS), ("solver", self.solver, SOLVERS)):
+        for name, value, known in (
+            ("rotations", self.rotations, ROTATIONS),
+            ("solver", self.solver, SOLVERS),
+        ):
             if value not in known:
                 raise LLQError(f"{name}={value!r} is unknown; there are {' and '.join(known)}")
         if not 0 <= self.damp <= 1:
-            raise LLQError(f"damp={self.damp} must lie in 0..1, a share of the Hessian's mean diagonal")
+            raise LLQError(
+                f"damp={self.damp} must lie in 0..1, a share of the Hessian's mean diagonal"
+            )
         if self.learn_steps < 1 or not 0 < self.learn_rate < math.inf:
-            raise LLQError(f"learn_steps={self.learn_steps} and learn_rate={self.learn_rate} must be positive")
+            raise LLQError(
+                f"learn_steps={self.learn_steps} and learn_rate={self.learn_rate} must be positive"
+            )
         if self.head_dim < 0:
-            raise LLQError(f"head_dim={self.head_dim} must not be negative (0: to be read from the model)")
+            raise LLQError(
+                f"head_dim={self.head_dim} must not be negative (0: to be read from the model)"
+            )
 
     @cached_property
     def grid(self) -> Uniform:
         return Uniform(self.bits, self.group_size, True, self.w_clip, self.scale_bits, self.levels)
 
-    # --- roles: o_proj is rounded in heads, down_proj reads a turned input ------------------------------------------
+    # --- roles: o_proj is rounded in heads, down_proj reads a turned input ------------------------
 
     turns: ClassVar[bool] = False
     heads: ClassVar[bool] = False
 
-    def at(self, name: str) -> Method:
+    def for_linear(self, name: str) -> Method:
         return _role(self, name.rpartition(".")[2])
 
     @property
     def token_quant(self) -> TokenQuant:
-        if self.heads and self.head_dim:  # a grid of its own for every head, which need not hold zero
+        if (
+            self.heads and self.head_dim
+        ):  # a grid of its own for every head, which need not hold zero
             return TokenQuant(self.a_bits, self.a_sym, self.head_dim)
         return TokenQuant(self.a_bits, self.a_sym, zero_inside=True)
 
@@ -113,7 +127,10 @@ class SpinQuant(Method):
     def attention(self) -> Attention | None:
         if self.kv_bits == OFF:
             return None
-        key, value = TokenQuant(self.kv_bits, False, zero_inside=True), TokenQuant(self.kv_bits, False)
+        key, value = (
+            TokenQuant(self.kv_bits, False, zero_inside=True),
+            TokenQuant(self.kv_bits, False),
+        )
         return Attention(key=key, value=value, joint_key=not self.key_heads, hadamard=True)
 
     @property
@@ -126,7 +143,7 @@ class SpinQuant(Method):
             x = hadamard(x.shape[-1], x.device).apply(x).to(x.dtype)
         return self.token_quant(x)
 
-    # --- one linear -------------------------------------------------------------------------------------------------
+    # --- one linear -------------------------------------------------------------------------------
 
     @property
     def sequential(self) -> bool:
@@ -145,7 +162,9 @@ class SpinQuant(Method):
         if self.turns:
             W_OI = turn.apply(W_OI)
         order_I, U_II = torch.arange(W_OI.shape[1], device=W_OI.device), None
-        whole_row = self.grid.grid(W_OI) if self.group_size == -1 else None  # before dead columns are zeroed
+        whole_row = (
+            self.grid.grid(W_OI) if self.group_size == -1 else None
+        )  # before dead columns are zeroed
         if self.solver == "gptq":
             assert isinstance(stat, Hessian)
             H_II = turn.apply(turn.apply(stat.H_II).T) if self.turns else stat.H_II
@@ -169,19 +188,23 @@ class SpinQuant(Method):
 
     def dequantize(self, packed: Packed, out_features: int, in_features: int) -> Tensor:
         weight_OI = self.grid.unpack(packed, in_features)
-        return hadamard(in_features, weight_OI.device).invert(weight_OI) if self.turns else weight_OI
+        return (
+            hadamard(in_features, weight_OI.device).invert(weight_OI) if self.turns else weight_OI
+        )
 
     def affine(self, packed: Packed, out_features: int, in_features: int) -> Affine:
         if self.turns:
-            raise LLQError(f"{self.name} turns the input of down_proj while the model runs; quantize with r4=False")
+            raise LLQError(
+                f"{self.name} turns the input of down_proj while the model runs; quantize with r4=False"
+            )
         return self.grid.affine(packed, in_features)
 
     def linear(self, x: Tensor, packed: Packed, bias: Tensor | None, out_features: int) -> Tensor:
         return self.grid.linear(self._input(x), packed, bias)
 
-    # --- the whole model --------------------------------------------------------------------------------------------
+    # --- the whole model --------------------------------------------------------------------------
 
-    def fitted(self, model: nn.Module) -> Self:
+    def bound_to(self, model: nn.Module) -> Self:
         residual = residual_of(model)  # refuses models that cannot be turned
         if self.head_dim not in (0, residual.head_dim):
             raise LLQError(f"head_dim={self.head_dim}, but the model's is {residual.head_dim}")
@@ -193,14 +216,18 @@ class SpinQuant(Method):
 
     def rewrite(self, model: nn.Module, learned: Mapping[str, Tensor]) -> Rewrite:
         residual = residual_of(model)
-        notes: dict[str, Any] = {"rotations": self.rotations, "seed": self.seed, "untied": residual.tied}
+        notes: dict[str, Any] = {
+            "rotations": self.rotations,
+            "seed": self.seed,
+            "untied": residual.tied,
+        }
         if not learned:
             return Turned(residual, *random_turns(residual, self.seed), notes=notes)
         losses = learned["losses"].tolist()
         notes["learning_loss"] = [losses[0], losses[-1]]
         return Turned(residual, *_matrices([learned["r1"], *learned["r2"]]), notes=notes)
 
-    # --- learning the rotations -------------------------------------------------------------------------------------
+    # --- learning the rotations -------------------------------------------------------------------
 
     @property
     def learns(self) -> bool:
@@ -208,16 +235,24 @@ class SpinQuant(Method):
 
     @torch.enable_grad()
     def learn(
-        self, model: nn.Module, ids_NS: Tensor, attend: Callable[[nn.Module], Any], listener: PassListener
+        self,
+        model: nn.Module,
+        ids_NS: Tensor,
+        attend: Callable[[nn.Module], Any],
+        listener: PassListener,
     ) -> dict[str, Tensor]:
-        """R1 and R2 of least next-token loss, in fp64, with activations (or else weights) rounded as they will be.
+        """R1 and R2 of least next-token loss, in fp64, with activations (or else weights) rounded
+        as they will be.
 
-        Needs four times the model's memory: its tensors, the turned ones, their gradients, and room to turn in.
+        Needs four times the model's memory: its tensors, the turned ones, their gradients, and room
+        to turn in.
         """
         residual = residual_of(model)
         stream, heads = random_turns(residual, self.seed)
         device = ids_NS.device
-        eyes = [torch.eye(n, device=device) for n in (residual.width, *[residual.head_dim] * len(heads))]
+        eyes = [
+            torch.eye(n, device=device) for n in (residual.width, *[residual.head_dim] * len(heads))
+        ]
         rotations = [turn(eye) for turn, eye in zip((stream, *heads), eyes, strict=True)]
         student = _Student(self, residual, model.requires_grad_(False), attend)
         losses = []
@@ -228,7 +263,9 @@ class SpinQuant(Method):
             size = math.sqrt(sum(float(g.square().sum()) for g in gradients))
             rate = self.learn_rate * (1 + math.cos(math.pi * step / self.learn_steps)) / 2
             shrink = min(1.0, 1 / (size + 1e-6))  # the authors' trainer clips gradients to norm 1
-            rotations = [cayley_step(R, g * shrink, rate) for R, g in zip(rotations, gradients, strict=True)]
+            rotations = [
+                cayley_step(R, g * shrink, rate) for R, g in zip(rotations, gradients, strict=True)
+            ]
             losses.append(loss)
             listener.advance()
         r1, *r2 = [nearest_orthogonal(R).cpu() for R in rotations]
@@ -257,7 +294,11 @@ class _Student:
     """The model with rotations as its only parameters; everything else is held as it was."""
 
     def __init__(
-        self, method: SpinQuant, residual: Residual, model: nn.Module, attend: Callable[[nn.Module], Any]
+        self,
+        method: SpinQuant,
+        residual: Residual,
+        model: nn.Module,
+        attend: Callable[[nn.Module], Any],
     ) -> None:
         self.method, self.residual, self.model = method, residual, model
         self.dense = {name: p.detach() for name, p in model.named_parameters()}
@@ -276,17 +317,26 @@ class _Student:
             weights = {name: self._weight(name, turned) for name in self.dense}
         weights = {name: weight.detach().requires_grad_() for name, weight in weights.items()}
         total = 0.0
-        for ids_1S in torch.split(ids_BS, 1):  # one sequence at a time: the logits are the largest tensor
+        for ids_1S in torch.split(
+            ids_BS, 1
+        ):  # one sequence at a time: the logits are the largest tensor
             options = {"input_ids": ids_1S, "use_cache": False}
-            logits = torch.func.functional_call(self.model, weights, (), options, tie_weights=False).logits
+            logits = torch.func.functional_call(
+                self.model, weights, (), options, tie_weights=False
+            ).logits
             loss = nn.functional.cross_entropy(logits[0, :-1].float(), ids_1S[0, 1:]) / len(ids_BS)
             torch.autograd.backward(loss)
             total += loss.item()
-        for name, weight in weights.items():  # turned once more, with a graph: one tensor's at a time
+        for (
+            name,
+            weight,
+        ) in weights.items():  # turned once more, with a graph: one tensor's at a time
             again = self._weight(name, turned)
             if again.requires_grad and weight.grad is not None:
                 torch.autograd.backward(again, weight.grad)
-        return total, [leaf.grad if leaf.grad is not None else torch.zeros_like(leaf) for leaf in leaves]
+        return total, [
+            leaf.grad if leaf.grad is not None else torch.zeros_like(leaf) for leaf in leaves
+        ]
 
     def _weight(self, name: str, turned: Turned) -> Tensor:
         weight = turned(name, self.dense[name], self.dense.__getitem__)

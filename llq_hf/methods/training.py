@@ -1,11 +1,13 @@
-"""What trainings inside methods share: epochs over a block, steps over a whole model, progress that survives a kill.
+"""What trainings inside methods share: epochs over a block, steps over a whole model, progress that
+survives a kill.
 
-Legend: B sequences of a step, S tokens each, D hidden size, O out_features, I in_features, g group size, G groups,
-K basis matrices.
+Legend: B sequences of a step, S tokens each, D hidden size, O out_features, I in_features, g group
+size, G groups, K basis matrices.
 
-Two kinds. A *block* is trained against what the full-precision one makes of the full-precision stream, epoch after
-epoch over the calibration sequences in their order. The packed *model* is trained as a whole, and only in the scales of
-its linears: codes stay as they were chosen. Both go on, after a kill, from what their `State` kept.
+Two kinds. A *block* is trained against what the full-precision one makes of the full-precision
+stream, epoch after epoch over the calibration sequences in their order. The packed *model* is
+trained as a whole, and only in the scales of its linears: codes stay as they were chosen. Both go
+on, after a kill, from what their `State` kept.
 """
 
 from __future__ import annotations
@@ -49,26 +51,39 @@ class Trained(NamedTuple):
     def restore(self, saved: dict[str, Tensor]) -> None:
         for i, parameter in enumerate(self.parameters):
             parameter.copy_(saved[f"{i}"])
-            own = {key.removeprefix(f"{i}."): t for key, t in saved.items() if key.startswith(f"{i}.")}
-            if own:  # load_state_dict would cast; fused optimizers want their step counter beside the parameter
-                place = parameter.device if self.optimizer.defaults.get("fused") else torch.device("cpu")
+            own = {
+                key.removeprefix(f"{i}."): t for key, t in saved.items() if key.startswith(f"{i}.")
+            }
+            # load_state_dict would cast; fused optimizers want their step counter beside the
+            # parameter
+            if own:
+                place = (
+                    parameter.device
+                    if self.optimizer.defaults.get("fused")
+                    else torch.device("cpu")
+                )
                 self.optimizer.state[parameter] = {
-                    key: tensor.to(place if key == "step" else parameter.device) for key, tensor in own.items()
+                    key: tensor.to(place if key == "step" else parameter.device)
+                    for key, tensor in own.items()
                 }
 
 
 def cosine(done: float, floor: float = 0.0, warmup: float = 0.0) -> float:
-    """Share of a learning rate when `done` of 0..1 is done: linearly up over `warmup`, then down to `floor`."""
+    """Share of a learning rate when `done` of 0..1 is done: linearly up over `warmup`, then down to
+    `floor`.
+    """
     if done < warmup:
         return done / warmup
     return floor + (1 - floor) * (1 + math.cos(math.pi * (done - warmup) / (1 - warmup))) / 2
 
 
-# --- a block ---------------------------------------------------------------------------------------------------------
+# --- a block --------------------------------------------------------------------------------------
 
 
 def run_block(block: nn.Module, data: BlockData, rows: slice) -> Tensor:
-    """fp32 output [B, S, D] of an fp32 block on the quantized inputs of `rows`: of image-text pairs, one."""
+    """fp32 output [B, S, D] of an fp32 block on the quantized inputs of `rows`: of image-text
+    pairs, one.
+    """
     hidden_BSD, kwargs = data.inputs(rows)
     return first_output(block(hidden_BSD.float(), **in_fp32(kwargs)))
 
@@ -92,8 +107,8 @@ def train_block(
 ) -> list[float]:
     """Train, or go on where an interrupted run was; the mean loss of each epoch.
 
-    descend(rows, done): one step on these sequences, `done` of 0..1 before it; gives the loss, a scalar on any device.
-    LLQError, which `cure` ends, where a loss is not finite.
+    descend(rows, done): one step on these sequences, `done` of 0..1 before it; gives the loss, a
+    scalar on any device. LLQError, which `cure` ends, where a loss is not finite.
     """
     assert step.data is not None
     count = step.data.count
@@ -111,13 +126,17 @@ def train_block(
             total += descend(rows, (epoch * len(parts) + i) / (epochs * len(parts))) * size
             step.listener.advance(size)
         losses.append(float(total) / count)
-        if not math.isfinite(losses[-1]):  # looked at once an epoch: every look would make a GPU wait
-            raise LLQError(f"the training loss of {step.prefix} is not finite in epoch {epoch + 1}; {cure}")
+        if not math.isfinite(
+            losses[-1]
+        ):  # looked at once an epoch: every look would make a GPU wait
+            raise LLQError(
+                f"the training loss of {step.prefix} is not finite in epoch {epoch + 1}; {cure}"
+            )
         step.state.save({"losses": torch.tensor(losses, dtype=torch.float64), **trained.snapshot()})
     return losses
 
 
-# --- the whole model -------------------------------------------------------------------------------------------------
+# --- the whole model ------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -151,7 +170,9 @@ class Schedule:
         listener: PassListener,
         state: State,
     ) -> None:
-        """Train the factors of `linears` by AdamW against loss_of(ids_BS), or go on where an interrupted run was."""
+        """Train the factors of `linears` by AdamW against loss_of(ids_BS), or go on where an
+        interrupted run was.
+        """
         factors = [linear.factor.requires_grad_(True) for linear in linears]
         optimizer = torch.optim.AdamW(factors, lr=self.lr, weight_decay=0.0)
         trained, saved = Trained(factors, optimizer), state.load()
@@ -163,7 +184,9 @@ class Schedule:
         for step, rows_BS in enumerate(self.batches(ids_NS)):
             if step < done:
                 continue
-            optimizer.param_groups[0]["lr"] = self.lr * cosine(step / self.steps, warmup=self.warmup)
+            optimizer.param_groups[0]["lr"] = self.lr * cosine(
+                step / self.steps, warmup=self.warmup
+            )
             optimizer.zero_grad()
             self._descend(step, rows_BS, loss_of)
             if self.clip:
@@ -179,15 +202,18 @@ class Schedule:
         for part_BS in torch.split(rows_BS, max(1, MODEL_TOKENS // rows_BS.shape[1])):
             loss = loss_of(part_BS) * len(part_BS) / len(rows_BS)
             if not torch.isfinite(loss):
-                raise LLQError(f"the training loss is {float(loss)} in step {step}; give a smaller lr than {self.lr}")
+                raise LLQError(
+                    f"the training loss is {float(loss)} in step {step}; give a smaller lr than {self.lr}"
+                )
             loss.backward()  # type: ignore[no-untyped-call]
 
 
 class ScaledLinear(nn.Module, ABC):
-    """A packed linear of which only the scales are trained: W^ = sum_k scale_k * basis_k, group by group of a row.
+    """A packed linear of which only the scales are trained: W^ = sum_k scale_k * basis_k, group by
+    group of a row.
 
-    The factor that is trained is the scale in units of `unit_OGK`: of the scale it began with (one learning rate then
-    suits every layer), or of 1.
+    The factor that is trained is the scale in units of `unit_OGK`: of the scale it began with (one
+    learning rate then suits every layer), or of 1.
     """
 
     def __init__(self, packed: nn.Linear, size: int, start_OGK: Tensor, unit_OGK: Tensor) -> None:
@@ -237,8 +263,13 @@ class _Scaled(torch.autograd.Function):
         x, scale_OGK = ctx.saved_tensors
         linear: ScaledLinear = ctx.linear
         weight_OI = linear.restored(scale_OGK, x.shape[-1]).to(x.dtype)
-        gradient_OGg = grouped((gradients[0].flatten(0, -2).T @ x.flatten(0, -2)).float(), linear.size)
-        by_scale = [(gradient_OGg * grouped(basis_OI, linear.size)).sum(-1) for basis_OI in linear.bases(x.shape[-1])]
+        gradient_OGg = grouped(
+            (gradients[0].flatten(0, -2).T @ x.flatten(0, -2)).float(), linear.size
+        )
+        by_scale = [
+            (gradient_OGg * grouped(basis_OI, linear.size)).sum(-1)
+            for basis_OI in linear.bases(x.shape[-1])
+        ]
         return gradients[0] @ weight_OI, torch.stack(by_scale, dim=-1), None
 
 
@@ -250,8 +281,12 @@ def grouped(matrix_OI: Tensor, size: int) -> Tensor:
 Kind = TypeVar("Kind", bound=ScaledLinear)
 
 
-def scaled_linears(student: nn.Module, method: Method, wrap: Callable[[nn.Linear], Kind]) -> dict[str, Kind]:
-    """Put a ScaledLinear in place of every linear that `method` packed; by name. All else is frozen."""
+def scaled_linears(
+    student: nn.Module, method: Method, wrap: Callable[[nn.Linear], Kind]
+) -> dict[str, Kind]:
+    """Put a ScaledLinear in place of every linear that `method` packed; by name. All else is
+    frozen.
+    """
     found = {}
     for name, module in list(student.named_modules()):
         if isinstance(module, nn.Linear) and getattr(module, "method", None) == method:

@@ -1,4 +1,6 @@
-"""Where the decoder blocks of a model are, and which of their linears share an input. No architecture is named here."""
+"""Where the decoder blocks of a model are, and which of their linears share an input. No
+architecture is named here.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ def decoder_of(model: nn.Module) -> tuple[str, nn.Module]:
     """
     find: Any = getattr(model, "get_decoder", None)
     decoder = find() if find is not None else None
-    if not isinstance(decoder, nn.Module) or not isinstance(getattr(decoder, "layers", None), nn.ModuleList):
+    if not isinstance(decoder, nn.Module) or not isinstance(
+        getattr(decoder, "layers", None), nn.ModuleList
+    ):
         raise LLQError(
             f"{type(model).__name__} is not a Llama-like model: its decoder has no list of blocks named 'layers'"
         )
@@ -32,7 +36,9 @@ def block_prefixes(model: nn.Module) -> list[str]:
 
 
 def block_linears(block: nn.Module) -> dict[str, nn.Linear]:
-    """The linears of a block that are still dense, by name inside it. `type(...) is`: QuantLinear is a Linear too."""
+    """The linears of a block that are still dense, by name inside it. `type(...) is`: QuantLinear
+    is a Linear too.
+    """
     return {name: module for name, module in block.named_modules() if type(module) is nn.Linear}
 
 
@@ -51,16 +57,20 @@ def replace_module(root: nn.Module, name: str, new: nn.Module) -> None:
 
 
 def hidden_of(output: Any) -> Tensor:
-    """What a module returns: blocks a tensor in transformers 5 and a tuple in some architectures, attention a tuple."""
+    """What a module returns: blocks a tensor in transformers 5 and a tuple in some architectures,
+    attention a tuple.
+    """
     tensor: Tensor = output[0] if isinstance(output, tuple) else output
     return tensor
 
 
 @torch.no_grad()
 def input_groups(block: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> list[list[str]]:
-    """Linears by the tensor they read, in the order of execution: [[q, k, v], [o], [gate, up], [down]].
+    """Linears by the tensor they read, in the order of execution: [[q, k, v], [o], [gate, up],
+    [down]].
 
-    Found by running the block once and watching who is handed the same tensor, so no architecture needs a table.
+    Found by running the block once and watching who is handed the same tensor, so no architecture
+    needs a table.
     """
     seen: list[tuple[Tensor, list[str]]] = []  # holds the tensors, so that identity is not re-used
 
@@ -73,7 +83,10 @@ def input_groups(block: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> li
 
         return hook
 
-    handles = [linear.register_forward_pre_hook(watch(name)) for name, linear in block_linears(block).items()]
+    handles = [
+        linear.register_forward_pre_hook(watch(name))
+        for name, linear in block_linears(block).items()
+    ]
     try:
         block(hidden, **kwargs)
     finally:

@@ -1,9 +1,10 @@
-"""What transformers knows about a checkpoint: which auto class builds its model, and what its tensors are called there.
+"""What transformers knows about a checkpoint: which auto class builds its model, and what its
+tensors are called there.
 
-Files keep the names that were published; models have moved on. LLaVA's `language_model.model.layers.0.` is
-`model.language_model.layers.0.` in the model, and on saving it turns back. transformers holds the rules, per
-architecture and for models inside models; here they are asked, once per checkpoint, and everything above speaks the
-model's names.
+Files keep the names that were published; models have moved on. LLaVA's
+`language_model.model.layers.0.` is `model.language_model.layers.0.` in the model, and on saving it
+turns back. transformers holds the rules, per architecture and for models inside models; here they
+are asked, once per checkpoint, and everything above speaks the model's names.
 """
 
 from __future__ import annotations
@@ -28,10 +29,10 @@ def auto_class(config: PreTrainedConfig) -> Any:
     """AutoModelForImageTextToText for models that see, AutoModelForCausalLM for all others."""
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-    return AutoModelForImageTextToText if sees(config) else AutoModelForCausalLM
+    return AutoModelForImageTextToText if takes_images(config) else AutoModelForCausalLM
 
 
-def sees(config: PreTrainedConfig) -> bool:
+def takes_images(config: PreTrainedConfig) -> bool:
     """Whether the model of this config takes images beside text."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
@@ -41,8 +42,8 @@ def sees(config: PreTrainedConfig) -> bool:
 def module_names(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, str]:
     """Name in `model` -> name in the file, of every stored tensor.
 
-    Tensors that loading would change and not only rename (split, merge, transpose) keep their names in the file: they
-    are no tensor of the model, which shows where one is missed.
+    Tensors that loading would change and not only rename (split, merge, transpose) keep their names
+    in the file: they are no tensor of the model, which shows where one is missed.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, rename_source_key
@@ -52,7 +53,9 @@ def module_names(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, str
     renamings = [rule for rule in rules if not isinstance(rule, WeightConverter)]
     state, names = model.state_dict(), {}
     for name in sorted(stored):
-        renamed, converted = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+        renamed, converted = rename_source_key(
+            name, renamings, converters, model.base_model_prefix, state
+        )
         names[name if converted is not None else renamed] = name
     return names
 
@@ -74,7 +77,9 @@ def load_tokenizer(path: Path) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except Exception as error:  # a missing file, a missing package, a broken JSON: each raises its own
+    except (
+        Exception
+    ) as error:  # a missing file, a missing package, a broken JSON: each raises its own
         raise LLQError(
             f"{path} has no tokenizer that can be loaded ({one_line(error)}); put the model's there, or calibrate on a "
             ".npy file of token ids"
@@ -82,7 +87,9 @@ def load_tokenizer(path: Path) -> Any:
 
 
 def load_processor(path: str | Path, revision: str | None = None) -> Any:
-    """Tokenizer and image processor of a model that sees; LLQError where they, or the chat template, are not there."""
+    """Tokenizer and image processor of a model that sees; LLQError where they, or the chat
+    template, are not there.
+    """
     from transformers import AutoProcessor
 
     try:
@@ -90,5 +97,7 @@ def load_processor(path: str | Path, revision: str | None = None) -> Any:
     except Exception as error:  # as above
         raise LLQError(f"{path} has no processor that can be loaded ({one_line(error)})") from error
     if not getattr(processor, "chat_template", None):
-        raise LLQError(f"{path} has no chat template; put the base model's chat_template.jinja there")
+        raise LLQError(
+            f"{path} has no chat template; put the base model's chat_template.jinja there"
+        )
     return processor

@@ -1,14 +1,16 @@
-"""The residual stream of a decoder: which tensors read it, write it, feed it; and how to turn it by a rotation.
+"""The residual stream of a decoder: which tensors read it, write it, feed it; and how to turn it by
+a rotation.
 
 Legend: D hidden size, O out_features, I in_features, R an orthogonal D x D matrix, d head_dim.
 
-x -> x R everywhere changes no output when everything that touches the stream is turned along: what writes it (W <-
-R^T W, b <- R^T b; embeddings and image features v <- v R), and what reads it (W <- W R). An RMSNorm in between commutes
-with R once its gain is folded into the readers. Who touches the stream is found by running the model on four tokens
-(on the meta device, if it lies there) and watching which tensors go from where to where: no architecture is named.
+x -> x R everywhere changes no output when everything that touches the stream is turned along: what
+writes it (W <- R^T W, b <- R^T b; embeddings and image features v <- v R), and what reads it (W <-
+W R). An RMSNorm in between commutes with R once its gain is folded into the readers. Who touches
+the stream is found by running the model on four tokens (on the meta device, if it lies there) and
+watching which tensors go from where to where: no architecture is named.
 
-By name are found only: q/k/v/o_proj of attention modules, down_proj, and what feeds images into a text decoder
-(multi_modal_projector, image_newline; a vision_tower feeds the projector alone).
+By name are found only: q/k/v/o_proj of attention modules, down_proj, and what feeds images into a
+text decoder (multi_modal_projector, image_newline; a vision_tower feeds the projector alone).
 """
 
 from __future__ import annotations
@@ -34,14 +36,18 @@ Turn = Callable[[Tensor], Tensor]  # x [..., n] -> x R, differentiable
 
 @dataclass(frozen=True)
 class Residual:
-    """Names of the modules around the residual stream; parameters' names are these with .weight and .bias."""
+    """Names of the modules around the residual stream; parameters' names are these with .weight and
+    .bias.
+    """
 
     width: int  # D
     head_dim: int
     embedding: str
     head: str
     tied: bool  # embedding and head are one matrix
-    norms: dict[str, float]  # what a norm's weight must be to have no gain: 1, or 0 where the gain is 1 + weight
+    norms: dict[
+        str, float
+    ]  # what a norm's weight must be to have no gain: 1, or 0 where the gain is 1 + weight
     readers: dict[str, str]  # linear (and head) -> the norm it reads the stream through
     writers: frozenset[str]  # linears whose output is added to the stream, or stands in it
     vectors: frozenset[str]  # parameters that stand in the stream
@@ -64,11 +70,15 @@ def residual_of(model: nn.Module) -> Residual:
     head_dims = set()
     for index, prefix in enumerate(block_prefixes(model)):
         block = model.get_submodule(prefix)
-        attention = {f"{prefix}.{name}.": m for name, m in block.named_modules() if hasattr(m, "q_proj")}
+        attention = {
+            f"{prefix}.{name}.": m for name, m in block.named_modules() if hasattr(m, "q_proj")
+        }
         for path, module in attention.items():
             values[path + "v_proj"], outputs[path + "o_proj"] = index, index
             head_dims.add(int(getattr(module, "head_dim", 0)))
-            known |= {f"{path}{norm}.weight" for norm in ("q_norm", "k_norm")}  # after the projection: not in the way
+            known |= {
+                f"{path}{norm}.weight" for norm in ("q_norm", "k_norm")
+            }  # after the projection: not in the way
         for name, linear in block_linears(block).items():
             full = f"{prefix}.{name}"
             norm = flow.norm_before(linear)
@@ -77,7 +87,9 @@ def residual_of(model: nn.Module) -> Residual:
             elif full in outputs or name.endswith("down_proj"):
                 writers.add(full)
             else:
-                raise LLQError(f"{full} reads the residual stream past its norm, or none of it: it cannot be rotated")
+                raise LLQError(
+                    f"{full} reads the residual stream past its norm, or none of it: it cannot be rotated"
+                )
     if not flow.ends_in_norm:
         raise LLQError("the decoder does not end in a norm: its residual stream cannot be rotated")
     readers[names[id(head)]] = names[id(flow.last_norm)]
@@ -86,17 +98,27 @@ def residual_of(model: nn.Module) -> Residual:
         if name in readers.values():
             norms[name] = _unit_weight(norm, name)
         elif f"{name}.weight" not in known:
-            raise LLQError(f"{name} feeds no linear (it may follow a block's output): no rotation passes through it")
+            raise LLQError(
+                f"{name} feeds no linear (it may follow a block's output): no rotation passes through it"
+            )
     for path in (*values, *outputs):
         if (path in readers) is not (path in values) or len(head_dims) != 1:
-            raise LLQError(f"{path} does not stand where the value and output projections of a Llama do")
+            raise LLQError(
+                f"{path} does not stand where the value and output projections of a Llama do"
+            )
 
     fed, vectors = _image_inputs(model, decoder_name, names[id(head)], width)
-    known |= {f"{name}.{kind}" for name in (*readers, *writers, *norms, *fed) for kind in ("weight", "bias")}
+    known |= {
+        f"{name}.{kind}"
+        for name in (*readers, *writers, *norms, *fed)
+        for kind in ("weight", "bias")
+    }
     known |= {*vectors, f"{names[id(embedding)]}.weight"}
     for name, parameter in model.named_parameters():
         if name not in known and not _apart(name) and parameter.ndim > 0:
-            raise LLQError(f"{name} is not known to leave the residual stream alone: the model cannot be rotated")
+            raise LLQError(
+                f"{name} is not known to leave the residual stream alone: the model cannot be rotated"
+            )
     tied = head.weight is embedding.weight
     return Residual(
         width=width,
@@ -118,7 +140,9 @@ class _Flow:
 
     def __init__(self, norms: list[nn.Module]) -> None:
         self.norms = norms
-        self.results: list[tuple[Tensor, nn.Module]] = []  # holds the tensors, so that identity is not re-used
+        self.results: list[
+            tuple[Tensor, nn.Module]
+        ] = []  # holds the tensors, so that identity is not re-used
         self.inputs: dict[int, Tensor] = {}
         self.end: Tensor | None = None
 
@@ -128,28 +152,40 @@ class _Flow:
         norms = [m for m in decoder.modules() if _is_norm(m, width)]
         flow, handles = cls(norms), []
         for norm in norms:
-            handles.append(norm.register_forward_hook(lambda m, args, out: flow.results.append((out, m))))
+            handles.append(
+                norm.register_forward_hook(lambda m, args, out: flow.results.append((out, m)))
+            )
         for block in decoder.layers:  # type: ignore[union-attr]
             for linear in block_linears(block).values():
                 handles.append(
-                    linear.register_forward_pre_hook(lambda m, args: flow.inputs.__setitem__(id(m), args[0]))
+                    linear.register_forward_pre_hook(
+                        lambda m, args: flow.inputs.__setitem__(id(m), args[0])
+                    )
                 )
         device = next(decoder.parameters()).device
         ids = torch.zeros(1, _TOKENS, dtype=torch.long, device=device)
-        mask = torch.zeros(1, 1, _TOKENS, _TOKENS, device=device, dtype=next(decoder.parameters()).dtype)
+        mask = torch.zeros(
+            1, 1, _TOKENS, _TOKENS, device=device, dtype=next(decoder.parameters()).dtype
+        )
         position_ids = torch.arange(_TOKENS, device=device)[None]
         try:  # with a ready-made mask nothing looks at values, which the meta device has none of
-            out = decoder(input_ids=ids, attention_mask=mask, position_ids=position_ids, use_cache=False)
+            out = decoder(
+                input_ids=ids, attention_mask=mask, position_ids=position_ids, use_cache=False
+            )
             flow.end = out[0]
         except (RuntimeError, NotImplementedError) as error:
-            raise LLQError(f"the decoder cannot be run to see its residual stream ({error})") from error
+            raise LLQError(
+                f"the decoder cannot be run to see its residual stream ({error})"
+            ) from error
         finally:
             for handle in handles:
                 handle.remove()
         return flow
 
     def norm_before(self, linear: nn.Linear) -> nn.Module | None:
-        return next((norm for out, norm in self.results if out is self.inputs.get(id(linear))), None)
+        return next(
+            (norm for out, norm in self.results if out is self.inputs.get(id(linear))), None
+        )
 
     @property
     def ends_in_norm(self) -> bool:
@@ -168,19 +204,30 @@ def _is_norm(module: nn.Module, width: int) -> bool:
 
 @torch.no_grad()
 def _unit_weight(norm: nn.Module, name: str) -> float:
-    """The weight with which the norm commutes with every rotation: found by trying it on one. LLQError if none does."""
+    """The weight with which the norm commutes with every rotation: found by trying it on one.
+    LLQError if none does.
+    """
     probe = copy.deepcopy(norm).to_empty(device="cpu").float()
     weight: Any = probe.weight
     turn = hadamard(len(weight), torch.device("cpu")).apply
-    x = torch.randn(2, len(weight), generator=torch.Generator().manual_seed(0)) + 1  # LayerNorm would take out the mean
+    x = (
+        torch.randn(2, len(weight), generator=torch.Generator().manual_seed(0)) + 1
+    )  # LayerNorm would take out the mean
     for unit in (1.0, 0.0):
         weight.fill_(unit)
         plain, turned = probe(x), probe(turn(x))
         weight.fill_(unit + 1)
         doubled = torch.allclose(probe(x), 2 * plain)
-        if plain.any() and doubled and torch.allclose(turned, turn(plain), atol=1e-4) and _alone(probe):
+        if (
+            plain.any()
+            and doubled
+            and torch.allclose(turned, turn(plain), atol=1e-4)
+            and _alone(probe)
+        ):
             return unit
-    raise LLQError(f"{name} ({type(norm).__name__}) is no RMSNorm without bias: rotations do not pass through it")
+    raise LLQError(
+        f"{name} ({type(norm).__name__}) is no RMSNorm without bias: rotations do not pass through it"
+    )
 
 
 def _alone(norm: nn.Module) -> bool:
@@ -188,14 +235,24 @@ def _alone(norm: nn.Module) -> bool:
     return len(list(norm.parameters())) == 1
 
 
-def _image_inputs(model: nn.Module, decoder: str, head: str, width: int) -> tuple[set[str], set[str]]:
+def _image_inputs(
+    model: nn.Module, decoder: str, head: str, width: int
+) -> tuple[set[str], set[str]]:
     """(linears, vectors) outside the text decoder whose values stand in its stream."""
     linears, vectors = set(), set()
     for name, module in model.named_modules():
         if name.split(".")[-1] == "multi_modal_projector":
-            inside = {f"{name}.{inner}": m for inner, m in module.named_modules() if type(m) is nn.Linear}
-            if not inside or next(reversed(inside.values())).out_features != width or not _ends_linear(module):
-                raise LLQError(f"{name} does not end in a linear: what it feeds into the text decoder stays unrotated")
+            inside = {
+                f"{name}.{inner}": m for inner, m in module.named_modules() if type(m) is nn.Linear
+            }
+            if (
+                not inside
+                or next(reversed(inside.values())).out_features != width
+                or not _ends_linear(module)
+            ):
+                raise LLQError(
+                    f"{name} does not end in a linear: what it feeds into the text decoder stays unrotated"
+                )
             linears.add(next(reversed(inside)))
     for name, parameter in model.named_parameters():
         if name.split(".")[-1] == "image_newline" and parameter.shape == (width,):
@@ -211,7 +268,9 @@ def _ends_linear(projector: nn.Module) -> bool:
     handle = linears[-1].register_forward_hook(lambda m, args, out: results.append(out))
     weight = linears[0].weight
     try:
-        out = projector(torch.zeros(1, 2, linears[0].in_features, dtype=weight.dtype, device=weight.device))
+        out = projector(
+            torch.zeros(1, 2, linears[0].in_features, dtype=weight.dtype, device=weight.device)
+        )
     except (RuntimeError, TypeError, ValueError):
         return False
     finally:
@@ -224,7 +283,7 @@ def _apart(name: str) -> bool:
     return "vision_tower" in name.split(".") or "multi_modal_projector" in name.split(".")
 
 
-# --- turning it ------------------------------------------------------------------------------------------------------
+# --- turning it -----------------------------------------------------------------------------------
 
 
 def random_turns(residual: Residual, seed: int) -> tuple[Turn, list[Turn]]:
@@ -247,10 +306,11 @@ def _signed(seed: int, part: str, n: int) -> Turn:
 
 @dataclass(frozen=True)
 class Turned:
-    """How each tensor of the dense model changes when gains are folded and the stream (R1) and heads (R2) are turned.
+    """How each tensor of the dense model changes when gains are folded and the stream (R1) and
+    heads (R2) are turned.
 
-    stream: x [..., D] -> x R1; heads: by block, x [..., d] -> x R2; None: only what can be folded is folded.
-    Computed in `dtype` (fp64) and cast once.
+    stream: x [..., D] -> x R1; heads: by block, x [..., d] -> x R2; None: only what can be folded
+    is folded. Computed in `dtype` (fp64) and cast once.
     """
 
     residual: Residual
@@ -262,10 +322,16 @@ class Turned:
     @property
     def untied(self) -> dict[str, str]:
         """The head needs a matrix of its own: the final norm's gain went into it."""
-        return {f"{self.residual.head}.weight": f"{self.residual.embedding}.weight"} if self.residual.tied else {}
+        return (
+            {f"{self.residual.head}.weight": f"{self.residual.embedding}.weight"}
+            if self.residual.tied
+            else {}
+        )
 
     def __call__(self, name: str, tensor: Tensor, read: Callable[[str], Tensor]) -> Tensor:
-        """What the tensor of this name becomes, in its dtype. `read` gives the norms' weights as they were."""
+        """What the tensor of this name becomes, in its dtype. `read` gives the norms' weights as
+        they were.
+        """
         residual, (module, _, kind) = self.residual, name.rpartition(".")
         if module in residual.norms:
             return torch.full_like(tensor, residual.norms[module])
@@ -273,7 +339,9 @@ class Turned:
         outputs: list[Turn] = []  # along the first
         if module in residual.readers and kind == "weight":
             norm = residual.readers[module]
-            gain_D = read(f"{norm}.weight").to(tensor.device, self.dtype) + (1 - residual.norms[norm])
+            gain_D = read(f"{norm}.weight").to(tensor.device, self.dtype) + (
+                1 - residual.norms[norm]
+            )
             inputs.append(lambda x: x * gain_D)
         if self.stream is not None:
             if module in residual.writers:
@@ -301,7 +369,9 @@ class Turned:
         turned = tensor
         if inputs:
             kept = self.dtype if outputs else tensor.dtype
-            turned = torch.cat([part.to(kept) for part in self._parts(torch.split(turned, CHUNK_ROWS), inputs)])
+            turned = torch.cat(
+                [part.to(kept) for part in self._parts(torch.split(turned, CHUNK_ROWS), inputs)]
+            )
         if outputs:
             parts = self._parts(torch.split(turned.T, CHUNK_ROWS), outputs)
             turned = torch.cat([part.to(tensor.dtype) for part in parts]).T.contiguous()

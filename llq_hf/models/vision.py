@@ -1,4 +1,6 @@
-"""A model that sees, with its processor: questions about images in, answers out; nothing is skipped in silence."""
+"""A model that sees, with its processor: questions about images in, answers out; nothing is skipped
+in silence.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +14,11 @@ import torch
 
 from ..common.errors import LLQError
 from ..common.words import one_line
-from .load import auto_class, load_processor, sees
+from .load import auto_class, load_processor, takes_images
 
-_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f]")  # no spreadsheet takes them, and a broken model writes them
+_CONTROL = re.compile(
+    r"[\x00-\x08\x0b\x0c\x0e-\x1f]"
+)  # no spreadsheet takes them, and a broken model writes them
 
 
 class Prompt(NamedTuple):
@@ -26,22 +30,30 @@ class Prompt(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Seeing:
+class VisionModel:
     """`model` is on its device and in eval mode; `processor` turns text and images into its inputs."""
 
     model: Any
     processor: Any
 
     @classmethod
-    def load(cls, path: str, revision: str = "main", device: str = "cpu", dtype: Any = "auto") -> Seeing:
-        """A packed or dense checkpoint; LLQError where its model takes no images or has no processor."""
+    def load(
+        cls, path: str, revision: str = "main", device: str = "cpu", dtype: Any = "auto"
+    ) -> VisionModel:
+        """A packed or dense checkpoint; LLQError where its model takes no images or has no
+        processor.
+        """
         from transformers import AutoConfig
 
         config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
-        if not sees(config):
-            raise LLQError(f"{path} takes no images ({config.model_type}); score it with lm_eval --model llq")
+        if not takes_images(config):
+            raise LLQError(
+                f"{path} takes no images ({config.model_type}); score it with lm_eval --model llq"
+            )
         processor = load_processor(path, revision)
-        model = auto_class(config).from_pretrained(path, revision=revision, dtype=dtype, device_map={"": device})
+        model = auto_class(config).from_pretrained(
+            path, revision=revision, dtype=dtype, device_map={"": device}
+        )
         return cls(model.eval(), processor)
 
     @property
@@ -50,10 +62,14 @@ class Seeing:
         return int(self.model.config.get_text_config().max_position_embeddings)
 
     def inputs(self, prompts: Sequence[Prompt]) -> Any:
-        """What the model is called with, padded on the left. LLQError names the prompt that cannot be read."""
+        """What the model is called with, padded on the left. LLQError names the prompt that cannot
+        be read.
+        """
         texts = [rendered(self.processor, prompt.text, len(prompt.images)) for prompt in prompts]
         try:
-            found = tokenized(self.processor, texts, [image for prompt in prompts for image in prompt.images])
+            found = tokenized(
+                self.processor, texts, [image for prompt in prompts for image in prompt.images]
+            )
         except (ValueError, TypeError, IndexError, OSError) as error:
             raise LLQError(
                 f"{', '.join(prompt.where for prompt in prompts)}: the processor refuses it ({one_line(error)})"
@@ -61,8 +77,11 @@ class Seeing:
         return found.to(self.model.device, self.model.dtype)
 
     @torch.inference_mode()
-    def answers(self, prompts: Sequence[Prompt], max_new_tokens: int = 64, **generation: Any) -> list[str]:
-        """One answer a prompt, greedily unless `generation` says otherwise; without control characters.
+    def answers(
+        self, prompts: Sequence[Prompt], max_new_tokens: int = 64, **generation: Any
+    ) -> list[str]:
+        """One answer a prompt, greedily unless `generation` says otherwise; without control
+        characters.
 
         LLQError for a prompt that, with its answer, is longer than the model takes.
         """
@@ -76,7 +95,9 @@ class Seeing:
                 )
         options = {"do_sample": False, **generation}
         pad = self.processor.tokenizer.pad_token_id
-        ids_BS = self.model.generate(**inputs, max_new_tokens=max_new_tokens, pad_token_id=pad, **options)
+        ids_BS = self.model.generate(
+            **inputs, max_new_tokens=max_new_tokens, pad_token_id=pad, **options
+        )
         new_BS = ids_BS[:, inputs["input_ids"].shape[1] :]
         texts = self.processor.tokenizer.batch_decode(new_BS, skip_special_tokens=True)
         return [_CONTROL.sub("", text) for text in texts]
@@ -84,7 +105,9 @@ class Seeing:
 
 @contextmanager
 def truncated_images_refused() -> Iterator[None]:
-    """Inside, half an image is an error: importing lmms-eval has Pillow fill in what is missing, without a word."""
+    """Inside, half an image is an error: importing lmms-eval has Pillow fill in what is missing,
+    without a word.
+    """
     from PIL import ImageFile
 
     kept, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
@@ -105,13 +128,17 @@ def rendered(processor: Any, text: str, images: int, answer: str | None = None) 
         content.append({"type": "text", "text": text.replace(token, "").strip()})
     messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
     if answer is not None:
-        messages.append({"role": "assistant", "content": [{"type": "text", "text": answer.replace(token, "")}]})
+        messages.append(
+            {"role": "assistant", "content": [{"type": "text", "text": answer.replace(token, "")}]}
+        )
     text_of: str = processor.apply_chat_template(messages, add_generation_prompt=answer is None)
     return text_of
 
 
 def tokenized(processor: Any, texts: Sequence[str], images: Sequence[Any]) -> Any:
-    """The processor's tensors, padded on the left; a BOS that the template wrote is not written twice."""
+    """The processor's tensors, padded on the left; a BOS that the template wrote is not written
+    twice.
+    """
     tokenizer = processor.tokenizer
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token

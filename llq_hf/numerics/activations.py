@@ -6,7 +6,8 @@ sym:  s = max|x| / M,                x^ = s * clamp(round(x / s), -M - 1, M)    
 asym: s = (max - min) / (2**b - 1),  x^ = s * (clamp(round(x / s) + z, 0, 2**b - 1) - z),  z = round(-min / s)
       (OmniQuant; with zero always inside the range: SpinQuant)
 
-Computed in fp32 whatever the model's dtype: a bf16 code of 8 bits would not survive its own arithmetic.
+Computed in fp32 whatever the model's dtype: a bf16 code of 8 bits would not survive its own
+arithmetic.
 """
 
 from __future__ import annotations
@@ -24,13 +25,16 @@ _TINY_SCALE = 1e-5  # of a token that is all zeros; the value of all three paper
 
 
 def round_through(x: Tensor) -> Tensor:
-    """Round half to even; the gradient passes as if nothing had happened (straight-through estimator)."""
+    """Round half to even; the gradient passes as if nothing had happened (straight-through
+    estimator).
+    """
     return x + (torch.round(x) - x).detach() if x.requires_grad else torch.round(x)
 
 
 @dataclass(frozen=True)
 class TokenQuant:
-    """A family of grids along the last axis. bits >= 16: off. group_size -1: the whole axis shares a grid.
+    """A family of grids along the last axis. bits >= 16: off. group_size -1: the whole axis shares
+    a grid.
 
     zero_inside: an asymmetric range always holds zero, so its zero point is a code too.
     """
@@ -42,9 +46,13 @@ class TokenQuant:
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= OFF:
-            raise LLQError(f"activation bits={self.bits} are outside 2..{OFF} ({OFF}: not quantized)")
+            raise LLQError(
+                f"activation bits={self.bits} are outside 2..{OFF} ({OFF}: not quantized)"
+            )
         if self.group_size != -1 and self.group_size < 1:
-            raise LLQError(f"activation group_size={self.group_size} must be -1 (the whole token) or at least 1")
+            raise LLQError(
+                f"activation group_size={self.group_size} must be -1 (the whole token) or at least 1"
+            )
 
     @property
     def on(self) -> bool:
@@ -69,7 +77,9 @@ class TokenQuant:
         return ((codes - zero) * scale).reshape(x.shape).to(x.dtype)
 
     def codes(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(int8 codes [..., n], fp32 scale [..., 1]) of whole tokens on the symmetric grid: for integer matmuls."""
+        """(int8 codes [..., n], fp32 scale [..., 1]) of whole tokens on the symmetric grid: for
+        integer matmuls.
+        """
         assert self.sym
         assert self.bits <= 8
         assert self.group_size == -1
@@ -89,23 +99,28 @@ class TokenQuant:
         if self.group_size in (-1, x.shape[-1]):
             return x
         if x.shape[-1] % self.group_size:
-            raise LLQError(f"activations of {x.shape[-1]} channels do not divide into groups of {self.group_size}")
+            raise LLQError(
+                f"activations of {x.shape[-1]} channels do not divide into groups of {self.group_size}"
+            )
         return x.reshape(*x.shape[:-1], -1, self.group_size)
 
 
 @dataclass(frozen=True)
 class Attention:
-    """What happens to queries, keys and values after the rotary embedding; None: nothing. Groups go along head_dim.
+    """What happens to queries, keys and values after the rotary embedding; None: nothing. Groups go
+    along head_dim.
 
-    Keys and values are quantized where attention reads them, cached or not: the numbers are those of a low-bit cache,
-    the cache itself keeps the model's dtype.
+    Keys and values are quantized where attention reads them, cached or not: the numbers are those
+    of a low-bit cache, the cache itself keeps the model's dtype.
     """
 
     query: TokenQuant | None = None
     key: TokenQuant | None = None
     value: TokenQuant | None = None
     joint_key: bool = False  # all heads of a key token share one grid, instead of one each
-    hadamard: bool = False  # queries and keys are turned first: no score changes, no channel of a key stands out
+    hadamard: bool = (
+        False  # queries and keys are turned first: no score changes, no channel of a key stands out
+    )
 
     def transform(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[B, heads, S, head_dim] each, as they go into the attention function."""

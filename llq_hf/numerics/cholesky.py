@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Rows or columns of a triangular matrix that are multiplied at once, without the zeros beside them. MKL's fp32 kernels
-# for AVX-512 sum 192 products at a time: leaving out multiples of that, and no fewer than 384 in, changes no bit.
+# Rows or columns of a triangular matrix that are multiplied at once, without the zeros beside them.
+# MKL's fp32 kernels for AVX-512 sum 192 products at a time: leaving out multiples of that, and no
+# fewer than 384 in, changes no bit.
 STRIP = 384
 
 
@@ -21,15 +22,20 @@ def revive_dead(H_II: Tensor) -> Tensor:
     return dead_I
 
 
-def factorize(H_II: Tensor, damp: float, notes: dict[str, Any], *, inverse: bool, quick: bool = False) -> Tensor | None:
-    """Cholesky factor of the damped Hessian, with a ladder of remedies where it is not positive definite.
+def factorize(
+    H_II: Tensor, damp: float, notes: dict[str, Any], *, inverse: bool, quick: bool = False
+) -> Tensor | None:
+    """Cholesky factor of the damped Hessian, with a ladder of remedies where it is not positive
+    definite.
 
-    inverse: the upper U with U^T U = H^-1 (GPTQ); else the lower L with L L^T = H (LDLQ). quick: U without ever forming
-    H^-1, in less time and with less error, but not bit for bit what the authors' three steps give.
+    inverse: the upper U with U^T U = H^-1 (GPTQ); else the lower L with L L^T = H (LDLQ). quick: U
+    without ever forming H^-1, in less time and with less error, but not bit for bit what the
+    authors' three steps give.
 
-    The damping starts at `damp` * mean(diag H); each rung tries fp32, then fp64, then doubles the damping up to 1.0,
-    and at last a diagonal floor. What was used goes into `notes` ("damp", "fp64", "floor"). None when nothing helped:
-    the caller then rounds to nearest and says so in its notes.
+    The damping starts at `damp` * mean(diag H); each rung tries fp32, then fp64, then doubles the
+    damping up to 1.0, and at last a diagonal floor. What was used goes into `notes` ("damp",
+    "fp64", "floor"). None when nothing helped: the caller then rounds to nearest and says so in its
+    notes.
     """
     mean_diagonal = float(torch.diagonal(H_II).mean())
     rungs = [(damp * 2.0**k, 0.0) for k in range(12) if damp * 2.0**k <= 1.0] or [(damp, 0.0)]
@@ -48,25 +54,35 @@ def factorize(H_II: Tensor, damp: float, notes: dict[str, Any], *, inverse: bool
 
 
 def _factor(H_II: Tensor, inverse: bool, quick: bool) -> Tensor | None:
-    """Overwrites `H_II` (with quick: its columns and rows reversed): of a 70B model's down projection it has 3.3 GB."""
+    """Overwrites `H_II` (with quick: its columns and rows reversed): of a 70B model's down
+    projection it has 3.3 GB.
+    """
     factor_II = _cholesky(H_II)
     if factor_II is None:
         return None
-    if inverse and quick:  # reversed, the lower factor becomes an upper R with R R^T = H, and U = R^-1
+    if (
+        inverse and quick
+    ):  # reversed, the lower factor becomes an upper R with R R^T = H, and U = R^-1
         _reverse(factor_II.mT)
         _invert_upper(factor_II)
     elif inverse:
         factor_II = _cholesky(torch.cholesky_inverse(factor_II), upper=True)
     if factor_II is None:
         return None
-    ends = torch.stack(torch.aminmax(factor_II))  # isfinite of all would take as much memory as two more
+    ends = torch.stack(
+        torch.aminmax(factor_II)
+    )  # isfinite of all would take as much memory as two more
     return factor_II if bool(torch.isfinite(ends).all()) else None
 
 
 def _cholesky(H_II: Tensor, upper: bool = False) -> Tensor | None:
-    """The factor, in the memory of the symmetric `H_II`: its transpose lies as LAPACK wants it. None: there is none."""
+    """The factor, in the memory of the symmetric `H_II`: its transpose lies as LAPACK wants it.
+    None: there is none.
+    """
     turned_II, info = H_II.mT, torch.empty((), dtype=torch.int32, device=H_II.device)
-    factor_II, info = torch.linalg.cholesky_ex(turned_II, upper=upper, out=(turned_II, info))  # one object: no copy
+    factor_II, info = torch.linalg.cholesky_ex(
+        turned_II, upper=upper, out=(turned_II, info)
+    )  # one object: no copy
     return factor_II if int(info) == 0 else None
 
 
@@ -82,7 +98,9 @@ def _reverse(M_II: Tensor, rows: int = 64) -> None:
 
 
 def _invert_upper(R_II: Tensor) -> None:
-    """Inverts an upper triangular matrix in place, by halves: matrix products, three times as fast as LAPACK's."""
+    """Inverts an upper triangular matrix in place, by halves: matrix products, three times as fast
+    as LAPACK's.
+    """
     size = len(R_II)
     if size <= 256:
         eye_II = torch.eye(size, dtype=R_II.dtype, device=R_II.device)

@@ -1,6 +1,8 @@
-"""Second thoughts about codes and levels: coordinate descent and scale refit, both monotone, no bits stored.
+"""Second thoughts about codes and levels: coordinate descent and scale refit, both monotone, no
+bits stored.
 
-Legend: O out_features, I in_features, B columns of a block, G groups, K levels, R rows handled together.
+Legend: O out_features, I in_features, B columns of a block, G groups, K levels, R rows handled
+together.
 
 A row w^ is judged by |X w^ - X~ w|^2 = w^ H w^T - 2 w^ b + const, with X what the linear sees in the quantized model
 and X~ what it sees in the full-precision one: H = X^T X, b = X^T X~ w. So it also repairs what earlier linears broke.
@@ -28,9 +30,11 @@ class Objective(NamedTuple):
     B_OI: Tensor
 
     @classmethod
-    def of(cls, H_II: Tensor, damp: float, target_II: Tensor, weight_OI: Tensor, W_OI: Tensor) -> Objective:
-        """b = weight_OI @ target_II, target_II = X~^T X. H_II is damped in place by `damp` of its mean diagonal, which
-        pulls to W_OI, the weight as it was solved, not to zero.
+    def of(
+        cls, H_II: Tensor, damp: float, target_II: Tensor, weight_OI: Tensor, W_OI: Tensor
+    ) -> Objective:
+        """b = weight_OI @ target_II, target_II = X~^T X. H_II is damped in place by `damp` of its
+        mean diagonal, which pulls to W_OI, the weight as it was solved, not to zero.
         """
         pull = damp * float(torch.diagonal(H_II).mean())
         torch.diagonal(H_II).add_(pull)
@@ -42,11 +46,13 @@ class Objective(NamedTuple):
         return ((values_OI @ self.H_II.double() - 2 * self.B_OI.double()) * values_OI).sum(1)
 
 
-def descend(objective: Objective, values_OI: Tensor, nearest: Callable[[int, Tensor], Tensor]) -> Tensor:
+def descend(
+    objective: Objective, values_OI: Tensor, nearest: Callable[[int, Tensor], Tensor]
+) -> Tensor:
     """Values [O, I] after one pass of coordinate descent over the columns.
 
-    nearest(j, w_O) gives what of the values that column j may take lies nearest to w_O, and remembers its code. First
-    to last column (QuIP's greedy pass goes the other way).
+    nearest(j, w_O) gives what of the values that column j may take lies nearest to w_O, and
+    remembers its code. First to last column (QuIP's greedy pass goes the other way).
     """
     H_II, columns = objective.H_II, values_OI.shape[1]
     values_IO = values_OI.T.clone(memory_format=torch.contiguous_format)
@@ -64,7 +70,8 @@ def descend(objective: Objective, values_OI: Tensor, nearest: Callable[[int, Ten
 
 
 def refined(objective: Objective, solution: Solution, uniform: Uniform, rounds: int) -> Solution:
-    """`rounds` times: every code to its best level given all others, then every scale to its best given the codes.
+    """`rounds` times: every code to its best level given all others, then every scale to its best
+    given the codes.
 
     The loss of no row ever grows.
     """
@@ -89,9 +96,11 @@ def descended(objective: Objective, solution: Solution, bits: int) -> Tensor:
 
 
 def refitted(objective: Objective, solution: Solution, uniform: Uniform) -> Grid:
-    """Scales [O, G] that minimize the loss of each row with codes and zeros as they are, as they will be stored.
+    """Scales [O, G] that minimize the loss of each row with codes and zeros as they are, as they
+    will be stored.
 
-    One G x G system per row: A_kl = v_k H v_l, A s = v_k b, v_k the integers of group k (0 elsewhere).
+    One G x G system per row: A_kl = v_k H v_l, A s = v_k b, v_k the integers of group k (0
+    elsewhere).
     """
     scale_OG, zero_OG = solution.grid_OG
     units_OI = solution.codes_OI - zero_OG[:, solution.group_I]
@@ -105,7 +114,12 @@ def refitted(objective: Objective, solution: Solution, uniform: Uniform) -> Grid
 
 
 def _refitted_rows(
-    H_II: Tensor, B_RI: Tensor, units_RI: Tensor, scale_RG: Tensor, group_I: Tensor, uniform: Uniform
+    H_II: Tensor,
+    B_RI: Tensor,
+    units_RI: Tensor,
+    scale_RG: Tensor,
+    group_I: Tensor,
+    uniform: Uniform,
 ) -> Tensor:
     def by_group(x_RI: Tensor) -> Tensor:
         return torch.zeros_like(scale_RG).index_add_(1, group_I, x_RI)
@@ -115,7 +129,8 @@ def _refitted_rows(
         members = (group_I == k).nonzero().flatten()
         A_RGG[:, k] = by_group((units_RI[:, members] @ H_II[members]).mul_(units_RI))
     b_RG = by_group(units_RI * B_RI)
-    # A weak pull to the old scale: groups of all zeros have no other, and rounding can make A singular.
+    # A weak pull to the old scale: groups of all zeros have no other, and rounding can make A
+    # singular.
     diagonal_RG = torch.diagonal(A_RGG, dim1=1, dim2=2)
     pull_RG = (1e-6 * diagonal_RG.mean(1, keepdim=True)).clamp_min(1e-20).expand_as(scale_RG)
     best_RG = torch.linalg.solve(A_RGG + torch.diag_embed(pull_RG), b_RG + pull_RG * scale_RG)
@@ -129,7 +144,7 @@ def _refitted_rows(
     return torch.where(loss(best_RG) < loss(scale_RG), best_RG, scale_RG)
 
 
-# --- levels that are no uniform grid -------------------------------------------------------------------------------
+# --- levels that are no uniform grid --------------------------------------------------------------
 
 
 def refit_levels(
@@ -140,7 +155,8 @@ def refit_levels(
     levels_OK: Tensor,
     stored: Callable[[Tensor], Tensor],
 ) -> Tensor:
-    """Levels [O, K] that minimize the loss of each row, as `stored` rounds them; the loss of no row grows.
+    """Levels [O, K] that minimize the loss of each row, as `stored` rounds them; the loss of no row
+    grows.
 
     Columns start .. start + B of `values_OI` are sum_k levels_k * basis_k.
     """
@@ -148,11 +164,14 @@ def refit_levels(
     slope_OB = objective.B_OI[:, start:stop] - values_OI @ objective.H_II[:, start:stop]
     A_OKK = basis_OKB @ objective.H_II[start:stop, start:stop] @ basis_OKB.mT
     b_OK1 = basis_OKB @ slope_OB[..., None]
-    # A weak pull to the old levels: those that no weight takes have no other, and rounding can make A singular.
+    # A weak pull to the old levels: those that no weight takes have no other, and rounding can make
+    # A singular.
     diagonal_OK = torch.diagonal(A_OKK, dim1=1, dim2=2)
     pull_OK = (1e-6 * diagonal_OK.mean(1, keepdim=True)).clamp_min(1e-20).expand_as(levels_OK)
     change_OK = torch.linalg.solve(A_OKK + torch.diag_embed(pull_OK), b_OK1)[..., 0]
     found_OK = stored(levels_OK + change_OK)
     step_OK1 = (found_OK - levels_OK)[..., None].double()
     growth_O1 = (step_OK1 * (A_OKK.double() @ step_OK1 - 2 * b_OK1.double())).sum(1)
-    return torch.where(growth_O1 < 0, found_OK, levels_OK)  # also keeps the old where the new are not finite
+    return torch.where(
+        growth_O1 < 0, found_OK, levels_OK
+    )  # also keeps the old where the new are not finite

@@ -1,9 +1,11 @@
-"""Uniform affine grids: where the 2**b levels of a group of weights lie, and how codes on them are stored.
+"""Uniform affine grids: where the 2**b levels of a group of weights lie, and how codes on them are
+stored.
 
 Legend: O out_features, I in_features, g group size, G = ceil(I / g) groups, R any leading shape.
 
-value = scale * (code - zero), code in 0..2**b - 1. Scales are solved in fp32 and rounded to the stored dtype *before*
-any code is chosen, so codes are final with the scales as stored. Grid 1.1 of the spec (IST-DASLab/gptq `Quantizer`).
+value = scale * (code - zero), code in 0..2**b - 1. Scales are solved in fp32 and rounded to the
+stored dtype *before* any code is chosen, so codes are final with the scales as stored. Grid 1.1 of
+the spec (IST-DASLab/gptq `Quantizer`).
 """
 
 from __future__ import annotations
@@ -17,39 +19,48 @@ from torch import Tensor
 
 from ..common.errors import LLQError
 from ..common.spec import Spec
-from ..kernels import Part, UniformCodes, bitpack, kept, product
+from ..kernels import Part, UniformCodes, bitpack, once, product
 
-_TINY_SCALE = 2.0**-24  # the smallest fp16 above zero: a smaller scale would be stored as 0 and divide by zero
+_TINY_SCALE = (
+    2.0**-24
+)  # the smallest fp16 above zero: a smaller scale would be stored as 0 and divide by zero
 
 
 class Grid(NamedTuple):
-    """Scale and zero point of groups of weights, both fp32 [..., 1] or [O, G] (zero holds an integer)."""
+    """Scale and zero point of groups of weights, both fp32 [..., 1] or [O, G] (zero holds an
+    integer).
+    """
 
     scale: Tensor
     zero: Tensor
 
     def codes(self, weight: Tensor, bits: int) -> Tensor:
-        """Nearest code of every weight, fp32 of integers; rounds half to even, before the zero point is added."""
+        """Nearest code of every weight, fp32 of integers; rounds half to even, before the zero
+        point is added.
+        """
         return (weight / self.scale).round_().add_(self.zero).clamp_(0, 2**bits - 1)
 
     def values(self, codes: Tensor) -> Tensor:
         return self.scale * (codes - self.zero)
 
-    def apart(self) -> list[Self]:
+    def per_group(self) -> list[Self]:
         """Grids [O] of the groups of one [O, G]."""
         parts = (part.T.contiguous() for part in self)
         return [self._replace(scale=scale, zero=zero) for scale, zero in zip(*parts, strict=True)]
 
 
 class HalfGrid(Grid):
-    """A grid whose zero point lies between two codes: as many levels on either side of zero, none on it."""
+    """A grid whose zero point lies between two codes: as many levels on either side of zero, none
+    on it.
+    """
 
     def codes(self, weight: Tensor, bits: int) -> Tensor:
         return (torch.round(weight / self.scale - 0.5) + (self.zero + 0.5)).clamp_(0, 2**bits - 1)
 
 
 class Affine(NamedTuple):
-    """A packed linear as others' formats know it: weight = scale * (code - zero) / in_scale, each of its group.
+    """A packed linear as others' formats know it: weight = scale * (code - zero) / in_scale, each
+    of its group.
 
     zero holds whole numbers, or (levels "halves") numbers between two codes.
     """
@@ -76,7 +87,9 @@ class Affine(NamedTuple):
     @property
     def weight_OI(self) -> Tensor:
         """fp32, what `dequantize` gives."""
-        weight_OI = (self.codes_OI - self.zero_OG[:, self.groups_I]) * self.scale_OG[:, self.groups_I]
+        weight_OI = (self.codes_OI - self.zero_OG[:, self.groups_I]) * self.scale_OG[
+            :, self.groups_I
+        ]
         return weight_OI if self.in_scale_I is None else weight_OI / self.in_scale_I
 
 
@@ -85,7 +98,8 @@ SYMMETRIC = ("full", "absmax", "halves")
 
 @dataclass(frozen=True)
 class Uniform:
-    """A family of uniform grids and its storage. group_size -1: one group per row; a last group may be shorter.
+    """A family of uniform grids and its storage. group_size -1: one group per row; a last group may
+    be shorter.
 
     search: shrink each range to where sum |error|**2.4 is least. scale_bits: 16 or 32 stored bits per scale.
     levels, if sym: "full" has the step 2 max|w| / (2**b - 1) and zero at 2**(b-1), so that the largest weight may lie
@@ -104,36 +118,49 @@ class Uniform:
         if self.levels not in SYMMETRIC:
             raise LLQError(f"levels={self.levels!r} is unknown; there are {', '.join(SYMMETRIC)}")
         if self.group_size != -1 and self.group_size < 1:
-            raise LLQError(f"group_size={self.group_size} must be -1 (one group per row) or at least 1")
+            raise LLQError(
+                f"group_size={self.group_size} must be -1 (one group per row) or at least 1"
+            )
         if self.scale_bits not in (16, 32):
             raise LLQError(f"scale_bits={self.scale_bits} must be 16 (stored as fp16) or 32 (fp32)")
 
-    # --- finding grids ---------------------------------------------------------------------------------------
+    # --- finding grids ----------------------------------------------------------------------------
 
     def grid(self, weight_Rg: Tensor, importance_g: Tensor | None = None) -> Grid:
         """The grid of each row of weights, fp32 [R, 1]; zero lies inside the range always.
 
-        importance_g: what an error in each column costs, where ranges are searched; None: all the same.
+        importance_g: what an error in each column costs, where ranges are searched; None: all the
+        same.
 
         sym: scale = 2 max|w| / (2**b - 1), zero = 2**(b-1). The authors' code leaves the lower end at 0 where a row
         has no negative entry, which halves the scale and clips the upper half; here the range is symmetric always.
         """
         low = weight_Rg.amin(-1, keepdim=True).clamp_max(0)
         high = weight_Rg.amax(-1, keepdim=True).clamp_min(0)
-        return self._searched(weight_Rg, low, high, importance_g) if self.search else self._spanning(low, high)
+        return (
+            self._searched(weight_Rg, low, high, importance_g)
+            if self.search
+            else self._spanning(low, high)
+        )
 
     def grids(self, weight_OI: Tensor, importance_I: Tensor | None = None) -> Grid:
         """One grid per row and group of consecutive columns: scale and zero [O, G]."""
         size = weight_OI.shape[1] if self.group_size == -1 else self.group_size
-        importance_I = weight_OI.new_ones(weight_OI.shape[1]) if importance_I is None else importance_I
-        parts = zip(torch.split(weight_OI, size, dim=1), torch.split(importance_I, size), strict=True)
-        return joined([self.grid(part, importance_g) for part, importance_g in parts])
+        importance_I = (
+            weight_OI.new_ones(weight_OI.shape[1]) if importance_I is None else importance_I
+        )
+        parts = zip(
+            torch.split(weight_OI, size, dim=1), torch.split(importance_I, size), strict=True
+        )
+        return concatenated([self.grid(part, importance_g) for part, importance_g in parts])
 
     def spread(self, grid_OG: Grid, in_features: int) -> Grid:
         """[O, G] -> [O, I]: every column gets its group's scale and zero."""
         if grid_OG.scale.shape[1] == 1:
             return grid_OG
-        return Grid(*(part.repeat_interleave(self.group_size, dim=1)[:, :in_features] for part in grid_OG))
+        return Grid(
+            *(part.repeat_interleave(self.group_size, dim=1)[:, :in_features] for part in grid_OG)
+        )
 
     def _spanning(self, low: Tensor, high: Tensor) -> Grid:
         if self.sym:
@@ -159,10 +186,13 @@ class Uniform:
         """The code of zero on symmetric grids."""
         return 2.0 ** (self.bits - 1) - (0.5 if self.levels == "halves" else 0.0)
 
-    def _searched(self, weight_Rg: Tensor, low: Tensor, high: Tensor, importance_g: Tensor | None) -> Grid:
+    def _searched(
+        self, weight_Rg: Tensor, low: Tensor, high: Tensor, importance_g: Tensor | None
+    ) -> Grid:
         """The best, per row, of 80 shrunken ranges (1.00 .. 0.21): option `mse` of IST-DASLab/gptq.
 
-        Asymmetric grids also try both neighbours of the rounded zero point (GPTQModel does that at 2 bits).
+        Asymmetric grids also try both neighbours of the rounded zero point (GPTQModel does that at
+        2 bits).
         """
         best = self._spanning(low, high)
         best_error = self._error(best, weight_Rg, importance_g)
@@ -174,7 +204,9 @@ class Uniform:
                 error = self._error(shifted, weight_Rg, importance_g)
                 better = error < best_error
                 best_error = torch.where(better, error, best_error)
-                scale, zero = (torch.where(better, new, old) for new, old in zip(shifted, best, strict=True))
+                scale, zero = (
+                    torch.where(better, new, old) for new, old in zip(shifted, best, strict=True)
+                )
                 best = grid._replace(scale=scale, zero=zero)
         return best
 
@@ -186,24 +218,32 @@ class Uniform:
         """`scale` as the file will hold it, in fp32. LLQError where fp16 cannot."""
         stored = scale.clamp_min(_TINY_SCALE).to(self.scale_dtype).float()
         if not torch.isfinite(stored).all():
-            raise LLQError(f"a scale of {float(scale.max()):g} does not fit fp16: the weights are too large")
+            raise LLQError(
+                f"a scale of {float(scale.max()):g} does not fit fp16: the weights are too large"
+            )
         return stored
 
-    # --- storing codes -----------------------------------------------------------------------------------------
+    # --- storing codes ----------------------------------------------------------------------------
 
     @property
     def scale_dtype(self) -> torch.dtype:
         return torch.float16 if self.scale_bits == 16 else torch.float32
 
     def layout(self, out_features: int, in_features: int) -> dict[str, Spec]:
-        """weight: codes; scale: one per group; zero: b bits per group, packed over the whole matrix (none if sym)."""
+        """weight: codes; scale: one per group; zero: b bits per group, packed over the whole matrix
+        (none if sym).
+        """
         groups = 1 if self.group_size == -1 else -(-in_features // self.group_size)
         layout = {
-            "weight": Spec((out_features, bitpack.packed_words(in_features, self.bits)), torch.int32),
+            "weight": Spec(
+                (out_features, bitpack.packed_words(in_features, self.bits)), torch.int32
+            ),
             "scale": Spec((out_features, groups), self.scale_dtype),
         }
         if not self.sym:
-            layout["zero"] = Spec((bitpack.packed_words(out_features * groups, self.bits),), torch.int32)
+            layout["zero"] = Spec(
+                (bitpack.packed_words(out_features * groups, self.bits),), torch.int32
+            )
         return layout
 
     def pack(self, codes_OI: Tensor, grid_OG: Grid) -> dict[str, Tensor]:
@@ -221,14 +261,20 @@ class Uniform:
         scale_OG, zero_OG = self._stored_grid(packed)
         weight_OI = bitpack.unpack(packed["weight"], self.bits, in_features).float()
         groups = scale_OG.shape[1]
-        if groups > 1 and in_features == groups * self.group_size:  # views instead of two [O, I] temporaries
-            weight_OI.view(-1, groups, self.group_size).sub_(zero_OG[..., None]).mul_(scale_OG[..., None])
+        if (
+            groups > 1 and in_features == groups * self.group_size
+        ):  # views instead of two [O, I] temporaries
+            weight_OI.view(-1, groups, self.group_size).sub_(zero_OG[..., None]).mul_(
+                scale_OG[..., None]
+            )
             return weight_OI
         grid = self.spread(Grid(scale_OG, zero_OG), in_features)
         return weight_OI.sub_(grid.zero).mul_(grid.scale)
 
     def affine(self, packed: dict[str, Tensor], in_features: int) -> Affine:
-        """The stored tensors for other formats. "order": the columns that stored ones are; "in_scale" as in Affine."""
+        """The stored tensors for other formats. "order": the columns that stored ones are;
+        "in_scale" as in Affine.
+        """
         order_I, in_scale_I = packed.get("order"), packed.get("in_scale")
         codes_OI = bitpack.unpack(packed["weight"], self.bits, in_features)
         size = in_features if self.group_size == -1 else self.group_size
@@ -237,7 +283,9 @@ class Uniform:
             back_I = torch.argsort(order_I)
             codes_OI, groups_I = codes_OI[:, back_I], groups_I[back_I]
         in_scale_I = in_scale_I.float() if in_scale_I is not None else None
-        return Affine(self.bits, codes_OI, *self._stored_grid(packed), groups_I, self.sym, in_scale_I)
+        return Affine(
+            self.bits, codes_OI, *self._stored_grid(packed), groups_I, self.sym, in_scale_I
+        )
 
     def _stored_grid(self, packed: dict[str, Tensor]) -> Grid:
         """fp32 scale and zero [O, G]."""
@@ -247,23 +295,25 @@ class Uniform:
         zero_OG = bitpack.unpack(packed["zero"], self.bits, scale_OG.numel()).view_as(scale_OG)
         return Grid(scale_OG, zero_OG.float())
 
-    # --- multiplying ---------------------------------------------------------------------------------------------
+    # --- multiplying ------------------------------------------------------------------------------
 
     def readable(self, packed: dict[str, Tensor], in_features: int) -> UniformCodes:
         """The tensors of `layout` as kernels read them."""
         size = in_features if self.group_size == -1 else self.group_size
         zero = self._centre if self.sym else packed["zero"]
         parts = (Part(self.bits, in_features),)
-        return UniformCodes(packed["weight"], in_features, parts, packed["scale"], zero, size, self.bits)
+        return UniformCodes(
+            packed["weight"], in_features, parts, packed["scale"], zero, size, self.bits
+        )
 
     def linear(self, x: Tensor, packed: dict[str, Tensor], bias: Tensor | None) -> Tensor:
         """F.linear with the weight that `unpack` gives."""
         in_features = x.shape[-1]
-        stored = kept(packed, lambda: self.readable(packed, in_features))
+        stored = once(packed, lambda: self.readable(packed, in_features))
         return product(x, stored, lambda: self.unpack(packed, in_features), bias)
 
 
-def joined(grids: Sequence[Grid]) -> Grid:
+def concatenated(grids: Sequence[Grid]) -> Grid:
     """Grids [O] or [O, 1] of consecutive groups as one [O, G]."""
     scale, zero = (torch.column_stack(parts) for parts in zip(*grids, strict=True))
     return grids[0]._replace(scale=scale, zero=zero)

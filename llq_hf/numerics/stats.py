@@ -1,6 +1,8 @@
-"""What calibration gathers about the input of a linear, and the factorization that solvers make of it.
+"""What calibration gathers about the input of a linear, and the factorization that solvers make of
+it.
 
-Legend: T tokens, I in_features, H_II = (2 / sequences) * sum over tokens of x x^T (IST-DASLab/gptq `add_batch`).
+Legend: T tokens, I in_features, H_II = (2 / sequences) * sum over tokens of x x^T (IST-DASLab/gptq
+`add_batch`).
 """
 
 from __future__ import annotations
@@ -50,25 +52,36 @@ class Stat(ABC):
     def load(self, state: dict[str, Tensor]) -> None:
         """Hold what another one's `state` says."""
         for key, tensor in state.items():
-            setattr(self, key, int(tensor) if isinstance(getattr(self, key), int) else tensor.to(self.device))
+            setattr(
+                self,
+                key,
+                int(tensor) if isinstance(getattr(self, key), int) else tensor.to(self.device),
+            )
 
     @abstractmethod
     def check(self, name: str) -> None:
-        """Raise LLQError, naming the linear, where the statistic cannot be used (nothing seen, not finite)."""
+        """Raise LLQError, naming the linear, where the statistic cannot be used (nothing seen, not
+        finite).
+        """
 
 
 class Hessian(Stat):
-    """Second moments of the inputs: the Hessian of the layer's squared output error, up to a constant."""
+    """Second moments of the inputs: the Hessian of the layer's squared output error, up to a
+    constant.
+    """
 
     def __init__(self, in_features: int, device: torch.device) -> None:
         super().__init__(in_features, device)
-        # While sums are taken, only panels of columns down to the diagonal: half the products of a symmetric matrix.
+        # While sums are taken, only panels of columns down to the diagonal: half the products of a
+        # symmetric matrix.
         self.upper_II = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
         self.mirrored = True
         self.sequences = 0
 
     def update(self, x_TI: Tensor, sequences: int) -> None:
-        x_TI = x_TI.float()  # before squaring: LLaMA-3's massive activations overflow fp16 and blunt bf16
+        x_TI = (
+            x_TI.float()
+        )  # before squaring: LLaMA-3's massive activations overflow fp16 and blunt bf16
         for start in range(0, self.in_features, PANEL):
             stop = min(start + PANEL, self.in_features)
             self.upper_II[:stop, start:stop].addmm_(x_TI[:, :stop].T, x_TI[:, start:stop])
@@ -109,7 +122,8 @@ class Hessian(Stat):
 
 
 class PairedHessian(Hessian):
-    """Second moments, and those across streams: cross_II = sum x x~^T, x~ what the full-precision model sees.
+    """Second moments, and those across streams: cross_II = sum x x~^T, x~ what the full-precision
+    model sees.
 
     Without a full-precision stream (no Flow.BOTH) it is a Hessian, and costs no more.
     """
@@ -157,11 +171,15 @@ class AbsMax(Stat):
         if self.sequences == 0:
             raise LLQError(f"{name} saw no calibration data")
         if not torch.isfinite(self.max_I).all():
-            raise LLQError(f"the inputs of {name} are not finite: calibration overflows; use dtype float32")
+            raise LLQError(
+                f"the inputs of {name} are not finite: calibration overflows; use dtype float32"
+            )
 
 
 class Samples(Hessian):
-    """Second moments, mean magnitudes, and an evenly spaced sample of 512 to 1023 tokens (all, if there are fewer)."""
+    """Second moments, mean magnitudes, and an evenly spaced sample of 512 to 1023 tokens (all, if
+    there are fewer).
+    """
 
     LIMIT = 1024
 

@@ -1,8 +1,9 @@
-"""The model card of a packed checkpoint, from what its files say: nothing in it is typed by hand, nothing invented.
+"""The model card of a packed checkpoint, from what its files say: nothing in it is typed by hand,
+nothing invented.
 
-Text and order are in `model_cards/template.md`; here is what fills it. Evaluation results come from the results files
-of lm-eval and lmms-eval, and only where their fingerprint says that they scored this very checkpoint. The licence is
-the base's, as far as its card or its LICENSE file came along.
+Text and order are in `model_cards/template.md`; here is what fills it. Evaluation results come from
+the results files of lm-eval and lmms-eval, and only where their fingerprint says that they scored
+this very checkpoint. The licence is the base's, as far as its card or its LICENSE file came along.
 """
 
 from __future__ import annotations
@@ -41,7 +42,9 @@ class Result:
     error: float | None  # standard error
     shots: int | None
     higher_is_better: bool | None
-    dataset: dict[str, str | None]  # as EvalResult names it: dataset_type, dataset_config, dataset_split
+    dataset: dict[
+        str, str | None
+    ]  # as EvalResult names it: dataset_type, dataset_config, dataset_split
     harness: str
 
     @property
@@ -51,22 +54,38 @@ class Result:
 
 
 def make_card(
-    path: Path, *, repo: str | None = None, base: str | None = None, results: Iterable[Path] | None = None
+    path: Path,
+    *,
+    repo: str | None = None,
+    base: str | None = None,
+    results: Iterable[Path] | None = None,
 ) -> ModelCard:
     """The card of the packed checkpoint in the folder `path`.
 
-    repo: where it will be, "user/name"; base: Hub id of the base model, where the checkpoint does not know it; results:
-    results files and folders of them, by default those in `path`/results. LLQError where the folder is no whole
-    checkpoint of ours, or a results file is of another one.
+    repo: where it will be, "user/name"; base: Hub id of the base model, where the checkpoint does
+    not know it; results: results files and folders of them, by default those in `path`/results.
+    LLQError where the folder is no whole checkpoint of ours, or a results file is of another one.
     """
     found = inspect_checkpoint(path)
     method = build(found["method"], **found["config"])
-    made_from: dict[str, Any] = found["made_from"] or {"model": "unknown", "revision": None, "card": {}}
+    made_from: dict[str, Any] = found["made_from"] or {
+        "model": "unknown",
+        "revision": None,
+        "card": {},
+    }
     base = base or made_from["model"]
-    config, said, name = read_json(path / CONFIG), made_from["card"], (repo or path.resolve().name).rpartition("/")[2]
+    config, said, name = (
+        read_json(path / CONFIG),
+        made_from["card"],
+        (repo or path.resolve().name).rpartition("/")[2],
+    )
     scored = read_results(results_files(path, results), found)
-    task = said.get("pipeline_tag") or ("image-text-to-text" if "vision_config" in config else "text-generation")
-    texts = sorted(file.name for pattern in ("LICENSE*", "USE_POLICY*") for file in path.glob(pattern))
+    task = said.get("pipeline_tag") or (
+        "image-text-to-text" if "vision_config" in config else "text-generation"
+    )
+    texts = sorted(
+        file.name for pattern in ("LICENSE*", "USE_POLICY*") for file in path.glob(pattern)
+    )
     licence = _licence(said, texts)
     data = ModelCardData(
         base_model=base if _is_repo(base) else None,
@@ -101,7 +120,9 @@ def make_card(
         options=found["config"],
         calibration=_calibration(found["calibration"], made_from.get("calibration")),
         fingerprint=found["fingerprint"],
-        command=_command(method, base, name, made_from, found["identity"]) if found["identity"] else None,
+        command=_command(method, base, name, made_from, found["identity"])
+        if found["identity"]
+        else None,
         results=scored,
         harness=" and ".join(sorted({each.harness for each in scored})),
         activations=not method.weight_only,
@@ -134,7 +155,9 @@ def _calibration(used: dict[str, Any] | None, drawn: dict[str, Any] | None) -> s
     return f"{source}{used['samples']} x {used['seqlen']} tokens (ids sha256 `{used['ids_sha256'][:16]}`)"
 
 
-def _command(method: Method, base: str, name: str, made_from: dict[str, Any], identity: dict[str, Any]) -> str:
+def _command(
+    method: Method, base: str, name: str, made_from: dict[str, Any], identity: dict[str, Any]
+) -> str:
     """`llq quantize` with all that differs from its defaults."""
     words = ["llq", "quantize", base, name, "--method", method.name]
     defaults = field_defaults(type(method))
@@ -142,7 +165,11 @@ def _command(method: Method, base: str, name: str, made_from: dict[str, Any], id
         option = field.replace("_", "-")
         if field != "bits" and value == defaults.get(field):
             continue
-        words += [f"--{option}" if value else f"--no-{option}"] if isinstance(value, bool) else [f"--{option}", value]
+        words += (
+            [f"--{option}" if value else f"--no-{option}"]
+            if isinstance(value, bool)
+            else [f"--{option}", value]
+        )
     if drawn := made_from.get("calibration"):
         for key in ("samples", "seqlen", "seed"):
             words += [f"--calibration-{key}", drawn[key]]
@@ -154,7 +181,7 @@ def _command(method: Method, base: str, name: str, made_from: dict[str, Any], id
     return shlex.join(map(str, words))
 
 
-# --- results ---------------------------------------------------------------------------------------------------------
+# --- results --------------------------------------------------------------------------------------
 
 
 def results_files(path: Path, given: Iterable[Path] | None) -> list[Path]:
@@ -162,18 +189,32 @@ def results_files(path: Path, given: Iterable[Path] | None) -> list[Path]:
     files: list[Path] = []
     for each in given if given is not None else [path / RESULTS]:
         if not each.exists() and given is not None:
-            raise LLQError(f"{each} does not exist; give a results file of lm-eval or lmms-eval, or a folder of them")
-        files += sorted(each.rglob("*results*.json")) if each.is_dir() else [each] if each.is_file() else []
+            raise LLQError(
+                f"{each} does not exist; give a results file of lm-eval or lmms-eval, or a folder of them"
+            )
+        files += (
+            sorted(each.rglob("*results*.json"))
+            if each.is_dir()
+            else [each]
+            if each.is_file()
+            else []
+        )
     return files
 
 
 def read_results(files: Iterable[Path], checkpoint: dict[str, Any]) -> list[Result]:
-    """The figures in results files, the newest of each task and metric. LLQError for one that scored another model."""
+    """The figures in results files, the newest of each task and metric. LLQError for one that
+    scored another model.
+    """
     newest: dict[tuple[str, str], tuple[float, Result]] = {}
     for file in files:
         content = read_json(file)
         check_scored(file, content, checkpoint)
-        date = float(content.get("date") or 0) if not isinstance(content.get("date"), str) else file.stat().st_mtime
+        date = (
+            float(content.get("date") or 0)
+            if not isinstance(content.get("date"), str)
+            else file.stat().st_mtime
+        )
         for result in _figures(content):
             key = (result.task, result.metric)
             if key not in newest or date >= newest[key][0]:
@@ -186,7 +227,9 @@ def check_scored(file: Path, content: dict[str, Any], checkpoint: dict[str, Any]
     config = content.get("config")
     scored = (config.get("llq") if isinstance(config, dict) else None) or content.get("llq")
     if not isinstance(content.get("results"), dict) or not isinstance(scored, dict):
-        raise LLQError(f"{file} holds no results of a model that `--model llq` scored; score the checkpoint with that")
+        raise LLQError(
+            f"{file} holds no results of a model that `--model llq` scored; score the checkpoint with that"
+        )
     for key in ("fingerprint", "method", "config"):
         if scored.get(key) != checkpoint[key]:
             raise LLQError(
@@ -195,14 +238,21 @@ def check_scored(file: Path, content: dict[str, Any], checkpoint: dict[str, Any]
 
 
 def _figures(content: dict[str, Any]) -> Iterable[Result]:
-    harness = next((name for key, name in HARNESSES.items() if key in content), HARNESSES["lm_eval_version"])
+    harness = next(
+        (name for key, name in HARNESSES.items() if key in content), HARNESSES["lm_eval_version"]
+    )
     for task, values in content["results"].items():
         config = content.get("configs", {}).get(task, {})
         path = config.get("dataset_path")
         known = isinstance(path, str) and _is_repo(path)
         for key, value in values.items():
             metric, _, kind = key.partition(",")
-            if not kind or metric.endswith("_stderr") or isinstance(value, bool) or not isinstance(value, int | float):
+            if (
+                not kind
+                or metric.endswith("_stderr")
+                or isinstance(value, bool)
+                or not isinstance(value, int | float)
+            ):
                 continue
             error = values.get(f"{metric}_stderr,{kind}")
             yield Result(

@@ -1,7 +1,8 @@
 """From a packed checkpoint's folder to a repository of the Hub, in one commit, with its card.
 
-Up go the files that a loader needs, the report, the run's journal (it lies beside the folder) and evaluation results
-without what they tell of the machine. Nothing is ever uploaded but by `push`; the token stays in huggingface_hub.
+Up go the files that a loader needs, the report, the run's journal (it lies beside the folder) and
+evaluation results without what they tell of the machine. Nothing is ever uploaded but by `push`;
+the token stays in huggingface_hub.
 """
 
 from __future__ import annotations
@@ -28,8 +29,19 @@ if TYPE_CHECKING:
 JOURNAL = "llq_journal.jsonl"
 UPLOADED = ("*.safetensors", *CARRIED)
 WEIGHTS = ".safetensors"
-# What a results file keeps in the repository: figures and what they are of, not paths, processors and drivers.
-KEPT = ("results", "groups", "group_subtasks", "configs", "versions", "n-shot", "higher_is_better", "n-samples", "date")
+# What a results file keeps in the repository: figures and what they are of, not paths, processors
+# and drivers.
+KEPT = (
+    "results",
+    "groups",
+    "group_subtasks",
+    "configs",
+    "versions",
+    "n-shot",
+    "higher_is_better",
+    "n-samples",
+    "date",
+)
 KEPT_VERSIONS = ("lm_eval_version", "lmms_eval_version", "transformers_version")
 
 
@@ -43,14 +55,19 @@ class Upload:
     @property
     def sizes(self) -> dict[str, int]:
         """Bytes by name."""
-        return {n: f.stat().st_size if isinstance(f, Path) else len(f) for n, f in sorted(self.files.items())}
+        return {
+            n: f.stat().st_size if isinstance(f, Path) else len(f)
+            for n, f in sorted(self.files.items())
+        }
 
 
-def prepare_upload(path: Path, repo: str, *, base: str | None = None, results: Iterable[Path] | None = None) -> Upload:
+def prepare_upload(
+    path: Path, repo: str, *, base: str | None = None, results: Iterable[Path] | None = None
+) -> Upload:
     """Check the checkpoint in `path` and gather what goes up; uploads nothing.
 
-    A README.md in `path` goes up as it is, else the card is made. LLQError for a name that no repository can have, a
-    checkpoint that is not whole, a results file of another one.
+    A README.md in `path` goes up as it is, else the card is made. LLQError for a name that no
+    repository can have, a checkpoint that is not whole, a results file of another one.
     """
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
@@ -58,14 +75,26 @@ def prepare_upload(path: Path, repo: str, *, base: str | None = None, results: I
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
-        raise LLQError(f"{repo!r} cannot be a repository's name ({error}); give USER/NAME") from None
+        raise LLQError(
+            f"{repo!r} cannot be a repository's name ({error}); give USER/NAME"
+        ) from None
     found = inspect_checkpoint(path)
-    if found["quantized_linears"] != read_json(path / CONFIG)["quantization_config"]["quantized_linears"]:
-        raise LLQError(f"{path} holds {found['quantized_linears']} packed linears, and not what its config.json says")
+    if (
+        found["quantized_linears"]
+        != read_json(path / CONFIG)["quantization_config"]["quantized_linears"]
+    ):
+        raise LLQError(
+            f"{path} holds {found['quantized_linears']} packed linears, and not what its config.json says"
+        )
     if damaged := Journal.damaged(path):
-        raise LLQError(f"{path / damaged[0]} is not as it was written; run the same `llq quantize` again to mend it")
+        raise LLQError(
+            f"{path / damaged[0]} is not as it was written; run the same `llq quantize` again to mend it"
+        )
     files: dict[str, Path | bytes] = {
-        file.name: file for pattern in UPLOADED for file in sorted(path.glob(pattern)) if file.is_file()
+        file.name: file
+        for pattern in UPLOADED
+        for file in sorted(path.glob(pattern))
+        if file.is_file()
     }
     if Journal.beside(path).is_file():
         files[JOURNAL] = Journal.beside(path)
@@ -73,7 +102,11 @@ def prepare_upload(path: Path, repo: str, *, base: str | None = None, results: I
     for file in scored:
         files[f"{RESULTS}/{file.name}"] = _reduced(file, found)
     own = path / CARD
-    files[CARD] = own if own.is_file() else str(make_card(path, repo=repo, base=base, results=scored)).encode()
+    files[CARD] = (
+        own
+        if own.is_file()
+        else str(make_card(path, repo=repo, base=base, results=scored)).encode()
+    )
     return Upload(repo, files)
 
 
@@ -83,15 +116,20 @@ def _reduced(file: Path, checkpoint: dict[str, Any]) -> bytes:
     check_scored(file, content, checkpoint)
     kept = {key: content[key] for key in (*KEPT, *KEPT_VERSIONS) if key in content}
     config = content.get("config") or {}
-    scored = {"llq": config.get("llq") or content.get("llq"), "batch_size": config.get("batch_size")}
+    scored = {
+        "llq": config.get("llq") or content.get("llq"),
+        "batch_size": config.get("batch_size"),
+    }
     return json.dumps({**kept, "config": scored}, indent=2, sort_keys=True, default=str).encode()
 
 
 def push(upload: Upload, *, private: bool = False, token: str | None = None) -> str:
-    """Put it all into the repository in one commit, and make the repository if there is none; returns its address.
+    """Put it all into the repository in one commit, and make the repository if there is none;
+    returns its address.
 
-    Weights of an earlier checkpoint that would be loaded instead, or beside, are deleted in the same commit. token: by
-    default the one of `hf auth login` or HF_TOKEN. LLQError where the Hub does not take it.
+    Weights of an earlier checkpoint that would be loaded instead, or beside, are deleted in the
+    same commit. token: by default the one of `hf auth login` or HF_TOKEN. LLQError where the Hub
+    does not take it.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
@@ -103,7 +141,9 @@ def push(upload: Upload, *, private: bool = False, token: str | None = None) -> 
         add = [CommitOperationAdd(name, file) for name, file in sorted(upload.files.items())]
         stale = [CommitOperationDelete(name) for name in _stale(api, upload)]
         api.create_commit(upload.repo, [*add, *stale], commit_message="Packed checkpoint by llq-hf")
-    except Exception as error:  # the Hub client's own, its HTTP library's, RuntimeError around either
+    except (
+        Exception
+    ) as error:  # the Hub client's own, its HTTP library's, RuntimeError around either
         raise LLQError(
             f"{upload.repo} was not uploaded ({_said(error, token)}); check the name, the network, and that "
             "`hf auth login` knows a token that may write there"
@@ -114,7 +154,11 @@ def push(upload: Upload, *, private: bool = False, token: str | None = None) -> 
 def _stale(api: HfApi, upload: Upload) -> list[str]:
     """Weight files in the repository that are not of this checkpoint."""
     there = api.list_repo_files(upload.repo)
-    return [name for name in there if (name.endswith(WEIGHTS) or name == INDEX) and name not in upload.files]
+    return [
+        name
+        for name in there
+        if (name.endswith(WEIGHTS) or name == INDEX) and name not in upload.files
+    ]
 
 
 def _said(error: Exception, token: str | None) -> str:
@@ -123,5 +167,7 @@ def _said(error: Exception, token: str | None) -> str:
 
     causes = [error, *([error.__cause__] if error.__cause__ else [])]
     text = ": ".join(" ".join(str(each).split()) or type(each).__name__ for each in causes)
-    secrets = [part for secret in (token, get_token()) if secret for part in secret.split()]  # quoted, maybe escaped
+    secrets = [
+        part for secret in (token, get_token()) if secret for part in secret.split()
+    ]  # quoted, maybe escaped
     return re.sub("|".join([r"hf_\w+", *map(re.escape, secrets)]), "***", text)

@@ -11,6 +11,6 @@ engine   runs many: in a process of their own on this machine, or as tasks of a 
 paper    the study's tables as data: published figures, and the cells that make them again
 report   tables and plots of a folder of records, every figure with the file it stands in
 
-Records are data: figures under `results` and `quantized` are the same wherever a cell runs, what differs from run to
-run (seconds, memory, the machine) is under `cost` and `run`.
+Records are data: figures under `results` and `quantized` are the same wherever a cell runs, what
+differs from run to run (seconds, memory, the machine) is under `cost` and `run`.
 """

@@ -1,4 +1,6 @@
-"""One cell: quantize (or take it from the cache), evaluate, measure. Whatever goes wrong becomes its record."""
+"""One cell: quantize (or take it from the cache), evaluate, measure. Whatever goes wrong becomes
+its record.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,7 @@ from ..demo import resolve
 from ..engine.prepare import RunOptions
 from ..method import Method
 from ..methods import build
-from .cost import Load, compare, disk_bytes, journalled, load_model, peak_memory, ratios
+from .cost import Workload, compare, disk_bytes, journalled, load_model, peak_memory, ratios
 from .evaluate import evaluate
 from .plan import DENSE, Cell
 from .record import DONE, FAILED, REFUSED, Record
@@ -43,11 +45,13 @@ class Setup:
     parallelize: bool = False  # spread the model over all GPUs that the cell sees
     cache: Path | None = None  # of packed checkpoints; default: that of lm-eval's `llq`
     offload: Path | None = None
-    load: Load | None = None  # None: speed is not measured
+    load: Workload | None = None  # None: speed is not measured
 
 
 def run_cell(cell: Cell, progress: Progress, setup: Setup) -> Record:
-    """The record of a cell: done, refused with a reason, or failed with a trace. Never raises what a cell did wrong."""
+    """The record of a cell: done, refused with a reason, or failed with a trace. Never raises what
+    a cell did wrong.
+    """
     began, started = datetime.now(UTC).isoformat(timespec="seconds"), time.perf_counter()
     figures: dict[str, Any] = {}
     try:
@@ -82,14 +86,20 @@ def _fill(figures: dict[str, Any], cell: Cell, setup: Setup, progress: Progress)
 
 
 def _quantize(cell: Cell, setup: Setup, progress: Progress) -> tuple[Path, dict[str, Any]]:
-    """The packed checkpoint, and what it cost to make: kept beside it for the next cell that finds it made."""
-    from ..engine.cached import cached  # imports transformers, which the parent of a sweep can do without
+    """The packed checkpoint, and what it cost to make: kept beside it for the next cell that finds
+    it made.
+    """
+    from ..engine.cached import (
+        cached,
+    )  # imports transformers, which the parent of a sweep can do without
 
     method: Method = build(cell.method, cell.preset, **cell.options)
     source, samples, seqlen = (cell.calibration.get(key) for key in ("source", "samples", "seqlen"))
     data = calibration_for(cell.model, source, samples, seqlen, cell.seed)
     dtype = None if cell.dtype == "auto" else cell.dtype
-    run = RunOptions(device=setup.device, dtype=dtype, offload=setup.offload, revision=cell.revision)
+    run = RunOptions(
+        device=setup.device, dtype=dtype, offload=setup.offload, revision=cell.revision
+    )
     timed = Timed(progress)
     with peak_memory(setup.device) as memory:
         path = cached(resolve(cell.model), method, data, run, setup.cache, timed)
@@ -104,7 +114,9 @@ def _kept(made: Path, cost: dict[str, Any] | None) -> dict[str, Any]:
     return read_json(path) if path.is_file() else journalled(made) or {}
 
 
-def _finetune(base: str, cell: Cell, setup: Setup, progress: Progress) -> tuple[Path, dict[str, Any]]:
+def _finetune(
+    base: str, cell: Cell, setup: Setup, progress: Progress
+) -> tuple[Path, dict[str, Any]]:
     """A LoRA adapter of the packed checkpoint, beside it in the cache, and what it cost to train."""
     from ..checkpoints.adapter import is_adapter
     from ..finetune import trainer  # transformers again
@@ -133,7 +145,10 @@ class Timed(Progress):
     def _enter(self, phase: str) -> None:
         now = time.perf_counter()
         self.seconds[self._phase] += now - self._since
-        self._phase, self._since = phase.replace(".", " "), now  # dots part the names of a path in records
+        self._phase, self._since = (
+            phase.replace(".", " "),
+            now,
+        )  # dots part the names of a path in records
 
     def stage(self, text: str, total: int = 0) -> None:
         self._enter(text)
@@ -158,11 +173,17 @@ class Timed(Progress):
 
     def figures(self) -> dict[str, Any]:
         """resumed: a killed run was gone on with, the seconds are those since."""
-        return {"seconds": sum(self.seconds.values()), "phases": dict(self.seconds), "resumed": self.resumed}
+        return {
+            "seconds": sum(self.seconds.values()),
+            "phases": dict(self.seconds),
+            "resumed": self.resumed,
+        }
 
 
 def _quantized(folder: Path) -> dict[str, Any]:
-    """From the checkpoint's own report: what was made, bits counted from the file, errors of every linear."""
+    """From the checkpoint's own report: what was made, bits counted from the file, errors of every
+    linear.
+    """
     report = read_report(folder)
     identity, bits = report["identity"], report["bits"]
     return {
@@ -178,8 +199,12 @@ def _quantized(folder: Path) -> dict[str, Any]:
     }
 
 
-def _speed(path: str, base: str, load: Load, setup: Setup, progress: Progress) -> dict[str, Any]:
-    """Speed of the model, and of the full-precision one beside it; why not, where both do not fit into memory."""
+def _speed(
+    path: str, base: str, load: Workload, setup: Setup, progress: Progress
+) -> dict[str, Any]:
+    """Speed of the model, and of the full-precision one beside it; why not, where both do not fit
+    into memory.
+    """
     try:
         models = {"own": load_model(path, setup.device, setup.parallelize)}
         if path != base:
@@ -197,12 +222,17 @@ def _machine(setup: Setup) -> dict[str, Any]:
     cuda = setup.device.startswith("cuda") and torch.cuda.is_available()
     return {
         "host": platform.node(),
-        "processor": torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
+        "processor": torch.cuda.get_device_name()
+        if cuda
+        else platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "device": setup.device,
         "threads": torch.get_num_threads(),
         "batch_size": setup.batch_size,
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "versions": {
+            "python": platform.python_version(),
+            **{name: _version(name) for name in PACKAGES},
+        },
     }
 
 

@@ -1,7 +1,9 @@
-"""What a packed model costs beside the full-precision one: bytes on disk and in memory, prefill and decode speed.
+"""What a packed model costs beside the full-precision one: bytes on disk and in memory, prefill and
+decode speed.
 
-The same code on CPU and CUDA. Models are timed in turn, round after round, in one process: what slows the machine for a
-moment slows all of them, and the medians of the rounds can be divided by each other. Every round's seconds are kept.
+The same code on CPU and CUDA. Models are timed in turn, round after round, in one process: what
+slows the machine for a moment slows all of them, and the medians of the rounds can be divided by
+each other. Every round's seconds are kept.
 
 phase   | what is timed                                                    | per
 prefill | one forward pass over B prompts of `prompt_tokens` random tokens | pass
@@ -33,7 +35,7 @@ Figures = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Load:
+class Workload:
     """What the models are given to do."""
 
     batches: tuple[int, ...] = (1, 8)
@@ -44,13 +46,17 @@ class Load:
     def __post_init__(self) -> None:
         for name in ("prompt_tokens", "new_tokens", "rounds"):
             if getattr(self, name) < 1:
-                raise LLQError(f"{name}={getattr(self, name)} leaves nothing to time; give 1 or more")
+                raise LLQError(
+                    f"{name}={getattr(self, name)} leaves nothing to time; give 1 or more"
+                )
         if not self.batches or min(self.batches) < 1:
             raise LLQError(f"batches={self.batches} holds no batch size; give numbers of 1 or more")
 
 
 def load_model(path: str, device: str, parallelize: bool = False) -> nn.Module:
-    """The model of a folder or Hub id, packed or dense or an adapter, on `device`, or over all GPUs there are."""
+    """The model of a folder or Hub id, packed or dense or an adapter, on `device`, or over all GPUs
+    there are.
+    """
     from transformers import AutoConfig
 
     from ..checkpoints.adapter import base_of, is_adapter
@@ -64,12 +70,16 @@ def load_model(path: str, device: str, parallelize: bool = False) -> nn.Module:
     return model.to(device).eval()
 
 
-def compare(models: Mapping[str, nn.Module], load: Load, tick: Callable[[], None] = lambda: None) -> dict[str, Figures]:
+def compare(
+    models: Mapping[str, nn.Module], load: Workload, tick: Callable[[], None] = lambda: None
+) -> dict[str, Figures]:
     """By model name: `loaded_bytes`, and by batch size the medians and all rounds of both phases.
 
     All models must lie on one device. tick: called after every round of a model.
     """
-    rounds: dict[str, dict[int, list[list[float]]]] = {name: {b: [] for b in load.batches} for name in models}
+    rounds: dict[str, dict[int, list[list[float]]]] = {
+        name: {b: [] for b in load.batches} for name in models
+    }
     for number in range(load.rounds + 1):
         for name, model in models.items():
             for batch in load.batches:
@@ -80,7 +90,9 @@ def compare(models: Mapping[str, nn.Module], load: Load, tick: Callable[[], None
     return {
         name: {
             "loaded_bytes": loaded_bytes(model),
-            "speed": {str(batch): _medians(rounds[name][batch], batch, load) for batch in load.batches},
+            "speed": {
+                str(batch): _medians(rounds[name][batch], batch, load) for batch in load.batches
+            },
         }
         for name, model in models.items()
     }
@@ -117,18 +129,20 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def _prompt(model: nn.Module, batch: int, load: Load) -> Tensor:
+def _prompt(model: nn.Module, batch: int, load: Workload) -> Tensor:
     config: Any = model.config
     text = config.get_text_config()
     room = text.max_position_embeddings - load.new_tokens
     if load.prompt_tokens > room:
-        raise LLQError(f"prompt_tokens={load.prompt_tokens} and new_tokens={load.new_tokens} exceed the model's length")
+        raise LLQError(
+            f"prompt_tokens={load.prompt_tokens} and new_tokens={load.new_tokens} exceed the model's length"
+        )
     random = torch.Generator().manual_seed(0)
     ids_BS = torch.randint(text.vocab_size, (batch, load.prompt_tokens), generator=random)
     return ids_BS.to(next(model.parameters()).device)
 
 
-def _medians(rounds: list[list[float]], batch: int, load: Load) -> Figures:
+def _medians(rounds: list[list[float]], batch: int, load: Workload) -> Figures:
     prefill, decode = (median(seconds) for seconds in zip(*rounds, strict=True))
     return {
         "prefill_seconds": prefill,
@@ -142,7 +156,9 @@ def _medians(rounds: list[list[float]], batch: int, load: Load) -> Figures:
 def loaded_bytes(model: nn.Module) -> int:
     """Bytes of all parameters and buffers, each storage once."""
     tensors = [*model.parameters(), *model.buffers()]
-    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+    return sum(
+        {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values()
+    )
 
 
 def disk_bytes(path: str) -> int:
@@ -151,7 +167,8 @@ def disk_bytes(path: str) -> int:
 
 
 def journalled(path: Path) -> Figures | None:
-    """Seconds and peak memory of a quantization, of its blocks only, from the journal beside the folder; None if gone.
+    """Seconds and peak memory of a quantization, of its blocks only, from the journal beside the
+    folder; None if gone.
 
     The peak is that of the whole process, whatever else it held.
     """
@@ -159,15 +176,20 @@ def journalled(path: Path) -> Figures | None:
     if not blocks:
         return None
     seconds = sum(line["seconds"] for line in blocks)
-    return {"seconds": seconds, "peak_bytes": max(line["peak_bytes"] for line in blocks), "from": "journal"}
+    return {
+        "seconds": seconds,
+        "peak_bytes": max(line["peak_bytes"] for line in blocks),
+        "from": "journal",
+    }
 
 
 @contextmanager
 def peak_memory(device: str) -> Iterator[Figures]:
-    """Fills a dict with the memory of what runs inside: `peak_bytes` of the process (resident, or allocated on the
-    GPU), `added_bytes` of it since the start.
+    """Fills a dict with the memory of what runs inside: `peak_bytes` of the process (resident, or
+    allocated on the GPU), `added_bytes` of it since the start.
 
-    Both stay away where the system cannot start a new peak for a running process (on CPUs, only Linux can).
+    Both stay away where the system cannot start a new peak for a running process (on CPUs, only
+    Linux can).
     """
     found: Figures = {}
     cuda = device.startswith("cuda")
@@ -191,8 +213,11 @@ def _reset_peak(cuda: bool) -> bool:
     return True
 
 
-def measure(base: str, paths: list[str], load: Load, device: str, progress: PassListener) -> dict[str, Figures]:
-    """Figures of each packed model, timed in turn with the full-precision one (also in the result, by the last turn).
+def measure(
+    base: str, paths: list[str], load: Workload, device: str, progress: PassListener
+) -> dict[str, Figures]:
+    """Figures of each packed model, timed in turn with the full-precision one (also in the result,
+    by the last turn).
 
     Two models are in memory at a time, the full-precision one and one packed.
     """
@@ -203,5 +228,9 @@ def measure(base: str, paths: list[str], load: Load, device: str, progress: Pass
         pair = {base: reference, path: load_model(path, device)}
         timed = compare(pair, load, progress.advance)
         found[base] = timed[base]
-        found[path] = {**timed[path], "ratios": ratios(timed[path], timed[base]), "quantize": journalled(Path(path))}
+        found[path] = {
+            **timed[path],
+            "ratios": ratios(timed[path], timed[base]),
+            "quantize": journalled(Path(path)),
+        }
     return {name: {**figures, "disk_bytes": disk_bytes(name)} for name, figures in found.items()}

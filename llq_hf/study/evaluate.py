@@ -15,8 +15,11 @@ from .plan import DENSE, Cell
 Results = dict[str, dict[str, Any]]
 
 
-def evaluate(path: str, cell: Cell, device: str, batch_size: int | str, parallelize: bool = False) -> Results:
-    """Task -> metric -> figure, of a packed checkpoint or (method none) a dense model, over all tasks of the cell.
+def evaluate(
+    path: str, cell: Cell, device: str, batch_size: int | str, parallelize: bool = False
+) -> Results:
+    """Task -> metric -> figure, of a packed checkpoint or (method none) a dense model, over all
+    tasks of the cell.
 
     parallelize: lm-eval spreads the model over all GPUs it sees.
     """
@@ -24,7 +27,12 @@ def evaluate(path: str, cell: Cell, device: str, batch_size: int | str, parallel
     image = [task for task in cell.tasks if task not in text]
     results: Results = {}
     if text:
-        results |= _lm_eval(path, cell, text, {"device": device, "batch_size": batch_size, "parallelize": parallelize})
+        results |= _lm_eval(
+            path,
+            cell,
+            text,
+            {"device": device, "batch_size": batch_size, "parallelize": parallelize},
+        )
     if image:
         results |= _lmms_eval(path, cell, image, device, batch_size)
     return results
@@ -35,7 +43,9 @@ _harness_of = cache(harness_of)  # it reads thousands of files
 
 @lru_cache(maxsize=4)
 def _text_manager(metadata: str) -> Any:
-    """lm-eval's index of tasks: building it reads thousands of files, so one for all cells with this metadata."""
+    """lm-eval's index of tasks: building it reads thousands of files, so one for all cells with
+    this metadata.
+    """
     from lm_eval.models import huggingface  # noqa: F401 (registers what the hook extends)
     from lm_eval.tasks import TaskManager
 
@@ -64,7 +74,9 @@ def _lm_eval(path: str, cell: Cell, tasks: list[str], host: dict[str, Any]) -> R
     return figures(found["results"])
 
 
-def _lmms_eval(path: str, cell: Cell, tasks: list[str], device: str, batch_size: int | str) -> Results:
+def _lmms_eval(
+    path: str, cell: Cell, tasks: list[str], device: str, batch_size: int | str
+) -> Results:
     from lmms_eval.evaluator import simple_evaluate
 
     args = f"pretrained={path}" + (f",method={DENSE}" if cell.method == DENSE else "")
@@ -91,8 +103,14 @@ def _free() -> None:
 
 
 def figures(results: dict[str, dict[str, Any]]) -> Results:
-    """A harness's results as task -> metric -> number: "acc,none" is acc, other filters stay in the name."""
+    """A harness's results as task -> metric -> number: "acc,none" is acc, other filters stay in the
+    name.
+    """
     return {
-        task: {name.removesuffix(",none"): value for name, value in metrics.items() if isinstance(value, int | float)}
+        task: {
+            name.removesuffix(",none"): value
+            for name, value in metrics.items()
+            if isinstance(value, int | float)
+        }
         for task, metrics in results.items()
     }

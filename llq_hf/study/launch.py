@@ -1,8 +1,8 @@
 """Runs many cells: in a process of their own on this machine, or as tasks of a Ray cluster.
 
-Either yields a record per cell as they are done; `sweep` writes them. lm-eval takes half a minute to import, so a
-local process goes on from cell to cell; one that dies (no memory, a crash in C) is replaced, and its cell recorded as
-failed. What cells print goes to a log file each.
+Either yields a record per cell as they are done; `sweep` writes them. lm-eval takes half a minute
+to import, so a local process goes on from cell to cell; one that dies (no memory, a crash in C) is
+replaced, and its cell recorded as failed. What cells print goes to a log file each.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ from ..common.progress import Progress
 from .plan import Cell
 from .record import FAILED, Record, pending, write_record
 
-Work = Callable[[Cell, Progress], Record]  # must be picklable: functools.partial(run_cell, setup=...) is
+Work = Callable[
+    [Cell, Progress], Record
+]  # must be picklable: functools.partial(run_cell, setup=...) is
 
 
 class Watcher(Progress):
@@ -38,11 +40,17 @@ class Watcher(Progress):
 
 
 class Engine(Protocol):
-    def __call__(self, cells: Sequence[Cell], work: Work, out: Path, watcher: Watcher) -> Iterator[Record]: ...
+    def __call__(
+        self, cells: Sequence[Cell], work: Work, out: Path, watcher: Watcher
+    ) -> Iterator[Record]: ...
 
 
-def sweep(cells: Sequence[Cell], work: Work, out: Path, engine: Engine, watcher: Watcher | None = None) -> list[Record]:
-    """Run the cells that are not done; the records of this run. Killed at any time, the same call goes on."""
+def sweep(
+    cells: Sequence[Cell], work: Work, out: Path, engine: Engine, watcher: Watcher | None = None
+) -> list[Record]:
+    """Run the cells that are not done; the records of this run. Killed at any time, the same call
+    goes on.
+    """
     watcher = watcher or Watcher()
     out.mkdir(parents=True, exist_ok=True)
     records = []
@@ -55,13 +63,15 @@ def sweep(cells: Sequence[Cell], work: Work, out: Path, engine: Engine, watcher:
                 records.append(record)
                 watcher.finished(record)
     except Timeout as error:
-        raise LLQError(f"another `llq study` is at work in {out}; wait for it, or give another folder") from error
+        raise LLQError(
+            f"another `llq study` is at work in {out}; wait for it, or give another folder"
+        ) from error
     finally:
         watcher.close()
     return records
 
 
-# --- this machine ---------------------------------------------------------------------------------------------------
+# --- this machine ---------------------------------------------------------------------------------
 
 
 def local(cells: Sequence[Cell], work: Work, out: Path, watcher: Watcher) -> Iterator[Record]:
@@ -74,7 +84,9 @@ def local(cells: Sequence[Cell], work: Work, out: Path, watcher: Watcher) -> Ite
             log = log_of(out, cell)
             record = child.run(cell, log, watcher)
             if record is None:
-                record = Record.of(cell, FAILED, reason=f"its process died ({child.fate()}); its last words: {log}")
+                record = Record.of(
+                    cell, FAILED, reason=f"its process died ({child.fate()}); its last words: {log}"
+                )
                 child = None
             yield replace(record, run={**record.run, "log": log.name})
     finally:
@@ -88,14 +100,18 @@ def log_of(out: Path, cell: Cell) -> Path:
 
 @dataclass(frozen=True)
 class Child:
-    """A process that runs cells as they are sent to it, and sends back what they tell and at last their record."""
+    """A process that runs cells as they are sent to it, and sends back what they tell and at last
+    their record.
+    """
 
     process: Any
     pipe: Connection
 
     @classmethod
     def start(cls, work: Work) -> Child:
-        context = multiprocessing.get_context("spawn")  # a fork would inherit locks of torch's threads
+        context = multiprocessing.get_context(
+            "spawn"
+        )  # a fork would inherit locks of torch's threads
         ours, theirs = context.Pipe()
         process = context.Process(target=_serve, args=(theirs, work), name="llq-study-cell")
         process.start()
@@ -127,7 +143,7 @@ class Child:
         self.process.join()
 
 
-class _Told(Progress):
+class PipeProgress(Progress):
     """Sends what a cell tells to the parent."""
 
     def __init__(self, pipe: Connection) -> None:
@@ -145,7 +161,9 @@ class _Told(Progress):
 
 def _serve(pipe: Connection, work: Work) -> None:
     """What the child does until the parent closes the pipe, or dies."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which ends this process
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C reaches the parent too, which ends this process
     threading.Thread(target=_die_with_parent, daemon=True).start()
     while True:
         try:
@@ -157,26 +175,30 @@ def _serve(pipe: Connection, work: Work) -> None:
             for stream in (sys.stdout, sys.stderr):
                 stream.flush()
                 os.dup2(file.fileno(), stream.fileno())
-        pipe.send(("record", (work(cell, _Told(pipe)),)))
+        pipe.send(("record", (work(cell, PipeProgress(pipe)),)))
 
 
 def _die_with_parent() -> None:
-    """A parent killed by SIGKILL cannot end its child, which may be hours away from its next message."""
+    """A parent killed by SIGKILL cannot end its child, which may be hours away from its next
+    message.
+    """
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
     os._exit(1)
 
 
-# --- a cluster ------------------------------------------------------------------------------------------------------
+# --- a cluster ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class RayCluster:
-    """Cells as tasks of Ray: it finds them a node with what they request, and tries again where a node is lost.
+    """Cells as tasks of Ray: it finds them a node with what they request, and tries again where a
+    node is lost.
 
-    Records travel back to the caller, which writes them: nothing need be shared. A packed checkpoint stays in the
-    cache of the node that made it; a cache on a shared disk (LLQ_CACHE) serves all.
+    Records travel back to the caller, which writes them: nothing need be shared. A packed
+    checkpoint stays in the cache of the node that made it; a cache on a shared disk (LLQ_CACHE)
+    serves all.
     """
 
     address: str | None = None  # None: $RAY_ADDRESS, or a cluster of this machine alone
@@ -185,11 +207,15 @@ class RayCluster:
     memory_gib: float = 0
     retries: int = 2
 
-    def __call__(self, cells: Sequence[Cell], work: Work, out: Path, watcher: Watcher) -> Iterator[Record]:
+    def __call__(
+        self, cells: Sequence[Cell], work: Work, out: Path, watcher: Watcher
+    ) -> Iterator[Record]:
         try:
             import ray
         except ImportError as error:
-            raise LLQError("Ray is not installed; install the extra `ray`, or run without --engine ray") from error
+            raise LLQError(
+                "Ray is not installed; install the extra `ray`, or run without --engine ray"
+            ) from error
         if not ray.is_initialized():
             ray.init(address=self.address, log_to_driver=False, configure_logging=False)
         task = ray.remote(_ray_cell).options(
@@ -207,7 +233,9 @@ class RayCluster:
         try:
             record: Record = ray.get(done)
             return record
-        except ray.exceptions.RayError as error:  # the worker or its node died more often than retries allow
+        except (
+            ray.exceptions.RayError
+        ) as error:  # the worker or its node died more often than retries allow
             words = Text.from_ansi(str(error)).plain.split()
             return Record.of(cell, FAILED, reason=f"{type(error).__name__}: {' '.join(words)}")
 

@@ -14,8 +14,8 @@
     metadata: {text_file: wiki.txt}              # of the tasks
     limit, num_fewshot, dtype, revision          # as in lm-eval
 
-`method: all` stands for every method, `bits: all` for every width of the method. A combination that a method does not
-have is a cell all the same: it is refused when it runs, and the report says why.
+`method: all` stands for every method, `bits: all` for every width of the method. A combination that
+a method does not have is a cell all the same: it is refused when it runs, and the report says why.
 """
 
 from __future__ import annotations
@@ -47,8 +47,12 @@ class Cell:
     tasks: tuple[str, ...]
     preset: str = "study"
     options: Mapping[str, Any] = field(default_factory=dict)  # of the method, over the preset
-    finetune: Mapping[str, Any] = field(default_factory=dict)  # data, and fields of adapters.train.Recipe; {}: not
-    calibration: Mapping[str, Any] = field(default_factory=dict)  # source, samples, seqlen; else the model's default
+    finetune: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # data, and fields of adapters.train.Recipe; {}: not
+    calibration: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # source, samples, seqlen; else the model's default
     seed: int = 0
     metadata: Mapping[str, Any] = field(default_factory=dict)
     limit: int | None = None
@@ -58,7 +62,9 @@ class Cell:
 
     @property
     def config(self) -> dict[str, Any]:
-        """Every option of the method; those given, where there is no such method or it refuses them."""
+        """Every option of the method; those given, where there is no such method or it refuses
+        them.
+        """
         if self.method == DENSE:
             return {}
         try:
@@ -70,15 +76,26 @@ class Cell:
     def fingerprint(self) -> str:
         """16 hex digits; equal for cells that differ in words only, as bits=4 and the default of 4.
 
-        Fields at their defaults do not count: a new one leaves the cells of older studies what they were.
+        Fields at their defaults do not count: a new one leaves the cells of older studies what they
+        were.
         """
-        given = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != _default(f)}
-        return fingerprint({**given, "options": self.config, "preset": None, "tasks": list(self.tasks)})
+        given = {
+            f.name: getattr(self, f.name)
+            for f in fields(self)
+            if getattr(self, f.name) != _default(f)
+        }
+        return fingerprint(
+            {**given, "options": self.config, "preset": None, "tasks": list(self.tasks)}
+        )
 
     @property
     def name(self) -> str:
         """For people and file names, unique: demo-gptq-3-1f00dbabe1f00dba."""
-        words = [Path(self.model).name, self.method, *([str(self.options["bits"])] if "bits" in self.options else [])]
+        words = [
+            Path(self.model).name,
+            self.method,
+            *([str(self.options["bits"])] if "bits" in self.options else []),
+        ]
         return "-".join([*words, self.fingerprint])
 
     @property
@@ -89,7 +106,9 @@ class Cell:
         words = [f"{key}={value}" for key, value in self.options.items()]
         words += [f"+ LoRA on {self.finetune.get('data')}"] if self.finetune else []
         words += ["connections"] if self.finetune.get("connections") else []
-        return " ".join([self.method, *words]) + ("" if self.preset == "study" else f" ({self.preset})")
+        return " ".join([self.method, *words]) + (
+            "" if self.preset == "study" else f" ({self.preset})"
+        )
 
 
 def _default(each: Field[Any]) -> Any:
@@ -98,16 +117,27 @@ def _default(each: Field[Any]) -> Any:
 
 
 def defaults() -> dict[str, Any]:
-    """What the fields of a cell are that a record written before there was such a field does not name."""
+    """What the fields of a cell are that a record written before there was such a field does not
+    name.
+    """
     return {each.name: _default(each) for each in fields(Cell)}
 
 
-_SHARED = ("calibration", "metadata", "limit", "num_fewshot", "dtype", "revision")  # of a plan, the same in all cells
+_SHARED = (
+    "calibration",
+    "metadata",
+    "limit",
+    "num_fewshot",
+    "dtype",
+    "revision",
+)  # of a plan, the same in all cells
 KEYS = ("title", "models", "tasks", "presets", "seeds", "methods", "baseline", *_SHARED)
 
 
 def expand(plans: Iterable[Mapping[str, Any]]) -> list[Cell]:
-    """The cells of plans, each once, in their order. LLQError for a plan that makes no sense as such."""
+    """The cells of plans, each once, in their order. LLQError for a plan that makes no sense as
+    such.
+    """
     cells: dict[str, Cell] = {}
     for plan in plans:
         for cell in _expand(plan):
@@ -122,7 +152,9 @@ def _expand(plan: Mapping[str, Any]) -> Iterator[Cell]:
     if plan.get("baseline", True):
         methods.insert(0, {"method": DENSE})
     for model in plan["models"]:
-        for options, preset, seed in product(methods, _list(plan, "presets", "study"), _list(plan, "seeds", 0)):
+        for options, preset, seed in product(
+            methods, _list(plan, "presets", "study"), _list(plan, "seeds", 0)
+        ):
             yield Cell(
                 model=model,
                 method=options["method"],
@@ -143,7 +175,9 @@ def own_options(entry: Mapping[str, Any]) -> dict[str, Any]:
 @cache
 def stand_ins() -> dict[str, Any]:
     """Bundled model -> {"task", "figures"}: see the file."""
-    found: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("stand_ins.yaml").read_text(encoding="utf-8"))
+    found: dict[str, Any] = yaml.safe_load(
+        Path(__file__).with_name("stand_ins.yaml").read_text(encoding="utf-8")
+    )
     return found
 
 
@@ -158,7 +192,9 @@ def finetune_for(model: str, asked: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def figure_for(model: str, figure: str) -> str | None:
-    """Where in a model's record that figure stands, which is at `figure` in the records of others; None: nowhere."""
+    """Where in a model's record that figure stands, which is at `figure` in the records of others;
+    None: nowhere.
+    """
     if model not in stand_ins() or not figure.startswith("results."):
         return figure
     found: str | None = stand_ins()[model]["figures"].get(figure.rpartition(".")[2])
@@ -170,7 +206,9 @@ def load_plan(path: Path) -> dict[str, Any]:
     try:
         plan = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise LLQError(f"{path} cannot be read ({error.strerror}); give a YAML file, or flags") from error
+        raise LLQError(
+            f"{path} cannot be read ({error.strerror}); give a YAML file, or flags"
+        ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise LLQError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(plan, dict):
@@ -181,7 +219,9 @@ def load_plan(path: Path) -> dict[str, Any]:
 def _check(plan: Mapping[str, Any]) -> None:
     for key in plan:
         if key not in KEYS:
-            raise LLQError(f"a plan has no key {key!r}{nearest(str(key), KEYS)}; it has: {', '.join(KEYS)}")
+            raise LLQError(
+                f"a plan has no key {key!r}{nearest(str(key), KEYS)}; it has: {', '.join(KEYS)}"
+            )
     for key in ("models", "tasks", "methods"):
         if not isinstance(plan.get(key), list) or not plan[key]:
             raise LLQError(f"a plan needs a list of {key}, this one has {plan.get(key)!r}")
@@ -198,7 +238,9 @@ def _check(plan: Mapping[str, Any]) -> None:
             raise LLQError(f"{key}: {plan[key]!r} of a plan should be a mapping")
     known = {"source", "samples", "seqlen"}
     if unknown := set(plan.get("calibration") or {}) - known:
-        raise LLQError(f"the calibration of a plan has no {unknown.pop()!r}; it has: {', '.join(sorted(known))}")
+        raise LLQError(
+            f"the calibration of a plan has no {unknown.pop()!r}; it has: {', '.join(sorted(known))}"
+        )
 
 
 def _list(plan: Mapping[str, Any], key: str, default: Any) -> Sequence[Any]:

@@ -1,4 +1,6 @@
-"""The plots of a report, as SVG text to embed: quality against stored bits, cost, errors layer by layer."""
+"""The plots of a report, as SVG text to embed: quality against stored bits, cost, errors layer by
+layer.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +20,24 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 INK, MUTED, HAIR = "#1b2430", "#5b6675", "#d8dde3"
-# Colours that differ in lightness too, for print and for the colour-blind; markers tell apart what colours do not.
-COLOURS = ("#0b5c8a", "#c2410c", "#15803d", "#7e22ce", "#b45309", "#0e7490", "#be123c", "#4d7c0f", "#3730a3", "#71717a")
+# Colours that differ in lightness too, for print and for the colour-blind; markers tell apart what
+# colours do not.
+COLOURS = (
+    "#0b5c8a",
+    "#c2410c",
+    "#15803d",
+    "#7e22ce",
+    "#b45309",
+    "#0e7490",
+    "#be123c",
+    "#4d7c0f",
+    "#3730a3",
+    "#71717a",
+)
 MARKERS = "osD^vP*Xhd<>p8H"
-LOOKS = [(COLOURS[i % len(COLOURS)], marker) for i, marker in enumerate(MARKERS)]  # of the methods, in their order
+LOOKS = [
+    (COLOURS[i % len(COLOURS)], marker) for i, marker in enumerate(MARKERS)
+]  # of the methods, in their order
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text: it is set in the page's font and can be searched
     "svg.hashsalt": "llq",  # the same records give the same bytes
@@ -64,11 +80,17 @@ def plots(records: Sequence[Record]) -> list[Plot]:
 
     import matplotlib
 
-    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # not every font of the list is everywhere
+    logging.getLogger("matplotlib.font_manager").setLevel(
+        logging.ERROR
+    )  # not every font of the list is everywhere
     done = [record for record in records if record.status == DONE]
     models = sorted({str(record.cell["model"]) for record in done})
     with matplotlib.rc_context(STYLE):
-        found = [plot for model in models for plot in _of_model([r for r in done if r.cell["model"] == model], model)]
+        found = [
+            plot
+            for model in models
+            for plot in _of_model([r for r in done if r.cell["model"] == model], model)
+        ]
     return found
 
 
@@ -82,16 +104,22 @@ def _of_model(records: list[Record], model: str) -> list[Plot]:
     return [plot for plot in made if plot is not None]
 
 
-# --- quality against bits -------------------------------------------------------------------------------------------
+# --- quality against bits -------------------------------------------------------------------------
 
 
 def quality(records: list[Record], model: str, kind: str) -> Plot | None:
-    """Perplexity or accuracy against stored bits, with the Pareto front; perplexities near the best from close by."""
+    """Perplexity or accuracy against stored bits, with the Pareto front; perplexities near the best
+    from close by.
+    """
     path = _headline(records, kind)
     points = _points(records, "quantized.stored_bits", path)
     if not points:
         return None
-    lower, name, task = kind == PERPLEXITY, kind if kind == PERPLEXITY else f"{kind} (%)", path.split(".")[1]
+    lower, name, task = (
+        kind == PERPLEXITY,
+        kind if kind == PERPLEXITY else f"{kind} (%)",
+        path.split(".")[1],
+    )
     scale = 1 if lower else 100
     points = [replace(p, y=scale * p.y) for p in points]
     dense = _full_precision(records, path, scale)
@@ -106,7 +134,10 @@ def quality(records: list[Record], model: str, kind: str) -> Plot | None:
     if len(panels) == 2:
         _quality_panel(panels[1], near, [p for p in best if p in near], dense)
         panels[1].set_title(
-            f"the same within {100 * NEAR - 100:.0f} % of the best", fontsize=10, color=MUTED, loc="left"
+            f"the same within {100 * NEAR - 100:.0f} % of the best",
+            fontsize=10,
+            color=MUTED,
+            loc="left",
         )
     _legend(figure, panels[-1], points)
     _thin_labels(figure, panels)
@@ -122,14 +153,27 @@ NEAR = 1.15  # times the best perplexity: what the second panel shows
 
 def _quality_panel(axes: Axes, points: list[Point], best: list[Point], dense: float | None) -> None:
     _scatter(axes, points)
-    axes.step([p.x for p in best], [p.y for p in best], where="post", color=INK, linewidth=1, zorder=1)
+    axes.step(
+        [p.x for p in best], [p.y for p in best], where="post", color=INK, linewidth=1, zorder=1
+    )
     for point in best:
-        text = axes.annotate(point.label, (point.x, point.y), (6, 6), textcoords="offset points", fontsize=8, zorder=4)
+        text = axes.annotate(
+            point.label,
+            (point.x, point.y),
+            (6, 6),
+            textcoords="offset points",
+            fontsize=8,
+            zorder=4,
+        )
         text.set_bbox({"color": "white", "alpha": 0.8, "pad": 1})
     if dense is not None:
         _line(axes, dense, "full precision")
     axes.set_xscale("log", base=2)
-    ticks = [t for t in (1, 1.5, 2, 3, 4, 6, 8) if min(p.x for p in points) / 1.3 < t < max(p.x for p in points) * 1.3]
+    ticks = [
+        t
+        for t in (1, 1.5, 2, 3, 4, 6, 8)
+        if min(p.x for p in points) / 1.3 < t < max(p.x for p in points) * 1.3
+    ]
     axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
     axes.set_xlabel("stored bits per quantized weight")
 
@@ -139,7 +183,9 @@ def _thin_labels(figure: Figure, panels: list[Axes]) -> None:
     figure.draw_without_rendering()  # only then is it known where anything lies
     for axes in panels:
         kept: list[Any] = []
-        for text in sorted(axes.texts, key=lambda text: hasattr(text, "xyann")):  # a line's own text goes first
+        for text in sorted(
+            axes.texts, key=lambda text: hasattr(text, "xyann")
+        ):  # a line's own text goes first
             box = text.get_window_extent()
             if any(box.overlaps(other) for other in kept):
                 text.set_visible(False)
@@ -156,7 +202,7 @@ def front(points: list[Point], lower: bool) -> list[Point]:
     return best
 
 
-# --- cost -----------------------------------------------------------------------------------------------------------
+# --- cost -----------------------------------------------------------------------------------------
 
 
 def effort(records: list[Record], model: str) -> Plot | None:
@@ -175,9 +221,7 @@ def effort(records: list[Record], model: str) -> Plot | None:
     axes.set_xlabel("seconds to quantize, calibration included")
     axes.set_ylabel(f"{path.split('.')[1]} perplexity")
     _legend(figure, axes, points)
-    caption = (
-        "Perplexity against the time that quantization took on the machine of the record; all widths of all methods."
-    )
+    caption = "Perplexity against the time that quantization took on the machine of the record; all widths of all methods."
     return Plot(f"effort-{model}", f"{model}: perplexity against time", caption, _svg(figure))
 
 
@@ -197,18 +241,24 @@ def speed(records: list[Record], model: str) -> Plot | None:
     return Plot(f"speed-{model}", f"{model}: decode time against memory", caption, _svg(figure))
 
 
-# --- errors ---------------------------------------------------------------------------------------------------------
+# --- errors ---------------------------------------------------------------------------------------
 
 
 def heat_map(records: list[Record], model: str) -> Plot | None:
     """Relative squared error of the weight of every linear, cell by cell."""
     import numpy as np
 
-    rows = {r.title: r.quantized["linears"] for r in sorted(records, key=_by_error) if r.quantized.get("linears")}
+    rows = {
+        r.title: r.quantized["linears"]
+        for r in sorted(records, key=_by_error)
+        if r.quantized.get("linears")
+    }
     if not rows:
         return None
     names = [linear["name"] for linear in next(iter(rows.values()))]
-    errors = [[linear.get("weight_error", math.nan) for linear in linears] for linears in rows.values()]
+    errors = [
+        [linear.get("weight_error", math.nan) for linear in linears] for linears in rows.values()
+    ]
     shown = np.log10(np.clip(np.array([e for e in errors if len(e) == len(names)]), 1e-12, None))
     figure, (axes,) = _canvas(height=max(1.4 + 0.17 * len(shown), 2.4))
     axes.grid(False)
@@ -241,12 +291,16 @@ def _name_linears(axes: Axes, names: list[str]) -> None:
     axes.set_xlabel(f"linears of {len(starts)} decoder blocks, in order")
 
 
-# --- shared ---------------------------------------------------------------------------------------------------------
+# --- shared ---------------------------------------------------------------------------------------
 
 
 def _headline(records: list[Record], kind: str) -> str:
     """Where the figure of this kind stands that the records are judged by."""
-    found = [f"results.{task}.{metric}" for task, metric in headlines(records) if KINDS.get(metric) == kind]
+    found = [
+        f"results.{task}.{metric}"
+        for task, metric in headlines(records)
+        if KINDS.get(metric) == kind
+    ]
     return found[0] if found else "results"
 
 
@@ -255,7 +309,12 @@ def _points(records: list[Record], x: str, y: str) -> list[Point]:
     found = []
     for record in records:
         a, b = record.find(x), record.find(y)
-        if record.quantized and isinstance(a, int | float) and isinstance(b, int | float) and math.isfinite(b):
+        if (
+            record.quantized
+            and isinstance(a, int | float)
+            and isinstance(b, int | float)
+            and math.isfinite(b)
+        ):
             width = f"{record.quantized['nominal_bits']:g}"
             label = f"{record.cell['method']} {width}"
             found.append(Point(a, b, record.cell["method"], record.cell["preset"], label))
@@ -266,7 +325,9 @@ def _scatter(axes: Axes, points: list[Point]) -> None:
     for point in points:
         colour, marker = LOOKS[list(METHODS).index(point.method) % len(LOOKS)]
         face = colour if point.preset == "best" else "white"
-        axes.plot(point.x, point.y, marker, color=colour, markerfacecolor=face, markersize=6.5, zorder=3)
+        axes.plot(
+            point.x, point.y, marker, color=colour, markerfacecolor=face, markersize=6.5, zorder=3
+        )
 
 
 def _legend(figure: Figure, axes: Axes, points: list[Point]) -> None:
@@ -278,13 +339,19 @@ def _legend(figure: Figure, axes: Axes, points: list[Point]) -> None:
 
 
 def _full_precision(records: list[Record], path: str, scale: float) -> float | None:
-    found = [record.find(path) for record in records if not record.quantized and record.find(path) is not None]
+    found = [
+        record.find(path)
+        for record in records
+        if not record.quantized and record.find(path) is not None
+    ]
     return found[0] * scale if found else None
 
 
 def _line(axes: Axes, value: float, text: str) -> None:
     axes.axhline(value, color=INK, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
-    axes.text(1, value, text, transform=axes.get_yaxis_transform(), ha="right", va="bottom", fontsize=8)
+    axes.text(
+        1, value, text, transform=axes.get_yaxis_transform(), ha="right", va="bottom", fontsize=8
+    )
 
 
 def _log(axes: Axes, name: str, values: list[float]) -> None:

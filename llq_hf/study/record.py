@@ -44,8 +44,17 @@ class Record:
 
     @classmethod
     def of(cls, cell: Cell, status: str, **figures: Any) -> Record:
-        asked = json.loads(json.dumps({**asdict(cell), "config": cell.config}))  # tuples are lists, as they come back
-        return cls(cell=asked, fingerprint=cell.fingerprint, name=cell.name, title=cell.title, status=status, **figures)
+        asked = json.loads(
+            json.dumps({**asdict(cell), "config": cell.config})
+        )  # tuples are lists, as they come back
+        return cls(
+            cell=asked,
+            fingerprint=cell.fingerprint,
+            name=cell.name,
+            title=cell.title,
+            status=status,
+            **figures,
+        )
 
     @property
     def stable(self) -> dict[str, Any]:
@@ -53,7 +62,9 @@ class Record:
         return {key: value for key, value in asdict(self).items() if key not in _VOLATILE}
 
     def find(self, path: str) -> Any:
-        """The value at "results.llq_demo_ppl.token_perplexity"; None where there is none. Names may not hold dots."""
+        """The value at "results.llq_demo_ppl.token_perplexity"; None where there is none. Names may
+        not hold dots.
+        """
         first, *rest = path.split(".")
         value: Any = getattr(self, first, None)
         for key in rest:
@@ -77,12 +88,16 @@ def write_record(out: Path, record: Record) -> Path:
 
 
 def read_record(path: Path) -> Record:
-    """LLQError for a file that is no record: a broken one must not pass for a cell that was never run."""
+    """LLQError for a file that is no record: a broken one must not pass for a cell that was never
+    run.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         return Record(**{**content, "cell": {**defaults(), **content["cell"]}})
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, TypeError, KeyError) as error:
-        raise LLQError(f"{path} is no record of a study ({error}); delete it, and its cell is run again") from error
+        raise LLQError(
+            f"{path} is no record of a study ({error}); delete it, and its cell is run again"
+        ) from error
 
 
 def read_records(out: Path) -> list[Record]:
@@ -94,7 +109,9 @@ def read_records(out: Path) -> list[Record]:
 
 
 def pending(cells: Iterable[Cell], out: Path) -> list[Cell]:
-    """The cells that are not done: those never run, refused or failed. The latter two are tried again."""
+    """The cells that are not done: those never run, refused or failed. The latter two are tried
+    again.
+    """
     return [cell for cell in cells if not _is_done(file_of(out, cell.name))]
 
 

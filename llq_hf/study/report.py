@@ -1,4 +1,5 @@
-"""Writes the report of a folder of records: one HTML page that holds all it shows, Markdown, CSV, LaTeX.
+"""Writes the report of a folder of records: one HTML page that holds all it shows, Markdown, CSV,
+LaTeX.
 
 report.html   tables, plots; every figure names its record on hover
 report.md     the tables, with the record of each line
@@ -20,7 +21,19 @@ from ..common.words import nearest
 from .paper import asked_for
 from .plots import Plot, plots
 from .record import DONE, FAILED, REFUSED, Record, read_records
-from .tables import BETTER, LEVEL_SIGNS, SAME, WORSE, Grid, Line, cost, overview, phases, provenance, study_tables
+from .tables import (
+    BETTER,
+    LEVEL_SIGNS,
+    SAME,
+    WORSE,
+    Grid,
+    Line,
+    cost,
+    overview,
+    phases,
+    provenance,
+    study_tables,
+)
 from .tables import unfinished as unfinished_grid
 
 MARKS = (
@@ -33,7 +46,9 @@ def write_report(out: Path, into: Path, formats: Sequence[str]) -> list[Path]:
     """Report files of the study in `out`, written into a folder; their paths."""
     for name in formats:
         if name not in WRITERS:
-            raise LLQError(f"there is no format {name!r}{nearest(name, WRITERS)}; there are: {', '.join(WRITERS)}")
+            raise LLQError(
+                f"there is no format {name!r}{nearest(name, WRITERS)}; there are: {', '.join(WRITERS)}"
+            )
     records = read_records(out)
     grids = all_grids(records, asked_for(out))
     into.mkdir(parents=True, exist_ok=True)
@@ -54,17 +69,23 @@ def all_grids(records: Sequence[Record], asked: Sequence[str]) -> list[Grid]:
     return [grid for grid in [*tables, unfinished_grid(records), provenance(records)] if grid.lines]
 
 
-# --- one page -------------------------------------------------------------------------------------------------------
+# --- one page -------------------------------------------------------------------------------------
 
 
 def html(out: Path, records: Sequence[Record], grids: Sequence[Grid]) -> str:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     folder = FileSystemLoader(Path(__file__).parent)
-    template = Environment(loader=folder, autoescape=True, undefined=StrictUndefined).get_template("report.html")
+    template = Environment(loader=folder, autoescape=True, undefined=StrictUndefined).get_template(
+        "report.html"
+    )
     drawn: list[Plot] = plots(records)
     return template.render(
-        title=_title(out), facts=_facts(records), plots=drawn, grids=_noted(grids), signs=LEVEL_SIGNS
+        title=_title(out),
+        facts=_facts(records),
+        plots=drawn,
+        grids=_noted(grids),
+        signs=LEVEL_SIGNS,
     )
 
 
@@ -77,7 +98,9 @@ def _facts(records: Sequence[Record]) -> list[tuple[str, int]]:
     counts = Counter(record.status for record in records)
     models = {record.cell["model"] for record in records}
     methods = {record.quantized["method"] for record in records if record.quantized}
-    names = [(f"cells {status}", counts[status]) for status in (DONE, REFUSED, FAILED) if counts[status]]
+    names = [
+        (f"cells {status}", counts[status]) for status in (DONE, REFUSED, FAILED) if counts[status]
+    ]
     return [*names, ("models", len(models)), ("methods", len(methods))]
 
 
@@ -90,7 +113,7 @@ def _noted(grids: Sequence[Grid]) -> list[Grid]:
     ]
 
 
-# --- text -----------------------------------------------------------------------------------------------------------
+# --- text -----------------------------------------------------------------------------------------
 
 
 def markdown(out: Path, records: Sequence[Record], grids: Sequence[Grid]) -> str:
@@ -99,7 +122,9 @@ def markdown(out: Path, records: Sequence[Record], grids: Sequence[Grid]) -> str
         rule = ["---" if i < grid.words else "---:" for i in range(len(grid.head))]
         rows = [[*(value.signed for value in line.values), _record_of(line)] for line in grid.lines]
         table = [[*grid.head, "record"], [*rule, "---"], *rows]
-        lines = ["| " + " | ".join(text.replace("|", r"\|") for text in row) + " |" for row in table]
+        lines = [
+            "| " + " | ".join(text.replace("|", r"\|") for text in row) + " |" for row in table
+        ]
         parts.append("\n".join([f"## {grid.title}\n", *lines, "", *grid.notes, ""]))
     return "\n".join(parts)
 
@@ -111,7 +136,9 @@ def _record_of(line: Line) -> str:
 def comma_separated(out: Path, records: Sequence[Record], grids: Sequence[Grid]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["table", "line", "label", "column", "text", "mark", "record", "figure", "scale"])
+    writer.writerow(
+        ["table", "line", "label", "column", "text", "mark", "record", "figure", "scale"]
+    )
     for grid in grids:
         for number, line in enumerate(grid.lines, start=1):
             label = " ".join(filter(None, (value.text for value in line.values[: grid.words])))
@@ -119,7 +146,9 @@ def comma_separated(out: Path, records: Sequence[Record], grids: Sequence[Grid])
                 if value.text:
                     file = f"records/{value.record}.json" if value.record else ""
                     traced = [file, value.figure, value.scale if file else ""]
-                    writer.writerow([grid.name, number, label, name, value.text, value.mark, *traced])
+                    writer.writerow(
+                        [grid.name, number, label, name, value.text, value.mark, *traced]
+                    )
     return text.getvalue()
 
 
@@ -139,7 +168,8 @@ def _latex_table(grid: Grid) -> str:
     columns = "l" * grid.words + "r" * (len(grid.head) - grid.words)
     head = " & ".join(rf"\textbf{{{name.translate(LATEX)}}}" for name in grid.head)
     lines = [
-        " & ".join(value.signed.translate(LATEX) for value in line.values) + rf" \\ % {_record_of(line)}"
+        " & ".join(value.signed.translate(LATEX) for value in line.values)
+        + rf" \\ % {_record_of(line)}"
         for line in grid.lines
     ]
     notes = [note.translate(LATEX) + r"\par" for note in grid.notes]

@@ -1,4 +1,6 @@
-"""The tables of a report, each made once and written four ways. Every figure knows the record it stands in."""
+"""The tables of a report, each made once and written four ways. Every figure knows the record it
+stands in.
+"""
 
 from __future__ import annotations
 
@@ -76,20 +78,23 @@ def amount(value: float) -> str:
     return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
 
 
-# --- all cells ------------------------------------------------------------------------------------------------------
+# --- all cells ------------------------------------------------------------------------------------
 
 PERPLEXITY, ACCURACY = "perplexity", "accuracy"
 KINDS = {"token_perplexity": PERPLEXITY, "acc": ACCURACY, "accuracy": ACCURACY}  # of the metrics
 
 
 def headlines(records: Iterable[Record]) -> list[tuple[str, str]]:
-    """(task, metric) of what the records are judged by: perplexities, then accuracies, then what else there is.
+    """(task, metric) of what the records are judged by: perplexities, then accuracies, then what
+    else there is.
 
     Within each, the tasks that were asked for come first, in that order.
     """
     records = list(records)
     asked = [task for record in records for task in record.cell["tasks"]]
-    found = {(task, metric) for r in records for task, metrics in r.results.items() for metric in metrics}
+    found = {
+        (task, metric) for r in records for task, metrics in r.results.items() for metric in metrics
+    }
     known = [pair for pair in found if pair[1] in KINDS]
     chosen = known or [pair for pair in found if "stderr" not in pair[1]]
 
@@ -104,13 +109,23 @@ def headlines(records: Iterable[Record]) -> list[tuple[str, str]]:
 def overview(records: Sequence[Record]) -> list[Grid]:
     """A table per model: every finished cell with its bits and figures."""
     done = [r for r in records if r.status == DONE]
-    by_model = groupby(sorted(done, key=lambda r: r.cell["model"]), key=lambda r: str(r.cell["model"]))
+    by_model = groupby(
+        sorted(done, key=lambda r: r.cell["model"]), key=lambda r: str(r.cell["model"])
+    )
     return [_overview(model, list(group)) for model, group in by_model]
 
 
 def _overview(model: str, records: list[Record]) -> Grid:
     columns = headlines(records)[:10]
-    head = ["method", "options", "preset", "nominal bits", "stored bits", "whole model", *map(_headline, columns)]
+    head = [
+        "method",
+        "options",
+        "preset",
+        "nominal bits",
+        "stored bits",
+        "whole model",
+        *map(_headline, columns),
+    ]
     lines = [_overview_line(record, columns) for record in sorted(records, key=_order)]
     return Grid(f"cells-{model.replace('/', '-')}", f"All cells of {model}", head, lines, words=3)
 
@@ -123,9 +138,17 @@ def _headline(pair: tuple[str, str]) -> str:
 def _overview_line(record: Record, columns: list[tuple[str, str]]) -> Line:
     lora = [f"LoRA on {record.cell['finetune'].get('data')}"] if record.cell["finetune"] else []
     options = ", ".join([*(f"{k}={v}" for k, v in record.cell["options"].items()), *lora])
-    words = [record.cell["method"], options, record.cell["preset"]] if record.quantized else ["full precision", "", ""]
+    words = (
+        [record.cell["method"], options, record.cell["preset"]]
+        if record.quantized
+        else ["full precision", "", ""]
+    )
     values = [Value(word) for word in words]
-    for key, show in (("nominal_bits", bits), ("stored_bits", stored), ("whole_model_bits", stored)):
+    for key, show in (
+        ("nominal_bits", bits),
+        ("stored_bits", stored),
+        ("whole_model_bits", stored),
+    ):
         values.append(figure(record, f"quantized.{key}", show))
     for task, metric in columns:
         show, scale = (percent, 100.0) if KINDS.get(metric) == ACCURACY else (perplexity, 1.0)
@@ -136,19 +159,29 @@ def _overview_line(record: Record, columns: list[tuple[str, str]]) -> Line:
 def _order(record: Record) -> tuple[Any, ...]:
     """Full precision, then by method as they come, widest first, study before best."""
     width = record.quantized.get("nominal_bits", 0)
-    return (bool(record.quantized), record.cell["method"], -width, record.cell["preset"] != "study", record.name)
+    return (
+        bool(record.quantized),
+        record.cell["method"],
+        -width,
+        record.cell["preset"] != "study",
+        record.name,
+    )
 
 
-# --- the study's tables ---------------------------------------------------------------------------------------------
+# --- the study's tables ---------------------------------------------------------------------------
 
 
 def study_tables(records: Sequence[Record], asked: Sequence[str]) -> list[Grid]:
-    """The study's tables that were asked for (`asked`, names of presets) or have figures of ours for a quantized row.
+    """The study's tables that were asked for (`asked`, names of presets) or have figures of ours
+    for a quantized row.
 
     A bundled model stands in for a table's own only where that table was asked for.
     """
     bundled = sorted({str(record.cell["model"]) for record in records} & set(stand_ins()))
-    made = [(table, _study_table(table, records, bundled if table.preset in asked else [])) for table in _tables()]
+    made = [
+        (table, _study_table(table, records, bundled if table.preset in asked else []))
+        for table in _tables()
+    ]
     return [grid for table, (grid, rows) in made if table.preset in asked or rows]
 
 
@@ -163,10 +196,16 @@ def _study_table(table: Table, records: Sequence[Record], bundled: list[str]) ->
     lines, rows = [], 0
     for row in table.rows:
         names = [Value(row.label), *(Value(str(row.identity[key])) for key in identity)]
-        published = [Value(_printed(value, c)) for value, c in zip(table.published(row), table.columns, strict=True)]
+        published = [
+            Value(_printed(value, c))
+            for value, c in zip(table.published(row), table.columns, strict=True)
+        ]
         lines.append(Line([*names, Value("published"), Value(), *published], "published"))
         found = paper.matching(row, list(records))
-        ours = [*_ours(table, row, found), *(_stand_in(table, r) for r in found if r.cell["model"] in bundled)]
+        ours = [
+            *_ours(table, row, found),
+            *(_stand_in(table, r) for r in found if r.cell["model"] in bundled),
+        ]
         ours = [values for values in ours if any(value.text for value in values[2:])]
         lines += [Line([*(Value() for _ in names), *values], "ours") for values in ours]
         rows += bool(ours) and any(record.quantized for record in found)
@@ -196,10 +235,16 @@ def _ours(table: Table, row: Row, found: list[Record]) -> Iterable[list[Value]]:
     lines: dict[tuple[str, int], dict[str, Record]] = defaultdict(dict)
     for record in found:
         if record.cell["model"] in table.models:
-            lines[record.cell["preset"], record.cell["seed"]].setdefault(record.cell["model"], record)
+            lines[record.cell["preset"], record.cell["seed"]].setdefault(
+                record.cell["model"], record
+            )
     for (preset, seed), by_model in lines.items():
         first = next(iter(by_model.values()))
-        words = ["ours", *([preset] if preset != "study" else []), *([f"seed {seed}"] if seed else [])]
+        words = [
+            "ours",
+            *([preset] if preset != "study" else []),
+            *([f"seed {seed}"] if seed else []),
+        ]
         values = [Value(", ".join(words)), figure(first, "quantized.stored_bits", stored)]
         for column, printed in zip(table.columns, table.published(row), strict=True):
             values.append(_compared(by_model.get(column.model or table.models[0]), column, printed))
@@ -228,20 +273,27 @@ def _stand_in(table: Table, record: Record) -> list[Value]:
         share = column.better == "higher" and column.within is not None
         show = amount if column.within is None else percent if share else perplexity
         known = path is None or path in shown
-        values.append(Value() if known else figure(record, str(path), show, 100.0 if share else column.scale))
+        values.append(
+            Value() if known else figure(record, str(path), show, 100.0 if share else column.scale)
+        )
         shown.add(path)
     return values
 
 
-# --- cost -----------------------------------------------------------------------------------------------------------
+# --- cost -----------------------------------------------------------------------------------------
 
 
 def cost(records: Sequence[Record]) -> Grid:
     """Time, memory, size and speed of every finished cell."""
-    done = sorted((r for r in records if r.status == DONE), key=lambda r: (r.cell["model"], *_order(r)))
+    done = sorted(
+        (r for r in records if r.status == DONE), key=lambda r: (r.cell["model"], *_order(r))
+    )
     batches = sorted({b for r in done for b in (r.find("cost.own.speed") or {})}, key=int)
     head = ["model", "cell", "quantized in (s)", "memory (MiB)", "on disk (MiB)", "loaded (MiB)"]
-    figures: list[tuple[str, float]] = [("cost.quantize.seconds", 1), ("cost.quantize.added_bytes", 2**-20)]
+    figures: list[tuple[str, float]] = [
+        ("cost.quantize.seconds", 1),
+        ("cost.quantize.added_bytes", 2**-20),
+    ]
     figures += [("cost.disk_bytes", 2**-20), ("cost.own.loaded_bytes", 2**-20)]
     for batch in batches:
         for phase in ("prefill", "decode"):
@@ -249,7 +301,13 @@ def cost(records: Sequence[Record]) -> Grid:
             figures.append((f"cost.own.speed.{batch}.{phase}_tokens_per_second", 1))
             figures.append((f"cost.ratios.speed.{batch}.{phase}_seconds", 1))
     lines = [
-        Line([Value(r.cell["model"]), Value(r.title), *(figure(r, path, amount, scale) for path, scale in figures)])
+        Line(
+            [
+                Value(r.cell["model"]),
+                Value(r.title),
+                *(figure(r, path, amount, scale) for path, scale in figures),
+            ]
+        )
         for r in done
     ]
     return Grid("cost", "Cost", head, lines, COST_NOTES, words=2)
@@ -265,29 +323,44 @@ COST_NOTES = [
 
 def phases(records: Sequence[Record]) -> Grid:
     """Where the seconds of quantization went."""
-    made = sorted((r for r in records if r.find("cost.quantize.phases")), key=lambda r: (r.cell["model"], *_order(r)))
+    made = sorted(
+        (r for r in records if r.find("cost.quantize.phases")),
+        key=lambda r: (r.cell["model"], *_order(r)),
+    )
     totals: dict[str, float] = defaultdict(float)
     for record in made:
         for phase, seconds in record.find("cost.quantize.phases").items():
             totals[phase] += seconds
     names = sorted(totals, key=lambda phase: -totals[phase])[:8]
     lines = [
-        Line([Value(r.title), *(figure(r, f"cost.quantize.phases.{name}", amount) for name in names)]) for r in made
+        Line(
+            [Value(r.title), *(figure(r, f"cost.quantize.phases.{name}", amount) for name in names)]
+        )
+        for r in made
     ]
     return Grid("phases", "Quantization by phase (seconds)", ["cell", *names], lines)
 
 
-# --- what did not run, and where everything stands ------------------------------------------------------------------
+# --- what did not run, and where everything stands ------------------------------------------------
 
 
 def unfinished(records: Sequence[Record]) -> Grid:
     """Refused and failed cells, each with its reason."""
     lines = [
-        Line([Value(r.cell["model"]), Value(r.title), Value(r.status), Value(r.reason or "", r.name, "reason")])
+        Line(
+            [
+                Value(r.cell["model"]),
+                Value(r.title),
+                Value(r.status),
+                Value(r.reason or "", r.name, "reason"),
+            ]
+        )
         for r in records
         if r.status != DONE
     ]
-    return Grid("unfinished", "Refused and failed", ["model", "cell", "status", "reason"], lines, words=4)
+    return Grid(
+        "unfinished", "Refused and failed", ["model", "cell", "status", "reason"], lines, words=4
+    )
 
 
 def provenance(records: Sequence[Record]) -> Grid:

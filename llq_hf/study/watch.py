@@ -1,4 +1,6 @@
-"""What a person sees while a sweep goes on: cells done, time left, the cell at work and what it is doing."""
+"""What a person sees while a sweep goes on: cells done, time left, the cell at work and what it is
+doing.
+"""
 
 from __future__ import annotations
 

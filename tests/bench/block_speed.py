@@ -1,11 +1,12 @@
-"""Time to quantize one block of LLaMA-3-8B's shape by GPTQ on the CPU: llq, llm-compressor and GPTQModel in turn.
+"""Time to quantize one block of LLaMA-3-8B's shape by GPTQ on the CPU: llq, llm-compressor and
+GPTQModel in turn.
 
     python tests/bench/block_speed.py [--samples 16] [--length 2048] [--threads 2] [--peers llmcompressor,gptqmodel]
 
-The same random checkpoint of one block and the same random token ids for all; 4 bits, groups of 128. Each tool runs as
-a process of its own (the peers in environments that uv makes for them, 6 GB each), whole: loading, quantizing and
-saving. Printed are the seconds of the clock and of the processor, and ratios of the latter to ours: on a machine with
-other work they are the fairer ones.
+The same random checkpoint of one block and the same random token ids for all; 4 bits, groups of
+128. Each tool runs as a process of its own (the peers in environments that uv makes for them, 6 GB
+each), whole: loading, quantizing and saving. Printed are the seconds of the clock and of the
+processor, and ratios of the latter to ours: on a machine with other work they are the fairer ones.
 """
 
 from __future__ import annotations
@@ -60,7 +61,9 @@ def timed(command: Sequence[str | Path], log: Path) -> tuple[float, float]:
     """Seconds of the clock and of the processor; exits with the end of its output where it fails."""
     started = time.perf_counter()
     with log.open("wb") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, cwd=log.parent)  # some write logs
+        process = subprocess.Popen(
+            command, stdout=file, stderr=subprocess.STDOUT, cwd=log.parent
+        )  # some write logs
         _, status, usage = os.wait4(process.pid, 0)
     if os.waitstatus_to_exitcode(status):
         sys.exit(f"{command[0]} failed:\n{log.read_text(errors='replace')[-3000:]}")
@@ -68,7 +71,9 @@ def timed(command: Sequence[str | Path], log: Path) -> tuple[float, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--threads", type=int, default=2)
@@ -76,15 +81,38 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=4096)
     parser.add_argument("--ffn", type=int, default=14336)
     args = parser.parse_args()
-    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # on two cores it picks one, which its own check refuses
+    os.environ.setdefault(
+        "GPTQMODEL_CPU_WORKERS", "2"
+    )  # on two cores it picks one, which its own check refuses
     # Passive: waiting must not count as the time of the processor.
-    os.environ.update(OMP_NUM_THREADS=str(args.threads), OMP_WAIT_POLICY="PASSIVE", CUDA_VISIBLE_DEVICES="")
+    os.environ.update(
+        OMP_NUM_THREADS=str(args.threads), OMP_WAIT_POLICY="PASSIVE", CUDA_VISIBLE_DEVICES=""
+    )
     with tempfile.TemporaryDirectory(prefix="llq-block-") as name:
         root = Path(name)
         make_checkpoint(root / "model", 1, args.hidden, args.ffn, vocab=1024)
-        np.save(root / "ids.npy", np.random.default_rng(0).integers(0, 1024, (args.samples, args.length)))
-        ours = [sys.executable, "-m", "llq_hf", "quantize", str(root / "model"), str(root / "llq"), "--method", "gptq"]
-        ours += ["--bits", "4", "--calibration", str(root / "ids.npy"), "--calibration-samples", str(args.samples)]
+        np.save(
+            root / "ids.npy",
+            np.random.default_rng(0).integers(0, 1024, (args.samples, args.length)),
+        )
+        ours = [
+            sys.executable,
+            "-m",
+            "llq_hf",
+            "quantize",
+            str(root / "model"),
+            str(root / "llq"),
+            "--method",
+            "gptq",
+        ]
+        ours += [
+            "--bits",
+            "4",
+            "--calibration",
+            str(root / "ids.npy"),
+            "--calibration-samples",
+            str(args.samples),
+        ]
         commands = {"llq": [*ours, "--device", "cpu"]}
         for peer in filter(None, args.peers.split(",")):
             files = [str(root / "model"), str(root / peer), str(root / "ids.npy")]
@@ -97,7 +125,10 @@ def main() -> None:
         for tool, command in commands.items():
             clock, processor = timed(command, root / f"{tool}.log")
             base = base or processor
-            print(f"| {tool} | {clock:.0f} s | {processor:.0f} s | {processor / base:.2f} |", flush=True)
+            print(
+                f"| {tool} | {clock:.0f} s | {processor:.0f} s | {processor / base:.2f} |",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

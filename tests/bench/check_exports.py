@@ -2,9 +2,9 @@
 
     python tests/bench/check_exports.py [--environment /tmp/llq-gptqmodel]
 
-GPTQModel cannot live in one environment with lmms-eval, so uv makes one for it (6 GB) unless it is there. Prints the
-largest difference of a logit in fp32 arithmetic, next to the spread of the logits, and fails where it is more than what
-fp16 scales folded once more explain.
+GPTQModel cannot live in one environment with lmms-eval, so uv makes one for it (6 GB) unless it is
+there. Prints the largest difference of a logit in fp32 arithmetic, next to the spread of the
+logits, and fails where it is more than what fp16 scales folded once more explain.
 """
 
 from __future__ import annotations
@@ -57,20 +57,41 @@ def environment(folder: Path, packages: list[str]) -> Path:
     """The interpreter of an environment with these packages, which uv makes unless it is there."""
     python = folder / "bin" / "python"
     if not python.exists():
-        run("uv", "venv", "--quiet", "--python", f"{sys.version_info[0]}.{sys.version_info[1]}", folder)
-        # From there: in a folder of this project uv would hold it to this project's tested versions.
+        run(
+            "uv",
+            "venv",
+            "--quiet",
+            "--python",
+            f"{sys.version_info[0]}.{sys.version_info[1]}",
+            folder,
+        )
+        # From there: in a folder of this project uv would hold it to this project's tested
+        # versions.
         run("uv", "pip", "install", "--quiet", "--directory", folder, "--python", python, *packages)
     return python
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--environment", type=Path, default=Path("/tmp/llq-gptqmodel"))
     python, failed = environment(parser.parse_args().environment, PACKAGES), []
     for name, (form, options) in CASES.items():
         with tempfile.TemporaryDirectory() as scratch:
             packed, exported = Path(scratch) / "packed", Path(scratch) / "exported"
-            run(sys.executable, "-m", "llq_hf", "quantize", "demo", packed, *options, *CALIBRATION, "--device", "cpu")
+            run(
+                sys.executable,
+                "-m",
+                "llq_hf",
+                "quantize",
+                "demo",
+                packed,
+                *options,
+                *CALIBRATION,
+                "--device",
+                "cpu",
+            )
             run(sys.executable, "-m", "llq_hf", "export", packed, exported, "--format", form)
             run(sys.executable, "-c", OURS, packed, packed / "logits")
             run(python, "-c", THEIRS, exported, exported / "logits", form)

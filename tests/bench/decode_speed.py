@@ -1,9 +1,11 @@
-"""Whole decoding steps from packed weights beside bf16, on a random checkpoint in the shape of LLaMA-3-8B.
+"""Whole decoding steps from packed weights beside bf16, on a random checkpoint in the shape of
+LLaMA-3-8B.
 
     python tests/bench/decode_speed.py [--methods rtn:4,rtn:2] [--blocks 4] [--threads 1]
 
-Makes the checkpoint (436 MB a block; the vocabulary is small, for real heads stay dense), quantizes it and calls `llq
-bench`: attention, norms and Python count as they do in use. Sizes stand beside it: what is loaded should be the file.
+Makes the checkpoint (436 MB a block; the vocabulary is small, for real heads stay dense), quantizes
+it and calls `llq bench`: attention, norms and Python count as they do in use. Sizes stand beside
+it: what is loaded should be the file.
 """
 
 from __future__ import annotations
@@ -21,7 +23,9 @@ LLQ = [sys.executable, "-m", "llq_hf"]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--methods", default="rtn:4,rtn:2")
     parser.add_argument("--blocks", type=int, default=4)
     parser.add_argument("--threads", type=int, default=1)
@@ -36,11 +40,22 @@ def main() -> None:
         for named in args.methods.split(","):
             method, bits = named.split(":")
             packed.append(str(root / f"{method}-{bits}"))
-            command = [*LLQ, "quantize", str(root / "model"), packed[-1], "--method", method, "--bits", bits]
+            command = [
+                *LLQ,
+                "quantize",
+                str(root / "model"),
+                packed[-1],
+                "--method",
+                method,
+                "--bits",
+                bits,
+            ]
             calibration = ["--calibration", str(root / "ids.npy"), "--calibration-samples", "4"]
             subprocess.run([*command, *calibration], check=True)
         batches = ["--batches", "1,8", "--rounds", "3"]
-        subprocess.run([*LLQ, "bench", *packed, "--base", str(root / "model"), *batches], check=True)
+        subprocess.run(
+            [*LLQ, "bench", *packed, "--base", str(root / "model"), *batches], check=True
+        )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
-"""The cards of the demo checkpoints in `model_cards/`: quantize, score, `llq card`, all by the commands of README.
+"""The cards of the demo checkpoints in `model_cards/`: quantize, score, `llq card`, all by the
+commands of README.
 
     python tests/bench/demo_cards.py [--out model_cards]
 
-About two minutes on one core. A card changes when the code, the demo model or the last digit of a sum does.
+About two minutes on one core. A card changes when the code, the demo model or the last digit of a
+sum does.
 """
 
 from __future__ import annotations
@@ -24,14 +26,25 @@ def llq(*arguments: object) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[2] / "model_cards")
     out = parser.parse_args().out.resolve()
     for name, options in CHECKPOINTS.items():
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch) / name
             llq("quantize", "demo", folder, *options, "--device", "cpu")
-            llq("eval", folder, "--tasks", "llq_demo", "--batch_size", 16, "--output_path", folder / "results")
+            llq(
+                "eval",
+                folder,
+                "--tasks",
+                "llq_demo",
+                "--batch_size",
+                16,
+                "--output_path",
+                folder / "results",
+            )
             llq("card", folder, "--out", out / f"{name}.md")
 
 

@@ -1,8 +1,10 @@
-"""The table of README: every method and width on the bundled demo model, through lm-eval as a user would run it.
+"""The table of README: every method and width on the bundled demo model, through lm-eval as a user
+would run it.
 
     uv run python tests/bench/demo_table.py [--out FILE.md] [--only WORDS] [--part I/N]
 
-CPU; seconds are of processor time, of quantizing with calibration and loading, side by side in one run on one machine.
+CPU; seconds are of processor time, of quantizing with calibration and loading, side by side in one
+run on one machine.
 """
 
 from __future__ import annotations
@@ -18,10 +20,15 @@ import torch
 Row = tuple[str, dict[str, object]]
 
 
-def rows(title: str, method: str, widths: tuple[float, ...], words: str = "", **options: object) -> list[Row]:
+def rows(
+    title: str, method: str, widths: tuple[float, ...], words: str = "", **options: object
+) -> list[Row]:
     """A method at several widths, widest first."""
     return [
-        (f"{title}, {bits:g} bits{', ' * bool(words)}{words}", {"method": method, "bits": bits, **options})
+        (
+            f"{title}, {bits:g} bits{', ' * bool(words)}{words}",
+            {"method": method, "bits": bits, **options},
+        )
         for bits in widths
     ]
 
@@ -55,10 +62,22 @@ ROWS: list[Row] = [
     *best("PB-LLM", "pb_llm", (2.0, 1.7)),
     *rows("BiLLM", "billm", (1.1,)),
     *best("BiLLM", "billm", (1.1,)),
-    *(row for n in (8, 6, 4) for row in rows("SmoothQuant", "smoothquant", (n,), f"activations {n}")),
+    *(
+        row
+        for n in (8, 6, 4)
+        for row in rows("SmoothQuant", "smoothquant", (n,), f"activations {n}")
+    ),
     *best("SmoothQuant", "smoothquant", (8, 6, 4)),
-    *(row for n in (6, 4) for row in rows("OmniQuant", "omniquant", (n,), f"activations {n}", a_bits=n, group_size=-1)),
-    *(row for n in (8, 4) for row in rows("SpinQuant", "spinquant", (4,), f"activations {n}", a_bits=n)),
+    *(
+        row
+        for n in (6, 4)
+        for row in rows("OmniQuant", "omniquant", (n,), f"activations {n}", a_bits=n, group_size=-1)
+    ),
+    *(
+        row
+        for n in (8, 4)
+        for row in rows("SpinQuant", "spinquant", (4,), f"activations {n}", a_bits=n)
+    ),
     *rows("SpinQuant", "spinquant", (4,), "activations and cache 4", a_bits=4, kv_bits=4),
 ]
 
@@ -82,10 +101,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="also write the table here")
     parser.add_argument("--only", default="", help="rows whose name contains this")
-    parser.add_argument("--part", default="1/1", help="I/N: every N-th row from the I-th on, to share out the work")
+    parser.add_argument(
+        "--part", default="1/1", help="I/N: every N-th row from the I-th on, to share out the work"
+    )
     args = parser.parse_args()
     part, parts = map(int, args.part.split("/"))
-    lines = ["| | nominal bits | stored bits | perplexity | accuracy | CPU seconds |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| | nominal bits | stored bits | perplexity | accuracy | CPU seconds |",
+        "|---|---|---|---|---|---|",
+    ]
     print("\n".join(lines), flush=True)
     with tempfile.TemporaryDirectory() as cache:
         for name, options in ROWS[part - 1 :: parts]:
@@ -95,7 +119,9 @@ def main() -> None:
             nominal, stored = info.get("nominal_bits"), info.get("stored_bits")
             packed = isinstance(nominal, float) and isinstance(stored, float)
             bits = f"{nominal:g} | {stored:.3f}" if packed else "16 | 16"
-            lines.append(f"| {name} | {bits} | {ppl:.3f} | {100 * accuracy:.1f} % | {seconds:.0f} |")
+            lines.append(
+                f"| {name} | {bits} | {ppl:.3f} | {100 * accuracy:.1f} % | {seconds:.0f} |"
+            )
             print(lines[-1], flush=True)
     lines.append(f"\nCPU, {torch.get_num_threads()} threads, torch {torch.__version__}.")
     print(lines[-1])

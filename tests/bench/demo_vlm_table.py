@@ -1,9 +1,11 @@
-"""The table of README's "The demo VLM": methods and widths on the bundled demo VLM, through lmms-eval.
+"""The table of README's "The demo VLM": methods and widths on the bundled demo VLM, through
+lmms-eval.
 
     uv run --extra vision python tests/bench/demo_vlm_table.py [--out FILE.md] [--only WORDS]
 
-Each row is `lmms-eval --model llq --model_args pretrained=demo-vlm,method=...,bits=... --tasks llq_demo_vqa`, in one
-process. CPU; calibration on the text of the questions, which is the default for this model.
+Each row is `lmms-eval --model llq --model_args pretrained=demo-vlm,method=...,bits=... --tasks
+llq_demo_vqa`, in one process. CPU; calibration on the text of the questions, which is the default
+for this model.
 """
 
 from __future__ import annotations
@@ -40,11 +42,17 @@ ROWS: list[Row] = [
 ]
 
 
-def score(manager: TaskManager, options: dict[str, object], cache: str) -> tuple[list[float], dict[str, object]]:
+def score(
+    manager: TaskManager, options: dict[str, object], cache: str
+) -> tuple[list[float], dict[str, object]]:
     """(accuracy of perception, of cognition, and of all questions; what was scored) of one row."""
     model = LLQ(pretrained="demo-vlm", device="cpu", batch_size=32, cache_dir=cache, **options)
     found = simple_evaluate(
-        model=model, tasks=["llq_demo_vqa"], task_manager=manager, bootstrap_iters=0, verbosity="ERROR"
+        model=model,
+        tasks=["llq_demo_vqa"],
+        task_manager=manager,
+        bootstrap_iters=0,
+        verbosity="ERROR",
     )
     halves = [f"llq_demo_vqa_{half}" for half in ("perception", "cognition")]
     accuracy = [found["results"][half]["accuracy,none"] for half in halves]
@@ -59,7 +67,10 @@ def main() -> None:
     parser.add_argument("--only", default="", help="rows whose name contains this")
     args = parser.parse_args()
     manager = TaskManager(model_name="llq")
-    lines = ["| | nominal bits | stored bits | perception | cognition | all |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| | nominal bits | stored bits | perception | cognition | all |",
+        "|---|---|---|---|---|---|",
+    ]
     print("\n".join(lines), flush=True)
     with tempfile.TemporaryDirectory() as cache:
         for name, options in ROWS:
@@ -69,7 +80,11 @@ def main() -> None:
             nominal, stored = info.get("nominal_bits"), info.get("stored_bits")
             packed = isinstance(nominal, float) and isinstance(stored, float)
             bits = f"{nominal:g} | {stored:.3f}" if packed else "16 | 16"
-            lines.append(f"| {name} | {bits} | " + " | ".join(f"{100 * share:.1f} %" for share in accuracy) + " |")
+            lines.append(
+                f"| {name} | {bits} | "
+                + " | ".join(f"{100 * share:.1f} %" for share in accuracy)
+                + " |"
+            )
             print(lines[-1], flush=True)
     if args.out is not None:
         args.out.write_text("\n".join(lines) + "\n")

@@ -1,9 +1,10 @@
-"""The table of README's fine-tuning section: bases of the demo model before and after LoRA, on questions it never saw.
+"""The table of README's fine-tuning section: bases of the demo model before and after LoRA, on
+questions it never saw.
 
     uv run python tests/bench/finetune_table.py [--steps N] [--out FILE.md] [--only WORDS]
 
-Held-out questions are about people that no training row asks about. CPU seconds are of quantizing, training and both
-scorings of answers.
+Held-out questions are about people that no training row asks about. CPU seconds are of quantizing,
+training and both scorings of answers.
 """
 
 from __future__ import annotations
@@ -67,7 +68,9 @@ def demo_scores(path: str, cache: str, **options: Any) -> tuple[float, float, di
     return perplexity, results["llq_demo_mc"]["acc,none"], model.get_model_info()["llq"]
 
 
-def line(name: str, bits: str, answers: dict[str, float], demo: tuple[float, float], seconds: float) -> str:
+def line(
+    name: str, bits: str, answers: dict[str, float], demo: tuple[float, float], seconds: float
+) -> str:
     right, known = f"{100 * answers['accuracy']:.1f} %", f"{100 * demo[1]:.1f} %"
     return f"| {name} | {bits} | {answers['loss']:.3f} | {right} | {demo[0]:.3f} | {known} | {seconds:.0f} |"
 
@@ -112,7 +115,13 @@ def main() -> None:
     args = parser.parse_args()
     machine = trainer.Machine()
     recipe = trainer.Recipe(
-        rank=16, alpha=32, max_steps=args.steps, micro_batch=16, learning_rate=3e-3, heldout=HELDOUT, recompute=False
+        rank=16,
+        alpha=32,
+        max_steps=args.steps,
+        micro_batch=16,
+        learning_rate=3e-3,
+        heldout=HELDOUT,
+        recompute=False,
     )
     table = [
         "| | nominal bits | stored bits | answers: nats per token | right | perplexity | accuracy | CPU seconds |",
@@ -122,14 +131,20 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as cache:
         if not args.only:
             perplexity, accuracy, _ = demo_scores("demo", cache, method="none")
-            table.append(line("full precision", "16 | 16", full_precision(machine), (perplexity, accuracy), 0))
+            table.append(
+                line(
+                    "full precision", "16 | 16", full_precision(machine), (perplexity, accuracy), 0
+                )
+            )
             print(table[-1], flush=True)
         for number, row in enumerate(ROWS):
             if args.only in row.base:
                 recipe = replace(recipe, connections=row.connections)
                 table += (new := lines(row, recipe, machine, Path(cache) / str(number)))
                 print("\n".join(new), flush=True)
-    table.append(f"\nCPU, {torch.get_num_threads()} threads, torch {torch.__version__}, {args.steps} steps of 16 rows.")
+    table.append(
+        f"\nCPU, {torch.get_num_threads()} threads, torch {torch.__version__}, {args.steps} steps of 16 rows."
+    )
     print(table[-1])
     if args.out is not None:
         args.out.write_text("\n".join(table) + "\n")

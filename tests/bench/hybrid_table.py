@@ -1,4 +1,5 @@
-"""The tables of README on trained grids and hybrid allocation: KL from full precision and perplexity, per stored bit.
+"""The tables of README on trained grids and hybrid allocation: KL from full precision and
+perplexity, per stored bit.
 
     uv run python tests/bench/hybrid_table.py [--out FILE.md] [--only WORDS] [--cache FOLDER]
 
@@ -41,25 +42,46 @@ HYBRIDS: dict[str, dict[str, object]] = {"": {}, ", costs predicted": {"measured
 BEST: dict[str, object] = {"bits": 2, "preset": "best"}
 ROWS: dict[str, dict[str, object]] = {
     "SpinQuant, 2 bits, `preset=best`": {"name": "spinquant", **BEST},
-    "SpinQuant, 2 bits, groups of 64, `preset=best`": {"name": "spinquant", "group_size": 64, **BEST},
+    "SpinQuant, 2 bits, groups of 64, `preset=best`": {
+        "name": "spinquant",
+        "group_size": 64,
+        **BEST,
+    },
     "QuIP, 2 bits, `preset=best`": {"name": "quip", **BEST},
     "AWQ, 2 bits, `preset=best`": {"name": "awq", **BEST},
     "GPTQ, 2 bits, groups of 64, `preset=best`": {"name": "gptq", "group_size": 64, **BEST},
-    "OmniQuant, 2 bits, groups of 64, `preset=best`": {"name": "omniquant", "group_size": 64, **BEST},
+    "OmniQuant, 2 bits, groups of 64, `preset=best`": {
+        "name": "omniquant",
+        "group_size": 64,
+        **BEST,
+    },
     "EfficientQAT, 2 bits": {"name": "efficient_qat", "bits": 2},
-    "EfficientQAT, 2 bits, `preset=best`, Block-AP alone": {"name": "efficient_qat", "tune_epochs": 0, **BEST},
+    "EfficientQAT, 2 bits, `preset=best`, Block-AP alone": {
+        "name": "efficient_qat",
+        "tune_epochs": 0,
+        **BEST,
+    },
     "EfficientQAT, 2 bits, `preset=best`": {"name": "efficient_qat", **BEST},
     "QuIP, 3 bits, `preset=best`": {"name": "quip", "bits": 3, "preset": "best"},
     "SpinQuant, 3 bits, `preset=best`": {"name": "spinquant", "bits": 3, "preset": "best"},
     **{
-        f"hybrid of QuIP `preset=best`, {bits} bits": {"name": "hybrid", "bits": bits, "candidates": QUIPS}
+        f"hybrid of QuIP `preset=best`, {bits} bits": {
+            "name": "hybrid",
+            "bits": bits,
+            "candidates": QUIPS,
+        }
         for bits in (2.281, 2.549, 3.049)
     },
     "RTN, 3 bits": {"name": "rtn", "bits": 3},
     "RTN, 4 bits": {"name": "rtn", "bits": 4},
     "RTN, first half of the blocks 4 bits, the others 3": {"name": "hybrid", "rules": halves(4, 3)},
     **{
-        f"hybrid of RTN, {bits} bits{words}": {"name": "hybrid", "bits": bits, "candidates": WIDTHS, **options}
+        f"hybrid of RTN, {bits} bits{words}": {
+            "name": "hybrid",
+            "bits": bits,
+            "candidates": WIDTHS,
+            **options,
+        }
         for words, options in HYBRIDS.items()
         for bits in (3.149, 3.653, 4.157)
     },
@@ -68,7 +90,9 @@ ROWS: dict[str, dict[str, object]] = {
 
 @cache
 def full_precision() -> nn.Module:
-    model: nn.Module = AutoModelForCausalLM.from_pretrained(resolve("demo"), dtype=torch.float32).eval()
+    model: nn.Module = AutoModelForCausalLM.from_pretrained(
+        resolve("demo"), dtype=torch.float32
+    ).eval()
     return model
 
 
@@ -103,7 +127,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="also write the table here")
     parser.add_argument("--only", default="", help="rows whose name contains this")
-    parser.add_argument("--cache", type=Path, default=Path("/tmp/llq-hybrid-table"), help="where packed models stay")
+    parser.add_argument(
+        "--cache", type=Path, default=Path("/tmp/llq-hybrid-table"), help="where packed models stay"
+    )
     args = parser.parse_args()
     lines = ["| | stored bits | KL | perplexity |", "|---|---|---|---|"]
     print("\n".join(lines), flush=True)

@@ -1,13 +1,14 @@
-"""Speed of one packed linear beside bf16 F.linear, on LLaMA-3-8B's shapes: how many times as fast, batch by batch.
+"""Speed of one packed linear beside bf16 F.linear, on LLaMA-3-8B's shapes: how many times as fast,
+batch by batch.
 
     python tests/bench/kernel_speed.py [--methods rtn:4,quip:2] [--shapes 4096x4096] [--batches 1,4,8,64,512]
         [--rounds 9] [--threads 1]
 
-The whole linear counts: input scales, rotations and the preparation of activations. As many threads on both sides,
-taking turns in one process; weights rotate over more than 128 MB, so that none is found in the cache. Seconds of one
-thread are its own (time.thread_time): a shared machine's other work does not count as ours, though it takes memory
-bandwidth from both. With more threads they are the clock's, and want an idle machine. Codes are random: speed does not
-depend on them.
+The whole linear counts: input scales, rotations and the preparation of activations. As many threads
+on both sides, taking turns in one process; weights rotate over more than 128 MB, so that none is
+found in the cache. Seconds of one thread are its own (time.thread_time): a shared machine's other
+work does not count as ours, though it takes memory bandwidth from both. With more threads they are
+the clock's, and want an idle machine. Codes are random: speed does not depend on them.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from llq_hf.kernels import Kept, describe
+from llq_hf.kernels import CachedTensors, describe
 from llq_hf.method import Method, Packed
 from llq_hf.methods import build
 
@@ -46,7 +47,9 @@ class Result(NamedTuple):
 
 
 def random_packed(method: Method, out_features: int, in_features: int) -> Packed:
-    """Random bits in the method's layout, but for what must make sense: seeds, widths, masks of a known size."""
+    """Random bits in the method's layout, but for what must make sense: seeds, widths, masks of a
+    known size.
+    """
     random, packed = torch.Generator().manual_seed(0), {}
     for name, spec in method.layout(out_features, in_features).items():
         if name == "widths":
@@ -65,8 +68,12 @@ def random_packed(method: Method, out_features: int, in_features: int) -> Packed
 
 
 @torch.inference_mode()
-def measure(method: Method, out_features: int, in_features: int, tokens: int, rounds: int = 9) -> Result:
-    """`method`'s linear [out_features, in_features] on `tokens` random bf16 activations beside the dense one."""
+def measure(
+    method: Method, out_features: int, in_features: int, tokens: int, rounds: int = 9
+) -> Result:
+    """`method`'s linear [out_features, in_features] on `tokens` random bf16 activations beside the
+    dense one.
+    """
     packs, dense = _packs(method, out_features, in_features), _dense(out_features, in_features)
     x_TI = torch.randn(tokens, in_features).bfloat16()
     times: tuple[list[float], list[float]] = ([], [])
@@ -87,7 +94,9 @@ def measure(method: Method, out_features: int, in_features: int, tokens: int, ro
 def _packs(method: Method, out_features: int, in_features: int) -> list[Packed]:
     first = random_packed(method, out_features, in_features)
     copies = _copies(sum(t.numel() * t.element_size() for t in first.values()))
-    packs = [Kept({name: t.clone() for name, t in first.items()}) for _ in range(copies)]  # as a QuantLinear holds it
+    packs = [
+        CachedTensors({name: t.clone() for name, t in first.items()}) for _ in range(copies)
+    ]  # as a QuantLinear holds it
     for pack in packs:  # what is found out once about a weight is no part of a product
         method.linear(torch.zeros(1, in_features).bfloat16(), pack, None, out_features)
     return packs  # type: ignore[return-value]
@@ -110,7 +119,9 @@ def _seconds(work: Callable[[], Tensor]) -> float:
     return now() - started
 
 
-def rows(methods: str, shapes: str, batches: str, rounds: int) -> Iterator[tuple[str, str, list[Result]]]:
+def rows(
+    methods: str, shapes: str, batches: str, rounds: int
+) -> Iterator[tuple[str, str, list[Result]]]:
     """(method and bits, shape, results by batch), one row of the table after the other."""
     for shape in shapes.split(","):
         out_features, in_features = map(int, shape.split("x"))
@@ -120,7 +131,10 @@ def rows(methods: str, shapes: str, batches: str, rounds: int) -> Iterator[tuple
             yield (
                 f"{name}, {bits} bits",
                 shape,
-                [measure(method, out_features, in_features, int(b), rounds) for b in batches.split(",")],
+                [
+                    measure(method, out_features, in_features, int(b), rounds)
+                    for b in batches.split(",")
+                ],
             )
 
 
@@ -133,7 +147,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    said = f"x times bf16 F.linear, least of {args.rounds} (ratio of medians); threads: {args.threads}"
+    said = (
+        f"x times bf16 F.linear, least of {args.rounds} (ratio of medians); threads: {args.threads}"
+    )
     print(f"{said}; packed weights: {describe()}\n")
     print("| method | shape | " + " | ".join(f"batch {b}" for b in args.batches.split(",")) + " |")
     print("|---|---|" + "---|" * len(args.batches.split(",")))

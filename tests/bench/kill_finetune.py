@@ -1,9 +1,10 @@
-"""kill -9 inside the training of `llq finetune`, the same command again, and the same adapter as a run nobody killed.
+"""kill -9 inside the training of `llq finetune`, the same command again, and the same adapter as a
+run nobody killed.
 
     python tests/bench/kill_finetune.py [--steps 120] [--save-steps 20] [--kills 3]
 
-On NF4 of the bundled demo model and its own questions, CPU. Each kill comes when a checkpoint has just appeared, the
-kills spread over the run. Exits with 1 where a byte differs.
+On NF4 of the bundled demo model and its own questions, CPU. Each kill comes when a checkpoint has
+just appeared, the kills spread over the run. Exits with 1 where a byte differs.
 """
 
 import argparse
@@ -15,7 +16,17 @@ import time
 from pathlib import Path
 
 COMPARED = ("adapter_model.safetensors", "adapter_config.json", "llq_adapter.json")
-RECIPE = ["--data", "demo", "--micro-batch", "16", "--rank", "16", "--heldout", "64", "--no-recompute"]
+RECIPE = [
+    "--data",
+    "demo",
+    "--micro-batch",
+    "16",
+    "--rank",
+    "16",
+    "--heldout",
+    "64",
+    "--no-recompute",
+]
 
 
 def llq(*words: object) -> list[str]:
@@ -33,7 +44,9 @@ def kill_at(command: list[str], checkpoint: Path) -> None:
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not checkpoint.exists():
         if process.poll() is not None:
-            sys.exit(f"{' '.join(command)} ended with {process.returncode} before {checkpoint.name} was there")
+            sys.exit(
+                f"{' '.join(command)} ended with {process.returncode} before {checkpoint.name} was there"
+            )
         time.sleep(0.02)
     process.kill()
     process.wait()
@@ -44,7 +57,9 @@ def digests(out: Path) -> dict[str, str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--save-steps", type=int, default=20)
     parser.add_argument("--kills", type=int, default=3)
@@ -57,8 +72,14 @@ def main() -> int:
         finish(llq("finetune", base, whole, *options))
         for kill in range(args.kills):
             step = (1 + kill * (saves - 1) // max(args.kills - 1, 1)) * args.save_steps
-            kill_at(llq("finetune", base, killed, *options), killed.with_name("killed.training") / f"checkpoint-{step}")
-            print(f"killed when the checkpoint of step {step} of {args.steps} had appeared", flush=True)
+            kill_at(
+                llq("finetune", base, killed, *options),
+                killed.with_name("killed.training") / f"checkpoint-{step}",
+            )
+            print(
+                f"killed when the checkpoint of step {step} of {args.steps} had appeared",
+                flush=True,
+            )
         finish(llq("finetune", base, killed, *options))
         wanted, found = digests(whole), digests(killed)
     differing = [name for name in COMPARED if wanted[name] != found[name]]

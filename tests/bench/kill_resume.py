@@ -1,8 +1,9 @@
-"""kill -9 at random moments of `llq quantize`, the same command again, and the same bytes as a run that nobody killed.
+"""kill -9 at random moments of `llq quantize`, the same command again, and the same bytes as a run
+that nobody killed.
 
-The kill moments are spread over the whole of a run's real duration, one at random in each of `--kills` equal parts:
-from the moment its journal appears (before that nothing is on disk) to that of its config.json, which is written last.
-Exits with 1 where a single byte differs.
+The kill moments are spread over the whole of a run's real duration, one at random in each of
+`--kills` equal parts: from the moment its journal appears (before that nothing is on disk) to that
+of its config.json, which is written last. Exits with 1 where a single byte differs.
 
     python tests/bench/kill_resume.py                                         the bundled demo, GPTQ at 3 bits
     python tests/bench/kill_resume.py --model FOLDER --method quip --bits 2 --calibration ids.npy --kills 20
@@ -24,7 +25,9 @@ POLL_SECONDS = 0.005
 
 @dataclass
 class Run:
-    """A finished process: seconds in all, from its journal to its config.json; whether it was killed before that."""
+    """A finished process: seconds in all, from its journal to its config.json; whether it was
+    killed before that.
+    """
 
     seconds: float
     work_seconds: float
@@ -32,7 +35,9 @@ class Run:
 
 
 def run(command: list[str], out: Path, kill_after: float | None = None) -> Run:
-    """Run `command`; kill -9 it `kill_after` seconds after its journal appeared, if it is not done by then."""
+    """Run `command`; kill -9 it `kill_after` seconds after its journal appeared, if it is not done
+    by then.
+    """
     started = time.perf_counter()
     appeared = done = None
     journal, last = journal_of(out), out / "config.json"
@@ -55,9 +60,13 @@ def run(command: list[str], out: Path, kill_after: float | None = None) -> Run:
                 process.kill()
         if code not in (0, -9):
             log.seek(0)
-            sys.exit(f"{' '.join(command)} ended with {code}:\n{log.read().decode(errors='replace')[-3000:]}")
+            sys.exit(
+                f"{' '.join(command)} ended with {code}:\n{log.read().decode(errors='replace')[-3000:]}"
+            )
     ended = time.perf_counter()
-    return Run(ended - started, (done or ended) - (appeared or ended), code == -9 and not last.is_file())
+    return Run(
+        ended - started, (done or ended) - (appeared or ended), code == -9 and not last.is_file()
+    )
 
 
 def journal_of(out: Path) -> Path:
@@ -85,7 +94,9 @@ def finished_blocks(journal: Path) -> int:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="demo")
     parser.add_argument("--method", default="gptq")
     parser.add_argument("--bits", type=int, default=3)
@@ -108,24 +119,36 @@ def main() -> int:
         whole = run(command(unbroken), unbroken)
         wanted = digests(unbroken)
         print(f"llq quantize {arguments.model} OUT {' '.join(options)}")
-        print(f"unbroken: {whole.seconds:.1f} s, {whole.work_seconds:.2f} s of them work, {len(wanted)} files")
-        print(f"{'kill':>4} {'after s':>8} {'blocks done':>11} {'files':>5} {'resumed in s':>12}  result", flush=True)
+        print(
+            f"unbroken: {whole.seconds:.1f} s, {whole.work_seconds:.2f} s of them work, {len(wanted)} files"
+        )
+        print(
+            f"{'kill':>4} {'after s':>8} {'blocks done':>11} {'files':>5} {'resumed in s':>12}  result",
+            flush=True,
+        )
         wrong = 0
         for index in range(arguments.kills):
             out = Path(folder) / f"killed-{index}"
             journal = journal_of(out)
             moment = whole.work_seconds * (index + draw.random()) / arguments.kills
             tries = 0
-            while not run(command(out), out, moment).killed:  # it was faster this time, and finished
+            while not run(
+                command(out), out, moment
+            ).killed:  # it was faster this time, and finished
                 for file in (*out.iterdir(), journal):
                     file.unlink()
                 moment *= 0.8
                 if (tries := tries + 1) == 10:
                     sys.exit("the run is too short to be killed; give a larger --samples")
-            blocks, files = finished_blocks(journal), len(list(out.iterdir())) if out.is_dir() else 0
+            blocks, files = (
+                finished_blocks(journal),
+                len(list(out.iterdir())) if out.is_dir() else 0,
+            )
             again = run(command(out), out)
             found = digests(out)
-            differing = sorted(name for name in {*wanted, *found} if wanted.get(name) != found.get(name))
+            differing = sorted(
+                name for name in {*wanted, *found} if wanted.get(name) != found.get(name)
+            )
             wrong += bool(differing)
             result = f"DIFFERS: {', '.join(differing)}" if differing else "same bytes"
             row = f"{index + 1:4d} {moment:8.2f} {blocks:11d} {files:5d} {again.seconds:12.1f}  {result}"

@@ -1,10 +1,12 @@
-"""kill -9 in the middle of the cells of `llq study`, the same command again, and the same records as an unbroken study.
+"""kill -9 in the middle of the cells of `llq study`, the same command again, and the same records
+as an unbroken study.
 
     python tests/bench/kill_study.py [--methods rtn,gptq,quip,billm] [--bits 3,2] [--kills 3]
 
-On the bundled demo model and its own tasks, CPU. Each kill takes the study and all its processes, two seconds into a
-cell. Compared is all that a record says but time, memory and the machine: results, fingerprints, stored bits, what was
-refused and why. Exits with 1 where a record differs or is missing.
+On the bundled demo model and its own tasks, CPU. Each kill takes the study and all its processes,
+two seconds into a cell. Compared is all that a record says but time, memory and the machine:
+results, fingerprints, stored bits, what was refused and why. Exits with 1 where a record differs or
+is missing.
 """
 
 from __future__ import annotations
@@ -34,11 +36,16 @@ def said(value: Any) -> Any:
 
 
 def records(out: Path) -> dict[str, Any]:
-    return {file.name: said(json.loads(file.read_text())) for file in sorted((out / "records").glob("*.json"))}
+    return {
+        file.name: said(json.loads(file.read_text()))
+        for file in sorted((out / "records").glob("*.json"))
+    }
 
 
 def kill_after(command: list[str], out: Path, done: int) -> None:
-    """Start, or go on, until `done` records are there and another cell runs; then SIGKILL to all of it."""
+    """Start, or go on, until `done` records are there and another cell runs; then SIGKILL to all of
+    it.
+    """
     quiet = subprocess.DEVNULL
     process = subprocess.Popen(command, start_new_session=True, stdout=quiet, stderr=quiet)
     while len(list((out / "records").glob("*.json"))) < done:
@@ -51,7 +58,9 @@ def kill_after(command: list[str], out: Path, done: int) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--methods", default="rtn,gptq,quip,billm")
     parser.add_argument("--bits", default="3,2")
     parser.add_argument("--kills", type=int, default=3)
@@ -59,7 +68,16 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="llq-kill-") as name:
         root = Path(name)
         whole, killed = root / "whole", root / "killed"
-        options = ["--methods", args.methods, "--bits", args.bits, "--presets", "study,best", "--tasks", "llq_demo"]
+        options = [
+            "--methods",
+            args.methods,
+            "--bits",
+            args.bits,
+            "--presets",
+            "study,best",
+            "--tasks",
+            "llq_demo",
+        ]
         command = llq("study", "--models", "demo", *options, "--batch-size", "16", "--out")
         os.environ["LLQ_CACHE"] = str(root / "whole-cache")
         finish([*command, str(whole)])
@@ -71,7 +89,9 @@ def main() -> int:
             print(f"killed after {done} of {len(wanted)} records", flush=True)
         finish([*command, str(killed)])
         found = records(killed)
-    differing = [name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name)]
+    differing = [
+        name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name)
+    ]
     states = [record["status"] for record in wanted.values()]
     print(", ".join(f"{states.count(state)} {state}" for state in sorted(set(states))))
     print(f"DIFFERS: {', '.join(sorted(differing))}" if differing else "the same records")

@@ -1,11 +1,13 @@
-"""Time of one GPTQ solve beside the algorithm as its authors wrote it, on the same matrix and machine.
+"""Time of one GPTQ solve beside the algorithm as its authors wrote it, on the same matrix and
+machine.
 
     python tests/bench/solver_speed.py [--shape 4096x4096] [--bits 4] [--rounds 3] [--threads 1]
 
-The rival is the published algorithm in the published order of operations (uniform_rotation 3.3: one column after the
-other, an outer product for each, the grid of a group when it is reached), with the same torch operations and the
-same Cholesky factor. Both must choose the same codes; the ratio of medians is what counts. Seconds of one thread are
-its own (time.thread_time): a shared machine's other work does not count. With more threads they are the clock's.
+The rival is the published algorithm in the published order of operations (uniform_rotation 3.3: one
+column after the other, an outer product for each, the grid of a group when it is reached), with the
+same torch operations and the same Cholesky factor. Both must choose the same codes; the ratio of
+medians is what counts. Seconds of one thread are its own (time.thread_time): a shared machine's
+other work does not count. With more threads they are the clock's.
 """
 
 from __future__ import annotations
@@ -45,7 +47,9 @@ def published(weight_OI: Tensor, H_II: Tensor, bits: int, damp: float = 0.01) ->
             if (first + i) % GROUP == 0:
                 group = W_OI[:, first + i : first + i + GROUP]
                 low, high = group.amin(1).clamp_max(0), group.amax(1).clamp_min(0)
-                scale_O = ((high - low) / top).half().float()  # as stored, so that codes can be compared
+                scale_O = (
+                    ((high - low) / top).half().float()
+                )  # as stored, so that codes can be compared
                 zero_O = torch.round(-low / scale_O)
             code_O = torch.clamp(torch.round(w_O / scale_O) + zero_O, 0, top)
             codes_OI[:, first + i] = code_O
@@ -84,9 +88,13 @@ def main() -> None:
         seconds, packed = timed(lambda: method.quantize(weight_OI, stat, Job("x"))["weight"])
         ours.append(seconds)
         same = float((unpack(packed, args.bits, columns) == codes_OI).float().mean())
-        print(f"round {round_number + 1}: published {theirs[-1]:.2f} s, llq {ours[-1]:.2f} s, same codes {same:.4%}")
+        print(
+            f"round {round_number + 1}: published {theirs[-1]:.2f} s, llq {ours[-1]:.2f} s, same codes {same:.4%}"
+        )
     ratio = statistics.median(ours) / statistics.median(theirs)
-    print(f"llq / published = {ratio:.2f}  ({args.shape}, {args.bits} bits, threads: {args.threads})")
+    print(
+        f"llq / published = {ratio:.2f}  ({args.shape}, {args.bits} bits, threads: {args.threads})"
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""What the start-up hook adds to every Python process of an environment: the median of fresh ones, in microseconds.
+"""What the start-up hook adds to every Python process of an environment: the median of fresh ones,
+in microseconds.
 
     uv run python tests/bench/startup_cost.py [--processes 15]
 
@@ -27,7 +28,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--processes", type=int, default=15)
     count = parser.parse_args().processes
-    print(f"start-up: median {statistics.median(microseconds() for _ in range(count)):.0f} us of {count} processes")
+    print(
+        f"start-up: median {statistics.median(microseconds() for _ in range(count)):.0f} us of {count} processes"
+    )
 
 
 if __name__ == "__main__":

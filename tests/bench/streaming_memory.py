@@ -1,8 +1,10 @@
-"""Peak memory of `llq quantize` as the model gets deeper: it should not, as one block is held at a time.
+"""Peak memory of `llq quantize` as the model gets deeper: it should not, as one block is held at a
+time.
 
-Makes random checkpoints in the shape of LLaMA-3-8B with different numbers of blocks (436 MB each in bf16), quantizes
-each in a process of its own and prints the peak resident memory that the kernel saw. Exits with 1 where the deepest
-model took more than 1.1 times the memory of the shallowest. The checkpoints are deleted again.
+Makes random checkpoints in the shape of LLaMA-3-8B with different numbers of blocks (436 MB each in
+bf16), quantizes each in a process of its own and prints the peak resident memory that the kernel
+saw. Exits with 1 where the deepest model took more than 1.1 times the memory of the shallowest. The
+checkpoints are deleted again.
 
 
     python tests/bench/streaming_memory.py                                    RTN and GPTQ, 4 and 8 blocks
@@ -43,7 +45,9 @@ def shapes_of_block(hidden: int, ffn: int) -> dict[str, tuple[int, ...]]:
 
 
 def make_checkpoint(folder: Path, blocks: int, hidden: int, ffn: int, vocab: int) -> None:
-    """A LLaMA-3 folder with random weights, a file per block; no more than a block is in memory here either."""
+    """A LLaMA-3 folder with random weights, a file per block; no more than a block is in memory
+    here either.
+    """
     import numpy as np
     import torch
     from safetensors.torch import save_file
@@ -52,9 +56,15 @@ def make_checkpoint(folder: Path, blocks: int, hidden: int, ffn: int, vocab: int
     folder.mkdir(parents=True)
     weight_map: dict[str, str] = {}
     for index in range(blocks + 1):
-        shapes = {f"model.layers.{index}.{name}": shape for name, shape in shapes_of_block(hidden, ffn).items()}
+        shapes = {
+            f"model.layers.{index}.{name}": shape
+            for name, shape in shapes_of_block(hidden, ffn).items()
+        }
         if index == blocks:
-            shapes = {"model.embed_tokens.weight": (vocab, hidden), "lm_head.weight": (vocab, hidden)}
+            shapes = {
+                "model.embed_tokens.weight": (vocab, hidden),
+                "lm_head.weight": (vocab, hidden),
+            }
             shapes["model.norm.weight"] = (hidden,)
         file = f"model-{index + 1:05d}-of-{blocks + 1:05d}.safetensors"
         save_file(
@@ -68,9 +78,17 @@ def make_checkpoint(folder: Path, blocks: int, hidden: int, ffn: int, vocab: int
             metadata={"format": "pt"},
         )
         weight_map.update(dict.fromkeys(shapes, file))
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": weight_map})
+    )
     config = json.loads((DEMO / "config.json").read_text())
-    config.update(hidden_size=hidden, intermediate_size=ffn, num_hidden_layers=blocks, vocab_size=vocab, head_dim=HEAD)
+    config.update(
+        hidden_size=hidden,
+        intermediate_size=ffn,
+        num_hidden_layers=blocks,
+        vocab_size=vocab,
+        head_dim=HEAD,
+    )
     config.update(num_attention_heads=hidden // HEAD, num_key_value_heads=hidden // HEAD // 4)
     (folder / "config.json").write_text(json.dumps(config))
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -81,7 +99,8 @@ def make_checkpoint(folder: Path, blocks: int, hidden: int, ffn: int, vocab: int
 def measure(command: list[str]) -> tuple[int, float]:
     """(peak resident bytes, seconds) of a command; its output is shown where it fails.
 
-    A child inherits its parent's peak at fork, so this process must stay small: torch is never imported here.
+    A child inherits its parent's peak at fork, so this process must stay small: torch is never
+    imported here.
     """
     started = time.perf_counter()
     with tempfile.TemporaryFile() as log:
@@ -95,13 +114,17 @@ def measure(command: list[str]) -> tuple[int, float]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--method", nargs="+", default=["rtn", "gptq"])
     parser.add_argument("--blocks", nargs="+", type=int, default=[4, 8])
     parser.add_argument("--hidden", type=int, default=4096)
     parser.add_argument("--ffn", type=int, default=14336)
     parser.add_argument("--vocab", type=int, default=1024)
-    parser.add_argument("--folder", type=Path, help="where the checkpoints go; default: a temporary folder")
+    parser.add_argument(
+        "--folder", type=Path, help="where the checkpoints go; default: a temporary folder"
+    )
     arguments = parser.parse_args()
 
     block_bytes = 2 * sum(map(math.prod, shapes_of_block(arguments.hidden, arguments.ffn).values()))
@@ -110,14 +133,20 @@ def main() -> int:
         if shutil.disk_usage(name).free < needed:
             sys.exit(f"{name} has no {needed / 2**30:.1f} GiB free; give another --folder")
         peaks: dict[str, dict[int, int]] = {method: {} for method in arguments.method}
-        print(f"hidden {arguments.hidden}, ffn {arguments.ffn}, vocabulary {arguments.vocab}, bf16, CPU")
-        print(f"{'method':8} {'blocks':>6} {'base GiB':>9} {'peak RSS MiB':>13} {'ratio':>6} {'s':>6}", flush=True)
+        print(
+            f"hidden {arguments.hidden}, ffn {arguments.ffn}, vocabulary {arguments.vocab}, bf16, CPU"
+        )
+        print(
+            f"{'method':8} {'blocks':>6} {'base GiB':>9} {'peak RSS MiB':>13} {'ratio':>6} {'s':>6}",
+            flush=True,
+        )
         for blocks in arguments.blocks:
             root = Path(name) / str(blocks)
             root.mkdir()
             model = root / "model"
             maker = multiprocessing.get_context("spawn").Process(
-                target=make_checkpoint, args=(model, blocks, arguments.hidden, arguments.ffn, arguments.vocab)
+                target=make_checkpoint,
+                args=(model, blocks, arguments.hidden, arguments.ffn, arguments.vocab),
             )
             maker.start()
             maker.join()
@@ -125,7 +154,14 @@ def main() -> int:
                 sys.exit("the checkpoint could not be made")
             size = sum(file.stat().st_size for file in model.glob("*.safetensors"))
             for method in arguments.method:
-                command = [sys.executable, "-m", "llq_hf", "quantize", str(model), str(root / method)]
+                command = [
+                    sys.executable,
+                    "-m",
+                    "llq_hf",
+                    "quantize",
+                    str(model),
+                    str(root / method),
+                ]
                 command += ["--method", method, *METHOD_OPTIONS.get(method, []), "--device", "cpu"]
                 command += ["--calibration", str(root / "ids.npy"), "--calibration-samples", "4"]
                 peak, seconds = measure(command)
@@ -136,7 +172,9 @@ def main() -> int:
                 shutil.rmtree(root / method)
             shutil.rmtree(root)
     worst = max(found[max(found)] / found[min(found)] for found in peaks.values())
-    print(f"largest ratio {worst:.3f}, target at most {TARGET}: {'met' if worst <= TARGET else 'MISSED'}")
+    print(
+        f"largest ratio {worst:.3f}, target at most {TARGET}: {'met' if worst <= TARGET else 'MISSED'}"
+    )
     return 0 if worst <= TARGET else 1
 
 

@@ -1,10 +1,12 @@
-"""Text or image-text pairs: which one should a model that sees be calibrated on? Measured on the demo VLM.
+"""Text or image-text pairs: which one should a model that sees be calibrated on? Measured on the
+demo VLM.
 
     uv run --extra vision python tests/bench/vlm_calibration.py [--out FILE.md] [--samples 128]
 
-Every method at every width is calibrated three times: on windows of the demo's own text, 256 tokens each; on as many
-pairs of a drawing and a question with its answer, whose visual tokens then take part in the statistics; and on as many
-pairs as have about as many tokens as the text. Accuracy is that of all of `llq_demo_vqa`, through lmms-eval.
+Every method at every width is calibrated three times: on windows of the demo's own text, 256 tokens
+each; on as many pairs of a drawing and a question with its answer, whose visual tokens then take
+part in the statistics; and on as many pairs as have about as many tokens as the text. Accuracy is
+that of all of `llq_demo_vqa`, through lmms-eval.
 """
 
 from __future__ import annotations
@@ -44,7 +46,9 @@ def main() -> None:
                 options: dict[str, object] = {"method": method, "bits": bits}
                 shares = [score(manager, options | source, scratch)[0][-1] for source in sources]
                 lines.append(
-                    f"| {method}, {bits} bits | " + " | ".join(f"{100 * share:.1f} %" for share in shares) + " |"
+                    f"| {method}, {bits} bits | "
+                    + " | ".join(f"{100 * share:.1f} %" for share in shares)
+                    + " |"
                 )
                 print(lines[-1], flush=True)
     if args.out is not None:

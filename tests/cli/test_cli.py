@@ -26,7 +26,9 @@ def llq() -> Callable[..., str]:
     """Runs `llq ...` in this process: what it printed on stdout."""
 
     def llq(*arguments: object) -> str:
-        result = CliRunner().invoke(cli.app, [str(part) for part in arguments], catch_exceptions=False)
+        result = CliRunner().invoke(
+            cli.app, [str(part) for part in arguments], catch_exceptions=False
+        )
         assert result.exit_code == 0, result.output
         return result.stdout
 
@@ -35,13 +37,25 @@ def llq() -> Callable[..., str]:
 
 @pytest.fixture(scope="module")
 def packed(
-    llq: Callable[..., str], tiny_llama: Path, calibration_npy: Path, tmp_path_factory: pytest.TempPathFactory
+    llq: Callable[..., str],
+    tiny_llama: Path,
+    calibration_npy: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[str, tuple[Path, str]]:
     """By method: a packed checkpoint, and what `llq quantize` printed."""
     folder = tmp_path_factory.mktemp("packed")
     found = {}
     for method, bits in BITS.items():
-        arguments = ["--method", method, "--bits", bits, "--calibration", calibration_npy, "--device", "cpu"]
+        arguments = [
+            "--method",
+            method,
+            "--bits",
+            bits,
+            "--calibration",
+            calibration_npy,
+            "--device",
+            "cpu",
+        ]
         arguments += ["--calibration-samples", 8]
         found[method] = folder / method, llq("quantize", tiny_llama, folder / method, *arguments)
     return found
@@ -89,7 +103,11 @@ def test_info_counts_what_is_in_the_files(llq, packed, tiny_llama, method):
     tensors = headers(path)
     sizes = {name: math.prod(t["shape"]) * BYTES[t["dtype"]] for name, t in tensors.items()}
     dense = headers(tiny_llama)
-    weights = {name: math.prod(t["shape"]) for name, t in dense.items() if ".layers." in name and len(t["shape"]) == 2}
+    weights = {
+        name: math.prod(t["shape"])
+        for name, t in dense.items()
+        if ".layers." in name and len(t["shape"]) == 2
+    }
     modules = {name.removesuffix(".weight") for name in weights}
     stored = sum(size for name, size in sizes.items() if name.rpartition(".")[0] in modules)
     assert len(weights) == found["quantized_linears"] == 14
@@ -97,7 +115,9 @@ def test_info_counts_what_is_in_the_files(llq, packed, tiny_llama, method):
     assert found["stored_bits"] > bits
     assert found["bytes"] == sum(sizes.values())
     everything = sum(math.prod(t["shape"]) for t in dense.values())
-    assert found["whole_model_bits"] == pytest.approx(sum(sizes.values()) * 8 / everything, rel=1e-12)
+    assert found["whole_model_bits"] == pytest.approx(
+        sum(sizes.values()) * 8 / everything, rel=1e-12
+    )
     assert found["nominal_bits"] == bits
     assert found["method"] == method
     assert found["config"] == METHODS[method].build(bits=bits).to_dict()
@@ -109,14 +129,19 @@ def test_info_counts_what_is_in_the_files(llq, packed, tiny_llama, method):
         assert 0 < record["weight_error"] < 1
         assert record["seconds"] > 0
         own = sum(size for key, size in sizes.items() if key.rpartition(".")[0] == record["name"])
-        assert record["stored_bits"] == pytest.approx(own * 8 / math.prod(record["shape"]), rel=1e-12)
+        assert record["stored_bits"] == pytest.approx(
+            own * 8 / math.prod(record["shape"]), rel=1e-12
+        )
 
 
 def test_info_after_the_folder_was_moved(llq, packed, tmp_path):
     """The journal stays behind, and with it the seconds; all else is in the folder."""
     moved = tmp_path / "moved"
     moved.symlink_to(packed["gptq"][0])
-    found, before = json.loads(llq("info", moved, "--json")), json.loads(llq("info", packed["gptq"][0], "--json"))
+    found, before = (
+        json.loads(llq("info", moved, "--json")),
+        json.loads(llq("info", packed["gptq"][0], "--json")),
+    )
     assert all("seconds" not in record for record in found["linears"])
     for record in before["linears"]:
         del record["seconds"]
@@ -161,7 +186,14 @@ def test_help_names_every_option(llq, monkeypatch):
         assert all(f"--{option.replace('_', '-')}" in text for option in method.field_names())
     assert "Options of the method" in text
     assert "all methods" in text
-    for option in ("--preset", "--calibration", "--calibration-samples", "--device", "--dtype", "--offload"):
+    for option in (
+        "--preset",
+        "--calibration",
+        "--calibration-samples",
+        "--device",
+        "--dtype",
+        "--offload",
+    ):
         assert option in text
 
 
@@ -177,11 +209,38 @@ def test_every_command_has_help(command):
 
 
 def test_options_reach_the_method(llq, tiny_llama, calibration_npy, tmp_path):
-    arguments = ["--method", "gptq", "--bits", 2, "--group-size", 32, "--sym", "--damp", 0.05, "--no-act-order"]
-    arguments += ["--preset", "best", "--calibration", calibration_npy, "--calibration-samples", 2, "--device", "cpu"]
+    arguments = [
+        "--method",
+        "gptq",
+        "--bits",
+        2,
+        "--group-size",
+        32,
+        "--sym",
+        "--damp",
+        0.05,
+        "--no-act-order",
+    ]
+    arguments += [
+        "--preset",
+        "best",
+        "--calibration",
+        calibration_npy,
+        "--calibration-samples",
+        2,
+        "--device",
+        "cpu",
+    ]
     llq("quantize", tiny_llama, tmp_path / "out", *arguments)
     found = json.loads(llq("info", tmp_path / "out", "--json"))
-    expected = {"bits": 2, "group_size": 32, "sym": True, "damp": 0.05, "act_order": False, "true_sequential": True}
+    expected = {
+        "bits": 2,
+        "group_size": 32,
+        "sym": True,
+        "damp": 0.05,
+        "act_order": False,
+        "true_sequential": True,
+    }
     assert expected.items() <= found["config"].items()
     assert found["calibration"]["samples"] == 2
 
@@ -198,10 +257,26 @@ def test_eval_hands_everything_to_lm_eval(monkeypatch, tmp_path):
         return Done
 
     monkeypatch.setattr(cli.evaluate.subprocess, "run", run)
-    arguments = ["eval", str(tmp_path), "--tasks", "llq_demo", "--model-args", "dtype=float32", "--limit", "5"]
+    arguments = [
+        "eval",
+        str(tmp_path),
+        "--tasks",
+        "llq_demo",
+        "--model-args",
+        "dtype=float32",
+        "--limit",
+        "5",
+    ]
     result = CliRunner().invoke(cli.app, arguments)
     assert result.exit_code == 3
-    expected = ["--model", "llq", "--model_args", f"pretrained={tmp_path},dtype=float32", "--tasks", "llq_demo"]
+    expected = [
+        "--model",
+        "llq",
+        "--model_args",
+        f"pretrained={tmp_path},dtype=float32",
+        "--tasks",
+        "llq_demo",
+    ]
     assert commands == [[sys.executable, "-m", "lm_eval", *expected, "--limit", "5"]]
 
 
@@ -211,8 +286,21 @@ def test_eval_hands_tasks_about_images_to_lmms_eval(monkeypatch, tmp_path):
     class Done:
         returncode = 1
 
-    monkeypatch.setattr(cli.evaluate.subprocess, "run", lambda command, check: commands.append(command) or Done)
-    result = CliRunner().invoke(cli.app, ["eval", str(tmp_path), "--tasks", "llq_mllm", "--batch_size", "2"])
+    monkeypatch.setattr(
+        cli.evaluate.subprocess, "run", lambda command, check: commands.append(command) or Done
+    )
+    result = CliRunner().invoke(
+        cli.app, ["eval", str(tmp_path), "--tasks", "llq_mllm", "--batch_size", "2"]
+    )
     assert result.exit_code == 1
-    expected = ["--model", "llq", "--model_args", f"pretrained={tmp_path}", "--tasks", "llq_mllm", "--batch_size", "2"]
+    expected = [
+        "--model",
+        "llq",
+        "--model_args",
+        f"pretrained={tmp_path}",
+        "--tasks",
+        "llq_mllm",
+        "--batch_size",
+        "2",
+    ]
     assert commands == [[sys.executable, "-m", "llq_hf", "lmms_eval", *expected]]

@@ -30,7 +30,9 @@ def show(*arguments: object) -> str:
     return result.stdout
 
 
-def test_answers_side_by_side(tiny_llava: Path, picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_answers_side_by_side(
+    tiny_llava: Path, picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of a dense and a packed model, in the terminal and on a page that needs no other file."""
     monkeypatch.setenv("COLUMNS", "200")
     packed, page = tmp_path / "packed", tmp_path / "page.html"
@@ -38,7 +40,17 @@ def test_answers_side_by_side(tiny_llava: Path, picture: Path, tmp_path: Path, m
     questions = ["How many <circles> are there?", "Which colour?"]
     arguments = [f"--question={text}" for text in questions]
     said = show(
-        tiny_llava, packed, "--image", picture, *arguments, "--html", page, "--max-new-tokens", 4, "--device", "cpu"
+        tiny_llava,
+        packed,
+        "--image",
+        picture,
+        *arguments,
+        "--html",
+        page,
+        "--max-new-tokens",
+        4,
+        "--device",
+        "cpu",
     )
     assert "full precision (float32)" in said
     assert "rtn, 2 bits (2." in said
@@ -51,7 +63,9 @@ def test_answers_side_by_side(tiny_llava: Path, picture: Path, tmp_path: Path, m
     assert Image.open(io.BytesIO(base64.b64decode(encoded))).size == (40, 30)
 
 
-def test_what_cannot_be_shown(tiny_llama: Path, tiny_llava: Path, picture: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_shown(
+    tiny_llama: Path, tiny_llava: Path, picture: Path, tmp_path: Path
+) -> None:
     (tmp_path / "damaged.png").write_bytes(picture.read_bytes()[:60])
     asked = ["--question", "What?", "--device", "cpu"]
     with pytest.raises(LLQError, match="takes no images"):

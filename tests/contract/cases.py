@@ -1,4 +1,5 @@
-"""The table of the contract: option sets of every method with the errors they may have. A new method adds rows here.
+"""The table of the contract: option sets of every method with the errors they may have. A new
+method adds rows here.
 
 Ceilings are for the problem of `checks`: a Gaussian weight [48, 172], inputs of decaying spectrum with one massive
 channel. By the method's widths (1..8 bits for most): relative Frobenius error |dW| / |W|, and largest error
@@ -20,11 +21,12 @@ from llq_hf.methods import METHODS, build
 class Case:
     """words: the test id; frobenius and largest: ceilings by bits, from 1 on.
 
-    uniform: `weight` and `scale` hold uniform codes of `bits` bits and their steps; generic faults apply.
-    rows_apart: an outlier hurts its own row only (column scales and rotations spread it). clips: a range fixed in
-    sigmas cuts the tails, so errors level off at high widths; clip_share: what part of the output that may cost.
-    feedback: a factor of the Hessian, where the method takes one, repairs what rounding breaks.
-    compensates: calibration lowers the error of this one linear (smoothing, which needs several, does not).
+    uniform: `weight` and `scale` hold uniform codes of `bits` bits and their steps; generic faults
+    apply. rows_apart: an outlier hurts its own row only (column scales and rotations spread it).
+    clips: a range fixed in sigmas cuts the tails, so errors level off at high widths; clip_share:
+    what part of the output that may cost. feedback: a factor of the Hessian, where the method takes
+    one, repairs what rounding breaks. compensates: calibration lowers the error of this one linear
+    (smoothing, which needs several, does not).
     """
 
     method: str
@@ -264,7 +266,13 @@ CASES: tuple[Case, ...] = (
         "refitted with fp32 scales",
         (0.69,),
         (4.8,),
-        options={"search_on": "weight", "arb_rounds": 3, "refine": 1, "dense_share": 0.0, "scale_bits": 32},
+        options={
+            "search_on": "weight",
+            "arb_rounds": 3,
+            "refine": 1,
+            "dense_share": 0.0,
+            "scale_bits": 32,
+        },
         uniform=False,
     ),
     Case(
@@ -495,7 +503,13 @@ CASES: tuple[Case, ...] = (
         "one group a row",
         (0.6, 0.32, 0.17),
         (3.3, 2.3, 1.6),
-        options={"group_size": -1, "solved": True, "relative": True, "weight_lr": 5e-3, "grid_lr": 1e-3},
+        options={
+            "group_size": -1,
+            "solved": True,
+            "relative": True,
+            "weight_lr": 5e-3,
+            "grid_lr": 1e-3,
+        },
         feedback=False,
     ),
     Case(
@@ -503,7 +517,13 @@ CASES: tuple[Case, ...] = (
         "relative rates in groups of 40",
         (0.46, 0.2, 0.09),
         (1.1, 0.49, 0.24),
-        options={"group_size": 40, "epochs": 4, "relative": True, "weight_lr": 5e-3, "grid_lr": 1e-3},
+        options={
+            "group_size": 40,
+            "epochs": 4,
+            "relative": True,
+            "weight_lr": 5e-3,
+            "grid_lr": 1e-3,
+        },
         feedback=False,
     ),
     Case(
@@ -546,7 +566,11 @@ CHECKPOINTS: tuple[tuple[str, float, dict[str, Any]], ...] = (
     ("omniquant", 4, {"a_bits": 8, "group_size": -1, "epochs": 2}),
     ("slim_llm", 2, {"group_size": 16}),
     ("slim_llm", 3, {"group_size": 32, "plus": True, "epochs": 2}),
-    ("hybrid", 3, {"rules": "*.down_proj=rtn:4:group_size=64+*.self_attn.*=gptq:2:group_size=64+*=quip:3"}),
+    (
+        "hybrid",
+        3,
+        {"rules": "*.down_proj=rtn:4:group_size=64+*.self_attn.*=gptq:2:group_size=64+*=quip:3"},
+    ),
     ("nf4", 4, {}),
     ("nf4", 3, {"icq": True, "tau_steps": 10}),
     ("efficient_qat", 2, {"tune_batch": 4}),

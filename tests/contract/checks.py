@@ -1,4 +1,5 @@
-"""What every method promises about one linear, as functions that raise AssertionError; the fault tests call them too.
+"""What every method promises about one linear, as functions that raise AssertionError; the fault
+tests call them too.
 
 Legend: O out_features, I in_features, T tokens.
 """
@@ -22,7 +23,9 @@ OUT, IN, TOKENS, SEQUENCES = 48, 172, 512, 4
 
 @cache
 def inputs(in_features: int = IN, seed: int = 7) -> Tensor:
-    """Activations [T, I] as models have them: correlated, of decaying spectrum, with one massive channel."""
+    """Activations [T, I] as models have them: correlated, of decaying spectrum, with one massive
+    channel.
+    """
     random = torch.Generator().manual_seed(seed)
     basis, _ = torch.linalg.qr(torch.randn(in_features, in_features, generator=random))
     spectrum = 1 / (1 + torch.arange(in_features) / 8)
@@ -32,10 +35,16 @@ def inputs(in_features: int = IN, seed: int = 7) -> Tensor:
 
 
 @cache
-def weight(out_features: int = OUT, in_features: int = IN, dtype: torch.dtype = torch.float32) -> Tensor:
+def weight(
+    out_features: int = OUT, in_features: int = IN, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """Gaussian weights as a model of `dtype` holds them, in fp32."""
     random = torch.Generator().manual_seed(out_features * 1000 + in_features)
-    return (torch.randn(out_features, in_features, generator=random) * in_features**-0.5).to(dtype).float()
+    return (
+        (torch.randn(out_features, in_features, generator=random) * in_features**-0.5)
+        .to(dtype)
+        .float()
+    )
 
 
 class OneLinear(nn.Module):
@@ -80,7 +89,7 @@ def job() -> Job:
 
 
 def statistic(method: Method, x_TI: Tensor) -> Stat | None:
-    kind = method.at(job().name).observes
+    kind = method.for_linear(job().name).observes
     if kind is None:
         return None
     stat = kind(x_TI.shape[1], x_TI.device)
@@ -108,7 +117,9 @@ def quantize(method: Method, weight_OI: Tensor, x_TI: Tensor | None = None) -> P
 
 @cache
 def solved(case: Case, bits: float, dtype: torch.dtype = torch.float32) -> Packed:
-    """The packed tensors of a case on the test problem, solved once for all tests: not to be changed."""
+    """The packed tensors of a case on the test problem, solved once for all tests: not to be
+    changed.
+    """
     return quantize(case.build(bits), weight(dtype=dtype))
 
 
@@ -122,10 +133,12 @@ def proxy_loss(error_OI: Tensor, x_TI: Tensor) -> float:
 
 
 def loss_of(method: Method, weight_OI: Tensor, x_TI: Tensor) -> float:
-    return proxy_loss(weight_OI - restore(method, quantize(method, weight_OI, x_TI), weight_OI), x_TI)
+    return proxy_loss(
+        weight_OI - restore(method, quantize(method, weight_OI, x_TI), weight_OI), x_TI
+    )
 
 
-# --- checks ----------------------------------------------------------------------------------------------------------
+# --- checks ---------------------------------------------------------------------------------------
 
 
 def check_layout(method: Method, packed: Packed, weight_OI: Tensor) -> None:
@@ -154,7 +167,9 @@ def relative_errors(weight_OI: Tensor, restored_OI: Tensor) -> tuple[float, floa
     return float(error_OI.square().mean().sqrt() / rms), float(error_OI.abs().max() / rms)
 
 
-def check_errors(case: Case, bits: float, weight_OI: Tensor, restored_OI: Tensor, slack: float = 1.0) -> None:
+def check_errors(
+    case: Case, bits: float, weight_OI: Tensor, restored_OI: Tensor, slack: float = 1.0
+) -> None:
     assert restored_OI.dtype == torch.float32
     assert restored_OI.shape == weight_OI.shape
     assert torch.isfinite(restored_OI).all()
@@ -165,7 +180,9 @@ def check_errors(case: Case, bits: float, weight_OI: Tensor, restored_OI: Tensor
 
 
 def check_linear(method: Method, packed: Packed, weight_OI: Tensor, dtype: torch.dtype) -> None:
-    """`linear` is F.linear with the dequantized weight: to rounding in fp32, to a few roundings of bf16 else."""
+    """`linear` is F.linear with the dequantized weight: to rounding in fp32, to a few roundings of
+    bf16 else.
+    """
     restored_OI = restore(method, packed, weight_OI)
     tolerance = 1e-5 if dtype == torch.float32 else 2.0**-6
     random = torch.Generator().manual_seed(3)
@@ -181,8 +198,12 @@ def check_linear(method: Method, packed: Packed, weight_OI: Tensor, dtype: torch
 
 
 def check_gradient(method: Method, packed: Packed, weight_OI: Tensor) -> None:
-    """What adapters in front of a linear are trained by: the gradient is that of the dequantized weight."""
-    x = torch.randn(5, weight_OI.shape[1], generator=torch.Generator().manual_seed(4)).requires_grad_()
+    """What adapters in front of a linear are trained by: the gradient is that of the dequantized
+    weight.
+    """
+    x = torch.randn(
+        5, weight_OI.shape[1], generator=torch.Generator().manual_seed(4)
+    ).requires_grad_()
     y = method.linear(x, packed, None, len(weight_OI))
     y.square().sum().backward()
     restored_OI = restore(method, packed, weight_OI).double()
@@ -192,10 +213,14 @@ def check_gradient(method: Method, packed: Packed, weight_OI: Tensor) -> None:
 
 
 def check_pure(method: Method, weight_OI: Tensor, x_TI: Tensor) -> None:
-    """Quantizing changes neither the weight nor the statistic (q, k and v share one) nor the inputs."""
+    """Quantizing changes neither the weight nor the statistic (q, k and v share one) nor the
+    inputs.
+    """
     given = step(method, weight_OI.clone(), x_TI.clone())
     stat = given.stats.get("test")
-    before = {name: t.clone() for name, t in vars(stat).items() if isinstance(t, Tensor)} if stat else {}
+    before = (
+        {name: t.clone() for name, t in vars(stat).items() if isinstance(t, Tensor)} if stat else {}
+    )
     with torch.no_grad():
         method.quantize_block(given)
     assert torch.equal(given.linears["test"].weight, weight_OI)

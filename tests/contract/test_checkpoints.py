@@ -1,4 +1,6 @@
-"""The contract of a checkpoint: what a streamed run writes is what loads, in every way that people load models."""
+"""The contract of a checkpoint: what a streamed run writes is what loads, in every way that people
+load models.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ LINEARS = 2 * 7
 Run = Callable[..., Path]
 
 each_checkpoint = pytest.mark.parametrize(
-    ("name", "bits", "options"), CHECKPOINTS, ids=[f"{name}-{bits}-bits" for name, bits, _ in CHECKPOINTS]
+    ("name", "bits", "options"),
+    CHECKPOINTS,
+    ids=[f"{name}-{bits}-bits" for name, bits, _ in CHECKPOINTS],
 )
 once_per_method = pytest.mark.parametrize(
     ("name", "bits", "options"),
@@ -52,7 +56,10 @@ def quantized(
         if key not in made:
             out = tmp_path_factory.mktemp("packed") / "out"
             quantize_checkpoint(
-                str(base), out, build(name, bits=bits, **options), Calibration(str(calibration_npy), samples=8)
+                str(base),
+                out,
+                build(name, bits=bits, **options),
+                Calibration(str(calibration_npy), samples=8),
             )
             made[key] = out
         return made[key]
@@ -83,7 +90,7 @@ def assert_same_tensors(first: dict[str, Tensor], second: dict[str, Tensor]) -> 
 
 def fitted(base: Path, name: str, bits: float, options: dict[str, Any]) -> Method:
     """The method as a run on this model has it."""
-    return build(name, bits=bits, **options).fitted(build_skeleton(base))
+    return build(name, bits=bits, **options).bound_to(build_skeleton(base))
 
 
 def rewritten(base: Path, method: Method) -> Checkpoint:
@@ -93,7 +100,11 @@ def rewritten(base: Path, method: Method) -> Checkpoint:
 
 
 def file_tensors(folder: Path) -> dict[str, Tensor]:
-    return {name: t for file in sorted(folder.glob("*.safetensors")) for name, t in load_file(file).items()}
+    return {
+        name: t
+        for file in sorted(folder.glob("*.safetensors"))
+        for name, t in load_file(file).items()
+    }
 
 
 @torch.no_grad()
@@ -103,7 +114,13 @@ def logits(model: nn.Module, ids: Tensor) -> Tensor:
 
 @each_checkpoint
 def test_loading_twice_sharded_and_dispatched_gives_the_same_logits(
-    quantized: Run, tiny_llama: Path, calibration_ids: Tensor, tmp_path: Path, name: str, bits: int, options: dict
+    quantized: Run,
+    tiny_llama: Path,
+    calibration_ids: Tensor,
+    tmp_path: Path,
+    name: str,
+    bits: int,
+    options: dict,
 ):
     folder = quantized(tiny_llama, name, bits, options)
     first = load(folder)
@@ -112,7 +129,9 @@ def test_loading_twice_sharded_and_dispatched_gives_the_same_logits(
     expected = logits(first, calibration_ids)
     assert torch.isfinite(expected).all()
     stored = packed_of(first)
-    assert_same_tensors(stored, {key: t for key, t in file_tensors(folder).items() if key in stored})
+    assert_same_tensors(
+        stored, {key: t for key, t in file_tensors(folder).items() if key in stored}
+    )
 
     def same(model: nn.Module) -> None:
         assert_same_tensors(stored, packed_of(model))
@@ -142,7 +161,9 @@ def test_a_streamed_run_equals_quantizing_on_loading(
     options: dict,
 ):
     streamed = load(quantized(tiny_llama, name, bits, options))
-    config = CONFIGS[name](bits=bits, **options, calibration=str(calibration_npy), calibration_samples=8)
+    config = CONFIGS[name](
+        bits=bits, **options, calibration=str(calibration_npy), calibration_samples=8
+    )
     direct = load(tiny_llama, quantization_config=config)
     assert_same_tensors(packed_of(streamed), packed_of(direct))
     assert torch.equal(logits(streamed, calibration_ids), logits(direct, calibration_ids))
@@ -155,7 +176,13 @@ def test_a_streamed_run_equals_quantizing_on_loading(
 @once_per_method
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_loading_in_another_dtype_keeps_what_is_stored(
-    quantized: Run, tiny_llama: Path, calibration_ids: Tensor, dtype: torch.dtype, name: str, bits: int, options: dict
+    quantized: Run,
+    tiny_llama: Path,
+    calibration_ids: Tensor,
+    dtype: torch.dtype,
+    name: str,
+    bits: int,
+    options: dict,
 ):
     folder = quantized(tiny_llama, name, bits, options)
     reference = load(folder)
@@ -173,10 +200,16 @@ def test_casting_a_model_keeps_what_is_stored(
     model = load(quantized(tiny_llama, name, bits, options))
     stored = {key: t.clone() for key, t in packed_of(model).items()}
     expected = logits(model, calibration_ids)
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):  # transformers forbids .half() and .float() by name
+    for dtype in (
+        torch.bfloat16,
+        torch.float16,
+        torch.float32,
+    ):  # transformers forbids .half() and .float() by name
         model.to(dtype)
         assert_same_tensors(stored, packed_of(model))
-    y = logits(model, calibration_ids)  # norms and embeddings went through fp16 and bf16: close, not equal
+    y = logits(
+        model, calibration_ids
+    )  # norms and embeddings went through fp16 and bf16: close, not equal
     assert (y - expected).norm() <= 0.05 * expected.norm()
 
 
@@ -184,7 +217,10 @@ def test_casting_a_model_keeps_what_is_stored(
 def test_stored_bits_in_the_file_are_those_declared(
     quantized: Run, tiny_llama: Path, name: str, bits: int, options: dict
 ):
-    folder, method = quantized(tiny_llama, name, bits, options), fitted(tiny_llama, name, bits, options)
+    folder, method = (
+        quantized(tiny_llama, name, bits, options),
+        fitted(tiny_llama, name, bits, options),
+    )
     dense, tensors = file_tensors(tiny_llama), file_tensors(folder)
     report = json.loads((folder / "llq_report.json").read_text())
     assert len(report["linears"]) == LINEARS
@@ -192,7 +228,7 @@ def test_stored_bits_in_the_file_are_those_declared(
     for record in report["linears"]:
         out_features, in_features = dense[record["name"] + ".weight"].shape
         mine = {key: t for key, t in tensors.items() if key.startswith(record["name"] + ".")}
-        layout = method.at(record["name"]).layout(out_features, in_features)
+        layout = method.for_linear(record["name"]).layout(out_features, in_features)
         assert set(mine) == {f"{record['name']}.{key}" for key in layout}
         nbytes = sum(t.numel() * t.element_size() for t in mine.values())
         assert nbytes == sum(spec.nbytes for spec in layout.values())
@@ -207,7 +243,9 @@ def test_stored_bits_in_the_file_are_those_declared(
 
 
 @once_per_method
-@pytest.mark.parametrize("base", ["tiny_llama", "tiny_llama_bf16", "tiny_llama_tied", "tiny_llama_biased"])
+@pytest.mark.parametrize(
+    "base", ["tiny_llama", "tiny_llama_bf16", "tiny_llama_tied", "tiny_llama_biased"]
+)
 def test_everything_else_is_bitwise_the_base(
     quantized: Run,
     request: pytest.FixtureRequest,
@@ -218,9 +256,11 @@ def test_everything_else_is_bitwise_the_base(
     bits: int,
     options: dict,
 ):
-    """Embeddings, head, norms and biases: same names, dtypes and bytes, also when loaded; the model still runs.
+    """Embeddings, head, norms and biases: same names, dtypes and bytes, also when loaded; the model
+    still runs.
 
-    Of a method that rewrites the model: those that its rewrite gives (which its own tests look into).
+    Of a method that rewrites the model: those that its rewrite gives (which its own tests look
+    into).
     """
     dense_folder = request.getfixturevalue(base)
     folder = quantized(dense_folder, name, bits, options)
@@ -254,13 +294,19 @@ def test_everything_else_is_bitwise_the_base(
 def test_a_loaded_model_is_as_large_as_its_file_also_after_use(
     quantized: Run, tiny_llama: Path, calibration_ids: Tensor, name: str, bits: int, options: dict
 ):
-    """No dense copy is kept, no cache grows inside the model: every storage that a module holds, counted once."""
+    """No dense copy is kept, no cache grows inside the model: every storage that a module holds,
+    counted once.
+    """
     folder = quantized(tiny_llama, name, bits, options)
     model = load(folder)
     logits(model, calibration_ids)
     held = {}
     for module in model.modules():
-        for value in (*vars(module).values(), *module._parameters.values(), *module._buffers.values()):
+        for value in (
+            *vars(module).values(),
+            *module._parameters.values(),
+            *module._buffers.values(),
+        ):
             if isinstance(value, Tensor):
                 held[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
     in_file = sum(t.numel() * t.element_size() for t in file_tensors(folder).values())
@@ -268,10 +314,16 @@ def test_a_loaded_model_is_as_large_as_its_file_also_after_use(
 
 
 @once_per_method
-def test_a_loaded_model_generates(quantized: Run, tiny_llama: Path, name: str, bits: int, options: dict):
+def test_a_loaded_model_generates(
+    quantized: Run, tiny_llama: Path, name: str, bits: int, options: dict
+):
     model = load(quantized(tiny_llama, name, bits, options))
     out = model.generate(
-        torch.tensor([[5, 6, 7]]), max_new_tokens=4, do_sample=False, pad_token_id=1, eos_token_id=None
+        torch.tensor([[5, 6, 7]]),
+        max_new_tokens=4,
+        do_sample=False,
+        pad_token_id=1,
+        eos_token_id=None,
     )
     assert out.shape == (1, 7)
 
@@ -294,7 +346,11 @@ print("SAID" + json.dumps(said))
 """
     environment = {**os.environ, "LLQ_DISABLE": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", script, *map(str, folders)], capture_output=True, text=True, env=environment, timeout=300
+        [sys.executable, "-c", script, *map(str, folders)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     for text in json.loads(done.stdout.split("SAID")[1]):
@@ -312,16 +368,24 @@ def test_token_ids_need_no_tokenizer(
     for file in ("config.json", "model.safetensors"):
         (base / file).symlink_to(tiny_llama / file)
     method = build(name, bits=bits, **options)
-    quantize_checkpoint(str(base), tmp_path / "out", method, Calibration(str(calibration_npy), samples=8))
-    config = CONFIGS[name](bits=bits, **options, calibration=str(calibration_npy), calibration_samples=8)
-    assert_same_tensors(packed_of(load(tmp_path / "out")), packed_of(load(base, quantization_config=config)))
+    quantize_checkpoint(
+        str(base), tmp_path / "out", method, Calibration(str(calibration_npy), samples=8)
+    )
+    config = CONFIGS[name](
+        bits=bits, **options, calibration=str(calibration_npy), calibration_samples=8
+    )
+    assert_same_tensors(
+        packed_of(load(tmp_path / "out")), packed_of(load(base, quantization_config=config))
+    )
 
 
-# --- quantization configs --------------------------------------------------------------------------------------------
+# --- quantization configs -------------------------------------------------------------------------
 
 
 @once_per_method
-def test_config_json_round_trip(quantized: Run, tiny_llama: Path, name: str, bits: int, options: dict):
+def test_config_json_round_trip(
+    quantized: Run, tiny_llama: Path, name: str, bits: int, options: dict
+):
     folder = quantized(tiny_llama, name, bits, options)
     raw = json.loads((folder / "config.json").read_text())["quantization_config"]
     section = AutoConfig.from_pretrained(folder).quantization_config
@@ -365,7 +429,9 @@ def test_a_missing_tensor_or_an_edited_option_is_refused(
     file = sorted(folder.glob("*.safetensors"))[-1]
     tensors = load_file(file)
     removed = next(key for key in tensors if key.endswith("_proj.scale"))
-    save_file({key: t for key, t in tensors.items() if key != removed}, file, metadata={"format": "pt"})
+    save_file(
+        {key: t for key, t in tensors.items() if key != removed}, file, metadata={"format": "pt"}
+    )
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     del index["weight_map"][removed]
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))

@@ -1,4 +1,6 @@
-"""Deliberate faults: each must make the contract's own checks fail, or the suite would not notice a broken method."""
+"""Deliberate faults: each must make the contract's own checks fail, or the suite would not notice a
+broken method.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,7 @@ def tensor_through(name: str, change: Callable[[Tensor], Tensor]) -> Fault:
     return lambda packed, in_features: {**packed, name: change(packed[name]).contiguous()}
 
 
-# --- in what is stored: the ceilings must see it ----------------------------------------------------------------
+# --- in what is stored: the ceilings must see it --------------------------------------------------
 
 STORED_FAULTS: dict[str, Fault] = {
     "scale doubled": tensor_through("scale", lambda t: t * 2),
@@ -42,7 +44,9 @@ STORED_FAULTS: dict[str, Fault] = {
     "rows shifted by one": codes_through(lambda codes: codes.roll(1, dims=0)),
     "codes mirrored": codes_through(lambda codes: 2**BITS - 1 - codes),
 }
-OWN_FAULTS: Mapping[str, dict[str, Fault]] = {  # where a method stores more; a tensor that is absent is left alone
+OWN_FAULTS: Mapping[
+    str, dict[str, Fault]
+] = {  # where a method stores more; a tensor that is absent is left alone
     "rtn": {"zero points shifted": tensor_through("zero", lambda t: t.roll(1, dims=0))},
     "gptq": {
         "zero points shifted": tensor_through("zero", lambda t: t.roll(1, dims=0)),
@@ -56,7 +60,9 @@ OWN_FAULTS: Mapping[str, dict[str, Fault]] = {  # where a method stores more; a 
         "input scales shifted": tensor_through("in_scale", lambda t: t.roll(1, dims=0)),
     },
     "db_llm": {
-        "planes swapped": tensor_through("weight", lambda t: ((t >> 1) & 0x55555555) | ((t & 0x55555555) << 1)),
+        "planes swapped": tensor_through(
+            "weight", lambda t: ((t >> 1) & 0x55555555) | ((t & 0x55555555) << 1)
+        ),
         "scales swapped": tensor_through("scale", lambda t: t.flip(2).contiguous()),
         "scales of another row": tensor_through("scale", lambda t: 2 * t.roll(1, dims=0)),
         "columns shifted": tensor_through("weight", lambda t: t.roll(1, dims=1)),
@@ -111,11 +117,20 @@ def applicable() -> list[Any]:
     rows = []
     for case in CASES:
         layout = case.build(case.near(BITS)).layout(checks.OUT, checks.IN)
-        needs = {"zero": "zero points", "order": "order", "seeds": ("sides", "another"), "in_scale": "input"}
+        needs = {
+            "zero": "zero points",
+            "order": "order",
+            "seeds": ("sides", "another"),
+            "in_scale": "input",
+        }
         needs |= {"tau": "shifts", "scale_absmax": "scales", "scale_mean": "mean of"}
         generic = STORED_FAULTS if case.uniform else {}
         for words, fault in {**generic, **OWN_FAULTS[case.method]}.items():
-            absent = [name for name, start in needs.items() if words.startswith(start) and name not in layout]
+            absent = [
+                name
+                for name, start in needs.items()
+                if words.startswith(start) and name not in layout
+            ]
             if not absent:
                 rows.append(pytest.param(case, fault, id=f"{case}-{words}".replace(" ", "-")))
     return rows
@@ -131,7 +146,9 @@ def test_a_fault_in_what_is_stored_is_seen(case: Case, fault: Fault):
     broken = fault(packed, checks.IN)
     checks.check_layout(method, broken, weight_OI)  # well-formed: only its meaning is wrong
     with pytest.raises(AssertionError):
-        checks.check_errors(case, case.near(BITS), weight_OI, checks.restore(method, broken, weight_OI))
+        checks.check_errors(
+            case, case.near(BITS), weight_OI, checks.restore(method, broken, weight_OI)
+        )
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -155,7 +172,7 @@ def test_shifted_groups_are_seen(case: Case):
     assert after > 1.02 * before
 
 
-# --- in the code of a method: the other checks must see it ------------------------------------------------------------
+# --- in the code of a method: the other checks must see it ----------------------------------------
 
 
 class Wrapped:
@@ -169,31 +186,47 @@ class Wrapped:
         return getattr(self._method, name)
 
 
-@pytest.fixture(params=[next(case for case in CASES if case.method == name) for name in METHODS], ids=list(METHODS))
+@pytest.fixture(
+    params=[next(case for case in CASES if case.method == name) for name in METHODS],
+    ids=list(METHODS),
+)
 def case(request: pytest.FixtureRequest) -> Case:
     return request.param
 
 
 def test_linear_that_forgets_the_bias_is_seen(case: Case):
     method = case.build(case.near(BITS))
-    broken = Wrapped(method, linear=lambda x, packed, bias, out: method.linear(x, packed, None, out))
+    broken = Wrapped(
+        method, linear=lambda x, packed, bias, out: method.linear(x, packed, None, out)
+    )
     with pytest.raises(AssertionError):
-        checks.check_linear(broken, checks.solved(case, case.near(BITS)), checks.weight(), torch.float32)
+        checks.check_linear(
+            broken, checks.solved(case, case.near(BITS)), checks.weight(), torch.float32
+        )
 
 
 def test_linear_that_is_one_percent_off_is_seen(case: Case):
     method = case.build(case.near(BITS))
-    broken = Wrapped(method, linear=lambda x, packed, bias, out: method.linear(x * 1.01, packed, bias, out))
+    broken = Wrapped(
+        method, linear=lambda x, packed, bias, out: method.linear(x * 1.01, packed, bias, out)
+    )
     with pytest.raises(AssertionError):
-        checks.check_linear(broken, checks.solved(case, case.near(BITS)), checks.weight(), torch.float32)
+        checks.check_linear(
+            broken, checks.solved(case, case.near(BITS)), checks.weight(), torch.float32
+        )
 
 
 def test_linear_in_another_dtype_is_seen(case: Case):
     method = case.build(case.near(BITS))
-    broken = Wrapped(method, linear=lambda x, packed, bias, out: method.linear(x, packed, bias, out).float())
+    broken = Wrapped(
+        method, linear=lambda x, packed, bias, out: method.linear(x, packed, bias, out).float()
+    )
     with pytest.raises(AssertionError):
         checks.check_linear(
-            broken, checks.solved(case, case.near(BITS)), checks.weight(dtype=torch.bfloat16), torch.bfloat16
+            broken,
+            checks.solved(case, case.near(BITS)),
+            checks.weight(dtype=torch.bfloat16),
+            torch.bfloat16,
         )
 
 
@@ -206,7 +239,9 @@ def test_quantize_that_writes_into_its_weight_is_seen(case: Case):
         return packed
 
     with pytest.raises(AssertionError):
-        checks.check_pure(Wrapped(method, quantize_block=quantize_block), checks.weight(), checks.inputs())
+        checks.check_pure(
+            Wrapped(method, quantize_block=quantize_block), checks.weight(), checks.inputs()
+        )
 
 
 def test_quantize_that_writes_into_its_statistic_is_seen(case: Case):
@@ -220,10 +255,14 @@ def test_quantize_that_writes_into_its_statistic_is_seen(case: Case):
         return packed
 
     with pytest.raises(AssertionError):
-        checks.check_pure(Wrapped(method, quantize_block=quantize_block), checks.weight(), checks.inputs())
+        checks.check_pure(
+            Wrapped(method, quantize_block=quantize_block), checks.weight(), checks.inputs()
+        )
 
 
-def test_quantize_that_asks_the_global_generator_is_seen(case: Case, monkeypatch: pytest.MonkeyPatch):
+def test_quantize_that_asks_the_global_generator_is_seen(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+):
     method_type = METHODS[case.method]
     original = method_type.quantize_block
 

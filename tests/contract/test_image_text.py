@@ -1,4 +1,6 @@
-"""The contract on models that see: the text decoder's linears are quantized, everything else is bitwise the base."""
+"""The contract on models that see: the text decoder's linears are quantized, everything else is
+bitwise the base.
+"""
 
 from __future__ import annotations
 
@@ -39,11 +41,19 @@ def load(folder: Path, **options: object) -> nn.Module:
 
 
 def tensors_of(folder: Path) -> dict[str, Tensor]:
-    return {name: t for file in sorted(folder.glob("*.safetensors")) for name, t in load_file(file).items()}
+    return {
+        name: t
+        for file in sorted(folder.glob("*.safetensors"))
+        for name, t in load_file(file).items()
+    }
 
 
-def quantize(base: Path, out: Path, calibration: Path, name: str, bits: float, options: dict) -> Path:
-    quantize_checkpoint(str(base), out, build(name, bits=bits, **options), Calibration(str(calibration), samples=8))
+def quantize(
+    base: Path, out: Path, calibration: Path, name: str, bits: float, options: dict
+) -> Path:
+    quantize_checkpoint(
+        str(base), out, build(name, bits=bits, **options), Calibration(str(calibration), samples=8)
+    )
     return out
 
 
@@ -74,7 +84,9 @@ def test_only_the_text_decoder_is_quantized(
     expected = logits(streamed)
     assert torch.isfinite(expected).all()
 
-    config = CONFIGS[name](bits=bits, **options, calibration=str(calibration_npy), calibration_samples=8)
+    config = CONFIGS[name](
+        bits=bits, **options, calibration=str(calibration_npy), calibration_samples=8
+    )
     direct = load(tiny_llava, quantization_config=config)
     assert torch.equal(logits(direct), expected)
     direct.save_pretrained(tmp_path / "again")
@@ -85,7 +97,7 @@ def test_only_the_text_decoder_is_quantized(
     assert {key for key in base if key not in stored} == set()
     checkpoint = Checkpoint.open(str(tiny_llava))
     skeleton = build_skeleton(checkpoint.path)
-    rewrite = build(name, bits=bits, **options).fitted(skeleton).rewrite(skeleton, {})
+    rewrite = build(name, bits=bits, **options).bound_to(skeleton).rewrite(skeleton, {})
     source = Rewritten.of(checkpoint.named(module_names(skeleton, base)), rewrite)
     state = streamed.state_dict()
     outside = [key for key in source.files if any(part in key for part in OUTSIDE)]
@@ -97,8 +109,12 @@ def test_only_the_text_decoder_is_quantized(
             assert torch.equal(tensor, base[source.in_file(key)]), key
 
 
-def test_a_rotation_keeps_what_the_model_says(tiny_llava: Path, calibration_npy: Path, tmp_path: Path):
-    """At 8 bits the turned model answers as the dense one, images included: projector and image_newline turn along."""
+def test_a_rotation_keeps_what_the_model_says(
+    tiny_llava: Path, calibration_npy: Path, tmp_path: Path
+):
+    """At 8 bits the turned model answers as the dense one, images included: projector and
+    image_newline turn along.
+    """
     out = quantize(tiny_llava, tmp_path / "out", calibration_npy, "spinquant", 8, {})
     base, stored = tensors_of(tiny_llava), tensors_of(out)
     for key in ("multi_modal_projector.linear_2.weight", "image_newline"):
@@ -107,22 +123,33 @@ def test_a_rotation_keeps_what_the_model_says(tiny_llava: Path, calibration_npy:
     assert (logits(load(out)) - dense).norm() < 0.03 * dense.norm()
 
 
-def test_the_layout_of_published_checkpoints(tiny_llava: Path, calibration_npy: Path, tmp_path: Path):
-    """`vision_tower.vision_model.`, and a buffer that models have no longer: both stay in the file, and it loads."""
+def test_the_layout_of_published_checkpoints(
+    tiny_llava: Path, calibration_npy: Path, tmp_path: Path
+):
+    """`vision_tower.vision_model.`, and a buffer that models have no longer: both stay in the file,
+    and it loads.
+    """
     base = tmp_path / "base"
     shutil.copytree(tiny_llava, base, ignore=shutil.ignore_patterns("*.safetensors"))
-    old = {n.replace("vision_tower.", "vision_tower.vision_model."): t for n, t in tensors_of(tiny_llava).items()}
+    old = {
+        n.replace("vision_tower.", "vision_tower.vision_model."): t
+        for n, t in tensors_of(tiny_llava).items()
+    }
     old["vision_tower.vision_model.embeddings.position_ids"] = torch.arange(5)[None]
     save_file(old, base / "model.safetensors", metadata={"format": "pt"})
     out = quantize(base, tmp_path / "out", calibration_npy, "gptq", 3, {})
     stored = tensors_of(out)
     assert set(old) <= set(stored)
-    assert all(torch.equal(stored[key], tensor) for key, tensor in old.items() if "vision_tower" in key)
+    assert all(
+        torch.equal(stored[key], tensor) for key, tensor in old.items() if "vision_tower" in key
+    )
     same = quantize(tiny_llava, tmp_path / "same", calibration_npy, "gptq", 3, {})
     assert torch.equal(logits(load(out)), logits(load(same)))
 
 
-def test_a_killed_run_goes_on(tiny_llava: Path, calibration_npy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_killed_run_goes_on(
+    tiny_llava: Path, calibration_npy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     """Killed after its first block, a run ends in the bytes of an unbroken one."""
     import llq_hf.engine.execute
 
@@ -158,7 +185,9 @@ def test_a_tied_head_stays_tied_or_is_untied_by_a_rotation(calibration_npy: Path
 
 
 @pytest.mark.parametrize("kind", ["Llava", "Mistral3", "PaliGemma"])
-def test_other_models_that_see(kind: str, calibration_npy: Path, tmp_path: Path, others: dict[str, Callable]):
+def test_other_models_that_see(
+    kind: str, calibration_npy: Path, tmp_path: Path, others: dict[str, Callable]
+):
     """The same mechanism, no table of architectures."""
     others[kind]().save_pretrained(tmp_path / "base")
     base = load(tmp_path / "base")
@@ -178,26 +207,47 @@ def test_other_models_that_see(kind: str, calibration_npy: Path, tmp_path: Path,
 def others() -> dict[str, Callable[[], nn.Module]]:
     import transformers
 
-    text = {"hidden_size": 48, "intermediate_size": 76, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text = {
+        "hidden_size": 48,
+        "intermediate_size": 76,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
     text |= {"num_key_value_heads": 2, "vocab_size": 320, "pad_token_id": 0}
-    tower = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 2}
+    tower = {
+        "hidden_size": 32,
+        "intermediate_size": 40,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
     tower |= {"image_size": 28, "patch_size": 14}
     clip, llama = transformers.CLIPVisionConfig(**tower), transformers.LlamaConfig(**text)
 
     def llava() -> nn.Module:
-        config = transformers.LlavaConfig(vision_config=clip, text_config=llama, image_token_index=319)
+        config = transformers.LlavaConfig(
+            vision_config=clip, text_config=llama, image_token_index=319
+        )
         return transformers.LlavaForConditionalGeneration(config)
 
     def mistral() -> nn.Module:
         pixtral = transformers.PixtralVisionConfig(**tower)
         mistral = transformers.MistralConfig(**text, head_dim=12)
-        config = transformers.Mistral3Config(vision_config=pixtral, text_config=mistral, image_token_index=319)
+        config = transformers.Mistral3Config(
+            vision_config=pixtral, text_config=mistral, image_token_index=319
+        )
         return transformers.Mistral3ForConditionalGeneration(config)
 
     def paligemma() -> nn.Module:
-        siglip, gemma = transformers.SiglipVisionConfig(**tower), transformers.GemmaConfig(**text, head_dim=12)
+        siglip, gemma = (
+            transformers.SiglipVisionConfig(**tower),
+            transformers.GemmaConfig(**text, head_dim=12),
+        )
         config = transformers.PaliGemmaConfig(
-            vision_config=siglip, text_config=gemma, image_token_index=319, projection_dim=48, vocab_size=320
+            vision_config=siglip,
+            text_config=gemma,
+            image_token_index=319,
+            projection_dim=48,
+            vocab_size=320,
         )
         return transformers.PaliGemmaForConditionalGeneration(config)
 

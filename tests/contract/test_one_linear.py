@@ -1,4 +1,6 @@
-"""The contract of one linear: every case of the table at every width, for weights of an fp32 and of a bf16 model."""
+"""The contract of one linear: every case of the table at every width, for weights of an fp32 and of
+a bf16 model.
+"""
 
 from __future__ import annotations
 
@@ -59,22 +61,29 @@ def test_more_bits_less_error(case: Case):
         restored_OI = checks.restore(case.build(bits), checks.solved(case, bits), weight_OI)
         losses.append(checks.proxy_loss(weight_OI - restored_OI, x_TI))
     for bits, (fewer, more) in zip(case.all_bits, pairwise(losses), strict=False):
-        limit = 1.02 if case.clips and bits >= 5 else 0.999  # a fixed range clips: past 5 bits nothing is won
+        limit = (
+            1.02 if case.clips and bits >= 5 else 0.999
+        )  # a fixed range clips: past 5 bits nothing is won
         assert more <= limit * fewer, f"{bits} bits and the next width: {fewer:.4g} -> {more:.4g}"
 
 
 @pytest.mark.parametrize("case", CALIBRATED, ids=str)
 @pytest.mark.parametrize("near", [1, 2, 4, 8])
 def test_calibration_beats_rounding_to_nearest_on_the_same_grid(case: Case, near: int, monkeypatch):
-    """By proxy loss. The rival is the method's own fallback, which rounds to nearest when no factor is found."""
+    """By proxy loss. The rival is the method's own fallback, which rounds to nearest when no factor
+    is found.
+    """
     bits = case.near(near)
     method, weight_OI, x_TI = case.build(bits), checks.weight(), checks.inputs()
-    loss = checks.proxy_loss(weight_OI - checks.restore(method, checks.solved(case, bits), weight_OI), x_TI)
+    loss = checks.proxy_loss(
+        weight_OI - checks.restore(method, checks.solved(case, bits), weight_OI), x_TI
+    )
     module = importlib.import_module(type(method).__module__)
     if not (case.feedback and hasattr(module, "factorize")):
         pytest.skip("no feedback: there is nothing to fall back from")
     monkeypatch.setattr(module, "factorize", lambda *args, **options: None)
-    # A range that clips (2.4 sigma at many bits) costs both the same, and rounding nearly nothing: a tie but for noise.
+    # A range that clips (2.4 sigma at many bits) costs both the same, and rounding nearly nothing:
+    # a tie but for noise.
     tie = 1.02 if case.clips and bits > 4 else 1.0
     assert loss <= checks.loss_of(method, weight_OI, x_TI) * tie
 
@@ -90,7 +99,7 @@ def test_preset_best_costs_no_bits_and_is_no_worse_at_2_bits(name: str):
     assert checks.loss_of(best, weight_OI, x_TI) <= checks.loss_of(study, weight_OI, x_TI)
 
 
-# --- awkward inputs --------------------------------------------------------------------------------------------------
+# --- awkward inputs -------------------------------------------------------------------------------
 
 
 @each_case
@@ -122,16 +131,22 @@ def test_dead_channels_are_finite_and_leave_the_others_alone(case: Case, near: i
         return
     share = checks.proxy_loss(weight_OI - restored_OI, x_TI) / checks.proxy_loss(weight_OI, x_TI)
     rtn = build("rtn", bits=int(bits))
-    assert share <= max(checks.loss_of(rtn, weight_OI, x_TI) / checks.proxy_loss(weight_OI, x_TI), case.clip_share)
+    assert share <= max(
+        checks.loss_of(rtn, weight_OI, x_TI) / checks.proxy_loss(weight_OI, x_TI), case.clip_share
+    )
 
 
 @each_case
 @pytest.mark.parametrize("near", [2, 8])
 def test_no_calibration_signal_at_all(case: Case, near: int):
-    """All inputs zero: every channel is dead; the result is finite and as good as rounding to nearest can be."""
+    """All inputs zero: every channel is dead; the result is finite and as good as rounding to
+    nearest can be.
+    """
     bits = case.near(near)
     method, weight_OI = case.build(bits), checks.weight()
-    restored_OI = checks.restore(method, checks.quantize(method, weight_OI, torch.zeros(64, checks.IN)), weight_OI)
+    restored_OI = checks.restore(
+        method, checks.quantize(method, weight_OI, torch.zeros(64, checks.IN)), weight_OI
+    )
     assert torch.isfinite(restored_OI).all()
 
 
@@ -146,7 +161,8 @@ def test_one_outlier_of_1e3(case: Case, near: int):
     if case.rows_apart:
         others = [row for row in range(len(weight_OI)) if row != 2]
         checks.check_errors(case, bits, weight_OI[others], restored_OI[others], slack=1.1)
-    else:  # one range for the whole matrix: all that can be asked is an error below the outlier itself
+    # one range for the whole matrix: all that can be asked is an error below the outlier itself
+    else:
         assert checks.relative_errors(weight_OI, restored_OI)[0] <= 1.0
 
 
@@ -170,17 +186,24 @@ def test_odd_shapes_and_groups_that_do_not_divide(case: Case, shape: tuple[int, 
 def test_an_empty_batch_passes_through(case: Case):
     method, weight_OI = case.build(case.near(4)), checks.weight()
     packed = checks.quantize(method, weight_OI)
-    assert method.linear(torch.zeros(0, checks.IN), packed, None, checks.OUT).shape == (0, checks.OUT)
+    assert method.linear(torch.zeros(0, checks.IN), packed, None, checks.OUT).shape == (
+        0,
+        checks.OUT,
+    )
 
 
 @each_case
 def test_gradients_flow_to_the_input(case: Case):
-    checks.check_gradient(case.build(case.near(4)), checks.solved(case, case.near(4)), checks.weight())
+    checks.check_gradient(
+        case.build(case.near(4)), checks.solved(case, case.near(4)), checks.weight()
+    )
 
 
 @each_case
 def test_training_after_inference_mode(case: Case):
-    """What a method keeps between calls (rotations, tables) must not be bound to the mode of the first call."""
+    """What a method keeps between calls (rotations, tables) must not be bound to the mode of the
+    first call.
+    """
     method, weight_OI = case.build(case.near(4)), checks.weight()
     packed = checks.quantize(method, weight_OI)
     forget_caches()
@@ -201,21 +224,34 @@ def forget_caches() -> None:
 
 @each_case
 def test_a_single_vector_is_an_input(case: Case):
-    method, packed, x_TI = case.build(case.near(4)), checks.solved(case, case.near(4)), checks.inputs()
+    method, packed, x_TI = (
+        case.build(case.near(4)),
+        checks.solved(case, case.near(4)),
+        checks.inputs(),
+    )
     y = method.linear(x_TI[0], packed, None, checks.OUT)
-    assert torch.allclose(y, method.linear(x_TI[:1], packed, None, checks.OUT)[0], rtol=1e-5, atol=1e-5)
+    assert torch.allclose(
+        y, method.linear(x_TI[:1], packed, None, checks.OUT)[0], rtol=1e-5, atol=1e-5
+    )
 
 
-# --- QuantLinear -----------------------------------------------------------------------------------------------------
+# --- QuantLinear ----------------------------------------------------------------------------------
 
 
 @each_case
 def test_casting_a_module_keeps_what_is_stored(case: Case):
     method, linear = case.build(case.near(3)), torch.nn.Linear(checks.IN, checks.OUT)
     packed = checks.quantize(method, checks.weight())
-    module = QuantLinear.from_packed(method, linear, {name: t.clone() for name, t in packed.items()})
+    module = QuantLinear.from_packed(
+        method, linear, {name: t.clone() for name, t in packed.items()}
+    )
     assert not module.weight.requires_grad
-    for cast in (lambda m: m.to(torch.bfloat16), lambda m: m.half(), lambda m: m.double(), lambda m: m.float()):
+    for cast in (
+        lambda m: m.to(torch.bfloat16),
+        lambda m: m.half(),
+        lambda m: m.double(),
+        lambda m: m.float(),
+    ):
         cast(module)
         checks.check_same_bits(packed, module.packed())
     x = checks.inputs()[:4]
@@ -228,7 +264,7 @@ def test_a_layout_in_the_dense_shape_is_refused():
         QuantLinear(build("rtn", bits=8), 8, 16, bias=False)
 
 
-# --- config ----------------------------------------------------------------------------------------------------------
+# --- config ---------------------------------------------------------------------------------------
 
 
 @each_width

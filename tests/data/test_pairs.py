@@ -1,4 +1,6 @@
-"""Calibration on image-text pairs: visual tokens are in the statistics, files and memory agree, bad pairs are named."""
+"""Calibration on image-text pairs: visual tokens are in the statistics, files and memory agree, bad
+pairs are named.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         noise = np.random.default_rng(index).integers(0, 255, (height, width, 3), dtype=np.uint8)
         Image.fromarray(noise).save(folder / f"{index}.png")
         said = {"question": "Is it red? " * (1 + index), "answer": "yes, it is"}
-        lines.append({"image": f"{index}.png", **(said if index else {"text": "a red fox on the hill"})})
+        lines.append(
+            {"image": f"{index}.png", **(said if index else {"text": "a red fox on the hill"})}
+        )
     (folder / "about.jsonl").write_text("\n".join(map(json.dumps, lines)))
     return folder
 
@@ -58,12 +62,16 @@ def model_of(base: Path, **options: Any) -> Any:
 
 
 def test_visual_tokens_are_in_the_statistics(tiny_llava: Path, pairs: Pairs) -> None:
-    """Of every linear's input in the first block: those of the model itself, run on the pairs one by one."""
+    """Of every linear's input in the first block: those of the model itself, run on the pairs one
+    by one.
+    """
     model, seen = model_of(tiny_llava), {}
     prefix = block_prefixes(model)[0]
     names = list(block_linears(model.get_submodule(prefix)))
     for name in names:
-        seen[name] = Hessian(model.get_submodule(f"{prefix}.{name}").in_features, torch.device("cpu"))
+        seen[name] = Hessian(
+            model.get_submodule(f"{prefix}.{name}").in_features, torch.device("cpu")
+        )
         hook = lambda module, args, name=name: seen[name].update(args[0].flatten(0, -2), 1)  # noqa: E731
         model.get_submodule(f"{prefix}.{name}").register_forward_pre_hook(hook)
     images = 0
@@ -80,7 +88,9 @@ def test_visual_tokens_are_in_the_statistics(tiny_llava: Path, pairs: Pairs) -> 
     blocks = StreamedBlocks(named, skeleton, torch.float32, torch.device("cpu"))
     stream = Stream(blocks, pairs, None, PassListener())
     assert stream.activations.tensor_NSD.shape == (1, sum(pairs.lengths), 96)
-    found = stream.observe(blocks.load(0), [[name] for name in names], dict.fromkeys(names, Hessian), None)
+    found = stream.observe(
+        blocks.load(0), [[name] for name in names], dict.fromkeys(names, Hessian), None
+    )
     for name in names:
         assert torch.allclose(found[name].H_II, seen[name].H_II, rtol=1e-4, atol=1e-4), name
     live = Stream(LiveBlocks(model), pairs, None, PassListener())
@@ -89,7 +99,11 @@ def test_visual_tokens_are_in_the_statistics(tiny_llava: Path, pairs: Pairs) -> 
 
 def packed_of(model: torch.nn.Module) -> dict[str, Tensor]:
     modules = {name: m for name, m in model.named_modules() if isinstance(m, QuantLinear)}
-    return {f"{name}.{key}": tensor for name, module in modules.items() for key, tensor in module.packed().items()}
+    return {
+        f"{name}.{key}": tensor
+        for name, module in modules.items()
+        for key, tensor in module.packed().items()
+    }
 
 
 @pytest.mark.parametrize(
@@ -97,10 +111,14 @@ def packed_of(model: torch.nn.Module) -> dict[str, Tensor]:
     [("gptq", {}), ("awq", {"search_tokens": 64}), ("omniquant", {"epochs": 1}), ("spinquant", {})],
     ids=["gptq", "awq", "omniquant", "spinquant"],
 )
-def test_from_files_as_in_memory(tiny_llava: Path, folder: Path, tmp_path: Path, name: str, options: dict) -> None:
+def test_from_files_as_in_memory(
+    tiny_llava: Path, folder: Path, tmp_path: Path, name: str, options: dict
+) -> None:
     """Quantized, dense and paired streams; and another result than text gives."""
     method = build(name, bits=3, **options)
-    report = quantize_checkpoint(str(tiny_llava), tmp_path / "out", method, Calibration(str(folder), samples=5))
+    report = quantize_checkpoint(
+        str(tiny_llava), tmp_path / "out", method, Calibration(str(folder), samples=5)
+    )
     assert set(report["identity"]["calibration"]) == {"pairs_sha256", "samples", "tokens"}
     streamed = packed_of(model_of(tmp_path / "out"))
     config = CONFIGS[name](bits=3, **options, calibration=str(folder), calibration_samples=5)
@@ -108,11 +126,17 @@ def test_from_files_as_in_memory(tiny_llava: Path, folder: Path, tmp_path: Path,
     assert all(torch.equal(tensor, direct[key]) for key, tensor in streamed.items())
 
 
-def test_the_fingerprint_covers_images_and_texts(tiny_llava: Path, folder: Path, pairs: Pairs, tmp_path: Path) -> None:
+def test_the_fingerprint_covers_images_and_texts(
+    tiny_llava: Path, folder: Path, pairs: Pairs, tmp_path: Path
+) -> None:
     def digest(change: Callable[[Path], Any]) -> str:
         shutil.copytree(folder, tmp_path / "changed")
         change(tmp_path / "changed")
-        found = read_pairs(str(tmp_path / "changed"), load_processor(tiny_llava), 5, 0).measured(2048).sha256
+        found = (
+            read_pairs(str(tmp_path / "changed"), load_processor(tiny_llava), 5, 0)
+            .measured(2048)
+            .sha256
+        )
         shutil.rmtree(tmp_path / "changed")
         return found
 
@@ -122,7 +146,9 @@ def test_the_fingerprint_covers_images_and_texts(tiny_llava: Path, folder: Path,
         image.save(path / "3.png")
 
     def other_answer(path: Path) -> None:
-        (path / "about.jsonl").write_text((path / "about.jsonl").read_text().replace("yes, it is", "no, it is", 1))
+        (path / "about.jsonl").write_text(
+            (path / "about.jsonl").read_text().replace("yes, it is", "no, it is", 1)
+        )
 
     assert digest(lambda path: None) == pairs.sha256
     assert len({pairs.sha256, digest(other_pixel), digest(other_answer)}) == 3
@@ -130,7 +156,10 @@ def test_the_fingerprint_covers_images_and_texts(tiny_llava: Path, folder: Path,
 
 def test_pairs_are_drawn_by_seed(tiny_llava: Path, folder: Path) -> None:
     processor = load_processor(tiny_llava)
-    drawn = [[pair.where for pair in read_pairs(str(folder), processor, 3, seed).rows] for seed in (0, 0, 1)]
+    drawn = [
+        [pair.where for pair in read_pairs(str(folder), processor, 3, seed).rows]
+        for seed in (0, 0, 1)
+    ]
     assert drawn[0] == drawn[1] != drawn[2]
     assert all(len(set(rows)) == 3 for rows in drawn)
     with pytest.warns(UserWarning, match="holds 5 pairs, fewer than samples=128"):
@@ -146,7 +175,9 @@ def test_a_killed_run_on_pairs_goes_on(
         pass
 
     def quantize(out: Path) -> Path:
-        quantize_checkpoint(str(tiny_llava), out, build("gptq", bits=3), Calibration(str(folder), samples=5))
+        quantize_checkpoint(
+            str(tiny_llava), out, build("gptq", bits=3), Calibration(str(folder), samples=5)
+        )
         return out
 
     step, whole = llq_hf.engine.execute.quantize_step, quantize(tmp_path / "whole")
@@ -168,11 +199,23 @@ def test_a_killed_run_on_pairs_goes_on(
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"image": "absent.png", "text": "x"}', r"Pair 1 of .*about.jsonl: its image is missing or damaged"),
-        ('{"image": "damaged.png", "text": "x"}', r"Pair 1 of .*about.jsonl: its image is missing or damaged"),
+        (
+            '{"image": "absent.png", "text": "x"}',
+            r"Pair 1 of .*about.jsonl: its image is missing or damaged",
+        ),
+        (
+            '{"image": "damaged.png", "text": "x"}',
+            r"Pair 1 of .*about.jsonl: its image is missing or damaged",
+        ),
         ('{"text": "x"}', r"Pair 1 of .* has no path in a field `image` \(fields: text\)"),
-        ('{"image": "0.png", "question": "x"}', r"Pair 1 of .* has neither `question` and `answer` nor `text`"),
-        (json.dumps({"image": "0.png", "text": "why " * 3000}), r"Pair 1 of .* has \d+ tokens, and the model takes"),
+        (
+            '{"image": "0.png", "question": "x"}',
+            r"Pair 1 of .* has neither `question` and `answer` nor `text`",
+        ),
+        (
+            json.dumps({"image": "0.png", "text": "why " * 3000}),
+            r"Pair 1 of .* has \d+ tokens, and the model takes",
+        ),
         ("{", r"Line 1 of .* is not valid JSON"),
     ],
     ids=["no file", "truncated file", "no image", "no answer", "too long", "no JSON"],
@@ -184,12 +227,18 @@ def test_a_pair_that_cannot_be_read_is_named(
     shutil.copy(folder / "0.png", tmp_path / "0.png")
     (tmp_path / "damaged.png").write_bytes((folder / "0.png").read_bytes()[:80])
     with pytest.raises(LLQError, match=message):
-        quantize_checkpoint(str(tiny_llava), tmp_path / "out", build("gptq"), Calibration(str(tmp_path), samples=1))
+        quantize_checkpoint(
+            str(tiny_llava), tmp_path / "out", build("gptq"), Calibration(str(tmp_path), samples=1)
+        )
     assert not (tmp_path / "out").exists()
 
 
 def test_what_does_not_fit_is_refused(
-    tiny_llava: Path, tiny_llama: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_llava: Path,
+    tiny_llama: Path,
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     data = Calibration(str(folder), samples=5)
     with pytest.raises(LLQError, match="takes none; calibrate on text"):
@@ -198,7 +247,9 @@ def test_what_does_not_fit_is_refused(
         quantize_checkpoint(str(tiny_llava), tmp_path / "out", build("db_llm", bits=2), data)
     (tmp_path / "empty").mkdir()
     with pytest.raises(LLQError, match=r"holds 0 \.jsonl files"):
-        quantize_checkpoint(str(tiny_llava), tmp_path / "out", build("gptq"), Calibration(str(tmp_path / "empty")))
+        quantize_checkpoint(
+            str(tiny_llava), tmp_path / "out", build("gptq"), Calibration(str(tmp_path / "empty"))
+        )
 
 
 def test_sequences_of_different_lengths_come_one_at_a_time() -> None:
@@ -212,17 +263,28 @@ def test_sequences_of_different_lengths_come_one_at_a_time() -> None:
         activations[slice(0, 2)]
 
 
-def test_pairs_of_a_hub_dataset(tiny_llava: Path, folder: Path, pairs: Pairs, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pairs_of_a_hub_dataset(
+    tiny_llava: Path, folder: Path, pairs: Pairs, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The same pairs as columns of a dataset are the same calibration."""
     import datasets
 
     lines = [json.loads(line) for line in (folder / "about.jsonl").read_text().splitlines()]
-    rows = [{"image": str(folder / line["image"]), "question": line.get("question", "")} for line in lines]
-    rows = [{**row, "answer": line.get("answer", line.get("text"))} for row, line in zip(rows, lines, strict=True)]
+    rows = [
+        {"image": str(folder / line["image"]), "question": line.get("question", "")}
+        for line in lines
+    ]
+    rows = [
+        {**row, "answer": line.get("answer", line.get("text"))}
+        for row, line in zip(rows, lines, strict=True)
+    ]
     table = datasets.Dataset.from_list(rows).cast_column("image", datasets.Image())
     monkeypatch.setattr("llq_hf.data.pairs.hub_rows", lambda name, split, offline_cure: table)
     found = read_pairs("hub:user/pictures", load_processor(tiny_llava), 5, 0).measured(2048)
     assert found.sha256 == pairs.sha256
-    monkeypatch.setattr("llq_hf.data.pairs.hub_rows", lambda name, split, offline_cure: table.remove_columns("image"))
+    monkeypatch.setattr(
+        "llq_hf.data.pairs.hub_rows",
+        lambda name, split, offline_cure: table.remove_columns("image"),
+    )
     with pytest.raises(LLQError, match="has no column `image`"):
         read_pairs("hub:user/pictures", load_processor(tiny_llava), 5, 0)

@@ -62,7 +62,7 @@ def gptq_document_windows(documents, samples, seqlen, seed):
     return torch.tensor(windows)
 
 
-# --- reading files -----------------------------------------------------------------------------------------
+# --- reading files --------------------------------------------------------------------------------
 
 
 def test_read_texts_of_every_format(tmp_path):
@@ -74,7 +74,9 @@ def test_read_texts_of_every_format(tmp_path):
     assert read_texts(whole) == ["one\n\ntwo\n"]
     assert read_texts(write(tmp_path / "b.json", texts)) == texts
     assert read_texts(write(tmp_path / "c.json", [{"text": t, "id": 1} for t in texts])) == texts
-    lines = "\n".join([json.dumps({"text": texts[0]}, ensure_ascii=False), json.dumps(texts[1]), "", '"three"'])
+    lines = "\n".join(
+        [json.dumps({"text": texts[0]}, ensure_ascii=False), json.dumps(texts[1]), "", '"three"']
+    )
     assert read_texts(write(tmp_path / "d.jsonl", lines)) == texts
     pa.parquet.write_table(pa.table({"text": texts, "title": texts[::-1]}), tmp_path / "e.parquet")
     assert read_texts(tmp_path / "e.parquet") == texts
@@ -119,7 +121,7 @@ def test_read_texts_of_paths_that_are_no_text_file(tmp_path):
         read_texts(tmp_path / "two.parquet")
 
 
-# --- calibration -------------------------------------------------------------------------------------------
+# --- calibration ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2404])
@@ -155,7 +157,8 @@ def test_named_sources_join_as_gptq_does(monkeypatch):
     sentences = [words(30, seed) for seed in range(4)]
     for name, joint in (("wikitext2", "\n\n"), ("ptb", " ")):
         monkeypatch.setattr(
-            f"llq_hf.data.calibration.{name}", lambda split, cure: sentences if split == "train" else []
+            f"llq_hf.data.calibration.{name}",
+            lambda split, cure: sentences if split == "train" else [],
         )
         seen = []
 
@@ -174,7 +177,8 @@ def test_demo_source(monkeypatch):
     monkeypatch.setitem(sys.modules, "llq_hf.demo.world", world)
     monkeypatch.setattr("llq_hf.demo.world", world, raising=False)
     assert torch.equal(
-        calibration_ids("demo", Words(), samples=2, seqlen=8), gptq_windows(Words()(words(50))["input_ids"], 2, 8, 0)
+        calibration_ids("demo", Words(), samples=2, seqlen=8),
+        gptq_windows(Words()(words(50))["input_ids"], 2, 8, 0),
     )
 
 
@@ -215,7 +219,9 @@ def test_objects_are_never_unpickled(tmp_path):
 
 def test_too_few_tokens_says_how_many(tmp_path):
     path = write(tmp_path / "a.txt", words(19))
-    with pytest.raises(LLQError, match=r"has 20 tokens, and a random window of 20 needs at least 21"):
+    with pytest.raises(
+        LLQError, match=r"has 20 tokens, and a random window of 20 needs at least 21"
+    ):
         calibration_ids(str(path), Words(), samples=1, seqlen=20)
     assert calibration_ids(str(path), Words(), samples=2, seqlen=19).shape == (2, 19)
 
@@ -258,7 +264,10 @@ def test_hub_addresses(monkeypatch):
         calibration_ids(source, Words(), samples=1, seqlen=8)
     for name in ("wikitext2", "c4", "c4_new", "ptb", "ptb_new"):
         load_evaluation(name)
-    shard = {"train": "en/c4-train.00000-of-01024.json.gz", "validation": "en/c4-validation.00000-of-00008.json.gz"}
+    shard = {
+        "train": "en/c4-train.00000-of-01024.json.gz",
+        "validation": "en/c4-validation.00000-of-00008.json.gz",
+    }
     wikitext, c4, ptb = "Salesforce/wikitext", "allenai/c4", "ptb-text-only/ptb_text_only"
     parquet = {"revision": "refs/convert/parquet"}
     assert asked == [
@@ -274,7 +283,15 @@ def test_hub_addresses(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("samples", 0), ("seqlen", -3), ("samples", 1.5), ("seed", -1), ("seed", True), ("source", "")]
+    ("field", "value"),
+    [
+        ("samples", 0),
+        ("seqlen", -3),
+        ("samples", 1.5),
+        ("seed", -1),
+        ("seed", True),
+        ("source", ""),
+    ],
 )
 def test_calibration_is_validated_where_it_is_built(field, value):
     with pytest.raises(LLQError, match=re.escape(f"{field}={value!r}")):
@@ -295,7 +312,7 @@ def test_sha256_knows_values_and_shape():
     assert len({ids_sha256(ids), ids_sha256(ids.view(4, 3)), ids_sha256(ids + 1)}) == 3
 
 
-# --- evaluation --------------------------------------------------------------------------------------------
+# --- evaluation -----------------------------------------------------------------------------------
 
 
 def test_evaluation_joins_by_name(tmp_path):
@@ -325,17 +342,24 @@ def test_windows_are_disjoint_and_the_rest_is_dropped(tmp_path):
 
 def test_c4_variants(tmp_path):
     documents = [words(5 + index % 40, index) for index in range(1200)]
-    documents = [text for text in documents if len(text.split()) + 1 != 8]  # GPTQ's own sampler fails on these
+    documents = [
+        text for text in documents if len(text.split()) + 1 != 8
+    ]  # GPTQ's own sampler fails on these
     path = write(tmp_path / "c4.jsonl", "\n".join(json.dumps({"text": text}) for text in documents))
-    assert torch.equal(evaluation_windows("c4", Words(), 8, path), gptq_document_windows(documents, 256, 8, 0))
+    assert torch.equal(
+        evaluation_windows("c4", Words(), 8, path), gptq_document_windows(documents, 256, 8, 0)
+    )
     ids = Words()(" ".join(documents[:1100]))["input_ids"][: 256 * 8]
-    assert torch.equal(evaluation_windows("c4_new", Words(), 8, path), torch.tensor(ids).view(256, 8))
+    assert torch.equal(
+        evaluation_windows("c4_new", Words(), 8, path), torch.tensor(ids).view(256, 8)
+    )
 
 
 def test_stored_windows_for_evaluation(tmp_path):
     np.save(tmp_path / "e.npy", np.arange(20, dtype=np.int32).reshape(2, 10))
     assert torch.equal(
-        evaluation_windows("wikitext2", None, 8, tmp_path / "e.npy"), torch.arange(20).view(2, 10)[:, :8]
+        evaluation_windows("wikitext2", None, 8, tmp_path / "e.npy"),
+        torch.arange(20).view(2, 10)[:, :8],
     )
 
 

@@ -1,7 +1,8 @@
 """The demo world, the folder made from it, and the recipe.
 
-The central claim is that `nats` is the exact entropy of a text. A decoder that knows only the final text searches all
-sequences of choices that could have produced it: there must be one, with the reported probability.
+The central claim is that `nats` is the exact entropy of a text. A decoder that knows only the final
+text searches all sequences of choices that could have produced it: there must be one, with the
+reported probability.
 """
 
 import math
@@ -46,7 +47,9 @@ def _parses(text: str) -> list[float]:
         except _AskedFor as asked:
             if text.startswith("".join(teller.parts)):
                 total = sum(asked.weights)
-                pending += [([*script, i], probability * w / total) for i, w in enumerate(asked.weights)]
+                pending += [
+                    ([*script, i], probability * w / total) for i, w in enumerate(asked.weights)
+                ]
         else:
             if "".join(teller.parts) == text:
                 found.append(probability)
@@ -55,7 +58,13 @@ def _parses(text: str) -> list[float]:
 
 def _kind(text: str) -> str:
     """Which sort of document a text is, told from its surface."""
-    signs = {"counted": "count", "feast": "guests", "By night": "day", " more": "sum", "It often": "town"}
+    signs = {
+        "counted": "count",
+        "feast": "guests",
+        "By night": "day",
+        " more": "sum",
+        "It often": "town",
+    }
     return next((kind for sign, kind in signs.items() if sign in text), "portrait")
 
 
@@ -79,8 +88,12 @@ def test_frequencies_are_the_stated_ones() -> None:
 def test_world_is_the_same_in_another_process() -> None:
     code = "from llq_hf.demo.world import *; print(len(heldout_text()), heldout_text()[-200:], questions(3, seed=7))"
     env = {"PYTHONHASHSEED": "1", "PATH": ""}
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env)
-    expected = f"{len(world.heldout_text())} {world.heldout_text()[-200:]} {world.questions(3, seed=7)}\n"
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env
+    )
+    expected = (
+        f"{len(world.heldout_text())} {world.heldout_text()[-200:]} {world.questions(3, seed=7)}\n"
+    )
     assert run.stdout == expected
 
 

@@ -17,43 +17,61 @@ from llq_hf.demo import MODELS, drawings, resolve
 from llq_hf.demo.world import seeded
 from llq_hf.engine.in_memory import quantize_model
 from llq_hf.methods import build
-from llq_hf.models.vision import Prompt, Seeing
+from llq_hf.models.vision import Prompt, VisionModel
 
 pytest.importorskip("lmms_eval", reason="lmms-eval is not installed: uv run --extra dev pytest")
 train_vlm = pytest.importorskip("llq_hf.demo.train_vlm")
 
 FOLDER = Path(resolve("demo-vlm"))
 TINY = train_vlm.VlmRecipe(
-    steps=3, looking_steps=1, rows_per_step=4, hidden_size=32, intermediate_size=32, layers=2, tower_size=32
+    steps=3,
+    looking_steps=1,
+    rows_per_step=4,
+    hidden_size=32,
+    intermediate_size=32,
+    layers=2,
+    tower_size=32,
 )
 
 
-def share_right(seeing: Seeing, facts_each: int) -> float:
-    """Accuracy on the benchmark's yes-or-no questions, through processor and generate(). Chance gets a half."""
+def share_right(seeing: VisionModel, facts_each: int) -> float:
+    """Accuracy on the benchmark's yes-or-no questions, through processor and generate(). Chance
+    gets a half.
+    """
     found = drawings.benchmark((*drawings.PERCEPTION, *drawings.COGNITION), facts_each)
-    asked = [(drawings.draw(picture), item) for picture, items in found for item in items if item.claimed]
-    prompts = [Prompt(item.question, [image], str(index)) for index, (image, item) in enumerate(asked)]
+    asked = [
+        (drawings.draw(picture), item) for picture, items in found for item in items if item.claimed
+    ]
+    prompts = [
+        Prompt(item.question, [image], str(index)) for index, (image, item) in enumerate(asked)
+    ]
     answers = seeing.answers(prompts, max_new_tokens=8)
-    hits = [drawings.is_right(item.answer, said) for (_, item), said in zip(asked, answers, strict=True)]
+    hits = [
+        drawings.is_right(item.answer, said) for (_, item), said in zip(asked, answers, strict=True)
+    ]
     return sum(hits) / len(hits)
 
 
 def test_folder_is_small_and_plain() -> None:
     assert MODELS["demo-vlm"] == FOLDER
     sizes = {path.name: path.stat().st_size for path in FOLDER.iterdir()}
-    assert {"config.json", "model.safetensors", "tokenizer.json", "processor_config.json"} <= set(sizes)
+    assert {"config.json", "model.safetensors", "tokenizer.json", "processor_config.json"} <= set(
+        sizes
+    )
     assert sum(sizes.values()) < 12e6
 
 
 def test_bundled_model_tells_true_claims_from_false() -> None:
     """Its card says 85 to 90 %; 96 questions stray from that by 3.4 points (one deviation)."""
-    assert share_right(Seeing.load(str(FOLDER)), 6) >= 0.75
+    assert share_right(VisionModel.load(str(FOLDER)), 6) >= 0.75
 
 
 @pytest.mark.parametrize(("bits", "least", "most"), [(4, 0.7, 1.0), (2, 0.0, 0.4)])
 def test_four_bits_keep_it_and_two_break_it(bits: int, least: float, most: float) -> None:
-    """As in the study. What two bits leave says no verdict at all, where guessing would be right half the time."""
-    seeing = Seeing.load(str(FOLDER), dtype=torch.float32)
+    """As in the study. What two bits leave says no verdict at all, where guessing would be right
+    half the time.
+    """
+    seeing = VisionModel.load(str(FOLDER), dtype=torch.float32)
     quantize_model(seeing.model, build("rtn", bits=bits), None)
     assert least <= share_right(seeing, 6) <= most
 
@@ -63,13 +81,15 @@ def test_calibration_text_is_its_own() -> None:
     assert (data.source, data.samples, data.seqlen) == ("demo-vlm", 128, 256)
     assert calibration_for(str(FOLDER), None, None, None) == data
     assert calibration_for("demo-vlm", "wikitext2", None, None).source == "wikitext2"
-    tokenizer = Seeing.load(str(FOLDER)).processor.tokenizer
+    tokenizer = VisionModel.load(str(FOLDER)).processor.tokenizer
     windows_NS = calibration_ids("demo-vlm", tokenizer, samples=4, seqlen=256)
     text = tokenizer.decode(windows_NS[0])
-    assert re.search(r"<\|assistant\|>[^<]+ (yes|no|[A-D])<\|end_of_text\|>", text), "what is seen, then the verdict"
+    assert re.search(r"<\|assistant\|>[^<]+ (yes|no|[A-D])<\|end_of_text\|>", text), (
+        "what is seen, then the verdict"
+    )
 
 
-# --- the recipe -------------------------------------------------------------------------------------------
+# --- the recipe -----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -81,25 +101,35 @@ def untrained() -> tuple[Any, Any]:
 def test_pixels_are_those_of_the_image_processor(untrained: tuple[Any, Any]) -> None:
     processor, _ = untrained
     pictures = list(islice(drawings.stream("train"), 5))
-    seen = processor.image_processor([drawings.draw(picture) for picture in pictures], return_tensors="pt")
-    assert torch.equal(train_vlm.pixels_of(processor.image_processor, pictures), seen["pixel_values"])
+    seen = processor.image_processor(
+        [drawings.draw(picture) for picture in pictures], return_tensors="pt"
+    )
+    assert torch.equal(
+        train_vlm.pixels_of(processor.image_processor, pictures), seen["pixel_values"]
+    )
 
 
 @torch.no_grad()
 def test_a_question_in_a_row_is_the_question_asked_alone(untrained: tuple[Any, Any]) -> None:
-    """What the trainer predicts for an answer, and what the model predicts through its chat template."""
+    """What the trainer predicts for an answer, and what the model predicts through its chat
+    template.
+    """
     processor, _ = untrained
     model = train_vlm.make_model(processor, TINY).eval()
     for weight in model.model.language_model.parameters():
-        weight.mul_(4)  # as attention is after training: untrained, it is so even that a wrong mask hardly shows
+        weight.mul_(
+            4
+        )  # as attention is after training: untrained, it is so even that a wrong mask hardly shows
     picture = next(drawings.stream("train"))
     items = drawings.asked(picture, seeded("test"))[:3]
     batch = train_vlm.make_batch(processor, replace(TINY, tokens_per_row=256), [picture], [items])
-    hidden_BTD = train_vlm.decode(model, train_vlm.image_features(model, batch), batch).last_hidden_state
+    hidden_BTD = train_vlm.decode(
+        model, train_vlm.image_features(model, batch), batch
+    ).last_hidden_state
     assistant = processor.tokenizer.convert_tokens_to_ids(train_vlm.ASSISTANT)
     in_row = model.lm_head(hidden_BTD[0, batch.ids_BT[0] == assistant])
     assert len(in_row) == 3
-    seeing = Seeing(model, processor)
+    seeing = VisionModel(model, processor)
     for item, logits_V in zip(items, in_row, strict=True):
         inputs = seeing.inputs([Prompt(item.question, [drawings.draw(picture)], "")])
         torch.testing.assert_close(model(**inputs).logits[0, -1], logits_V, atol=1e-4, rtol=1e-4)
@@ -110,7 +140,11 @@ def test_labels_are_the_answers(untrained: tuple[Any, Any]) -> None:
     tokenizer = processor.tokenizer
     item = drawings.Item("sum", "What is the sum in the image?", "", said="7")
     row = train_vlm.make_row(tokenizer, TINY, [item])
-    taught = [(token, weight) for token, weight in zip(row.labels, row.weights, strict=True) if weight == 1]
+    taught = [
+        (token, weight)
+        for token, weight in zip(row.labels, row.weights, strict=True)
+        if weight == 1
+    ]
     assert tokenizer.decode([token for token, _ in taught]) == "7<|end_of_text|>"
     assert len({len(part) for part in row[:5]}) == 1
     assert len(row.ids) == TINY.tokens_per_row
@@ -118,17 +152,28 @@ def test_labels_are_the_answers(untrained: tuple[Any, Any]) -> None:
 
 def test_recipe_makes_a_loadable_folder(tmp_path: Path) -> None:
     train_vlm.train_vlm(tmp_path, TINY)
-    seeing = Seeing.load(str(tmp_path))
+    seeing = VisionModel.load(str(tmp_path))
     assert seeing.model.dtype == torch.bfloat16
     picture = next(drawings.stream("heldout"))
-    assert len(seeing.answers([Prompt("Describe the image.", [drawings.draw(picture)], "")], max_new_tokens=3)) == 1
+    assert (
+        len(
+            seeing.answers(
+                [Prompt("Describe the image.", [drawings.draw(picture)], "")], max_new_tokens=3
+            )
+        )
+        == 1
+    )
 
 
-# --- the task ---------------------------------------------------------------------------------------------
+# --- the task -------------------------------------------------------------------------------------
 
 
-def test_task_runs_in_lmms_eval_without_a_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Our own index of tasks only: reading lmms-eval's two thousand files takes longer than everything here."""
+def test_task_runs_in_lmms_eval_without_a_network(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Our own index of tasks only: reading lmms-eval's two thousand files takes longer than
+    everything here.
+    """
     from lmms_eval.evaluator import simple_evaluate
     from lmms_eval.tasks import TaskManager
 
@@ -136,15 +181,30 @@ def test_task_runs_in_lmms_eval_without_a_network(monkeypatch: pytest.MonkeyPatc
     from llq_hf.hosts.lmms_eval_model import LLQ
 
     monkeypatch.chdir(tmp_path)
-    manager = TaskManager(include_defaults=False, include_path=str(tasks_folder("lmms_eval") / "llq_demo_vqa"))
-    model = LLQ(pretrained="demo-vlm", method="rtn", bits=4, device="cpu", batch_size=8, cache_dir=str(tmp_path))
-    found = simple_evaluate(model=model, tasks=["llq_demo_vqa"], task_manager=manager, limit=12, bootstrap_iters=0)
+    manager = TaskManager(
+        include_defaults=False, include_path=str(tasks_folder("lmms_eval") / "llq_demo_vqa")
+    )
+    model = LLQ(
+        pretrained="demo-vlm",
+        method="rtn",
+        bits=4,
+        device="cpu",
+        batch_size=8,
+        cache_dir=str(tmp_path),
+    )
+    found = simple_evaluate(
+        model=model, tasks=["llq_demo_vqa"], task_manager=manager, limit=12, bootstrap_iters=0
+    )
     for half in ("perception", "cognition"):
         result = found["results"][f"llq_demo_vqa_{half}"]
         assert 0 <= result["accuracy,none"] <= 1
-        assert result["accuracy,none"] == pytest.approx((2 * result["yes_no,none"] + result["choice,none"]) / 3)
+        assert result["accuracy,none"] == pytest.approx(
+            (2 * result["yes_no,none"] + result["choice,none"]) / 3
+        )
     assert found["llq"]["method"] == "rtn"
-    assert os.listdir(tmp_path) == [found["llq"]["fingerprint"]] or found["llq"]["fingerprint"] in os.listdir(tmp_path)
+    assert os.listdir(tmp_path) == [found["llq"]["fingerprint"]] or found["llq"][
+        "fingerprint"
+    ] in os.listdir(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """The world of the demo VLM: its pictures, its questions, and the splits.
 
-The central claim is that every question has the answer that is said. An oracle that shares no code with the questions
-reads them back and answers from the marks on the board.
+The central claim is that every question has the answer that is said. An oracle that shares no code
+with the questions reads them back and answers from the marks on the board.
 """
 
 from __future__ import annotations
@@ -28,10 +28,14 @@ QUESTIONS = [(picture, item) for picture in PICTURES for item in drawings.asked(
 
 
 def truth(picture: Picture, question: str) -> str:
-    """What is asked for, read off the board: a value in the words of the options, or yes or no of a claim."""
+    """What is asked for, read off the board: a value in the words of the options, or yes or no of a
+    claim.
+    """
     shapes = [mark for mark in picture.marks if mark.kind in drawings.SHAPES]
     signs = [mark for mark in picture.marks if mark.kind not in drawings.SHAPES]
-    counts = Counter(f"{mark.kind}es" if mark.kind == "cross" else f"{mark.kind}s" for mark in shapes)
+    counts = Counter(
+        f"{mark.kind}es" if mark.kind == "cross" else f"{mark.kind}s" for mark in shapes
+    )
     if found := re.match(r"(?:How many|Is the number of) (\w+)", question):
         return str(counts[found[1]])
     if found := re.match(r"(?:Where is|Is) the (\w+) (\w+) (?:in the image\?|at the)", question):
@@ -122,7 +126,8 @@ def test_answers_are_balanced_and_options_differ() -> None:
 
 def test_splits_share_no_picture_and_hold_what_they_should() -> None:
     boards = {
-        split: {p[:2] for p in islice(drawings.stream(split), 2000)} for split in ("train", "calibration", "heldout")
+        split: {p[:2] for p in islice(drawings.stream(split), 2000)}
+        for split in ("train", "calibration", "heldout")
     }
     assert all(len(seen) > 1800 for seen in boards.values())
     assert len(set.union(*boards.values())) == sum(map(len, boards.values()))
@@ -138,8 +143,12 @@ def test_pictures_are_the_same_in_another_process() -> None:
     )
     env = {"PYTHONHASHSEED": "1", "PATH": ""}
     runs = [
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env).stdout,
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout,
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env
+        ).stdout,
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout,
     ]
     assert runs[0] == runs[1] != ""
 
@@ -153,7 +162,9 @@ def test_marks_lie_in_their_cells_and_show_their_colour() -> None:
         for row in range(drawings.CELLS):
             for column in range(drawings.CELLS):
                 left, top = column * drawings.CELL_PIXELS, row * drawings.CELL_PIXELS
-                cell = image.crop((left, top, left + drawings.CELL_PIXELS, top + drawings.CELL_PIXELS))
+                cell = image.crop(
+                    (left, top, left + drawings.CELL_PIXELS, top + drawings.CELL_PIXELS)
+                )
                 painted = {pixel for pixel in cell.get_flattened_data() if pixel != ground}
                 if (row, column) not in cells:
                     assert not painted
@@ -161,7 +172,9 @@ def test_marks_lie_in_their_cells_and_show_their_colour() -> None:
                 (pixel,) = painted
                 nearest = min(
                     drawings.COLOURS.items(),
-                    key=lambda named: sum((a - b) ** 2 for a, b in zip(named[1], pixel, strict=True)),
+                    key=lambda named: sum(
+                        (a - b) ** 2 for a, b in zip(named[1], pixel, strict=True)
+                    ),
                 )
                 assert nearest[0] == cells[row, column].colour
 
@@ -193,5 +206,7 @@ def test_pairs_are_pictures_and_lines(tmp_path: Path) -> None:
 
 
 def test_world_is_light() -> None:
-    code = "import sys, llq_hf.demo.drawings; sys.exit('torch' in sys.modules or 'PIL' in sys.modules)"
+    code = (
+        "import sys, llq_hf.demo.drawings; sys.exit('torch' in sys.modules or 'PIL' in sys.modules)"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)

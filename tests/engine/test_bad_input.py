@@ -1,4 +1,6 @@
-"""What is wrong with the input is said in one sentence, before work starts if it can be; nothing half-written loads."""
+"""What is wrong with the input is said in one sentence, before work starts if it can be; nothing
+half-written loads.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,9 @@ def quantize(
     **data: Any,
 ) -> dict[str, Any]:
     sizes = {"samples": 8, "seqlen": 32, **data}
-    return quantize_checkpoint(str(model), out, build(method, bits=4), Calibration(str(calibration), **sizes), run)
+    return quantize_checkpoint(
+        str(model), out, build(method, bits=4), Calibration(str(calibration), **sizes), run
+    )
 
 
 def nothing_loads(out: Path) -> None:
@@ -67,7 +71,9 @@ def model(tiny_llama: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def llq(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str]]:
+def llq(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., tuple[int, str]]:
     """Runs `llq ...` in this process: exit status and the text on stderr."""
 
     def llq(*arguments: object) -> tuple[int, str]:
@@ -96,7 +102,7 @@ def cli_refuses(llq: Callable[..., tuple[int, str]]) -> Callable[..., str]:
     return cli_refuses
 
 
-# --- options ---------------------------------------------------------------------------------------------------------
+# --- options --------------------------------------------------------------------------------------
 
 
 def test_options_of_methods():
@@ -147,7 +153,9 @@ def test_a_gpu_that_is_not_there(cli_refuses, tiny_llama, calibration_npy, tmp_p
     nothing_loads(tmp_path / "out")
 
 
-@pytest.mark.parametrize("arguments", [["--method", "rtn", "--bitz", "4"], ["--method", "rtn", "--bits", "four"], []])
+@pytest.mark.parametrize(
+    "arguments", [["--method", "rtn", "--bitz", "4"], ["--method", "rtn", "--bits", "four"], []]
+)
 def test_usage(llq, tiny_llama, tmp_path, arguments):
     code, text = llq("quantize", tiny_llama, tmp_path / "out", *arguments)
     assert code == 2  # as every program that is called wrongly
@@ -157,16 +165,27 @@ def test_usage(llq, tiny_llama, tmp_path, arguments):
 
 def test_from_a_shell(tmp_path):
     """The real program, once: one line, status 1."""
-    command = [sys.executable, "-m", "llq_hf", "quantize", "./no-such-model", str(tmp_path / "out"), "--method", "rtn"]
+    command = [
+        sys.executable,
+        "-m",
+        "llq_hf",
+        "quantize",
+        "./no-such-model",
+        str(tmp_path / "out"),
+        "--method",
+        "rtn",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith("Error: ./no-such-model is not a folder with a model")
+    assert done.stderr.splitlines()[-1].startswith(
+        "Error: ./no-such-model is not a folder with a model"
+    )
     assert done.stderr.count("Error:") == 1
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
 
 
-# --- calibration -----------------------------------------------------------------------------------------------------
+# --- calibration ----------------------------------------------------------------------------------
 
 
 def _saved(path: Path, array: Any) -> Path:
@@ -178,7 +197,10 @@ CALIBRATIONS: dict[str, tuple[Callable[[Path], Path | str], str]] = {
     "missing": (lambda folder: folder / "no.npy", "There is no file"),
     "missing text": (lambda folder: folder / "no.txt", "There is no file"),
     "a folder": (lambda folder: (folder / "x.npy").mkdir() or folder / "x.npy", "is a folder"),
-    "empty": (lambda folder: (folder / "x.npy").touch() or folder / "x.npy", "is not a readable .npy file"),
+    "empty": (
+        lambda folder: (folder / "x.npy").touch() or folder / "x.npy",
+        "is not a readable .npy file",
+    ),
     "empty text": (lambda folder: (folder / "x.txt").touch() or folder / "x.txt", "holds no text"),
     "too short": (
         lambda folder: (folder / "x.txt").write_text("the fox") and folder / "x.txt",
@@ -188,9 +210,15 @@ CALIBRATIONS: dict[str, tuple[Callable[[Path], Path | str], str]] = {
     "one axis": (lambda folder: _saved(folder / "x.npy", [1, 2, 3]), r"shape \[windows, tokens\]"),
     "floats": (lambda folder: _saved(folder / "x.npy", [[1.0]]), "not integers"),
     "objects": (lambda folder: _saved(folder / "x.npy", [[{}]]), "is not a readable .npy file"),
-    "outside": (lambda folder: _saved(folder / "x.npy", [[1, 320]] * 8), "outside the model's vocabulary of 320"),
+    "outside": (
+        lambda folder: _saved(folder / "x.npy", [[1, 320]] * 8),
+        "outside the model's vocabulary of 320",
+    ),
     "negative": (lambda folder: _saved(folder / "x.npy", [[1, -1]] * 8), "token ids are 0 or more"),
-    "unknown kind": (lambda folder: (folder / "x.csv").touch() or folder / "x.csv", "of a kind that cannot be read"),
+    "unknown kind": (
+        lambda folder: (folder / "x.csv").touch() or folder / "x.csv",
+        "of a kind that cannot be read",
+    ),
 }
 
 
@@ -209,7 +237,7 @@ def test_brackets_in_a_message_are_text(cli_refuses, tiny_llama, tmp_path):
     assert "[/no].npy" in cli_refuses(*arguments, tmp_path / "[" / "no].npy")
 
 
-# --- the base checkpoint ---------------------------------------------------------------------------------------------
+# --- the base checkpoint --------------------------------------------------------------------------
 
 
 def _edit_config(folder: Path, **changed: Any) -> None:
@@ -218,7 +246,9 @@ def _edit_config(folder: Path, **changed: Any) -> None:
     path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
 
 
-def _edit_tensors(folder: Path, edit: Callable[[dict[str, torch.Tensor]], Any], file: str = SINGLE) -> None:
+def _edit_tensors(
+    folder: Path, edit: Callable[[dict[str, torch.Tensor]], Any], file: str = SINGLE
+) -> None:
     tensors = load_file(folder / file)
     edit(tensors)
     save_file(tensors, folder / file, metadata={"format": "pt"})
@@ -230,7 +260,9 @@ def _truncate(folder: Path) -> None:
 
 def _index(folder: Path, **more: str) -> None:
     names = load_file(folder / SINGLE)
-    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": {**dict.fromkeys(names, SINGLE), **more}}))
+    (folder / INDEX).write_text(
+        json.dumps({"metadata": {}, "weight_map": {**dict.fromkeys(names, SINGLE), **more}})
+    )
 
 
 def _set(name: str, value: float) -> Callable[[Path], None]:
@@ -247,8 +279,14 @@ def _resize(tensors: dict[str, torch.Tensor]) -> None:
 DOWN, NORM = "model.layers.1.mlp.down_proj.weight", "model.norm.weight"
 CHECKPOINTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no config": (lambda folder: (folder / "config.json").unlink(), "config.json is missing"),
-    "config is no JSON": (lambda folder: (folder / "config.json").write_text('{"a": '), "is not valid JSON"),
-    "config is a list": (lambda folder: (folder / "config.json").write_text("[]"), "should hold a JSON object"),
+    "config is no JSON": (
+        lambda folder: (folder / "config.json").write_text('{"a": '),
+        "is not valid JSON",
+    ),
+    "config is a list": (
+        lambda folder: (folder / "config.json").write_text("[]"),
+        "should hold a JSON object",
+    ),
     "unknown type": (lambda folder: _edit_config(folder, model_type="lama"), "lama"),
     "no type": (lambda folder: _edit_config(folder, model_type=None), "model_type"),
     "nonsense sizes": (lambda folder: _edit_config(folder, hidden_size="wide"), "config.json"),
@@ -259,16 +297,34 @@ CHECKPOINTS: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda folder: _index(folder, x="y.safetensors"),
         "y.safetensors is missing",
     ),
-    "index lists a tensor that is not there": (lambda folder: _index(folder, x=SINGLE), "lists 'x', but"),
+    "index lists a tensor that is not there": (
+        lambda folder: _index(folder, x=SINGLE),
+        "lists 'x', but",
+    ),
     "index is no JSON": (lambda folder: (folder / INDEX).write_text("{"), "is not valid JSON"),
     "index without a map": (lambda folder: (folder / INDEX).write_text("{}"), "tensor"),
-    "index with a list": (lambda folder: (folder / INDEX).write_text('{"weight_map": []}'), "weight_map"),
-    "tensor missing": (lambda folder: _edit_tensors(folder, lambda t: t.pop(DOWN)), f"the tensor {DOWN} is missing"),
-    "norm missing": (lambda folder: _edit_tensors(folder, lambda t: t.pop(NORM)), f"the tensor {NORM} is missing"),
-    "wrong shape": (lambda folder: _edit_tensors(folder, _resize), r"up_proj.weight has shape \[172, 95\]"),
+    "index with a list": (
+        lambda folder: (folder / INDEX).write_text('{"weight_map": []}'),
+        "weight_map",
+    ),
+    "tensor missing": (
+        lambda folder: _edit_tensors(folder, lambda t: t.pop(DOWN)),
+        f"the tensor {DOWN} is missing",
+    ),
+    "norm missing": (
+        lambda folder: _edit_tensors(folder, lambda t: t.pop(NORM)),
+        f"the tensor {NORM} is missing",
+    ),
+    "wrong shape": (
+        lambda folder: _edit_tensors(folder, _resize),
+        r"up_proj.weight has shape \[172, 95\]",
+    ),
     "NaN": (_set(DOWN, float("nan")), f"{DOWN} holds NaN or infinity"),
     "infinity": (_set(DOWN, float("inf")), f"{DOWN} holds NaN or infinity"),
-    "NaN outside the blocks": (_set("lm_head.weight", float("nan")), "lm_head.weight holds NaN or infinity"),
+    "NaN outside the blocks": (
+        _set("lm_head.weight", float("nan")),
+        "lm_head.weight holds NaN or infinity",
+    ),
     "not a Llama": (lambda folder: _edit_config(folder, model_type="gpt2", n_layer=2), "."),
     "quantized by others": (
         lambda folder: _edit_config(folder, quantization_config={"quant_method": "awq", "bits": 4}),
@@ -301,7 +357,13 @@ def test_model_is_missing(calibration_npy, tmp_path, name):
 def test_model_is_not_to_be_had_from_the_hub(calibration_npy, tmp_path):
     """conftest.py sets HF_HUB_OFFLINE."""
     name = "llq-no-such-person/no-such-model"
-    refused("neither a local folder nor to be had from the Hub", quantize, name, tmp_path / "out", calibration_npy)
+    refused(
+        "neither a local folder nor to be had from the Hub",
+        quantize,
+        name,
+        tmp_path / "out",
+        calibration_npy,
+    )
 
 
 def test_a_model_without_a_tokenizer(model, calibration_npy, tmp_path):
@@ -334,7 +396,7 @@ def test_pickles_are_never_loaded(model, calibration_npy, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-# --- the output folder -----------------------------------------------------------------------------------------------
+# --- the output folder ----------------------------------------------------------------------------
 
 
 def test_output(tiny_llama, calibration_npy, tmp_path):
@@ -348,9 +410,29 @@ def test_output(tiny_llama, calibration_npy, tmp_path):
 
 
 def test_a_dry_run_writes_nothing(llq, tiny_llama, calibration_npy, tmp_path):
-    arguments = ["quantize", tiny_llama, tmp_path / "deep" / "out", "--dry-run", "--calibration", calibration_npy]
-    assert llq(*arguments, "--method", "gptq", "--calibration-samples", 8, "--offload", tmp_path / "offload")[0] == 0
-    code, text = llq(*arguments, "--method", "gptq", "--bits", 4, "--calibration-samples", 8, "--dtype", "int8")
+    arguments = [
+        "quantize",
+        tiny_llama,
+        tmp_path / "deep" / "out",
+        "--dry-run",
+        "--calibration",
+        calibration_npy,
+    ]
+    assert (
+        llq(
+            *arguments,
+            "--method",
+            "gptq",
+            "--calibration-samples",
+            8,
+            "--offload",
+            tmp_path / "offload",
+        )[0]
+        == 0
+    )
+    code, text = llq(
+        *arguments, "--method", "gptq", "--bits", 4, "--calibration-samples", 8, "--dtype", "int8"
+    )
     assert (code, "dtype='int8' is not one of" in text) == (1, True)
     assert list(tmp_path.iterdir()) == []
 
@@ -361,11 +443,13 @@ def test_output_is_the_model_itself(model, calibration_npy):
     assert sorted(file.name for file in model.iterdir()) == before
 
 
-# --- packed checkpoints ----------------------------------------------------------------------------------------------
+# --- packed checkpoints ---------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def packed_once(tiny_llama: Path, calibration_npy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def packed_once(
+    tiny_llama: Path, calibration_npy: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     out = tmp_path_factory.mktemp("packed") / "out"
     quantize(tiny_llama, out, calibration_npy)
     return out
@@ -384,7 +468,9 @@ def load(path: Path) -> Any:
 
 
 def test_a_packed_checkpoint_is_not_quantized_again(packed, calibration_npy, tmp_path):
-    refused(r"is quantized already \(llq_gptq\)", quantize, packed, tmp_path / "out", calibration_npy)
+    refused(
+        r"is quantized already \(llq_gptq\)", quantize, packed, tmp_path / "out", calibration_npy
+    )
 
 
 @pytest.mark.parametrize(
@@ -440,14 +526,18 @@ def test_a_packed_tensor_is_missing(packed, key):
     ],
 )
 def test_a_packed_tensor_of_another_shape_or_type(packed, edit):
-    _edit_tensors(packed, lambda tensors: tensors.update({CODES: edit(tensors[CODES])}), FIRST_BLOCK)
+    _edit_tensors(
+        packed, lambda tensors: tensors.update({CODES: edit(tensors[CODES])}), FIRST_BLOCK
+    )
     refused(f"{CODES} is stored as", load, packed)
 
 
 @pytest.mark.parametrize("file", ["model-00001-of-00003.safetensors", FIRST_BLOCK])
 def test_a_packed_file_is_truncated(packed, cli_refuses, file):
     os.truncate(packed / file, (packed / file).stat().st_size - 64)
-    with pytest.raises((LLQError, SafetensorError)):  # transformers reads the first file before we are asked
+    with pytest.raises(
+        (LLQError, SafetensorError)
+    ):  # transformers reads the first file before we are asked
         load(packed)
     assert "truncated or damaged" in cli_refuses("info", packed)
 
@@ -466,7 +556,7 @@ def test_info_on_other_things(tiny_llama, cli_refuses, tmp_path):
     assert "config.json is missing" in cli_refuses("info", tmp_path)
 
 
-# --- the disk is full ------------------------------------------------------------------------------------------------
+# --- the disk is full -----------------------------------------------------------------------------
 
 
 class Disk:
@@ -509,12 +599,25 @@ def disk(tmp_path: Path) -> Iterator[Disk]:
 def test_disk_full_in_the_middle(
     cli_refuses, tiny_llama, calibration_npy, packed_once, disk, monkeypatch, block, capsys
 ):
-    """It fills after `block` of two blocks: the next file, or the report and all that comes last, finds no room."""
+    """It fills after `block` of two blocks: the next file, or the report and all that comes last,
+    finds no room.
+    """
     out = disk.path / "out"
-    command = ["llq", "quantize", tiny_llama, out, "--method", "gptq", "--calibration", calibration_npy]
+    command = [
+        "llq",
+        "quantize",
+        tiny_llama,
+        out,
+        "--method",
+        "gptq",
+        "--calibration",
+        calibration_npy,
+    ]
     command += ["--calibration-samples", "8", "--calibration-seqlen", "32", "--device", "cpu"]
     with monkeypatch.context() as patch:
-        patch.setattr(RichProgress, "blocks", lambda self, done, total: disk.fill() if done == block else None)
+        patch.setattr(
+            RichProgress, "blocks", lambda self, done, total: disk.fill() if done == block else None
+        )
         error = cli_refuses(*command[1:])
     assert "No space left" in error
     assert f"{block} of 2 blocks are kept" in error
@@ -540,7 +643,9 @@ def test_disk_too_small_is_known_beforehand(tiny_llama, calibration_npy, disk):
 
 
 def test_disk_full_under_offload(disk):
-    """Activations in a file that the disk has no room for: a sentence, not a bus error at the first touch."""
+    """Activations in a file that the disk has no room for: a sentence, not a bus error at the first
+    touch.
+    """
     code = """if True:
         import pathlib, sys, torch
         from llq_hf.errors import LLQError
@@ -564,7 +669,7 @@ def test_disk_full_under_offload(disk):
     assert list(disk.path.iterdir()) == []
 
 
-# --- Ctrl-C ----------------------------------------------------------------------------------------------------------
+# --- Ctrl-C ---------------------------------------------------------------------------------------
 
 
 def test_interrupted(llq, tiny_llama, calibration_npy, packed_once, tmp_path, monkeypatch, capsys):
@@ -587,4 +692,6 @@ def test_interrupted(llq, tiny_llama, calibration_npy, packed_once, tmp_path, mo
     assert "the same command goes on where this one stopped" in text
     nothing_loads(out)
     assert llq(*command)[0] == 0
-    assert all((out / file.name).read_bytes() == file.read_bytes() for file in packed_once.iterdir())
+    assert all(
+        (out / file.name).read_bytes() == file.read_bytes() for file in packed_once.iterdir()
+    )

@@ -1,7 +1,9 @@
-"""A killed run, and the same command again: the same bytes as a run that nobody killed. Nothing else is ever taken up.
+"""A killed run, and the same command again: the same bytes as a run that nobody killed. Nothing
+else is ever taken up.
 
-Runs that are really killed (SIGKILL) happen in children of a fork server that has imported everything: `llq quantize`
-with no ten seconds of imports. Where only the place of the interruption matters, a progress callback raises.
+Runs that are really killed (SIGKILL) happen in children of a fork server that has imported
+everything: `llq quantize` with no ten seconds of imports. Where only the place of the interruption
+matters, a progress callback raises.
 """
 
 from __future__ import annotations
@@ -41,7 +43,9 @@ POLL_SECONDS, LIMIT_SECONDS = 0.002, 120
 
 
 def digests(out: Path) -> dict[str, str]:
-    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(out.iterdir())}
+    return {
+        file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(out.iterdir())
+    }
 
 
 def block_file(out: Path, block: int) -> Path:
@@ -52,7 +56,7 @@ def whole_lines(out: Path) -> int:
     return len(Journal.read(Journal.beside(out)))
 
 
-# --- runs in this process --------------------------------------------------------------------------------------------
+# --- runs in this process -------------------------------------------------------------------------
 
 
 class StoppedError(Exception):
@@ -60,7 +64,9 @@ class StoppedError(Exception):
 
 
 class Stop(Progress):
-    """Ends a run right after block `block` is in the journal, or when the linear named `linear` is begun."""
+    """Ends a run right after block `block` is in the journal, or when the linear named `linear` is
+    begun.
+    """
 
     def __init__(self, block: int | None = None, linear: str | None = None) -> None:
         self.block, self.at_linear = block, linear
@@ -96,7 +102,9 @@ def model(make_checkpoint: Callable[..., Path]) -> Path:
 
 @pytest.fixture(scope="module")
 def run(model: Path, calibration_npy: Path) -> Callable[..., dict[str, Any]]:
-    def run(out: Path, method: str = "gptq", progress: Progress | None = None, **changed: Any) -> dict[str, Any]:
+    def run(
+        out: Path, method: str = "gptq", progress: Progress | None = None, **changed: Any
+    ) -> dict[str, Any]:
         data = Calibration(str(changed.pop("calibration", calibration_npy)), samples=8, seqlen=32)
         options = RunOptions(dtype=changed.pop("dtype", None), offload=changed.pop("offload", None))
         base = changed.pop("model", model)
@@ -125,11 +133,13 @@ def interrupted(run: Callable[..., Any], tmp_path: Path) -> Path:
     return out
 
 
-# --- kill -9 ---------------------------------------------------------------------------------------------------------
+# --- kill -9 --------------------------------------------------------------------------------------
 
 
 def command(arguments: list[str], fault: str | None) -> None:
-    """`llq quantize ...` in a child; `fault` names a place at which it kills itself, "torn 3" or "renaming 3"."""
+    """`llq quantize ...` in a child; `fault` names a place at which it kills itself, "torn 3" or
+    "renaming 3".
+    """
     import llq_hf.cli
 
     torch.set_num_threads(1)
@@ -180,8 +190,22 @@ class Runner:
         self.context = multiprocessing.get_context("forkserver")
 
     def start(self, out: Path, method: str, fault: str | None = None) -> Any:
-        arguments = [str(self.model), str(out), "--method", method, "--bits", str(METHOD_BITS[method])]
-        arguments += ["--calibration", str(self.calibration), "--calibration-samples", "8", "--device", "cpu"]
+        arguments = [
+            str(self.model),
+            str(out),
+            "--method",
+            method,
+            "--bits",
+            str(METHOD_BITS[method]),
+        ]
+        arguments += [
+            "--calibration",
+            str(self.calibration),
+            "--calibration-samples",
+            "8",
+            "--device",
+            "cpu",
+        ]
         process = self.context.Process(target=command, args=(arguments, fault))
         process.start()
         return process
@@ -224,7 +248,9 @@ def runner(model: Path, calibration_npy: Path) -> Runner:
 def untouched(
     runner: Runner, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str], tuple[dict[str, str], float]]:
-    """Digests and seconds of work (from the journal's appearance on) of a run that nobody killed, by method."""
+    """Digests and seconds of work (from the journal's appearance on) of a run that nobody killed,
+    by method.
+    """
     folder, found = tmp_path_factory.mktemp("untouched"), dict[str, tuple[dict[str, str], float]]()
 
     def of(method: str) -> tuple[dict[str, str], float]:
@@ -263,13 +289,19 @@ def test_killed_at_any_moment(runner, untouched, tmp_path, method, share):
             appeared.append(time.monotonic())
         return bool(appeared) and time.monotonic() - appeared[0] >= share * seconds
 
-    runner.kill_when(out, method, ready)  # where it was faster this time: a finished run, which is taken as it is
+    runner.kill_when(
+        out, method, ready
+    )  # where it was faster this time: a finished run, which is taken as it is
     assert runner.finish(out, method) == wanted
 
 
-@pytest.mark.parametrize("fault", ["renaming 1", "renaming 4", "renaming 8", "renaming 10", "torn 1", "torn 3"])
+@pytest.mark.parametrize(
+    "fault", ["renaming 1", "renaming 4", "renaming 8", "renaming 10", "torn 1", "torn 3"]
+)
 def test_killed_in_the_middle_of_a_write(runner, untouched, tmp_path, fault):
-    """Renamed: 1 what is outside the blocks, 2..7 blocks, 8 report, 9 index, 10 config.json; lines: head, blocks."""
+    """Renamed: 1 what is outside the blocks, 2..7 blocks, 8 report, 9 index, 10 config.json; lines:
+    head, blocks.
+    """
     out = tmp_path / "out"
     process = runner.start(out, "gptq", fault)
     process.join(LIMIT_SECONDS)
@@ -295,7 +327,7 @@ def test_two_processes_at_once(runner, untouched, tmp_path):
     assert whole_lines(out) == 1 + BLOCKS  # the second found the work done
 
 
-# --- the same bytes --------------------------------------------------------------------------------------------------
+# --- the same bytes -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -351,7 +383,7 @@ def test_the_report_is_the_same_and_seconds_are_in_the_journal_only(run, interru
     assert all(line["seconds"] > 0 and line["peak_bytes"] > 0 for line in lines)
 
 
-# --- damage ----------------------------------------------------------------------------------------------------------
+# --- damage ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("keep", [1, 60, -2])
@@ -430,7 +462,7 @@ def test_the_whole_folder_is_gone(run, interrupted, unbroken):
     assert digests(interrupted) == digests(unbroken)
 
 
-# --- other inputs ----------------------------------------------------------------------------------------------------
+# --- other inputs ---------------------------------------------------------------------------------
 
 
 @pytest.fixture

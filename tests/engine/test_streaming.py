@@ -31,7 +31,9 @@ BLOCKS = 5
 
 
 def digests(out: Path) -> dict[str, str]:
-    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(out.iterdir())}
+    return {
+        file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(out.iterdir())
+    }
 
 
 @pytest.fixture(scope="module")
@@ -71,24 +73,34 @@ def sharded(model: Path, folder: Path, files: int, prefix: str = "part") -> Path
 
 @pytest.mark.parametrize("method", ["rtn", "gptq", "quip"])
 def test_never_more_than_one_block(quantize, model, tmp_path, monkeypatch, method):
-    """The memory of what was read is watched while it lives: that of two blocks never does at the same time."""
+    """The memory of what was read is watched while it lives: that of two blocks never does at the
+    same time.
+    """
     alive: dict[str, StorageWeakRef] = {}
     most = 0
     read = Checkpoint.read
 
     def living() -> set[str]:
-        return {name.split(".")[2] for name, storage in alive.items() if not storage.expired() and ".layers." in name}
+        return {
+            name.split(".")[2]
+            for name, storage in alive.items()
+            if not storage.expired() and ".layers." in name
+        }
 
     def recording_read(self: Checkpoint, names: Iterable[str]) -> dict[str, Tensor]:
         nonlocal most
         tensors = read(self, names)
         gc.collect()  # modules are in cycles of their own; what it frees was not held by us
-        alive.update({name: StorageWeakRef(tensor.untyped_storage()) for name, tensor in tensors.items()})
+        alive.update(
+            {name: StorageWeakRef(tensor.untyped_storage()) for name, tensor in tensors.items()}
+        )
         most = max(most, len(living()))
         return tensors
 
     monkeypatch.setattr(Checkpoint, "read", recording_read)
-    monkeypatch.setattr(Checkpoint, "scan", lambda self, on_tensor=None: ("0" * 64, []))  # reads tensor by tensor
+    monkeypatch.setattr(
+        Checkpoint, "scan", lambda self, on_tensor=None: ("0" * 64, [])
+    )  # reads tensor by tensor
     quantize(tmp_path / "out", method)
     assert most == 1
     gc.collect()
@@ -106,7 +118,11 @@ def test_reads_are_of_one_block_or_of_what_is_outside(quantize, tmp_path, monkey
     monkeypatch.setattr(Checkpoint, "read", recording_read)
     monkeypatch.setattr(Checkpoint, "scan", lambda self, on_tensor=None: ("0" * 64, []))
     quantize(tmp_path / "out")
-    places = [{name.split(".")[2] if ".layers." in name else "outside" for name in names} for names in reads if names]
+    places = [
+        {name.split(".")[2] if ".layers." in name else "outside" for name in names}
+        for names in reads
+        if names
+    ]
     assert all(len(place) == 1 for place in places)
     linear = "model.layers.{}.mlp.down_proj.weight"
     counts = [sum(linear.format(block) in names for names in reads) for block in range(BLOCKS)]
@@ -131,7 +147,9 @@ def test_a_streamed_block_is_the_live_block(model):
         stream.advance(block, "block 3")
         inputs.append((stream.activations[slice(0, 2)], block))
     assert torch.equal(inputs[0][0], inputs[1][0])
-    assert all(parameter.is_meta for parameter in skeleton.parameters())  # the skeleton was copied, not filled
+    assert all(
+        parameter.is_meta for parameter in skeleton.parameters()
+    )  # the skeleton was copied, not filled
 
 
 @pytest.mark.parametrize("files", [2, 7])
@@ -153,7 +171,9 @@ def test_offload_gives_the_same_bytes_and_leaves_nothing(quantize, tmp_path, mon
     opened: list[int] = []
     make = Activations.__init__
 
-    def recording_make(self: Activations, shape: Any, dtype: torch.dtype, offload: Path | None) -> None:
+    def recording_make(
+        self: Activations, shape: Any, dtype: torch.dtype, offload: Path | None
+    ) -> None:
         make(self, shape, dtype, offload)
         opened.append(len(list(offload.iterdir())) if offload else 0)
 
@@ -189,7 +209,10 @@ def test_bf16_on_the_cpu(quantize, tiny_llama_bf16, tmp_path, method):
     rest = load_file(tmp_path / "out" / "model-00001-of-00003.safetensors")
     base = load_file(tiny_llama_bf16 / SINGLE)
     assert {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"} == set(rest)
-    assert all(torch.equal(tensor, base[name]) and tensor.dtype == torch.bfloat16 for name, tensor in rest.items())
+    assert all(
+        torch.equal(tensor, base[name]) and tensor.dtype == torch.bfloat16
+        for name, tensor in rest.items()
+    )
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert loaded.dtype == torch.bfloat16
     assert torch.isfinite(loaded(torch.arange(16)[None]).logits).all()
@@ -219,7 +242,9 @@ def test_tied_and_biased_models_load(quantize, request, tmp_path, fixture, metho
         assert linear.bias is None or torch.equal(found.bias, linear.bias)
     ids = torch.arange(2, 34)[None]
     difference = (dense(ids).logits - packed(ids).logits).norm() / dense(ids).logits.norm()
-    assert difference < 0.8  # three bits of a random model: far from exact, far from unrelated (1.4)
+    assert (
+        difference < 0.8
+    )  # three bits of a random model: far from exact, far from unrelated (1.4)
 
 
 def test_the_same_as_in_memory(quantize, model, whole, calibration_ids):
@@ -231,8 +256,14 @@ def test_the_same_as_in_memory(quantize, model, whole, calibration_ids):
 
     live = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     quantize_model(live, build("gptq", bits=3), calibration_ids)
-    stored = {name: tensor for file in whole.glob("*.safetensors") for name, tensor in load_file(file).items()}
-    modules = {name: module for name, module in live.named_modules() if isinstance(module, QuantLinear)}
+    stored = {
+        name: tensor
+        for file in whole.glob("*.safetensors")
+        for name, tensor in load_file(file).items()
+    }
+    modules = {
+        name: module for name, module in live.named_modules() if isinstance(module, QuantLinear)
+    }
     assert len(modules) == 7 * BLOCKS
     for name, module in modules.items():
         for key, tensor in module.packed().items():

@@ -1,7 +1,7 @@
 """Exports hold our codes, bit for bit, and compute our logits in the library that reads them.
 
-GPTQModel lives in an environment of its own: `tests/bench/check_exports.py` loads the `gptq` and `awq` exports with
-it. Here they are decoded by loops that follow the formats' definitions.
+GPTQModel lives in an environment of its own: `tests/bench/check_exports.py` loads the `gptq` and
+`awq` exports with it. Here they are decoded by loops that follow the formats' definitions.
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ Make = Callable[..., Path]
 
 @pytest.fixture(scope="module")
 def packed(
-    make_checkpoint: Callable[..., Path], calibration_npy: Path, tmp_path_factory: pytest.TempPathFactory
+    make_checkpoint: Callable[..., Path],
+    calibration_npy: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Make:
     """Folder of a packed checkpoint of a Llama whose sizes formats take; each is made once."""
     base = make_checkpoint(hidden_size=64, intermediate_size=96, num_attention_heads=4)
@@ -93,13 +95,18 @@ def test_affine_is_what_dequantize_gives(packed, case):
 def test_compressed_tensors_computes_our_logits(packed, case, tmp_path):
     folder = packed(*FITTING[case])
     found = export(folder, tmp_path / "out", FORMATS["compressed-tensors"], torch.float32)
-    # Unpacked on loading: left packed, transformers 5.23 gives packed zero points the shape of unpacked ones.
+    # Unpacked on loading: left packed, transformers 5.23 gives packed zero points the shape of
+    # unpacked ones.
     model = load(tmp_path / "out", quantization_config=CompressedTensorsConfig(dequantize=True))
     assert not any(isinstance(module, QuantLinear) for module in model.modules())
     torch.testing.assert_close(logits(model), logits(load(folder)), atol=2e-5, rtol=2e-5)
     if all(affine.sym for affine in affines(folder).values()):
-        torch.testing.assert_close(logits(load(tmp_path / "out")), logits(load(folder)), atol=2e-5, rtol=2e-5)
-    assert found["stored_bits"] <= found["exported_bits"] < found["stored_bits"] + 1.5  # scales in fp32 here
+        torch.testing.assert_close(
+            logits(load(tmp_path / "out")), logits(load(folder)), atol=2e-5, rtol=2e-5
+        )
+    assert (
+        found["stored_bits"] <= found["exported_bits"] < found["stored_bits"] + 1.5
+    )  # scales in fp32 here
 
 
 @pytest.mark.parametrize("case", [*FITTING, "slim_llm", "billm"])
@@ -107,7 +114,9 @@ def test_dense_computes_our_logits(packed, case, tmp_path):
     folder = packed(*FITTING.get(case, (case, {"bits": 2} if case == "slim_llm" else {})))
     found = export(folder, tmp_path / "out", FORMATS["dense"])
     assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
-    torch.testing.assert_close(logits(load(tmp_path / "out")), logits(load(folder)), atol=2e-5, rtol=2e-5)
+    torch.testing.assert_close(
+        logits(load(tmp_path / "out")), logits(load(folder)), atol=2e-5, rtol=2e-5
+    )
     assert found["exported_bits"] == 32
 
 
@@ -115,11 +124,15 @@ def test_what_llama_cpp_converts_is_fp16(packed, tmp_path):
     folder = packed(*FITTING["rtn"])
     found = export(folder, tmp_path / "out", FORMATS["gguf-f16"])
     assert found["exported_bits"] == 16
-    assert {t.dtype for t in Checkpoint.open(str(tmp_path / "out")).specs.values()} == {torch.float16}
-    torch.testing.assert_close(logits(load(tmp_path / "out")), logits(load(folder)), atol=5e-3, rtol=5e-3)
+    assert {t.dtype for t in Checkpoint.open(str(tmp_path / "out")).specs.values()} == {
+        torch.float16
+    }
+    torch.testing.assert_close(
+        logits(load(tmp_path / "out")), logits(load(folder)), atol=5e-3, rtol=5e-3
+    )
 
 
-# --- the formats, decoded by hand ------------------------------------------------------------------------------------
+# --- the formats, decoded by hand -----------------------------------------------------------------
 
 
 def stored(folder: Path) -> dict[str, Tensor]:
@@ -136,12 +149,17 @@ def stream(words: list[int], bits: int, count: int) -> list[int]:
 def test_gptq_holds_our_codes(packed, case, tmp_path):
     folder = packed(*FITTING.get(case, ORDERED))
     export(folder, tmp_path / "out", FORMATS["gptq"])
-    tensors, config = stored(tmp_path / "out"), json.loads((tmp_path / "out" / "config.json").read_text())
+    tensors, config = (
+        stored(tmp_path / "out"),
+        json.loads((tmp_path / "out" / "config.json").read_text()),
+    )
     section = config["quantization_config"]
     assert section["desc_act"] == (case == "ordered")
     for name, affine in affines(folder).items():
         rows, columns = affine.codes_OI.shape
-        codes = [stream(column, affine.bits, columns) for column in tensors[f"{name}.qweight"].T.tolist()]
+        codes = [
+            stream(column, affine.bits, columns) for column in tensors[f"{name}.qweight"].T.tolist()
+        ]
         assert codes == affine.codes_OI.tolist()
         zeros = [stream(row, affine.bits, rows) for row in tensors[f"{name}.qzeros"].tolist()]
         less = 1 if section["checkpoint_format"] == "gptq" else 0
@@ -161,7 +179,9 @@ def test_awq_holds_our_codes_and_folds_its_scales(packed, tmp_path):
             rows.append([word[[0, 4, 1, 5, 2, 6, 3, 7][i]] for word in nibbles for i in range(8)])
         assert torch.equal(torch.tensor(rows).T, affine.codes_OI.long())
         scale_OG = tensors[f"{name}.scales"].float().T
-        if name.endswith(("v_proj", "up_proj")):  # o_proj's and down_proj's input scale went in here
+        if name.endswith(
+            ("v_proj", "up_proj")
+        ):  # o_proj's and down_proj's input scale went in here
             assert not torch.equal(scale_OG, affine.scale_OG)
         else:
             assert torch.equal(scale_OG, affine.scale_OG)
@@ -170,7 +190,7 @@ def test_awq_holds_our_codes_and_folds_its_scales(packed, tmp_path):
     assert torch.equal(tensors[norm], (before[norm] / in_scale).half())
 
 
-# --- what does not fit -----------------------------------------------------------------------------------------------
+# --- what does not fit ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -181,18 +201,35 @@ def test_awq_holds_our_codes_and_folds_its_scales(packed, tmp_path):
         ("compressed-tensors", "billm", {}, "no uniform grid"),
         ("compressed-tensors", "slim_llm", {"bits": 2}, "no uniform grid"),
         ("compressed-tensors", "spinquant", {"bits": 4}, "r4=False"),
-        ("compressed-tensors", "spinquant", {"bits": 4, "r4": False, "levels": "halves"}, "odd halves"),
+        (
+            "compressed-tensors",
+            "spinquant",
+            {"bits": 4, "r4": False, "levels": "halves"},
+            "odd halves",
+        ),
         ("compressed-tensors", "smoothquant", {"bits": 8}, "activations"),
         ("compressed-tensors", *ORDERED, "act_order"),
-        ("compressed-tensors", "rtn", {"bits": 4, "group_size": 40}, "no multiple of the group of 40"),
+        (
+            "compressed-tensors",
+            "rtn",
+            {"bits": 4, "group_size": 40},
+            "no multiple of the group of 40",
+        ),
         ("dense", "smoothquant", {"bits": 8}, "activations"),
         ("gptq", "rtn", {"bits": 5, "group_size": 32}, "it has 2, 3, 4, 8"),
         ("awq", "gptq", {"bits": 3, "group_size": 32}, "it has 4"),
         ("awq", *ORDERED, "act_order"),
-        ("awq", "awq", {"bits": 4, "group_size": 32, "gqa": "free", "ratios": 4}, "heads of .* share values"),
+        (
+            "awq",
+            "awq",
+            {"bits": 4, "group_size": 32, "gqa": "free", "ratios": 4},
+            "heads of .* share values",
+        ),
     ],
 )
-def test_what_does_not_fit_is_refused_with_the_reason(packed, form, name, options, reason, tmp_path):
+def test_what_does_not_fit_is_refused_with_the_reason(
+    packed, form, name, options, reason, tmp_path
+):
     folder = packed(name, options)
     with pytest.raises(LLQError, match=reason):
         export(folder, tmp_path / "out", FORMATS[form])

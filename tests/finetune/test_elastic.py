@@ -11,19 +11,29 @@ from torch import Tensor, nn
 
 from llq_hf.finetune import elastic
 
-WIDTHS = [(4, 16, 24), (4, 18, 10), (6, 9, 21), (8, 5, 7)]  # rank, inputs, outputs: dividing, and not
+WIDTHS = [
+    (4, 16, 24),
+    (4, 18, 10),
+    (6, 9, 21),
+    (8, 5, 7),
+]  # rank, inputs, outputs: dividing, and not
 
 
 def random_pair(r: int, i: int, o: int) -> tuple[elastic.ElasticDown, elastic.ElasticUp]:
     torch.manual_seed(0)
-    down, up = elastic.ElasticDown(nn.Linear(i, r, bias=False)), elastic.ElasticUp(nn.Linear(r, o, bias=False))
+    down, up = (
+        elastic.ElasticDown(nn.Linear(i, r, bias=False)),
+        elastic.ElasticUp(nn.Linear(r, o, bias=False)),
+    )
     for half, beta in ((down, 0.7), (up, -0.4)):
         half.beta.data.fill_(beta)
     return down, up
 
 
 def literal(x_I: Tensor, A: Tensor, B: Tensor, beta1: float, beta2: float) -> list[float]:
-    """Spec 6.2, entry by entry: means of contiguous chunks of x, tiled; means of chunks of u, repeated."""
+    """Spec 6.2, entry by entry: means of contiguous chunks of x, tiled; means of chunks of u,
+    repeated.
+    """
     (r, i), o = A.shape, B.shape[0]
     g, h = math.gcd(r, i), math.gcd(r, o)
     pooled = [float(x_I[c * (i // g) : (c + 1) * (i // g)].mean()) for c in range(g)]

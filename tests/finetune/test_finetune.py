@@ -1,4 +1,6 @@
-"""Fine-tuning of packed models: from rows to an ordinary peft adapter, through kills, on its own base only."""
+"""Fine-tuning of packed models: from rows to an ordinary peft adapter, through kills, on its own
+base only.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,14 @@ from llq_hf.finetune import elastic, trainer
 from llq_hf.methods import build
 
 RECIPE = trainer.Recipe(
-    rank=4, alpha=8, max_steps=6, batch_size=4, micro_batch=2, learning_rate=1e-2, heldout=4, recompute=False
+    rank=4,
+    alpha=8,
+    max_steps=6,
+    batch_size=4,
+    micro_batch=2,
+    learning_rate=1e-2,
+    heldout=4,
+    recompute=False,
 )
 ELASTIC = replace(RECIPE, connections=True)
 MACHINE = trainer.Machine(save_steps=2)
@@ -40,13 +49,17 @@ WORDS = ["fox", "king", "hill", "river", "night", "day", "name", "red", "old", "
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Rows of a pattern that can be learnt."""
     path = tmp_path_factory.mktemp("data") / "rows.jsonl"
-    rows = [{"prompt": f"the {a} and the {b}:", "completion": f" {b} {a}"} for a in WORDS for b in WORDS]
+    rows = [
+        {"prompt": f"the {a} and the {b}:", "completion": f" {b} {a}"} for a in WORDS for b in WORDS
+    ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
 @pytest.fixture(scope="module")
-def pack(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, calibration_npy: Path) -> Callable[..., Path]:
+def pack(
+    tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, calibration_npy: Path
+) -> Callable[..., Path]:
     """A packed tiny Llama by a method's name and options, each made once."""
     made: dict[str, Path] = {}
 
@@ -67,7 +80,9 @@ def base(pack: Callable[..., Path]) -> Path:
 
 
 @pytest.fixture(scope="module")
-def trained(base: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+def trained(
+    base: Path, data: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, Any]]:
     """Folder and note of an unbroken IR-QLoRA run."""
     out = tmp_path_factory.mktemp("trained") / "out"
     return out, trainer.finetune(str(base), out, str(data), ELASTIC, MACHINE)
@@ -82,7 +97,7 @@ def on_base(out: Path) -> torch.nn.Module:
     return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_of(str(out))), out)
 
 
-# --- what comes out ---------------------------------------------------------------------------------------------------
+# --- what comes out -------------------------------------------------------------------------------
 
 
 def test_the_loss_falls_and_answers_get_better(trained: tuple[Path, dict[str, Any]]):
@@ -103,7 +118,9 @@ def test_out_is_a_plain_peft_adapter(trained: tuple[Path, dict[str, Any]], calib
     through_peft = logits(on_base(out), calibration_ids)
     bare = logits(AutoModelForCausalLM.from_pretrained(base_of(str(out))), calibration_ids)
     assert not torch.allclose(through_peft, bare, atol=1e-2)
-    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(out), calibration_ids), through_peft)
+    assert torch.equal(
+        logits(AutoModelForCausalLM.from_pretrained(out), calibration_ids), through_peft
+    )
 
 
 def test_the_saved_adapter_is_the_trained_one(
@@ -113,7 +130,9 @@ def test_the_saved_adapter_is_the_trained_one(
     merge = elastic.merge
 
     def spy(model: torch.nn.Module) -> None:
-        assert any(p.abs().sum() > 0 for name, p in model.named_parameters() if name.endswith("beta"))
+        assert any(
+            p.abs().sum() > 0 for name, p in model.named_parameters() if name.endswith("beta")
+        )
         seen.append(logits(model, calibration_ids))
         merge(model)
 
@@ -122,24 +141,33 @@ def test_the_saved_adapter_is_the_trained_one(
     assert torch.equal(logits(on_base(tmp_path / "out"), calibration_ids), seen[0])
 
 
-BASES = [("gptq", {"bits": 2}), ("awq", {"bits": 3, "ratios": 4}), ("quip", {"bits": 2}), ("slim_llm", {"bits": 2})]
+BASES = [
+    ("gptq", {"bits": 2}),
+    ("awq", {"bits": 3, "ratios": 4}),
+    ("quip", {"bits": 2}),
+    ("slim_llm", {"bits": 2}),
+]
 
 
 @pytest.mark.parametrize(("name", "options"), BASES, ids=[name for name, _ in BASES])
 def test_any_packed_base_can_be_trained_on(
     pack: Callable[..., Path], data: Path, tmp_path: Path, name: str, options: dict[str, Any]
 ):
-    """Every adapter of every block moves: gradients reach the first block through all packed linears."""
+    """Every adapter of every block moves: gradients reach the first block through all packed
+    linears.
+    """
     if name != "quip":
         options = {**options, "group_size": 32}
     base = pack(name, **options)
-    note = trainer.finetune(str(base), tmp_path / "out", str(data), replace(RECIPE, max_steps=3), MACHINE)
+    note = trainer.finetune(
+        str(base), tmp_path / "out", str(data), replace(RECIPE, max_steps=3), MACHINE
+    )
     assert note["after"]["loss"] < note["before"]["loss"]
     tensors = load_file(tmp_path / "out" / "adapter_model.safetensors")
     assert all(tensor.any() for key, tensor in tensors.items() if ".lora_B." in key)
 
 
-# --- ways to train ----------------------------------------------------------------------------------------------------
+# --- ways to train --------------------------------------------------------------------------------
 
 
 def first_loss(base: Path, data: Path, out: Path, **changes: Any) -> float:
@@ -150,21 +178,23 @@ def first_loss(base: Path, data: Path, out: Path, **changes: Any) -> float:
 def test_packing_and_recomputing_change_no_loss(base: Path, data: Path, tmp_path: Path):
     """Packed rows see only themselves; else their loss would be another."""
     plain = first_loss(base, data, tmp_path / "plain", batch_size=8, micro_batch=8)
-    assert first_loss(base, data, tmp_path / "packed", batch_size=8, micro_batch=8, packing=True) == pytest.approx(
-        plain, rel=1e-4
-    )
-    assert first_loss(base, data, tmp_path / "again", batch_size=8, micro_batch=8, recompute=True) == pytest.approx(
-        plain, rel=1e-5
-    )
+    assert first_loss(
+        base, data, tmp_path / "packed", batch_size=8, micro_batch=8, packing=True
+    ) == pytest.approx(plain, rel=1e-4)
+    assert first_loss(
+        base, data, tmp_path / "again", batch_size=8, micro_batch=8, recompute=True
+    ) == pytest.approx(plain, rel=1e-5)
 
 
-@pytest.mark.parametrize("changes", [{}, {"streaming": True, "packing": True}], ids=["stored rows", "a packed stream"])
+@pytest.mark.parametrize(
+    "changes", [{}, {"streaming": True, "packing": True}], ids=["stored rows", "a packed stream"]
+)
 def test_a_killed_run_goes_on_to_the_same_losses(
     base: Path, data: Path, tmp_path: Path, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ):
     recipe = replace(ELASTIC, dropout=0.1, **changes)
     unbroken = trainer.finetune(str(base), tmp_path / "unbroken", str(data), recipe, MACHINE)
-    out, step_end = tmp_path / "killed", trainer._Told.on_step_end
+    out, step_end = tmp_path / "killed", trainer.TrainerProgress.on_step_end
 
     def killed(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == 5:
@@ -172,7 +202,7 @@ def test_a_killed_run_goes_on_to_the_same_losses(
         step_end(self, args, state, control, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer._Told, "on_step_end", killed)
+        patch.setattr(trainer.TrainerProgress, "on_step_end", killed)
         with pytest.raises(KeyboardInterrupt):
             trainer.finetune(str(base), out, str(data), recipe, MACHINE)
     assert not is_adapter(str(out))
@@ -182,7 +212,9 @@ def test_a_killed_run_goes_on_to_the_same_losses(
     resumed = trainer.finetune(str(base), out, str(data), recipe, MACHINE)
     assert resumed["losses"] == unbroken["losses"]
     assert resumed["after"] == unbroken["after"]
-    first, second = (load_file(folder / "adapter_model.safetensors") for folder in (out, tmp_path / "unbroken"))
+    first, second = (
+        load_file(folder / "adapter_model.safetensors") for folder in (out, tmp_path / "unbroken")
+    )
     assert all(torch.equal(first[name], second[name]) for name in second)
     targets = json.loads((out / "adapter_config.json").read_text())["target_modules"]
     assert targets == sorted(targets), "the same file whatever the process"
@@ -206,17 +238,35 @@ def test_a_finished_run_is_left_alone_and_another_is_refused(
 
 def test_two_processes_train_one_adapter(base: Path, data: Path, tmp_path: Path):
     """Both runs see the same rows per step: the curve of two processes is that of one."""
-    options = {"rank": 4, "alpha": 8, "max-steps": 3, "batch-size": 4, "micro-batch": 2, "heldout": 4}
+    options = {
+        "rank": 4,
+        "alpha": 8,
+        "max-steps": 3,
+        "batch-size": 4,
+        "micro-batch": 2,
+        "heldout": 4,
+    }
     words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
     words += ["--learning-rate", "0.01", "--no-recompute", "--data", str(data)]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+    ]
     command += ["-m", "llq_hf", "finetune", str(base), str(tmp_path / "two"), *words]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=600, check=False
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     note = json.loads((tmp_path / "two" / "llq_adapter.json").read_text())
     assert note["identity"]["processes"] == 2
-    one = trainer.finetune(str(base), tmp_path / "one", str(data), replace(RECIPE, max_steps=3), MACHINE)
+    one = trainer.finetune(
+        str(base), tmp_path / "one", str(data), replace(RECIPE, max_steps=3), MACHINE
+    )
     assert note["losses"] == pytest.approx(one["losses"], rel=1e-3)
     assert note["after"]["loss"] == pytest.approx(one["after"]["loss"], rel=1e-2)
 
@@ -224,18 +274,24 @@ def test_two_processes_train_one_adapter(base: Path, data: Path, tmp_path: Path)
 def test_alpaca_on_a_model_of_stories(shared: Path, tmp_path: Path):
     """The real data set, streamed, on a real model that was never told what an instruction is."""
     base = tmp_path / "base"
-    quantize_checkpoint(str(shared / "models" / "stories260K"), base, build("nf4"), Calibration("demo"))
-    recipe = replace(RECIPE, rank=8, max_steps=12, micro_batch=4, streaming=True, answer_tokens=64, heldout=16)
+    quantize_checkpoint(
+        str(shared / "models" / "stories260K"), base, build("nf4"), Calibration("demo")
+    )
+    recipe = replace(
+        RECIPE, rank=8, max_steps=12, micro_batch=4, streaming=True, answer_tokens=64, heldout=16
+    )
     alpaca = str(shared / "data" / "text" / "alpaca_data.json")
     note = trainer.finetune(str(base), tmp_path / "out", alpaca, recipe, MACHINE)
     assert sum(note["losses"][-4:]) < 0.95 * sum(note["losses"][:4])
     assert note["after"]["loss"] < note["before"]["loss"]
 
 
-# --- the right base, and only it --------------------------------------------------------------------------------------
+# --- the right base, and only it ------------------------------------------------------------------
 
 
-def test_another_base_is_refused_however_it_is_loaded(trained: tuple[Path, dict[str, Any]], pack: Callable[..., Path]):
+def test_another_base_is_refused_however_it_is_loaded(
+    trained: tuple[Path, dict[str, Any]], pack: Callable[..., Path]
+):
     out, _ = trained
     other = AutoModelForCausalLM.from_pretrained(pack("gptq", bits=2, group_size=32))
     with pytest.raises(LLQError, match="was trained on another base"):
@@ -250,15 +306,21 @@ def test_the_dense_model_is_refused(trained: tuple[Path, dict[str, Any]], tiny_l
         PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_llama), trained[0])
 
 
-def test_the_same_base_saved_again_is_the_same(trained: tuple[Path, dict[str, Any]], base: Path, tmp_path: Path):
-    AutoModelForCausalLM.from_pretrained(base).save_pretrained(tmp_path / "again", max_shard_size="40KB")
+def test_the_same_base_saved_again_is_the_same(
+    trained: tuple[Path, dict[str, Any]], base: Path, tmp_path: Path
+):
+    AutoModelForCausalLM.from_pretrained(base).save_pretrained(
+        tmp_path / "again", max_shard_size="40KB"
+    )
     config = json.loads((tmp_path / "again" / "config.json").read_text())
     config["quantization_config"]["fingerprint"] = None  # as if quantized in memory
     (tmp_path / "again" / "config.json").write_text(json.dumps(config))
     PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "again"), trained[0])
 
 
-def test_lm_eval_scores_base_and_adapter(trained: tuple[Path, dict[str, Any]], calibration_ids: Tensor, tmp_path: Path):
+def test_lm_eval_scores_base_and_adapter(
+    trained: tuple[Path, dict[str, Any]], calibration_ids: Tensor, tmp_path: Path
+):
     from llq_hf.hosts.lm_eval_model import LLQLM
 
     out, _ = trained
@@ -270,11 +332,13 @@ def test_lm_eval_scores_base_and_adapter(trained: tuple[Path, dict[str, Any]], c
     moved = shutil.copytree(out, tmp_path / "moved")
     shutil.copytree(base_of(str(out)), moved / "base")
     config = json.loads((moved / "adapter_config.json").read_text())
-    (moved / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "/nowhere"}))
+    (moved / "adapter_config.json").write_text(
+        json.dumps({**config, "base_model_name_or_path": "/nowhere"})
+    )
     assert base_of(str(moved)) == str(moved / "base")
 
 
-# --- bad input --------------------------------------------------------------------------------------------------------
+# --- bad input ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -304,10 +368,12 @@ def test_a_folder_of_something_else_is_refused(base: Path, data: Path, tmp_path:
     with pytest.raises(LLQError, match=r"not empty .model.safetensors."):
         trainer.finetune(str(base), tmp_path, str(data), RECIPE, MACHINE)
     with pytest.raises(LLQError, match="paged=True needs a GPU"):
-        trainer.finetune(str(base), tmp_path / "out", str(data), replace(RECIPE, paged=True), MACHINE)
+        trainer.finetune(
+            str(base), tmp_path / "out", str(data), replace(RECIPE, paged=True), MACHINE
+        )
 
 
-# --- the command ------------------------------------------------------------------------------------------------------
+# --- the command ----------------------------------------------------------------------------------
 
 
 def llq(*words: object) -> str:
@@ -316,13 +382,29 @@ def llq(*words: object) -> str:
     return result.stdout
 
 
-SMALL = ["--rank", 4, "--max-steps", 2, "--heldout", 4, "--batch-size", 4, "--device", "cpu", "--no-recompute"]
+SMALL = [
+    "--rank",
+    4,
+    "--max-steps",
+    2,
+    "--heldout",
+    4,
+    "--batch-size",
+    4,
+    "--device",
+    "cpu",
+    "--no-recompute",
+]
 
 
 def test_a_dense_model_is_packed_first(tiny_llama: Path, data: Path, tmp_path: Path):
-    said = llq(tiny_llama, tmp_path / "out", "--method", "ir_qlora", "--bits", 3, "--data", data, *SMALL)
+    said = llq(
+        tiny_llama, tmp_path / "out", "--method", "ir_qlora", "--bits", 3, "--data", data, *SMALL
+    )
     assert "right to the last token" in said
-    section = json.loads((tmp_path / "out" / "base" / "config.json").read_text())["quantization_config"]
+    section = json.loads((tmp_path / "out" / "base" / "config.json").read_text())[
+        "quantization_config"
+    ]
     assert (section["quant_method"], section["bits"], section["icq"]) == ("llq_nf4", 3, True)
     note = json.loads((tmp_path / "out" / "llq_adapter.json").read_text())
     assert note["identity"]["recipe"]["connections"]

@@ -1,4 +1,6 @@
-"""Rows to fine-tune on: every format gives the same rows, the first bad one is named, nothing is held."""
+"""Rows to fine-tune on: every format gives the same rows, the first bad one is named, nothing is
+held.
+"""
 
 from __future__ import annotations
 
@@ -67,11 +69,17 @@ def test_braces_in_an_instruction_are_text(tmp_path: Path):
 
 
 BAD = {
-    "no fields": ({"question": "?"}, r"has neither the field instruction nor prompt \(fields: question\)"),
+    "no fields": (
+        {"question": "?"},
+        r"has neither the field instruction nor prompt \(fields: question\)",
+    ),
     "no answer": ({"instruction": "Go."}, "lacks the field output"),
     "no completion": ({"prompt": "Go."}, "lacks the field completion"),
     "a number": ({"instruction": "Go.", "output": 3}, "has int in the field output"),
-    "an input that is a list": ({"instruction": "Go.", "input": ["x"], "output": ""}, "has list in the field input"),
+    "an input that is a list": (
+        {"instruction": "Go.", "input": ["x"], "output": ""},
+        "has list in the field input",
+    ),
     "nothing asked": ({"instruction": "  ", "output": "x"}, "has an empty instruction"),
     "a string": ("Go.", "is str, not an object"),
 }
@@ -123,7 +131,11 @@ def test_only_answers_are_targets(tokenizer):
     assert short["input_ids"][0] == tokenizer.bos_token_id
     assert short["labels"][-len(answer) :] == short["input_ids"][-len(answer) :] == answer
     assert set(short["labels"][: -len(answer)]) == {-100}
-    long = tokens(rows.Row("the fox ran over the hill to see the river", " every day and every night the king"))
+    long = tokens(
+        rows.Row(
+            "the fox ran over the hill to see the river", " every day and every night the king"
+        )
+    )
     assert len(long["input_ids"]) == 12
     assert long["labels"][:8] == [-100] * 8
     assert long["input_ids"][-1] != tokenizer.eos_token_id  # it was cut: it did not end
@@ -145,14 +157,18 @@ def test_rows_are_read_one_at_a_time(tmp_path: Path, suffix: str):
 
 
 def test_streams_and_files_hold_out_other_rows_than_they_train_on(tmp_path: Path, tokenizer):
-    path = write(tmp_path / "data.jsonl", [{"prompt": f"p{i}", "completion": f"c{i}"} for i in range(60)])
+    path = write(
+        tmp_path / "data.jsonl", [{"prompt": f"p{i}", "completion": f"c{i}"} for i in range(60)]
+    )
     tokens: Callable = rows.Tokens(tokenizer, 50, 50)
     everything = sorted(str(tokens(row)["input_ids"]) for row in rows.rows_of(str(path)))
     stored = rows.stored(str(path), tokens, 5, 0, tmp_path / "cache")
     streamed = rows.streamed(str(path), tokens, 5, 0)
     for train, heldout in (stored, streamed):
         assert len(heldout) == 5
-        assert sorted(str(row["input_ids"]) for part in (train, heldout) for row in part) == everything
+        assert (
+            sorted(str(row["input_ids"]) for part in (train, heldout) for row in part) == everything
+        )
     with pytest.raises(LLQError, match="60 rows, and 61"):
         rows.streamed(str(path), tokens, 61, 0)
 
@@ -161,7 +177,9 @@ def test_the_demo_asks_about_other_people_when_it_tests():
     train, heldout = list(instructions.rows("train")), list(instructions.rows("heldout"))
     assert list(instructions.rows("train")) == train != list(instructions.rows("train", seed=1))
     assert len(set(train) | set(heldout)) == len(train) + len(heldout) == world.PEOPLE * 9 * 2
-    names = [{person.name for person in instructions.people(split)} for split in ("train", "heldout")]
+    names = [
+        {person.name for person in instructions.people(split)} for split in ("train", "heldout")
+    ]
     assert not names[0] & names[1]
     assert all(any(name in row.prompt for name in names[1]) for row in islice(heldout, 100))
     with pytest.raises(ValueError, match="unknown split"):

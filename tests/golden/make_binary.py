@@ -1,4 +1,6 @@
-"""Rewrites pb_llm.safetensors and billm.safetensors from what the authors' own classes gave (shared/golden)."""
+"""Rewrites pb_llm.safetensors and billm.safetensors from what the authors' own classes gave
+(shared/golden).
+"""
 
 from __future__ import annotations
 

@@ -13,7 +13,9 @@ from torch import Tensor
 
 def sha256(tensor: Tensor) -> Tensor:
     """Digest [32] of a tensor's bytes: stands for one that must be equal to the last bit."""
-    return torch.frombuffer(bytearray(hashlib.sha256(tensor.numpy().tobytes()).digest()), dtype=torch.uint8)
+    return torch.frombuffer(
+        bytearray(hashlib.sha256(tensor.numpy().tobytes()).digest()), dtype=torch.uint8
+    )
 
 
 def main(shared: Path) -> None:
@@ -26,7 +28,11 @@ def main(shared: Path) -> None:
             for name in ("packed", "tau_idx", "tau_absmax"):
                 tensors[f"{case}.icq_{steps}.{name}"] = found[f"icq_n{steps}"][name].contiguous()
         tensors[f"{case}.sha256"] = sha256(found["nf4_deq_dq"])
-    save_file(tensors, Path(__file__).parent / "nf4.safetensors", metadata={"code": "bitsandbytes, IR-QLoRA"})
+    save_file(
+        tensors,
+        Path(__file__).parent / "nf4.safetensors",
+        metadata={"code": "bitsandbytes, IR-QLoRA"},
+    )
 
 
 if __name__ == "__main__":

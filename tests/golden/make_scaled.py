@@ -6,17 +6,30 @@ import json
 import sys
 from pathlib import Path
 
-REPOSITORIES = {"awq": ("mit-han-lab/llm-awq", "llm-awq"), "smoothquant": ("mit-han-lab/smoothquant", "smoothquant")}
+REPOSITORIES = {
+    "awq": ("mit-han-lab/llm-awq", "llm-awq"),
+    "smoothquant": ("mit-han-lab/smoothquant", "smoothquant"),
+}
 
 
 def row_of(run: dict) -> dict:
     if run["method"] == "awq":
-        options = {"bits": run["bits"], "group_size": run["group"], "sym": run["sym"], "ratios": run["n_grid"]}
+        options = {
+            "bits": run["bits"],
+            "group_size": run["group"],
+            "sym": run["sym"],
+            "ratios": run["n_grid"],
+        }
         options["ranges"] = "clip" if run["clip"] else "full"
     else:
         options = {"bits": run["wbits"], "a_bits": run["abits"], "quantize_bmm_input": run["bmm"]}
         options |= {"smooth": False} if run["alpha"] is None else {"alpha": run["alpha"]}
-    row = {"method": run["method"], "options": options, "ppl": run["ppl"], "weight_error": run["weight_rel_mse"]}
+    row = {
+        "method": run["method"],
+        "options": options,
+        "ppl": run["ppl"],
+        "weight_error": run["weight_rel_mse"],
+    }
     return row | ({"ratios": run["ratios"]} if "ratios" in run else {})
 
 

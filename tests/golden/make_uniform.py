@@ -17,16 +17,27 @@ def row_of(run: dict) -> dict:
     if run["method"] == "gptq":
         options |= {key: run[key] for key in ("act_order", "true_sequential", "static_groups")}
     if run["method"] == "quip":
-        options |= {"incoherence": run["incoh"], "rescale": run["rescale"], "blocked": run["pre_proj_extra"] == 0}
+        options |= {
+            "incoherence": run["incoh"],
+            "rescale": run["rescale"],
+            "blocked": run["pre_proj_extra"] == 0,
+        }
         options |= {} if run["incoh"] else {"blocked": False}
-    row = {"method": run["method"], "options": options, "ppl": run["ppl"], "weight_error": run["weight_rel_mse"]}
+    row = {
+        "method": run["method"],
+        "options": options,
+        "ppl": run["ppl"],
+        "weight_error": run["weight_rel_mse"],
+    }
     return row | ({"reference_seed": run["seed"]} if run["method"] == "quip" else {})
 
 
 def main(shared: Path) -> None:
     results = json.loads((shared / "golden" / "reference_results_a.json").read_text())
     model = results["models"]["stories260K"]
-    runs = [r for r in model["runs"] if r["method"] in REPOSITORIES and r.get("quant", "ldlq") == "ldlq"]
+    runs = [
+        r for r in model["runs"] if r["method"] in REPOSITORIES and r.get("quant", "ldlq") == "ldlq"
+    ]
     golden = {
         "what": "Perplexity and weight error of stories260K quantized by the authors' own code on a CPU in fp32. ppl: "
         "200 windows of 256, fp32 logits; weight_error: sum (W - What)^2 / sum W^2 over the linears of all blocks; "

@@ -1,8 +1,9 @@
-"""PB-LLM and BiLLM against what the authors' own classes give on one linear [64, 256]: not a bit differs.
+"""PB-LLM and BiLLM against what the authors' own classes give on one linear [64, 256]: not a bit
+differs.
 
-Weights, the Hessian that their class gathered, and their quantized weights, in fp32 on a CPU; make_binary.py names code
-and commits. Their scales are fp32, so scale_bits=32 here. One test runs our own Hessian
-(it sums in another order).
+Weights, the Hessian that their class gathered, and their quantized weights, in fp32 on a CPU;
+make_binary.py names code and commits. Their scales are fp32, so scale_bits=32 here. One test runs
+our own Hessian (it sums in another order).
 """
 
 from __future__ import annotations
@@ -44,7 +45,11 @@ def pb_options(case: str) -> dict[str, Any]:
 
 def billm_options(case: str) -> dict[str, Any]:
     salience, block, solver = case.split("_")
-    return {"salience": salience, "block_size": int(block.removeprefix("bs")), "feedback": solver == "gptq"}
+    return {
+        "salience": salience,
+        "block_size": int(block.removeprefix("bs")),
+        "feedback": solver == "gptq",
+    }
 
 
 def restored(name: str, stat: PairedHessian, **options: Any) -> Tensor:
@@ -72,9 +77,13 @@ def test_billm_equals_the_authors_code(case: str):
     assert float((mine_OI - BILLM[case]).abs().max()) == 0
 
 
-@pytest.mark.parametrize(("name", "cases"), [("pb_llm", PB_LLM), ("billm", BILLM)], ids=["pb_llm", "billm"])
+@pytest.mark.parametrize(
+    ("name", "cases"), [("pb_llm", PB_LLM), ("billm", BILLM)], ids=["pb_llm", "billm"]
+)
 def test_fp16_scales_stay_close(name: str, cases: dict[str, Tensor]):
-    """By output error, which is what feedback keeps down: single weights may well take another level."""
+    """By output error, which is what feedback keeps down: single weights may well take another
+    level.
+    """
 
     def output_error(Q_OI: Tensor) -> float:
         error_OI = W_OI - Q_OI
@@ -82,7 +91,9 @@ def test_fp16_scales_stay_close(name: str, cases: dict[str, Tensor]):
 
     for case, Q_OI in cases.items():
         options = pb_options(case) if name == "pb_llm" else billm_options(case)
-        assert output_error(restored(name, theirs(), **options)) == pytest.approx(output_error(Q_OI), rel=0.05), case
+        assert output_error(restored(name, theirs(), **options)) == pytest.approx(
+            output_error(Q_OI), rel=0.05
+        ), case
 
 
 @pytest.mark.parametrize("name", ["pb_llm", "billm"])

@@ -1,7 +1,8 @@
-"""NF4 against bitsandbytes and IR-QLoRA's own code on three weights [128, 256]; make_nf4.py gathered the numbers.
+"""NF4 against bitsandbytes and IR-QLoRA's own code on three weights [128, 256]; make_nf4.py
+gathered the numbers.
 
-Codes, scales and shifts to the bit; the dequantized NF4 weight too. tau's absmax differs by one unit in the last place
-(the authors multiply in another order).
+Codes, scales and shifts to the bit; the dequantized NF4 weight too. tau's absmax differs by one
+unit in the last place (the authors multiply in another order).
 """
 
 from __future__ import annotations
@@ -50,19 +51,28 @@ def test_information_calibration_equals_the_authors_code(case: str, steps: int):
     packed = checks.quantize(build("nf4", icq=True, tau_steps=steps), GOLDEN[f"{case}.W"])
     assert torch.equal(bytes_of(packed), GOLDEN[f"{case}.icq_{steps}.packed"].flatten())
     assert torch.equal(packed["tau"], GOLDEN[f"{case}.icq_{steps}.tau_idx"].flatten())
-    assert torch.allclose(packed["tau_absmax"], GOLDEN[f"{case}.icq_{steps}.tau_absmax"].flatten(), rtol=2e-7, atol=0)
+    assert torch.allclose(
+        packed["tau_absmax"], GOLDEN[f"{case}.icq_{steps}.tau_absmax"].flatten(), rtol=2e-7, atol=0
+    )
 
 
 def test_installed_bitsandbytes_gives_the_same():
-    """Against the package itself, where there is one; its CPU code rounds scales to 65536 points before coding them."""
+    """Against the package itself, where there is one; its CPU code rounds scales to 65536 points
+    before coding them.
+    """
     functional = pytest.importorskip("bitsandbytes").functional
     weight_OI = torch.randn(256, 4096, generator=torch.Generator().manual_seed(5))
     packed = checks.quantize(build("nf4"), weight_OI)
-    codes, state = functional.quantize_4bit(weight_OI, blocksize=64, compress_statistics=True, quant_type="nf4")
+    codes, state = functional.quantize_4bit(
+        weight_OI, blocksize=64, compress_statistics=True, quant_type="nf4"
+    )
     assert torch.equal(bytes_of(packed), codes.flatten())
     assert torch.equal(packed["scale_absmax"], state.state2.absmax)
     apart = (packed["scale"].int() - state.absmax.int()).abs()
     assert apart.max() <= 1
     assert (apart > 0).float().mean() < 0.004
     plain = checks.quantize(build("nf4", double_quant=False), weight_OI)
-    assert torch.equal(plain["scale"], functional.quantize_4bit(weight_OI, blocksize=64, quant_type="nf4")[1].absmax)
+    assert torch.equal(
+        plain["scale"],
+        functional.quantize_4bit(weight_OI, blocksize=64, quant_type="nf4")[1].absmax,
+    )

@@ -1,8 +1,10 @@
-"""OmniQuant on stories260K against the authors' own code (OpenGVLab/OmniQuant at 95fae1b, CPU, fp32, no AMP).
+"""OmniQuant on stories260K against the authors' own code (OpenGVLab/OmniQuant at 95fae1b, CPU,
+fp32, no AMP).
 
-Their runs: 128 sequences of 256 tokens, 20 epochs, one group a row, seed 2; clipping only. Their zero points are
-rounded without a gradient; ours pass it, which ends lower. So theirs is a ceiling: ours may be 3 % worse at most. By
-default one short run on 8 sequences is made (some seconds); LLQ_FULL_GOLDEN=1 makes the full ones (four minutes each):
+Their runs: 128 sequences of 256 tokens, 20 epochs, one group a row, seed 2; clipping only. Their
+zero points are rounded without a gradient; ours pass it, which ends lower. So theirs is a ceiling:
+ours may be 3 % worse at most. By default one short run on 8 sequences is made (some seconds);
+LLQ_FULL_GOLDEN=1 makes the full ones (four minutes each):
 
     LLQ_FULL_GOLDEN=1 python -m pytest tests/golden/test_omniquant_golden.py
 """
@@ -31,7 +33,9 @@ full = pytest.mark.skipif(not FULL, reason="minutes of training; LLQ_FULL_GOLDEN
 def score(shared: Path, samples: int = 128, preset: str = "study", **options: Any) -> float:
     dense, calibration, evaluation = data(shared)
     model = copy.deepcopy(dense)
-    quantize_model(model, build("omniquant", preset, group_size=-1, **options), calibration[:samples])
+    quantize_model(
+        model, build("omniquant", preset, group_size=-1, **options), calibration[:samples]
+    )
     return perplexity(model, evaluation)
 
 

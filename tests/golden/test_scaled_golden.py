@@ -1,7 +1,8 @@
-"""AWQ and SmoothQuant against what the authors' own code gives on stories260K (scaled.json names code and commits).
+"""AWQ and SmoothQuant against what the authors' own code gives on stories260K (scaled.json names
+code and commits).
 
-Their scales stay in fp32, so scale_bits=32 here; one test says what our default fp16 changes. AWQ's 3 bits and
-SmoothQuant's published setting run by default; LLQ_FULL_GOLDEN=1 runs all rows.
+Their scales stay in fp32, so scale_bits=32 here; one test says what our default fp16 changes. AWQ's
+3 bits and SmoothQuant's published setting run by default; LLQ_FULL_GOLDEN=1 runs all rows.
 """
 
 from __future__ import annotations
@@ -32,15 +33,23 @@ PPL_TOLERANCE = {"awq": 1e-3, "smoothquant": 3e-3}
 
 
 def words(row: dict[str, Any]) -> str:
-    flags = {key: value for key, value in row["options"].items() if key not in ("bits", "a_bits", "ratios", "sym")}
-    return "-".join([row["method"], f"{row['options']['bits']}-bits", *(f"{k}={v}" for k, v in flags.items())])
+    flags = {
+        key: value
+        for key, value in row["options"].items()
+        if key not in ("bits", "a_bits", "ratios", "sym")
+    }
+    return "-".join(
+        [row["method"], f"{row['options']['bits']}-bits", *(f"{k}={v}" for k, v in flags.items())]
+    )
 
 
 def chosen(row: dict[str, Any]) -> bool:
     options = row["options"]
     if row["method"] == "awq":
         return FULL or options["bits"] == 3
-    return FULL or (options.get("alpha") == 0.85 and (options["quantize_bmm_input"] or options["bits"] == 4))
+    return FULL or (
+        options.get("alpha") == 0.85 and (options["quantize_bmm_input"] or options["bits"] == 4)
+    )
 
 
 @cache
@@ -50,9 +59,13 @@ def data(shared: Path) -> tuple[nn.Module, Tensor, Tensor]:
 
     files = GOLDEN["files"]
     for name in ("calibration", "evaluation"):
-        assert hashlib.sha256((shared / files[name]).read_bytes()).hexdigest() == files[f"{name}_sha256"]
+        assert (
+            hashlib.sha256((shared / files[name]).read_bytes()).hexdigest()
+            == files[f"{name}_sha256"]
+        )
     calibration, evaluation = (
-        torch.from_numpy(np.load(shared / files[name]).astype(np.int64)) for name in ("calibration", "evaluation")
+        torch.from_numpy(np.load(shared / files[name]).astype(np.int64))
+        for name in ("calibration", "evaluation")
     )
     model = AutoModelForCausalLM.from_pretrained(shared / files["model"], dtype=torch.float32)
     return model, calibration, evaluation[: files["windows"]]
@@ -64,7 +77,9 @@ def perplexity(model: nn.Module, windows_NS: Tensor) -> float:
     for start in range(0, len(windows_NS), BATCH):
         ids = windows_NS[start : start + BATCH]
         logits = model(ids).logits.float()
-        total += F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").item()
+        total += F.cross_entropy(
+            logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="sum"
+        ).item()
     return float(np.exp(total / (len(windows_NS) * (windows_NS.shape[1] - 1))))
 
 
@@ -75,12 +90,16 @@ def run(shared: Path, method: str, **options: Any) -> tuple[list[dict[str, Any]]
     model = copy.deepcopy(dense)
     records = quantize_model(model, build(method, **options), calibration)
     sizes = [float(dense.get_submodule(r["name"]).weight.detach().square().sum()) for r in records]
-    error = sum(r["weight_error"] * size for r, size in zip(records, sizes, strict=True)) / sum(sizes)
+    error = sum(r["weight_error"] * size for r, size in zip(records, sizes, strict=True)) / sum(
+        sizes
+    )
     return records, perplexity(model, evaluation), error
 
 
 def ratios_of(records: list[dict[str, Any]]) -> list[float]:
-    """Those of q/k/v, gate/up and down of each block in turn; o_proj has none, its value heads are shared."""
+    """Those of q/k/v, gate/up and down of each block in turn; o_proj has none, its value heads are
+    shared.
+    """
     by_name = {record["name"]: record for record in records}
     blocks = sorted({name.rsplit(".", 2)[0] for name in by_name})
     return [
@@ -101,8 +120,14 @@ def test_equals_the_authors_code(row: dict[str, Any], shared: Path):
 
 @pytest.mark.parametrize("bits", [8, 6] if FULL else [6])
 def test_fp16_scales_stay_close(bits: int, shared: Path):
-    """SmoothQuant's 4 bits with quantized q, k and v, at a perplexity of 37, move by 2 % with any rounding."""
-    row = next(r for r in ROWS if r["method"] == "smoothquant" and r["options"]["bits"] == bits and chosen(r))
+    """SmoothQuant's 4 bits with quantized q, k and v, at a perplexity of 37, move by 2 % with any
+    rounding.
+    """
+    row = next(
+        r
+        for r in ROWS
+        if r["method"] == "smoothquant" and r["options"]["bits"] == bits and chosen(r)
+    )
     assert run(shared, "smoothquant", **row["options"])[1] == pytest.approx(row["ppl"], rel=5e-3)
 
 

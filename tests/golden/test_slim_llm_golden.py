@@ -1,8 +1,10 @@
-"""SliM-LLM against the authors' code (Aaronhuang-778/SliM-LLM at cfdf5ff) on one linear, bit for bit.
+"""SliM-LLM against the authors' code (Aaronhuang-778/SliM-LLM at cfdf5ff) on one linear, bit for
+bit.
 
-slim_llm.safetensors holds a weight, four sequences of inputs and, by case, what their classes made of them in fp32 on
-one thread of a CPU with AVX-512. Other instructions round other last bits, and one flipped code moves its row: on other
-CPUs the weights are compared by error. Perplexities on stories260K are ours; theirs are not known.
+slim_llm.safetensors holds a weight, four sequences of inputs and, by case, what their classes made
+of them in fp32 on one thread of a CPU with AVX-512. Other instructions round other last bits, and
+one flipped code moves its row: on other CPUs the weights are compared by error. Perplexities on
+stories260K are ours; theirs are not known.
 """
 
 from __future__ import annotations
@@ -26,7 +28,9 @@ from llq_hf.methods import build
 from llq_hf.numerics.stats import PairedHessian
 
 SAME_CPU = torch.backends.cpu.get_cpu_capability() == "AVX512"
-CASES = [f"{bits}bit_gs{size}_lam{times}" for bits in (2, 3) for size in (32, 64) for times in (1, 4)]
+CASES = [
+    f"{bits}bit_gs{size}_lam{times}" for bits in (2, 3) for size in (32, 64) for times in (1, 4)
+]
 each_case = pytest.mark.parametrize("case", CASES)
 
 
@@ -65,7 +69,9 @@ def run(case: str, x_NTI: Tensor) -> tuple[Packed, Tensor]:
     W_OI = golden()["W"]
     block = checks.OneLinear(W_OI)
     data = checks.Data(x_NTI, W_OI)
-    step = Step("model.layers.0", block, {"test": block.test}, {"test": their_hessian()}, [["test"]], data)
+    step = Step(
+        "model.layers.0", block, {"test": block.test}, {"test": their_hessian()}, [["test"]], data
+    )
     with torch.no_grad():
         packed = method.quantize_block(step)["test"]
     return packed, method.dequantize(packed, *W_OI.shape)
@@ -84,7 +90,9 @@ def test_allocation_and_weights_are_theirs(case: str):
 @each_case
 def test_scales_and_zeros_are_theirs(case: str):
     packed, _ = run(case, golden()["X"])
-    two_G = packed["widths"] == 1  # they keep half the distance of two levels as scale, and the mean as zero
+    two_G = (
+        packed["widths"] == 1
+    )  # they keep half the distance of two levels as scale, and the mean as zero
     zero_OG = unpack(packed["zero"], 8, packed["scale"].numel()).view_as(packed["scale"])
     zero_OG = zero_OG / torch.exp2(8 - packed["widths"].float())
     if "mean" in packed:
@@ -99,7 +107,9 @@ def test_divergences_and_saliences_are_theirs(case: str, monkeypatch: pytest.Mon
     from llq_hf.methods import slim_llm
 
     found: list[Tensor] = []
-    monkeypatch.setattr(slim_llm.Search, "best", lambda self: (found.append(self.divergence_P[1:]), 1)[1])
+    monkeypatch.setattr(
+        slim_llm.Search, "best", lambda self: (found.append(self.divergence_P[1:]), 1)[1]
+    )
     for x_TI in golden()["X"]:
         run(case, x_TI[None])
     assert torch.allclose(torch.stack(found).float(), of(case, "kl_per_sample"), rtol=1e-5)

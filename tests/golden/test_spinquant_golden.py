@@ -1,7 +1,8 @@
-"""SpinQuant on stories260K against figures measured apart from this code: spec rotation_qat_improvements.md, 5.1.
+"""SpinQuant on stories260K against figures measured apart from this code: spec
+rotation_qat_improvements.md, 5.1.
 
-No code of the authors ran for these: they are a throw-away implementation of the spec, by someone else. Rotations are
-random, and single seeds differ by about 1 %.
+No code of the authors ran for these: they are a throw-away implementation of the spec, by someone
+else. Rotations are random, and single seeds differ by about 1 %.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ def data(shared: Path) -> tuple[nn.Module, Tensor, Tensor]:
     from transformers import AutoModelForCausalLM
 
     calibration, evaluation = (
-        torch.from_numpy(np.load(shared / FILES[name]).astype(np.int64)) for name in ("calibration", "evaluation")
+        torch.from_numpy(np.load(shared / FILES[name]).astype(np.int64))
+        for name in ("calibration", "evaluation")
     )
     model = AutoModelForCausalLM.from_pretrained(shared / FILES["model"], dtype=torch.float32)
     return model.eval(), calibration, evaluation[: FILES["windows"]]
@@ -43,7 +45,9 @@ def perplexity(model: nn.Module, windows_NS: Tensor) -> float:
     total = 0.0
     for ids in windows_NS.split(20):
         logits = model(ids).logits
-        total += F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").item()
+        total += F.cross_entropy(
+            logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="sum"
+        ).item()
     return float(np.exp(total / (len(windows_NS) * (windows_NS.shape[1] - 1))))
 
 

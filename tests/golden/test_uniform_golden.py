@@ -1,11 +1,14 @@
-"""RTN, GPTQ and QuIP against what the authors' own code gives on stories260K (uniform.json names code and commits).
+"""RTN, GPTQ and QuIP against what the authors' own code gives on stories260K (uniform.json names
+code and commits).
 
-Their scales stay in fp32, so scale_bits=32 here; one test looks at what our default fp16 scales change. By default the
-rows at 3 bits and a few others run (about a minute); LLQ_FULL_GOLDEN=1 runs all.
+Their scales stay in fp32, so scale_bits=32 here; one test looks at what our default fp16 scales
+change. By default the rows at 3 bits and a few others run (about a minute); LLQ_FULL_GOLDEN=1 runs
+all.
 
-QuIP with rotations is random, and the authors' runs are not seeded: single seeds of ours differ in weight error by a
-standard deviation of 0.7 % (2 bits) to 6 % (4 bits). So the mean of five seeds is compared, with a tolerance of about
-two standard errors of that difference, and the authors' perplexity must lie inside the spread of ours.
+QuIP with rotations is random, and the authors' runs are not seeded: single seeds of ours differ in
+weight error by a standard deviation of 0.7 % (2 bits) to 6 % (4 bits). So the mean of five seeds is
+compared, with a tolerance of about two standard errors of that difference, and the authors'
+perplexity must lie inside the spread of ours.
 """
 
 from __future__ import annotations
@@ -35,10 +38,14 @@ FULL = os.environ.get("LLQ_FULL_GOLDEN", "") not in ("", "0")
 BATCH = 20  # windows evaluated together
 SEEDS = range(5)
 
-PPL_TOLERANCE = {"rtn": {8: 1e-3, 4: 1e-3, 3: 1e-3, 2: 1e-3}, "gptq": {8: 3e-3, 4: 3e-3, 3: 3e-3, 2: 5e-2}}
+PPL_TOLERANCE = {
+    "rtn": {8: 1e-3, 4: 1e-3, 3: 1e-3, 2: 1e-3},
+    "gptq": {8: 3e-3, 4: 3e-3, 3: 3e-3, 2: 5e-2},
+}
 PPL_TOLERANCE["quip"] = PPL_TOLERANCE["gptq"]
 WEIGHT_TOLERANCE = {"rtn": 1e-3, "gptq": 1e-2, "quip": 1e-2}
-# Mean of five seeds against one run of theirs, by (bits, blocked): from the spread over 15 seeds of ours.
+# Mean of five seeds against one run of theirs, by (bits, blocked): from the spread over 15 seeds of
+# ours.
 RANDOM_TOLERANCE = {2: 0.02, 3: 0.04, 4: 0.07, 8: 0.12}
 
 
@@ -50,7 +57,12 @@ def words(row: dict[str, Any]) -> str:
     return "-".join([row["method"], f"{options['bits']}-bits", *where, *flags])
 
 
-ALSO = ("rtn-2-bits-per-row", "rtn-4-bits-groups-of-32", "gptq-2-bits-per-row", "gptq-4-bits-groups-of-32")
+ALSO = (
+    "rtn-2-bits-per-row",
+    "rtn-4-bits-groups-of-32",
+    "gptq-2-bits-per-row",
+    "gptq-4-bits-groups-of-32",
+)
 
 
 def random(row: dict[str, Any]) -> bool:
@@ -72,9 +84,13 @@ def data(shared: Path) -> tuple[nn.Module, Tensor, Tensor]:
 
     files = GOLDEN["files"]
     for name in ("calibration", "evaluation"):
-        assert hashlib.sha256((shared / files[name]).read_bytes()).hexdigest() == files[f"{name}_sha256"]
+        assert (
+            hashlib.sha256((shared / files[name]).read_bytes()).hexdigest()
+            == files[f"{name}_sha256"]
+        )
     calibration, evaluation = (
-        torch.from_numpy(np.load(shared / files[name]).astype(np.int64)) for name in ("calibration", "evaluation")
+        torch.from_numpy(np.load(shared / files[name]).astype(np.int64))
+        for name in ("calibration", "evaluation")
     )
     model = AutoModelForCausalLM.from_pretrained(shared / files["model"], dtype=torch.float32)
     return model, calibration, evaluation[: files["windows"]]
@@ -86,7 +102,9 @@ def perplexity(model: nn.Module, windows_NS: Tensor) -> float:
     for start in range(0, len(windows_NS), BATCH):
         ids = windows_NS[start : start + BATCH]
         logits = model(ids).logits.float()
-        total += F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").item()
+        total += F.cross_entropy(
+            logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="sum"
+        ).item()
     return float(np.exp(total / (len(windows_NS) * (windows_NS.shape[1] - 1))))
 
 
@@ -96,7 +114,9 @@ def run(shared: Path, method: str, **options: Any) -> tuple[nn.Module, float]:
     model = copy.deepcopy(dense)
     records = quantize_model(model, build(method, **options), calibration)
     sizes = [float(dense.get_submodule(r["name"]).weight.detach().square().sum()) for r in records]
-    return model, sum(r["weight_error"] * size for r, size in zip(records, sizes, strict=True)) / sum(sizes)
+    return model, sum(
+        r["weight_error"] * size for r, size in zip(records, sizes, strict=True)
+    ) / sum(sizes)
 
 
 def test_the_full_precision_model_scores_as_theirs(shared: Path):
@@ -105,17 +125,23 @@ def test_the_full_precision_model_scores_as_theirs(shared: Path):
 
 
 class TheirRows(Uniform):
-    """QuIP's grid per row as the authors keep it: fp32 scales, and the rounded matrix itself cast to fp16."""
+    """QuIP's grid per row as the authors keep it: fp32 scales, and the rounded matrix itself cast
+    to fp16.
+    """
 
     def unpack(self, packed: dict[str, Tensor], in_features: int) -> Tensor:
         return super().unpack(packed, in_features).half().float()
 
 
 @pytest.mark.parametrize("row", EXACT, ids=words)
-def test_equals_the_authors_code(row: dict[str, Any], shared: Path, monkeypatch: pytest.MonkeyPatch):
+def test_equals_the_authors_code(
+    row: dict[str, Any], shared: Path, monkeypatch: pytest.MonkeyPatch
+):
     method, options = row["method"], dict(row["options"])
     if method == "quip":
-        monkeypatch.setattr(QuIP, "row_grid", property(lambda self: TheirRows(self.bits, scale_bits=32)))
+        monkeypatch.setattr(
+            QuIP, "row_grid", property(lambda self: TheirRows(self.bits, scale_bits=32))
+        )
     else:
         options["scale_bits"] = 32
     model, weight_error = run(shared, method, **options)
@@ -150,9 +176,15 @@ def random_runs(shared: Path, bits: int, blocked: bool) -> list[tuple[float, flo
     return found
 
 
-RANDOM_RUNS = [(bits, blocked) for bits in (2, 3, 4, 8) for blocked in (False, True)] if FULL else [(3, False)]
+RANDOM_RUNS = (
+    [(bits, blocked) for bits in (2, 3, 4, 8) for blocked in (False, True)]
+    if FULL
+    else [(3, False)]
+)
 each_random_run = pytest.mark.parametrize(
-    ("bits", "blocked"), RANDOM_RUNS, ids=[f"{bits}-bits-{'blocked' if b else 'kronecker'}" for bits, b in RANDOM_RUNS]
+    ("bits", "blocked"),
+    RANDOM_RUNS,
+    ids=[f"{bits}-bits-{'blocked' if b else 'kronecker'}" for bits, b in RANDOM_RUNS],
 )
 
 
@@ -164,7 +196,9 @@ def test_quip_with_rotations_agrees_in_the_mean(bits: int, blocked: bool, shared
 
 
 @each_random_run
-def test_the_authors_quip_perplexity_lies_in_the_spread_of_our_seeds(bits: int, blocked: bool, shared: Path):
+def test_the_authors_quip_perplexity_lies_in_the_spread_of_our_seeds(
+    bits: int, blocked: bool, shared: Path
+):
     if bits == 2:
         pytest.skip("perplexities in the hundreds: the weight error is compared")
     theirs = [row["ppl"] for row in ROWS if matches(row, bits, blocked)]
@@ -175,4 +209,9 @@ def test_the_authors_quip_perplexity_lies_in_the_spread_of_our_seeds(bits: int, 
 
 def matches(row: dict[str, Any], bits: int, blocked: bool) -> bool:
     options = row["options"]
-    return random(row) and options["rescale"] and options["bits"] == bits and options["blocked"] == blocked
+    return (
+        random(row)
+        and options["rescale"]
+        and options["bits"] == bits
+        and options["blocked"] == blocked
+    )

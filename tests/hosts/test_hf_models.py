@@ -1,4 +1,6 @@
-"""QuantizedLlama and QuantizedLlavaNext: from a dense model, from a packed one, and what it saves and pushes."""
+"""QuantizedLlama and QuantizedLlavaNext: from a dense model, from a packed one, and what it saves
+and pushes.
+"""
 
 import json
 from pathlib import Path
@@ -18,12 +20,16 @@ from llq_hf.hosts.hf_quantizer import check_quantized
 
 @pytest.fixture
 def model(tiny_llama: Path, calibration_npy: Path) -> QuantizedLlama:
-    return QuantizedLlama.from_pretrained(tiny_llama, method="quip", bits=3, calibration=str(calibration_npy))
+    return QuantizedLlama.from_pretrained(
+        tiny_llama, method="quip", bits=3, calibration=str(calibration_npy)
+    )
 
 
 def test_quantizes_saves_and_loads(model: QuantizedLlama, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
-    assert json.loads((tmp_path / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+    assert json.loads((tmp_path / "config.json").read_text())["architectures"] == [
+        "LlamaForCausalLM"
+    ]
     ids = torch.arange(12)[None]
     for kind in (AutoModelForCausalLM, QuantizedLlama, LlamaForCausalLM):
         again = kind.from_pretrained(tmp_path)
@@ -36,8 +42,12 @@ def test_generates(model: QuantizedLlama) -> None:
     assert out.shape[1] <= 9
 
 
-def test_pushes_what_it_saves(model: QuantizedLlama, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The upload itself is the Hub client's; what goes up is what save_pretrained wrote, under the name asked for."""
+def test_pushes_what_it_saves(
+    model: QuantizedLlama, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The upload itself is the Hub client's; what goes up is what save_pretrained wrote, under the
+    name asked for.
+    """
     pushed = []
     monkeypatch.setattr(QuantizedLlama, "push_to_hub", lambda self, repo_id: pushed.append(repo_id))
     model.save_pretrained(tmp_path / "local", push_to_hub=True, repo_id="user/quip-3bit")
@@ -54,15 +64,27 @@ def test_a_method_and_a_config_are_refused(tiny_llama: Path) -> None:
     from llq_hf import RTNConfig
 
     with pytest.raises(LLQError, match="not both"):
-        QuantizedLlama.from_pretrained(tiny_llama, method="rtn", quantization_config=RTNConfig(bits=4))
+        QuantizedLlama.from_pretrained(
+            tiny_llama, method="rtn", quantization_config=RTNConfig(bits=4)
+        )
 
 
-def test_llava_next_quantizes_saves_and_loads(tiny_llava: Path, calibration_npy: Path, tmp_path: Path) -> None:
-    model = QuantizedLlavaNext.from_pretrained(tiny_llava, method="gptq", bits=3, calibration=str(calibration_npy))
+def test_llava_next_quantizes_saves_and_loads(
+    tiny_llava: Path, calibration_npy: Path, tmp_path: Path
+) -> None:
+    model = QuantizedLlavaNext.from_pretrained(
+        tiny_llava, method="gptq", bits=3, calibration=str(calibration_npy)
+    )
     model.save_pretrained(tmp_path)
-    assert json.loads((tmp_path / "config.json").read_text())["architectures"] == ["LlavaNextForConditionalGeneration"]
+    assert json.loads((tmp_path / "config.json").read_text())["architectures"] == [
+        "LlavaNextForConditionalGeneration"
+    ]
     ids = torch.arange(12)[None]
-    for kind in (AutoModelForImageTextToText, QuantizedLlavaNext, LlavaNextForConditionalGeneration):
+    for kind in (
+        AutoModelForImageTextToText,
+        QuantizedLlavaNext,
+        LlavaNextForConditionalGeneration,
+    ):
         again = kind.from_pretrained(tmp_path)
         assert check_quantized(again).quantized_linears == 14
         assert torch.equal(again(ids).logits, model(ids).logits)

@@ -1,4 +1,6 @@
-"""The model `llq` of lm-eval: options, cache, what is refused, what results carry, one process against two."""
+"""The model `llq` of lm-eval: options, cache, what is refused, what results carry, one process
+against two.
+"""
 
 import json
 import os
@@ -18,10 +20,16 @@ from llq_hf.hosts.lm_eval_model import LLQLM
 
 @pytest.fixture
 def options(calibration_npy: Path, tmp_path: Path) -> dict[str, object]:
-    return {"calibration": str(calibration_npy), "cache_dir": str(tmp_path / "cache"), "device": "cpu"}
+    return {
+        "calibration": str(calibration_npy),
+        "cache_dir": str(tmp_path / "cache"),
+        "device": "cpu",
+    }
 
 
-def test_quantizes_once_and_reuses(tiny_llama: Path, options: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quantizes_once_and_reuses(
+    tiny_llama: Path, options: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = LLQLM(pretrained=str(tiny_llama), method="gptq", bits=3, **options)
     monkeypatch.setattr("llq_hf.engine.cached.execute", lambda *a: pytest.fail("quantized again"))
     second = LLQLM(pretrained=str(tiny_llama), method="gptq", bits=3, **options)
@@ -30,7 +38,9 @@ def test_quantizes_once_and_reuses(tiny_llama: Path, options: dict, monkeypatch:
 
 
 def test_results_say_what_was_scored(tiny_llama: Path, options: dict) -> None:
-    info = LLQLM(pretrained=str(tiny_llama), method="rtn", bits=3, group_size=32, **options).get_model_info()["llq"]
+    info = LLQLM(
+        pretrained=str(tiny_llama), method="rtn", bits=3, group_size=32, **options
+    ).get_model_info()["llq"]
     assert info["method"] == "rtn"
     assert info["config"]["group_size"] == 32
     assert info["nominal_bits"] == 3
@@ -56,14 +66,23 @@ def test_method_none_is_the_baseline(tiny_llama: Path, options: dict) -> None:
         ({"method": "none", "bits": 4}, "takes no options"),
         ({"method": "rtn", "bits": 9}, "1..8"),
     ],
-    ids=["misspelt option", "misspelt method", "option of another method", "no method", "none with bits", "bits"],
+    ids=[
+        "misspelt option",
+        "misspelt method",
+        "option of another method",
+        "no method",
+        "none with bits",
+        "bits",
+    ],
 )
 def test_refused(tiny_llama: Path, options: dict, args: dict, message: str) -> None:
     with pytest.raises(LLQError, match=message):
         LLQLM(pretrained=str(tiny_llama), **args, **options)
 
 
-def test_packed_checkpoint_is_scored_as_it_is(tiny_llama: Path, options: dict, tmp_path: Path) -> None:
+def test_packed_checkpoint_is_scored_as_it_is(
+    tiny_llama: Path, options: dict, tmp_path: Path
+) -> None:
     from llq_hf import Calibration, build
 
     quantize_checkpoint(str(tiny_llama), tmp_path / "packed", build("rtn", bits=2), Calibration())
@@ -85,9 +104,13 @@ def test_a_model_with_a_dense_layer_left_is_not_scored(tiny_llama: Path, options
 
 
 def launch(command: list[str], folder: Path, environment: dict[str, str]) -> None:
-    """Run a command; a second time, with a warning, where it fails: processes sometimes fail to meet over sockets."""
+    """Run a command; a second time, with a warning, where it fails: processes sometimes fail to
+    meet over sockets.
+    """
     for attempt in (1, 2):
-        done = subprocess.run(command, cwd=folder, env=environment, timeout=600, capture_output=True, text=True)
+        done = subprocess.run(
+            command, cwd=folder, env=environment, timeout=600, capture_output=True, text=True
+        )
         if done.returncode == 0:
             return
         warnings.warn(f"attempt {attempt} failed:\n{done.stderr[-6000:]}", stacklevel=1)
@@ -95,12 +118,24 @@ def launch(command: list[str], folder: Path, environment: dict[str, str]) -> Non
 
 
 def test_two_processes_give_the_perplexity_of_one(tmp_path: Path) -> None:
-    """The command as users type it, from another folder; the second run takes the first one's quantized model."""
-    command = ["-m", "lm_eval", "--model", "llq", "--model_args", "pretrained=demo,method=rtn,bits=3"]
+    """The command as users type it, from another folder; the second run takes the first one's
+    quantized model.
+    """
+    command = [
+        "-m",
+        "lm_eval",
+        "--model",
+        "llq",
+        "--model_args",
+        "pretrained=demo,method=rtn,bits=3",
+    ]
     command += ["--tasks", "llq_demo", "--batch_size", "16", "--limit", "8", "--output_path"]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "LLQ_CACHE": str(tmp_path / "cache")}
     environment["GLOO_SOCKET_IFNAME"] = "lo"  # both processes are here
-    launchers = {"one": [], "two": ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]}
+    launchers = {
+        "one": [],
+        "two": ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
+    }
     found = {}
     for name, launcher in launchers.items():
         out = tmp_path / name

@@ -1,4 +1,6 @@
-"""The model `llq` of lmms-eval: built-in tasks on real rows, offline; rows that cannot be asked; what results carry."""
+"""The model `llq` of lmms-eval: built-in tasks on real rows, offline; rows that cannot be asked;
+what results carry.
+"""
 
 from __future__ import annotations
 
@@ -29,11 +31,15 @@ def picture(level: int, size: tuple[int, int] = (48, 32)) -> Image.Image:
 def request(row: int, text: str = "Is it a cat?", **generation: Any) -> Any:
     """What the evaluator hands over, as far as a model looks at it."""
     visual = lambda doc: [doc["image"].convert("RGB")]  # noqa: E731 (a task's doc_to_visual)
-    return SimpleNamespace(args=(text, {"max_new_tokens": 4, **generation}, visual, row, "t", "test"))
+    return SimpleNamespace(
+        args=(text, {"max_new_tokens": 4, **generation}, visual, row, "t", "test")
+    )
 
 
 @pytest.fixture(scope="module")
-def llq(tiny_llava: Path, calibration_npy: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
+def llq(
+    tiny_llava: Path, calibration_npy: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Any]:
     """The harness's model on the tiny LLaVA-Next, with rows of a task `t`."""
     from llq_hf.hosts.lmms_eval_model import LLQ
 
@@ -42,7 +48,12 @@ def llq(tiny_llava: Path, calibration_npy: Path, tmp_path_factory: pytest.TempPa
     def make(rows: list[dict[str, Any]], method: str = "gptq", **options: Any) -> Any:
         shared = {"pretrained": str(tiny_llava), "cache_dir": cache, "device": "cpu"}
         if method == "gptq":
-            options = {"bits": 3, "calibration": str(calibration_npy), "calibration_samples": 8, **options}
+            options = {
+                "bits": 3,
+                "calibration": str(calibration_npy),
+                "calibration_samples": 8,
+                **options,
+            }
         model = LLQ(method=method, **shared, **options)
         model.task_dict = {"t": {"test": rows}}
         return model
@@ -50,11 +61,16 @@ def llq(tiny_llava: Path, calibration_npy: Path, tmp_path_factory: pytest.TempPa
     return make
 
 
-ROWS = [{"image": picture(level, size)} for level, size in ((40, (48, 32)), (90, (30, 60)), (200, (28, 28)))]
+ROWS = [
+    {"image": picture(level, size)}
+    for level, size in ((40, (48, 32)), (90, (30, 60)), (200, (28, 28)))
+]
 
 
 def test_batches_answer_as_single_questions_do(llq: Callable[..., Any]) -> None:
-    """Left padding: images of different shapes and questions of different lengths, answers in the order asked."""
+    """Left padding: images of different shapes and questions of different lengths, answers in the
+    order asked.
+    """
     requests = [request(row, "Is it? " * (1 + row)) for row in (2, 0, 1)]
     alone, together = (llq(ROWS, batch_size=size).generate_until(requests) for size in (1, 3))
     assert alone == together
@@ -69,10 +85,14 @@ def test_answers_stop_where_the_task_says(llq: Callable[..., Any]) -> None:
     assert given.args[1]["until"] == [whole[1:3]]  # what requests share is not changed
 
 
-def test_control_characters_do_not_reach_spreadsheets(llq: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_control_characters_do_not_reach_spreadsheets(
+    llq: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = llq(ROWS)
     tokenizer = type(model.seeing.processor.tokenizer)
-    monkeypatch.setattr(tokenizer, "batch_decode", lambda self, ids, **options: ["a\x00b\x0b\nc"] * len(ids))
+    monkeypatch.setattr(
+        tokenizer, "batch_decode", lambda self, ids, **options: ["a\x00b\x0b\nc"] * len(ids)
+    )
     assert model.generate_until([request(0)]) == ["ab\nc"]
 
 
@@ -95,7 +115,9 @@ def damaged() -> Any:
     ],
     ids=["no image", "no field", "truncated file", "over-long prompt"],
 )
-def test_a_row_that_cannot_be_asked_is_named(llq: Callable[..., Any], row: dict, text: str, message: str) -> None:
+def test_a_row_that_cannot_be_asked_is_named(
+    llq: Callable[..., Any], row: dict, text: str, message: str
+) -> None:
     rows = [ROWS[0], {**row, "image": damaged()} if row.get("image") == "damaged" else row]
     with pytest.raises(LLQError, match=message):
         llq(rows).generate_until([request(0), request(1, text)])
@@ -155,11 +177,13 @@ def test_a_failed_evaluation_ends_with_an_error(capsys: pytest.CaptureFixture[st
             failing_loudly(fail)(*arguments)
 
 
-# --- built-in tasks, on the real rows of shared/ ---------------------------------------------------------------------
+# --- built-in tasks, on the real rows of shared/ --------------------------------------------------
 
 
 def write(folder: Path, file: str, rows: list[dict[str, Any]], config: str = "") -> None:
-    """A dataset as lmms-eval's own lie on the Hub: parquet with the images in it, named configs in README.md."""
+    """A dataset as lmms-eval's own lie on the Hub: parquet with the images in it, named configs in
+    README.md.
+    """
     import datasets
 
     (folder / file).parent.mkdir(parents=True, exist_ok=True)
@@ -168,12 +192,16 @@ def write(folder: Path, file: str, rows: list[dict[str, Any]], config: str = "")
     if config:
         split = "dev" if config == "en" else "validation"
         files = f"  - split: {split}\n    path: {file}\n"
-        (folder / "README.md").write_text(f"---\nconfigs:\n- config_name: {config}\n  data_files:\n{files}---\n")
+        (folder / "README.md").write_text(
+            f"---\nconfigs:\n- config_name: {config}\n  data_files:\n{files}---\n"
+        )
 
 
 @pytest.fixture(scope="module")
 def benchmarks(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a few real rows of each benchmark where lmms-eval looks for them when it runs there."""
+    """A folder with a few real rows of each benchmark where lmms-eval looks for them when it runs
+    there.
+    """
     source, folder = shared / "data" / "images", tmp_path_factory.mktemp("benchmarks")
     if not source.is_dir():
         pytest.skip(f"no images in {shared}")
@@ -191,19 +219,38 @@ def benchmarks(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     charts = [{**row, "type": kinds[row["type"]]} for row in rows("chartqa")]
     write(root / "ChartQA", "data/test-00000-of-00001.parquet", charts[:1] + charts[-1:])
     pages = json.loads((source / "docvqa" / "val_v1.0.json").read_text())["data"][:2]
-    pages = [{**row, "questionId": str(row["questionId"]), "image": source / "docvqa" / row["image"]} for row in pages]
+    pages = [
+        {**row, "questionId": str(row["questionId"]), "image": source / "docvqa" / row["image"]}
+        for row in pages
+    ]
     write(root / "DocVQA", "DocVQA/validation-00000-of-00001.parquet", pages, "DocVQA")
     chosen = [row for row in rows("mmbench") if row["lang"] == "en"][:2]
-    options = [{letter: str(row["options"].get(letter, "nan")) for letter in "ABCD"} for row in chosen]
-    known = {"category": "object", "source": "s", "l2-category": "x", "L2-category": "x", "split": "dev"}
+    options = [
+        {letter: str(row["options"].get(letter, "nan")) for letter in "ABCD"} for row in chosen
+    ]
+    known = {
+        "category": "object",
+        "source": "s",
+        "l2-category": "x",
+        "L2-category": "x",
+        "split": "dev",
+    }
     bench = [
         {**known, **letters, "index": i, "hint": str(row["hint"] or "nan"), "comment": "nan"}
         | {key: row[key] for key in ("image", "question", "answer")}
         for i, (row, letters) in enumerate(zip(chosen, options, strict=True))
     ]
     write(root / "MMBench", "en/dev-00000-of-00001.parquet", bench, "en")
-    asked = {"question": "Which one?", "options": ["a fox", "a dog", "a cat", "a mat"], "answer": "2"}  # no AI2D there
-    write(root / "ai2d", "data/test-00000-of-00001.parquet", [{"image": row["image"], **asked} for row in chosen])
+    asked = {
+        "question": "Which one?",
+        "options": ["a fox", "a dog", "a cat", "a mat"],
+        "answer": "2",
+    }  # no AI2D there
+    write(
+        root / "ai2d",
+        "data/test-00000-of-00001.parquet",
+        [{"image": row["image"], **asked} for row in chosen],
+    )
     return folder
 
 
@@ -216,9 +263,15 @@ def manager() -> Any:
 
 
 def test_built_in_tasks_end_to_end(
-    llq: Callable[..., Any], manager: Any, benchmarks: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    llq: Callable[..., Any],
+    manager: Any,
+    benchmarks: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
-    """The tasks of `llq_mllm` as they are, offline, on real rows (not ai2d); and what the results carry."""
+    """The tasks of `llq_mllm` as they are, offline, on real rows (not ai2d); and what the results
+    carry.
+    """
     from lmms_eval.evaluator import simple_evaluate
 
     (tmp_path / "lmms-lab-encoder").symlink_to(benchmarks / "lmms-lab-encoder")
@@ -233,8 +286,19 @@ def test_built_in_tasks_end_to_end(
         log_samples=True,
     )
     counts = {task: len(found["samples"][task]) for task in tasks}
-    assert counts == {"mme": 4, "chartqa": 2, "docvqa_val": 2, "mmbench_en_dev_static": 2, "ai2d": 2}
-    metrics = "mme_perception_score,none", "relaxed_overall,none", "anls,none", "gpt_eval_score,none"
+    assert counts == {
+        "mme": 4,
+        "chartqa": 2,
+        "docvqa_val": 2,
+        "mmbench_en_dev_static": 2,
+        "ai2d": 2,
+    }
+    metrics = (
+        "mme_perception_score,none",
+        "relaxed_overall,none",
+        "anls,none",
+        "gpt_eval_score,none",
+    )
     for task, metric in zip(tasks, (*metrics, "exact_match,flexible-extract"), strict=True):
         assert found["results"][task][metric] >= 0
     assert found["llq"]["method"] == "gptq"
@@ -254,25 +318,33 @@ def test_our_group_is_known(manager: Any) -> None:
     assert "llq_mllm" not in TaskManager(include_defaults=False).all_tasks
 
 
-def test_the_command_finds_the_model_and_fails_with_a_status(tiny_llama: Path, tmp_path: Path) -> None:
+def test_the_command_finds_the_model_and_fails_with_a_status(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
     """As typed, from another folder: `lmms-eval --model llq`; here on a model that cannot see."""
     command = [str(Path(sys.executable).parent / "lmms-eval"), "--model", "llq", "--tasks", "mme"]
     command += ["--model_args", f"pretrained={tiny_llama},method=none"]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600
+    )
     assert done.returncode == 1, done.stdout[-2000:] + done.stderr[-2000:]
     assert "takes no images (llama)" in done.stderr
 
 
-# --- the language part -----------------------------------------------------------------------------------------------
+# --- the language part ----------------------------------------------------------------------------
 
 
-def test_lm_eval_scores_the_language_part(tiny_llava: Path, calibration_npy: Path, tmp_path: Path) -> None:
+def test_lm_eval_scores_the_language_part(
+    tiny_llava: Path, calibration_npy: Path, tmp_path: Path
+) -> None:
     """Perplexity of the same packed checkpoint through lm-eval: the study's table 11."""
     from llq_hf.hosts.lm_eval_model import LLQLM
 
     options = {"calibration": str(calibration_npy), "cache_dir": str(tmp_path), "device": "cpu"}
-    model = LLQLM(pretrained=str(tiny_llava), method="gptq", bits=3, calibration_samples=8, **options)
+    model = LLQLM(
+        pretrained=str(tiny_llava), method="gptq", bits=3, calibration_samples=8, **options
+    )
     assert model.get_model_info()["llq"]["quantized_linears"] == 14
     assert model.max_length == 2048
     window = list(range(2, 34))

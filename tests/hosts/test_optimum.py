@@ -17,13 +17,16 @@ REGISTERED = "optimum/commands/register/register_llq.py"
 
 
 @pytest.mark.skipif(
-    not any(str(file) == REGISTERED for file in files("llq-hf") or []), reason="llq-hf is not installed with its files"
+    not any(str(file) == REGISTERED for file in files("llq-hf") or []),
+    reason="llq-hf is not installed with its files",
 )
 def test_optimum_cli_quantizes(tiny_llama, tmp_path):
     def optimum(*words: object) -> subprocess.CompletedProcess[str]:
         environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
         command = [str(CLI), "llq", *map(str, words)]
-        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
+        return subprocess.run(
+            command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False
+        )
 
     options = ["--method", "rtn", "--bits", "3", "--group-size", "32", "--device", "cpu"]
     done = optimum("quantize", tiny_llama, tmp_path / "out", *options)

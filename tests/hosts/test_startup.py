@@ -1,4 +1,6 @@
-"""The hook at interpreter start: there in every process, next to free, and never somebody else's problem."""
+"""The hook at interpreter start: there in every process, next to free, and never somebody else's
+problem.
+"""
 
 from __future__ import annotations
 
@@ -21,9 +23,17 @@ TASKS = sorted(path.stem for path in (ROOT / "tasks" / "lm_eval").rglob("llq_*.y
 IS_HOOKED = "import sys; print(any(getattr(f, '__module__', '') == 'llq_hf._startup' for f in sys.meta_path))"
 
 
-def python(code: str, *flags: str, executable: Path | str = sys.executable, cwd: Path = ROOT, **variables: str) -> str:
+def python(
+    code: str,
+    *flags: str,
+    executable: Path | str = sys.executable,
+    cwd: Path = ROOT,
+    **variables: str,
+) -> str:
     """What a fresh interpreter prints."""
-    return fresh("-c", code, flags=flags, executable=executable, cwd=cwd, **variables).stdout.strip()
+    return fresh(
+        "-c", code, flags=flags, executable=executable, cwd=cwd, **variables
+    ).stdout.strip()
 
 
 def fresh(
@@ -33,19 +43,24 @@ def fresh(
     cwd: Path = ROOT,
     **variables: str,
 ) -> subprocess.CompletedProcess[str]:
-    environment = {key: value for key, value in os.environ.items() if key != "LLQ_DISABLE"} | variables
+    environment = {
+        key: value for key, value in os.environ.items() if key != "LLQ_DISABLE"
+    } | variables
     command = [str(executable), *flags, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, check=False)
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=cwd, env=environment, check=False
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     return done
 
 
 needs_install = pytest.mark.skipif(
-    python(IS_HOOKED, cwd=Path(__file__).parent) != "True", reason="llq-hf is not installed in this interpreter"
+    python(IS_HOOKED, cwd=Path(__file__).parent) != "True",
+    reason="llq-hf is not installed in this interpreter",
 )
 
 
-# --- this interpreter ------------------------------------------------------------------------------------------------
+# --- this interpreter -----------------------------------------------------------------------------
 
 
 @needs_install
@@ -57,7 +72,9 @@ def test_switching_it_off(tmp_path):
 
 
 def test_nothing_is_imported_for_it():
-    """Beyond what every interpreter has: our own two modules. Without site (-S) also `os` and what it needs."""
+    """Beyond what every interpreter has: our own two modules. Without site (-S) also `os` and what
+    it needs.
+    """
     code = f"""if True:
         import sys
         sys.path.insert(0, {str(ROOT)!r})
@@ -65,9 +82,23 @@ def test_nothing_is_imported_for_it():
         import llq_hf._startup
         print(*sorted(set(sys.modules) - before))
     """
-    assert python(code, LLQ_DISABLE="").split() in ([], ["llq_hf", "llq_hf._startup"])  # []: the .pth did it
+    assert python(code, LLQ_DISABLE="").split() in (
+        [],
+        ["llq_hf", "llq_hf._startup"],
+    )  # []: the .pth did it
     assert python(code, "-I").split() in ([], ["llq_hf", "llq_hf._startup"])
-    of_os = {"os", "os.path", "posixpath", "ntpath", "genericpath", "stat", "_stat", "abc", "_abc", "_collections_abc"}
+    of_os = {
+        "os",
+        "os.path",
+        "posixpath",
+        "ntpath",
+        "genericpath",
+        "stat",
+        "_stat",
+        "abc",
+        "_abc",
+        "_collections_abc",
+    }
     assert set(python(code, "-S").split()) - of_os == {"llq_hf", "llq_hf._startup"}
 
 
@@ -95,12 +126,16 @@ def test_a_hook_that_raises_only_warns():
         print(colorsys.rgb_to_hsv(0, 0, 0), len(caught), caught[0].message)
     """
     said = python(code)
-    assert said.startswith("(0.0, 0.0, 0) 1 llq-hf could not hook into colorsys (RuntimeError: a bug)")
+    assert said.startswith(
+        "(0.0, 0.0, 0) 1 llq-hf could not hook into colorsys (RuntimeError: a bug)"
+    )
     assert "LLQ_DISABLE=1" in said
 
 
 def test_hooked_modules_are_what_they_were():
-    """Loader, spec, reload and a second import are those of an interpreter without us; modules there already count."""
+    """Loader, spec, reload and a second import are those of an interpreter without us; modules
+    there already count.
+    """
     code = f"""if True:
         import sys, importlib, colorsys
         sys.path.insert(0, {str(ROOT)!r})
@@ -150,7 +185,7 @@ def test_module_on_the_command_line():
     assert all(command in said for command in ("quantize", "info", "methods", "eval"))
 
 
-# --- the wheel -------------------------------------------------------------------------------------------------------
+# --- the wheel ------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +198,9 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     else:
         pytest.skip("needs uv or hatchling")
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
-    if done.returncode != 0 and re.search("network|connect|dns|offline|fetch", done.stderr, re.IGNORECASE):
+    if done.returncode != 0 and re.search(
+        "network|connect|dns|offline|fetch", done.stderr, re.IGNORECASE
+    ):
         pytest.skip("uv cannot fetch hatchling here")
     assert done.returncode == 0, done.stderr[-2000:]
     return next(folder.glob("*.whl"))
@@ -171,18 +208,35 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The interpreter of a virtual environment with the wheel in it; all else comes from this one's site-packages.
+    """The interpreter of a virtual environment with the wheel in it; all else comes from this one's
+    site-packages.
 
-    A path in a .pth file is searched for modules, but its own .pth files are not run: no second copy of us.
+    A path in a .pth file is searched for modules, but its own .pth files are not run: no second
+    copy of us.
     """
     if not shutil.which("uv"):
         pytest.skip("needs uv")
     folder = tmp_path_factory.mktemp("environment") / "venv"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
     interpreter = folder / ("Scripts" if os.name == "nt" else "bin") / "python"
-    command = ["uv", "pip", "install", "--offline", "--no-deps", "--compile-bytecode", "--python", str(interpreter)]
+    command = [
+        "uv",
+        "pip",
+        "install",
+        "--offline",
+        "--no-deps",
+        "--compile-bytecode",
+        "--python",
+        str(interpreter),
+    ]
     subprocess.run([*command, str(wheel)], check=True, capture_output=True)
-    own = Path(python("import sysconfig; print(sysconfig.get_path('purelib'))", executable=interpreter, cwd=folder))
+    own = Path(
+        python(
+            "import sysconfig; print(sysconfig.get_path('purelib'))",
+            executable=interpreter,
+            cwd=folder,
+        )
+    )
     (own / "others.pth").write_text(sysconfig.get_path("purelib") + "\n")
     return interpreter
 
@@ -190,12 +244,19 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_contents_of_the_wheel(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {"llq_hf_startup.pth", "llq_hf_startup.start"} <= names
-    assert {f"llq_hf/demo/llama/{file}" for file in ("config.json", "model.safetensors", "tokenizer.json")} <= names
+    assert {
+        f"llq_hf/demo/llama/{file}"
+        for file in ("config.json", "model.safetensors", "tokenizer.json")
+    } <= names
     assert "llq_hf/_model_cards/template.md" in names
     for file in (ROOT / "tasks").rglob("*"):
         if file.is_file() and "__pycache__" not in file.parts:
             assert f"llq_hf/_tasks/{file.relative_to(ROOT / 'tasks').as_posix()}" in names
-    assert not [name for name in names if "__pycache__" in name or name.startswith(("tests/", "bench/", "shared/"))]
+    assert not [
+        name
+        for name in names
+        if "__pycache__" in name or name.startswith(("tests/", "bench/", "shared/"))
+    ]
     top = {name.split("/")[0] for name in names}
     assert {name for name in top if not name.endswith(".dist-info")} == {
         "llq_hf",
@@ -203,13 +264,17 @@ def test_contents_of_the_wheel(wheel):
         "llq_hf_startup.start",
         "optimum",
     }
-    assert [name for name in names if name.startswith("optimum/")] == ["optimum/commands/register/register_llq.py"]
+    assert [name for name in names if name.startswith("optimum/")] == [
+        "optimum/commands/register/register_llq.py"
+    ]
 
 
 def test_both_start_up_files_say_the_same(wheel):
     with zipfile.ZipFile(wheel) as archive:
         pth, start = (archive.read(f"llq_hf_startup.{end}").decode() for end in ("pth", "start"))
-    assert pth.strip() == "import llq_hf._startup"  # one line: what site runs has to begin with "import"
+    assert (
+        pth.strip() == "import llq_hf._startup"
+    )  # one line: what site runs has to begin with "import"
     module, _, function = start.strip().partition(":")
     assert (module, function) == ("llq_hf._startup", "install")
     assert "\ndef install(" in (ROOT / "llq_hf" / "_startup.py").read_text()
@@ -224,14 +289,18 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_the_wheel_hooks(installed, elsewhere):
     where = "import llq_hf; print(llq_hf.__file__)"
-    assert Path(python(where, executable=installed, cwd=elsewhere)).is_relative_to(installed.parents[1])
+    assert Path(python(where, executable=installed, cwd=elsewhere)).is_relative_to(
+        installed.parents[1]
+    )
     assert python(IS_HOOKED, executable=installed, cwd=elsewhere) == "True"
     assert python(IS_HOOKED, executable=installed, cwd=elsewhere, LLQ_DISABLE="1") == "False"
     assert python(IS_HOOKED, "-S", executable=installed, cwd=elsewhere) == "False"
 
 
 def test_hosts_know_us_with_no_flag(installed, elsewhere):
-    """lm-eval's registry and task index, and transformers' table, in a folder where nothing of ours lies."""
+    """lm-eval's registry and task index, and transformers' table, in a folder where nothing of ours
+    lies.
+    """
     code = """if True:
         import json
         from lm_eval.api.registry import get_model

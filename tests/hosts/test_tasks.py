@@ -1,4 +1,6 @@
-"""The lm-eval tasks: perplexity against a direct loop, prompts against lm-eval's own tasks, and local data."""
+"""The lm-eval tasks: perplexity against a direct loop, prompts against lm-eval's own tasks, and
+local data.
+"""
 
 import csv
 import json
@@ -26,7 +28,9 @@ ROOT = Path(__file__).resolve().parents[2]
 YAMLS = ROOT / "tasks" / "lm_eval"
 BUILT_IN = Path(lm_eval.__file__).parent / "tasks"
 SHARED = Path(os.environ.get("LLQ_SHARED", ROOT.parent / "shared"))
-needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"needs the shared data at {SHARED} (set LLQ_SHARED)")
+needs_shared = pytest.mark.skipif(
+    not SHARED.is_dir(), reason=f"needs the shared data at {SHARED} (set LLQ_SHARED)"
+)
 
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCD0123456789 .,:?'_\n"
 
@@ -37,19 +41,27 @@ def lm():
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2} | {letter: 3 + index for index, letter in enumerate(LETTERS)}
+    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2} | {
+        letter: 3 + index for index, letter in enumerate(LETTERS)
+    }
     raw = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     raw.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     raw.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=raw, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(vocab), hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=1, max_position_embeddings=64, initializer_range=0.4,
     )  # fmt: skip
-    if not hasattr(HFLM, "llq_windows_nll"):  # the start-up hook adds it where the project is installed
+    if not hasattr(
+        HFLM, "llq_windows_nll"
+    ):  # the start-up hook adds it where the project is installed
         HFLM.llq_windows_nll = lm_eval_perplexity.windows_nll
-    return HFLM(pretrained=LlamaForCausalLM(config).eval(), tokenizer=tokenizer, device="cpu", batch_size=3)
+    return HFLM(
+        pretrained=LlamaForCausalLM(config).eval(), tokenizer=tokenizer, device="cpu", batch_size=3
+    )
 
 
 def manager(**metadata):
@@ -99,16 +111,22 @@ def write_lines(path, rows):
     return write(path, "\n".join(json.dumps(row) for row in rows) + "\n")
 
 
-# --- perplexity --------------------------------------------------------------------------------------------
+# --- perplexity -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("length", "seqlen"), [(700, 32), (100, 32), (32, 33)])  # more, fewer windows than shards, one
+@pytest.mark.parametrize(
+    ("length", "seqlen"), [(700, 32), (100, 32), (32, 33)]
+)  # more, fewer windows than shards, one
 def test_perplexity_is_that_of_the_gptq_loop(lm, tmp_path, length, seqlen):
     text = letters(length)
     file = write(tmp_path / "a.txt", text)
-    results = evaluate(lm, "llq_wikitext2", text_file=file, seqlen=seqlen, method="rtn", unknown=[1])
+    results = evaluate(
+        lm, "llq_wikitext2", text_file=file, seqlen=seqlen, method="rtn", unknown=[1]
+    )
     expected = gptq_perplexity(lm, lm.tokenizer(text)["input_ids"], seqlen)
-    assert results["results"]["llq_wikitext2"]["token_perplexity,none"] == pytest.approx(expected, rel=1e-5)
+    assert results["results"]["llq_wikitext2"]["token_perplexity,none"] == pytest.approx(
+        expected, rel=1e-5
+    )
     metadata = results["configs"]["llq_wikitext2"]["metadata"]
     assert (metadata["seqlen"], metadata["text_source"], metadata["unknown"]) == (seqlen, file, [1])
     assert metadata["text_sha256"] == load_evaluation("wikitext2", file).sha256
@@ -123,21 +141,34 @@ def requests_of(name, **metadata):
 
 @pytest.mark.parametrize("batch_size", [1, 64, "auto"])
 def test_batches_and_ranks_do_not_change_the_sums(lm, tmp_path, monkeypatch, batch_size):
-    requests = requests_of("llq_wikitext2", text_file=write(tmp_path / "a.txt", letters(900)), seqlen=24)
+    requests = requests_of(
+        "llq_wikitext2", text_file=write(tmp_path / "a.txt", letters(900)), seqlen=24
+    )
     whole = lm.llq_windows_nll(requests)
     monkeypatch.setattr(lm, "batch_size_per_gpu", batch_size)
-    ranks = [lm.llq_windows_nll([*requests[rank::3], requests[rank]]) for rank in range(3)]  # padded as lm-eval does
+    ranks = [
+        lm.llq_windows_nll([*requests[rank::3], requests[rank]]) for rank in range(3)
+    ]  # padded as lm-eval does
     halves = [pair for rank in ranks for pair in rank[:-1]]
-    assert sum(tokens for _, tokens, _ in halves) == sum(tokens for _, tokens, _ in whole) == 37 * 23
-    assert math.fsum(p for p, _, _ in halves) == pytest.approx(math.fsum(p for p, _, _ in whole), rel=1e-5)
+    assert (
+        sum(tokens for _, tokens, _ in halves) == sum(tokens for _, tokens, _ in whole) == 37 * 23
+    )
+    assert math.fsum(p for p, _, _ in halves) == pytest.approx(
+        math.fsum(p for p, _, _ in whole), rel=1e-5
+    )
     assert all(rank[-1] == rank[0] for rank in ranks)
 
 
 def test_several_texts_in_one_call(lm, tmp_path):
-    files = {"ptb": write(tmp_path / "a.txt", letters(300)), "ptb_new": write(tmp_path / "b.txt", letters(400, 1))}
+    files = {
+        "ptb": write(tmp_path / "a.txt", letters(300)),
+        "ptb_new": write(tmp_path / "b.txt", letters(400, 1)),
+    }
     first = requests_of("llq_ptb", text_file=files, seqlen=24)
     second = requests_of("llq_ptb_new", text_file=files, seqlen=32)
-    assert lm.llq_windows_nll(first + second) == lm.llq_windows_nll(first) + lm.llq_windows_nll(second)
+    assert lm.llq_windows_nll(first + second) == lm.llq_windows_nll(first) + lm.llq_windows_nll(
+        second
+    )
 
 
 def test_c4_scores_random_windows(lm, tmp_path):
@@ -157,7 +188,9 @@ def test_a_short_model_shortens_the_windows_and_says_so(lm, tmp_path, caplog):
     assert "at most 64 tokens" in caplog.text
     assert "not 2048" in caplog.text
     expected = gptq_perplexity(lm, lm.tokenizer(text)["input_ids"], 64)
-    assert results["results"]["llq_wikitext2"]["token_perplexity,none"] == pytest.approx(expected, rel=1e-5)
+    assert results["results"]["llq_wikitext2"]["token_perplexity,none"] == pytest.approx(
+        expected, rel=1e-5
+    )
     assert results["configs"]["llq_wikitext2"]["metadata"]["seqlen"] == 64
 
 
@@ -177,13 +210,17 @@ def test_foreign_ids_are_refused(lm, tmp_path, monkeypatch):
 def test_nothing_scored_is_no_perplexity():
     with pytest.raises(LLQError, match="No window was scored"):
         lm_eval_perplexity.token_perplexity([(0.0, 0)])
-    assert lm_eval_perplexity.token_perplexity([(-3.0, 2), (0.0, 0), (-1.0, 2)]) == pytest.approx(math.e)
+    assert lm_eval_perplexity.token_perplexity([(-3.0, 2), (0.0, 0), (-1.0, 2)]) == pytest.approx(
+        math.e
+    )
     assert lm_eval_perplexity.token_perplexity([(-1e6, 1)]) == math.inf
     assert math.isnan(lm_eval_perplexity.token_perplexity([(math.nan, 1)]))
 
 
 def test_a_rank_without_windows(lm, tmp_path):
-    requests = requests_of("llq_wikitext2", text_file=write(tmp_path / "a.txt", letters(100)), seqlen=32)
+    requests = requests_of(
+        "llq_wikitext2", text_file=write(tmp_path / "a.txt", letters(100)), seqlen=32
+    )
     assert lm.llq_windows_nll(requests[5:7]) == [(0.0, 0, 32), (0.0, 0, 32)]
 
 
@@ -204,7 +241,9 @@ def test_unusable_metadata(metadata, message):
 
 def test_sample_logs_hold_no_text(lm, tmp_path):
     text = letters(500)
-    results = evaluate(lm, "llq_ptb_new", log_samples=True, text_file=write(tmp_path / "a.txt", text), seqlen=32)
+    results = evaluate(
+        lm, "llq_ptb_new", log_samples=True, text_file=write(tmp_path / "a.txt", text), seqlen=32
+    )
     samples = results["samples"]["llq_ptb_new"]
     assert len(samples) == lm_eval_perplexity.SHARDS
     logged = json.dumps(samples, default=str)
@@ -226,7 +265,7 @@ def test_the_request_cache_never_brings_back_another_text(lm, tmp_path, monkeypa
         assert len(ours.instances) == 2 * len(rows)
 
 
-# --- multiple choice ---------------------------------------------------------------------------------------
+# --- multiple choice ------------------------------------------------------------------------------
 
 HUB_ROWS = {
     "piqa": [
@@ -234,8 +273,16 @@ HUB_ROWS = {
         {"goal": "cut  bread", "sol1": "with soup ", "sol2": "with a knife", "label": 1},
     ],
     "arc_easy": [
-        {"question": "What is hot?", "choices": {"text": ["ice", "fire"], "label": ["1", "2"]}, "answerKey": "2"},
-        {"question": "Who barks", "choices": {"text": ["dog", "it's"], "label": ["A", "B"]}, "answerKey": "A"},
+        {
+            "question": "What is hot?",
+            "choices": {"text": ["ice", "fire"], "label": ["1", "2"]},
+            "answerKey": "2",
+        },
+        {
+            "question": "Who barks",
+            "choices": {"text": ["dog", "it's"], "label": ["A", "B"]},
+            "answerKey": "A",
+        },
     ],
     "hellaswag": [
         {
@@ -255,7 +302,12 @@ HUB_ROWS = {
     ],
     "winogrande": [
         {"sentence": "Ann met Bo so _ was glad.", "option1": "Ann", "option2": "Bo", "answer": "2"},
-        {"sentence": "The cup hit the jug, and the _ broke .", "option1": "cup", "option2": "jug", "answer": "1"},
+        {
+            "sentence": "The cup hit the jug, and the _ broke .",
+            "option1": "cup",
+            "option2": "jug",
+            "answer": "1",
+        },
     ],
 }
 HUB_ROWS["arc_challenge"] = HUB_ROWS["arc_easy"]
@@ -283,10 +335,19 @@ def mmlu_rows(count, seed):
 
 def built_in(yaml, splits, tmp_path, **more):
     """lm-eval's own task, its data replaced by the rows given for each split."""
-    config = {key: value for key, value in load_yaml(BUILT_IN / yaml).items() if key not in ("tag", "dataset_name")}
-    files = {split: write_lines(tmp_path / "built_in" / f"{split}.jsonl", rows) for split, rows in splits.items()}
+    config = {
+        key: value
+        for key, value in load_yaml(BUILT_IN / yaml).items()
+        if key not in ("tag", "dataset_name")
+    }
+    files = {
+        split: write_lines(tmp_path / "built_in" / f"{split}.jsonl", rows)
+        for split, rows in splits.items()
+    }
     kwargs = {"data_files": files, "cache_dir": str(tmp_path / "cache")}
-    return ConfigurableTask(config={**config, "dataset_path": "json", "dataset_kwargs": kwargs, **more})
+    return ConfigurableTask(
+        config={**config, "dataset_path": "json", "dataset_kwargs": kwargs, **more}
+    )
 
 
 def prompts(ours):
@@ -309,7 +370,9 @@ def test_prompts_and_scores_are_those_of_lm_eval(name, tmp_path):
     rows = HUB_ROWS[name]
     write_lines(tmp_path / f"{name}.jsonl", rows)
     ours = task(f"llq_{name}", folder=str(tmp_path), pretrained="x")
-    theirs = built_in(BUILT_IN_YAML[name], dict.fromkeys(("train", "validation", "test"), rows), tmp_path)
+    theirs = built_in(
+        BUILT_IN_YAML[name], dict.fromkeys(("train", "validation", "test"), rows), tmp_path
+    )
     assert prompts(ours) == prompts(theirs)
     assert scores(ours) == scores(theirs)
     assert ours.aggregation() == theirs.aggregation()
@@ -322,7 +385,9 @@ def test_mmlu_prompts_are_those_of_lm_eval(tmp_path):
         path = tmp_path / "mmlu" / split / f"high_school_physics_{split}.csv"
         path.parent.mkdir(parents=True)
         with path.open("w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows([r["question"], *r["choices"], "ABCD"[r["answer"]]] for r in rows)
+            csv.writer(file).writerows(
+                [r["question"], *r["choices"], "ABCD"[r["answer"]]] for r in rows
+            )
     ours = task("llq_mmlu_high_school_physics", folder=str(tmp_path))
     theirs = built_in("mmlu/default/mmlu_high_school_physics.yaml", splits, tmp_path, num_fewshot=5)
     got = prompts(ours)
@@ -348,9 +413,16 @@ def test_every_local_layout_gives_the_hub_prompts(tmp_path):
     write_lines(cut / "piqa" / "valid.jsonl", piqa)
     write(cut / "piqa" / "valid-labels.lst", "0\n1\n")
     winogrande = [
-        {"context_options": ["Ann met Bo so Ann", "Ann met Bo so Bo"], "continuation": "was glad.", "gold": 1},
         {
-            "context_options": ["The cup hit the jug, and the cup", "The cup hit the jug, and the jug"],
+            "context_options": ["Ann met Bo so Ann", "Ann met Bo so Bo"],
+            "continuation": "was glad.",
+            "gold": 1,
+        },
+        {
+            "context_options": [
+                "The cup hit the jug, and the cup",
+                "The cup hit the jug, and the jug",
+            ],
             "continuation": "broke .",
             "gold": 0,
         },
@@ -363,7 +435,9 @@ def test_every_local_layout_gives_the_hub_prompts(tmp_path):
     write_lines(cut / "hellaswag_val_full.jsonl", hellaswag)
     for name in HUB_ROWS:
         ours = [task(f"llq_{name}", folder=str(folder)) for folder in (hub, cut)]
-        if name == "hellaswag":  # the cut file is preprocessed by others: only the shape can be compared
+        if (
+            name == "hellaswag"
+        ):  # the cut file is preprocessed by others: only the shape can be compared
             assert [len(t.eval_docs) for t in ours] == [2, 2]
             assert ours[1].eval_docs[0]["query"] == ours[0].eval_docs[0]["query"]
         else:
@@ -378,10 +452,14 @@ def test_parquet_and_hub_rows_read_alike(tmp_path, monkeypatch):
 
     def hub_rows(repository, config=None, *, split, offline_cure):
         asked.append((repository, config, split))
-        name = {"ARC-Easy": "arc_easy", "ARC-Challenge": "arc_challenge", "winogrande_xl": "winogrande"}.get(
-            config, repository.rsplit("/", 1)[-1]
+        name = {
+            "ARC-Easy": "arc_easy",
+            "ARC-Challenge": "arc_challenge",
+            "winogrande_xl": "winogrande",
+        }.get(config, repository.rsplit("/", 1)[-1])
+        return datasets.Dataset.from_list(
+            mmlu_rows(6, 2) if "mmlu" in repository else HUB_ROWS[name]
         )
-        return datasets.Dataset.from_list(mmlu_rows(6, 2) if "mmlu" in repository else HUB_ROWS[name])
 
     monkeypatch.setattr("llq_hf.hosts.lm_eval_choice.hub_rows", hub_rows)
     for name, rows in HUB_ROWS.items():
@@ -418,14 +496,16 @@ def test_missing_and_broken_files(tmp_path):
     with pytest.raises(LLQError, match="2 labels for 1 questions"):
         task("llq_piqa", folder=str(tmp_path))
     write_lines(tmp_path / "arc" / "arc_easy.jsonl", [{"text": "x"}])
-    with pytest.raises(LLQError, match=r"Row 1 .*fields text; it needs \(question, choices, answerKey\) or"):
+    with pytest.raises(
+        LLQError, match=r"Row 1 .*fields text; it needs \(question, choices, answerKey\) or"
+    ):
         task("llq_arc_easy", folder=str(tmp_path))
     write_lines(tmp_path / "winogrande.jsonl", [HUB_ROWS["winogrande"][0] | {"answer": ""}])
     with pytest.raises(LLQError, match=r"Row 1 .*cannot be read \(ValueError"):
         task("llq_winogrande", folder=str(tmp_path))
 
 
-# --- groups ------------------------------------------------------------------------------------------------
+# --- groups ---------------------------------------------------------------------------------------
 
 
 def test_mmlu_has_the_subjects_and_categories_of_lm_eval():
@@ -455,13 +535,17 @@ def test_study_holds_every_task(tmp_path, monkeypatch):
     monkeypatch.setattr(
         lm_eval_perplexity,
         "_local_docs",
-        lambda name, folder, split, subject: lm_eval_perplexity._converted(rows[name], name, subject, "x"),
+        lambda name, folder, split, subject: lm_eval_perplexity._converted(
+            rows[name], name, subject, "x"
+        ),
     )
     file = write(tmp_path / "a.txt", letters(100))
     loaded = manager(folder=str(tmp_path), text_file=file).load(["llq_study"])
     names = set(loaded["tasks"])
     texts = {f"llq_{text}" for text in EVALUATION_TEXTS if text != "demo"}
-    assert {name for name in names if not name.startswith("llq_mmlu_")} == texts | {f"llq_{name}" for name in HUB_ROWS}
+    assert {name for name in names if not name.startswith("llq_mmlu_")} == texts | {
+        f"llq_{name}" for name in HUB_ROWS
+    }
     assert len(names) == 10 + 57
 
 
@@ -481,7 +565,9 @@ def test_demo_needs_nothing_but_the_package(lm, monkeypatch):
     monkeypatch.setattr(lm, "_max_length", 256)
     results = evaluate(lm, "llq_demo", limit=20, text_file="lost.txt", folder="lost")
     ppl = gptq_perplexity(lm, lm.tokenizer(letters(2000))["input_ids"], 256)
-    assert results["results"]["llq_demo_ppl"]["token_perplexity,none"] == pytest.approx(ppl, rel=1e-5)
+    assert results["results"]["llq_demo_ppl"]["token_perplexity,none"] == pytest.approx(
+        ppl, rel=1e-5
+    )
     assert 0 <= results["results"]["llq_demo_mc"]["acc,none"] <= 1
     query, choices, gold = world.questions(400, seed=0)[7]
     mc = task("llq_demo_mc")
@@ -492,13 +578,19 @@ def test_demo_needs_nothing_but_the_package(lm, monkeypatch):
     assert mc.doc_to_target(mc.eval_docs[7]) == gold
 
 
-# --- the shared data ---------------------------------------------------------------------------------------
+# --- the shared data ------------------------------------------------------------------------------
 
 
 @needs_shared
 def test_shared_questions_are_read_whole():
     folder = str(SHARED / "data" / "multiple_choice")
-    sizes = {"piqa": 1838, "arc_easy": 2376, "arc_challenge": 1172, "hellaswag": 10042, "winogrande": 1267}
+    sizes = {
+        "piqa": 1838,
+        "arc_easy": 2376,
+        "arc_challenge": 1172,
+        "hellaswag": 10042,
+        "winogrande": 1267,
+    }
     for name, size in sizes.items():
         docs = task(f"llq_{name}", folder=folder).eval_docs
         assert len(docs) == size
@@ -512,5 +604,7 @@ def test_golden_perplexity_of_the_shared_model():
         HFLM.llq_windows_nll = lm_eval_perplexity.windows_nll
     model = HFLM(pretrained=str(SHARED / "models" / "stories260K"), device="cpu", batch_size=20)
     ids = str(SHARED / "golden" / "eval_ids_260k.npy")
-    results = evaluate(model, "llq_wikitext2", text_file=ids, seqlen=256)["results"]["llq_wikitext2"]
+    results = evaluate(model, "llq_wikitext2", text_file=ids, seqlen=256)["results"][
+        "llq_wikitext2"
+    ]
     assert results["token_perplexity,none"] == pytest.approx(3.657022714614868, rel=1e-5)

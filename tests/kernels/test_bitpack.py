@@ -12,11 +12,15 @@ LENGTHS = [1, 2, 31, 32, 33, 63, 64, 65, 96, 127, 128, 129, 160, 172, 255, 256, 
 
 
 def random_codes(*shape: int, bits: int) -> torch.Tensor:
-    return torch.randint(0, 1 << bits, shape, generator=torch.Generator().manual_seed(sum(shape) + bits))
+    return torch.randint(
+        0, 1 << bits, shape, generator=torch.Generator().manual_seed(sum(shape) + bits)
+    )
 
 
 def literal(codes: list[int], bits: int) -> bytes:
-    """The layout read aloud: blocks of 128 codes, then units of 32; planes, widest first; chunks; fields of a byte."""
+    """The layout read aloud: blocks of 128 codes, then units of 32; planes, widest first; chunks;
+    fields of a byte.
+    """
     out = bytearray()
     while codes:
         size = 128 if len(codes) >= 128 else 32
@@ -66,7 +70,16 @@ def test_exactly_b_bits_a_code(bits: int):
 
 
 def test_planes_are_the_binary_expansion():
-    assert [plane_widths(bits) for bits in WIDTHS] == [[1], [2], [2, 1], [4], [4, 1], [4, 2], [4, 2, 1], [8]]
+    assert [plane_widths(bits) for bits in WIDTHS] == [
+        [1],
+        [2],
+        [2, 1],
+        [4],
+        [4, 1],
+        [4, 2],
+        [4, 2, 1],
+        [8],
+    ]
 
 
 @pytest.mark.parametrize("bits", WIDTHS)

@@ -1,6 +1,8 @@
-"""The CPU kernels beside torch's own decoding: every width, group, dtype and shape; dispatch, compilation, loading.
+"""The CPU kernels beside torch's own decoding: every width, group, dtype and shape; dispatch,
+compilation, loading.
 
-The library is that of this checkout, or one that the first test to need it compiles; without a compiler they skip.
+The library is that of this checkout, or one that the first test to need it compiles; without a
+compiler they skip.
 """
 
 from __future__ import annotations
@@ -33,7 +35,11 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ISAS = ["avx512vbmi2", "avx512", "avx2"]
 # Of the error of y, relative to its norm: digits with Gaussian activations; fp32 sums.
 DIGITS, FLOATS = 1e-4, 2e-6
-ROUNDING = {torch.float32: FLOATS, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # of y alone, once
+ROUNDING = {
+    torch.float32: FLOATS,
+    torch.bfloat16: 2.0**-8,
+    torch.float16: 2.0**-11,
+}  # of y alone, once
 
 
 @pytest.fixture(scope="session")
@@ -50,7 +56,9 @@ def libraries(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest, libraries: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> str:
+def isa(
+    request: pytest.FixtureRequest, libraries: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> str:
     """Each instruction set in turn, as the one that serves."""
     name: str = request.param
     if name not in native.supported():
@@ -125,13 +133,17 @@ def test_every_regime_agrees_with_torch(isa: str, bits: int, dtype: torch.dtype)
             kernel = kernels.choose(x, grid.readable(packed, 512))
             assert kernel is not None
             expected = F.linear(x.double(), weight_OI.double())
-            assert error(grid.linear(x, packed, None), expected) < 1.5 * ROUNDING[dtype] + FLOATS, kernel
+            assert error(grid.linear(x, packed, None), expected) < 1.5 * ROUNDING[dtype] + FLOATS, (
+                kernel
+            )
 
 
 @pytest.mark.parametrize(("bits", "a_bits"), [(8, 8), (6, 6), (4, 4), (4, 8)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_products_of_integers_are_exact(isa: str, bits: int, a_bits: int, dtype: torch.dtype):
-    """As torch's int32 sums to the last digits of fp32, rounded once: few tokens, and many; 600 rows: two tiles."""
+    """As torch's int32 sums to the last digits of fp32, rounded once: few tokens, and many; 600
+    rows: two tiles.
+    """
     method = build("smoothquant", bits=bits, a_bits=a_bits)
     packed = random_packed(method, 600, 556)
     for tokens, kernel in ((1, native.digits), (8, native.digits), (40, native.integer_tiles)):
@@ -146,7 +158,9 @@ def test_products_of_integers_are_exact(isa: str, bits: int, a_bits: int, dtype:
 
 
 def test_an_outlier_leaves_the_other_columns_their_digits(isa: str):
-    """One activation 100 times the others costs its own block of 128 columns precision, not the rest."""
+    """One activation 100 times the others costs its own block of 128 columns precision, not the
+    rest.
+    """
     grid = Uniform(4, 128)
     packed = rounded(grid, (64, 1024))
     weight_OI = grid.unpack(packed, 1024).double()
@@ -171,7 +185,7 @@ def test_threads_and_empty_inputs_change_nothing(isa: str):
     assert torch.equal(grid.linear(x[0], packed, None), alone[0])
 
 
-# --- dispatch --------------------------------------------------------------------------------------------------------
+# --- dispatch -------------------------------------------------------------------------------------
 
 
 def test_gradients_and_calibration_go_by_torch(isa: str):
@@ -193,9 +207,14 @@ def tensors_of(linear: QuantLinear) -> list[Tensor]:
 
 
 def test_what_a_linear_keeps_for_kernels_ends_with_its_tensors(isa: str):
-    """Kept from call to call; anew after a tensor was replaced, filled from elsewhere, moved or copied."""
+    """Kept from call to call; anew after a tensor was replaced, filled from elsewhere, moved or
+    copied.
+    """
     method, x = build("rtn", bits=4), torch.randn(2, 256, generator=generator()).bfloat16()
-    packs = [method.quantize(torch.randn(32, 256, generator=generator(seed)), None, Job("x")) for seed in range(4)]
+    packs = [
+        method.quantize(torch.randn(32, 256, generator=generator(seed)), None, Job("x"))
+        for seed in range(4)
+    ]
     linear = QuantLinear.from_packed(
         method, nn.Linear(256, 32, bias=False), {k: t.clone() for k, t in packs[0].items()}
     )
@@ -208,7 +227,10 @@ def test_what_a_linear_keeps_for_kernels_ends_with_its_tensors(isa: str):
     kept = kernels.keep(linear.layout, tensors_of(linear))
     assert agrees(linear, packs[0])
     assert kernels.keep(linear.layout, tensors_of(linear)) is kept
-    linear.weight.data, linear.scale = packs[1]["weight"], packs[1]["scale"]  # lies elsewhere; another tensor
+    linear.weight.data, linear.scale = (
+        packs[1]["weight"],
+        packs[1]["scale"],
+    )  # lies elsewhere; another tensor
     linear.zero.copy_(packs[1]["zero"])  # in place
     assert agrees(linear, packs[1])
     linear.load_state_dict(packs[2])
@@ -271,7 +293,9 @@ def test_codes_that_c_cannot_read_go_by_torch(isa: str):
     ids=str,
 )
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_methods_multiply_what_they_dequantize(isa: str, name: str, options: dict[str, Any], dtype: torch.dtype):
+def test_methods_multiply_what_they_dequantize(
+    isa: str, name: str, options: dict[str, Any], dtype: torch.dtype
+):
     method = build(name, **options)
     packed = random_packed(method, 160, 1024)
     weight_OI = method.dequantize(packed, 160, 1024).double()
@@ -300,7 +324,9 @@ def test_methods_multiply_what_they_dequantize(isa: str, name: str, options: dic
     ids=str,
 )
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_other_storage_is_decoded_to_the_last_bit(isa: str, name: str, options: dict[str, Any], dtype: torch.dtype):
+def test_other_storage_is_decoded_to_the_last_bit(
+    isa: str, name: str, options: dict[str, Any], dtype: torch.dtype
+):
     """The product with the unit matrix is the weight itself."""
     method = build(name, **options)
     packed = random_packed(method, 40, 512)
@@ -309,7 +335,9 @@ def test_other_storage_is_decoded_to_the_last_bit(isa: str, name: str, options: 
 
 
 def test_a_broken_weight_breaks_no_other(isa: str):
-    """Groups that are no multiple of four leave places free in what is read of a weight, where another's scales lay."""
+    """Groups that are no multiple of four leave places free in what is read of a weight, where
+    another's scales lay.
+    """
     good, bad = Uniform(4, 128), Uniform(4, 128)
     x = torch.randn(1, 640, generator=generator()).bfloat16()
     packed, broken = rounded(good, (32, 640)), rounded(bad, (32, 1024))
@@ -337,11 +365,13 @@ def test_other_products_in_digits(isa: str, name: str, options: dict[str, Any], 
     packed = kernels.Kept(random_packed(method, rows, 1024))
     weight_OI = method.dequantize(packed, rows, 1024).double()
     method.linear(torch.ones(1, 1024), packed, None, rows)
-    stored = packed.made["stored"]
+    stored = packed.computed["stored"]
     for tokens in (1, 2, 7):
         x = torch.randn(tokens, 1024, generator=generator(tokens))
         y = native.digits(x, stored, None)
-        assert error(y, F.linear(x.double(), weight_OI)) < DIGITS * 3  # levels are rounded too, and sums cancel
+        assert (
+            error(y, F.linear(x.double(), weight_OI)) < DIGITS * 3
+        )  # levels are rounded too, and sums cancel
 
 
 @pytest.mark.parametrize("n", [256, 1024, 11008, 13824])
@@ -366,7 +396,9 @@ def test_turns_that_kernels_cannot_make_go_by_torch(isa: str):
     x, slow = torch.randn(2, 96), torch.zeros(2, 96)
     odd = rotation(3, 96, False, torch.device("cpu"))  # 8 x 12: no whole vectors
     assert kernels.turned(x, odd.forth, lambda: slow) is slow
-    assert kernels.turned(x, rotation(3, 96, True, torch.device("cpu")).forth, lambda: slow) is slow  # blocked
+    assert (
+        kernels.turned(x, rotation(3, 96, True, torch.device("cpu")).forth, lambda: slow) is slow
+    )  # blocked
     whole = rotation(3, 256, False, torch.device("cpu")).forth
     with kernels.reference():
         assert kernels.turned(torch.randn(2, 256), whole, lambda: slow) is slow
@@ -380,16 +412,22 @@ def random_packed(method: Method, out_features: int, in_features: int) -> Packed
         if key == "order":
             packed[key] = torch.randperm(in_features, generator=random).to(spec.dtype)
         elif key == "widths":
-            pattern = torch.tensor([method.bits, method.bits - 1, method.bits, method.bits + 1], dtype=torch.uint8)
+            pattern = torch.tensor(
+                [method.bits, method.bits - 1, method.bits, method.bits + 1], dtype=torch.uint8
+            )
             packed[key] = pattern.repeat(-(-spec.shape[0] // 4))[: spec.shape[0]]
         elif spec.dtype == torch.int32:
-            packed[key] = torch.randint(-(2**31), 2**31 - 1, spec.shape, generator=random).to(torch.int32)
+            packed[key] = torch.randint(-(2**31), 2**31 - 1, spec.shape, generator=random).to(
+                torch.int32
+            )
             packed[key] = packed[key].abs() if key == "seeds" else packed[key]
         elif spec.dtype == torch.uint8:
             packed[key] = torch.randint(0, 256, spec.shape, generator=random).to(torch.uint8)
         else:
             packed[key] = (torch.rand(spec.shape, generator=random) + 0.5).to(spec.dtype)
-    if isinstance(method, PBLLM):  # a list of positions: only one that belongs to a mask can be read
+    if isinstance(
+        method, PBLLM
+    ):  # a list of positions: only one that belongs to a mask can be read
         positions = method._positions(out_features, in_features)
         mask_N = torch.zeros(positions.total, dtype=torch.bool)
         mask_N[torch.randperm(positions.total, generator=random)[: positions.count]] = True
@@ -398,27 +436,37 @@ def random_packed(method: Method, out_features: int, in_features: int) -> Packed
 
 
 def test_files_do_not_depend_on_kernels(
-    isa: str, make_checkpoint: Callable[..., Path], calibration_npy: Path, tmp_path: Path, monkeypatch
+    isa: str,
+    make_checkpoint: Callable[..., Path],
+    calibration_npy: Path,
+    tmp_path: Path,
+    monkeypatch,
 ):
     """A calibrated run over two blocks, the second of which sees what the packed first puts out."""
-    base = make_checkpoint(hidden_size=128, intermediate_size=256, num_attention_heads=4, dtype=torch.bfloat16)
+    base = make_checkpoint(
+        hidden_size=128, intermediate_size=256, num_attention_heads=4, dtype=torch.bfloat16
+    )
     calibration = Calibration(str(calibration_npy), samples=8)
 
     def run(name: str) -> dict[str, bytes]:
         quantize_checkpoint(str(base), tmp_path / name, build("gptq", bits=2), calibration)
-        return {file.name: file.read_bytes() for file in sorted((tmp_path / name).glob("*.safetensors"))}
+        return {
+            file.name: file.read_bytes() for file in sorted((tmp_path / name).glob("*.safetensors"))
+        }
 
     with_kernels = run("with")
     monkeypatch.setattr(kernels, "backend", lambda: None)
     assert run("without") == with_kernels
 
 
-# --- which library ---------------------------------------------------------------------------------------------------
+# --- which library --------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[[str], str]]:
-    """What `describe` says with LLQ_CPU_ISA set to something, and no library but those in tmp_path / "kernels"."""
+    """What `describe` says with LLQ_CPU_ISA set to something, and no library but those in tmp_path
+    / "kernels".
+    """
 
     def ask(isa: str) -> str:
         monkeypatch.setenv("LLQ_CPU_ISA", isa)
@@ -431,7 +479,9 @@ def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[
     native.backend.cache_clear()
 
 
-def test_llq_cpu_isa_chooses(libraries: dict[str, Path], asked: Callable[[str], str], tmp_path: Path):
+def test_llq_cpu_isa_chooses(
+    libraries: dict[str, Path], asked: Callable[[str], str], tmp_path: Path
+):
     assert "run `llq build-kernels`" in asked("")
     for isa in native.supported():
         with pytest.raises(LLQError, match="run `llq build-kernels`"):

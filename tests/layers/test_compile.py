@@ -1,4 +1,6 @@
-"""torch.compile: every method in one graph, from a linear to `generate`, with the numbers of the plain model."""
+"""torch.compile: every method in one graph, from a linear to `generate`, with the numbers of the
+plain model.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +21,9 @@ from transformers import AutoModelForCausalLM, CompileConfig, StaticCache
 
 from llq_hf.data.calibration import Calibration
 from llq_hf.engine.execute import quantize_checkpoint
-from llq_hf.kernels import Kept, keep, reference
+from llq_hf.kernels import CachedTensors, cached_tensors, reference
 from llq_hf.kernels import build as building
-from llq_hf.kernels.views import _HELD
+from llq_hf.kernels.views import _CACHE
 from llq_hf.layers import ops
 from llq_hf.layers.linear import QuantLinear
 from llq_hf.methods import METHODS, build
@@ -30,7 +32,9 @@ from llq_hf.numerics.activations import Attention, TokenQuant
 PROMPT, TOKENS = 5, 4
 
 each_method = pytest.mark.parametrize(
-    "case", [next(case for case in CASES if case.method == name) for name in METHODS], ids=list(METHODS)
+    "case",
+    [next(case for case in CASES if case.method == name) for name in METHODS],
+    ids=list(METHODS),
 )
 
 
@@ -49,7 +53,9 @@ def load(tiny_llama: Path, calibration_npy: Path, tmp_path: Path) -> Callable[..
 
     def make(name: str, **options: Any) -> Any:
         calibration = Calibration(str(calibration_npy), samples=8)
-        quantize_checkpoint(str(tiny_llama), tmp_path / "packed", build(name, **options), calibration)
+        quantize_checkpoint(
+            str(tiny_llama), tmp_path / "packed", build(name, **options), calibration
+        )
         return AutoModelForCausalLM.from_pretrained(tmp_path / "packed").eval()
 
     return make
@@ -77,7 +83,7 @@ def whole(model: Any, backend: str = "aot_eager") -> Any:
     return torch.compile(model, fullgraph=True, backend=backend)
 
 
-# --- one linear ------------------------------------------------------------------------------------------------------
+# --- one linear -----------------------------------------------------------------------------------
 
 
 @each_method
@@ -111,12 +117,12 @@ def test_the_host_reads_no_values(case: Case):
     Tensors without values stand in, which cannot be read.
     """
     linear, x = linear_of(case), checks.inputs()[:2]
-    packed = keep(linear.layout, tensors_of(linear))
+    packed = cached_tensors(linear.layout, tensors_of(linear))
     with reference(), torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
         with torch._subclasses.fake_tensor.unset_fake_temporarily():
             expected = linear(x)
-        fake = Kept({name: mode.from_tensor(tensor) for name, tensor in packed.items()})
-        fake.made = packed.made
+        fake = CachedTensors({name: mode.from_tensor(tensor) for name, tensor in packed.items()})
+        fake.computed = packed.computed
         y = linear.method.linear(mode.from_tensor(x), fake, linear.bias, linear.out_features)
     assert y.shape == expected.shape
 
@@ -125,22 +131,24 @@ def test_the_operators_are_what_they_say():
     linear = linear_of(CASES[0])
     x = checks.inputs()[:3]
     torch.library.opcheck(torch.ops.llq.linear.default, (x, *arguments(linear)))
-    torch.library.opcheck(torch.ops.llq.trained.default, (x.clone().requires_grad_(), *arguments(linear)))
+    torch.library.opcheck(
+        torch.ops.llq.trained.default, (x.clone().requires_grad_(), *arguments(linear))
+    )
 
 
 def test_what_is_kept_is_found_in_a_graph_and_ends_with_the_linear():
     gc.collect()
-    linear, x, before = linear_of(CASES[0]), checks.inputs()[:1], len(_HELD)
+    linear, x, before = linear_of(CASES[0]), checks.inputs()[:1], len(_CACHE)
     linear(x)
-    kept = keep(linear.layout, tensors_of(linear))
-    made = dict(kept.made)
+    kept = cached_tensors(linear.layout, tensors_of(linear))
+    made = dict(kept.computed)
     whole(linear)(x)
-    assert len(_HELD) == before + 1
-    assert all(kept.made[name] is made[name] for name in made)
+    assert len(_CACHE) == before + 1
+    assert all(kept.computed[name] is made[name] for name in made)
     torch._dynamo.reset()
     del linear
     gc.collect()
-    assert len(_HELD) == before
+    assert len(_CACHE) == before
 
 
 def test_a_linear_sent_to_another_process_compiles_there(monkeypatch: pytest.MonkeyPatch):
@@ -168,11 +176,13 @@ def test_inductor():
         assert torch.allclose(whole(model, "inductor")(x), model(x), rtol=1e-5, atol=1e-6)
 
 
-# --- whole models ----------------------------------------------------------------------------------------------------
+# --- whole models ---------------------------------------------------------------------------------
 
 
 def decode(model: Any, step: Any, ids_BS: Tensor) -> Tensor:
-    """Logits [B, S - PROMPT, vocabulary] of `step`, a token at a time, behind a prompt that the model itself read."""
+    """Logits [B, S - PROMPT, vocabulary] of `step`, a token at a time, behind a prompt that the
+    model itself read.
+    """
     cache, logits = StaticCache(config=model.config, max_cache_len=PROMPT + TOKENS), []
     model(ids_BS[:, :PROMPT], past_key_values=cache)
     for i in range(PROMPT, ids_BS.shape[1]):
@@ -182,9 +192,13 @@ def decode(model: Any, step: Any, ids_BS: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("name", "bits", "options"), [next(row for row in CHECKPOINTS if row[0] == name) for name in METHODS], ids=METHODS
+    ("name", "bits", "options"),
+    [next(row for row in CHECKPOINTS if row[0] == name) for name in METHODS],
+    ids=METHODS,
 )
-def test_decoding_is_one_graph_for_all_tokens(load: Any, calibration_ids: Tensor, name: str, bits: float, options: Any):
+def test_decoding_is_one_graph_for_all_tokens(
+    load: Any, calibration_ids: Tensor, name: str, bits: float, options: Any
+):
     model, ids_BS = load(name, bits=bits, **options), calibration_ids[:2, : PROMPT + TOKENS]
     with torch.no_grad():
         expected = decode(model, model, ids_BS)
@@ -194,13 +208,17 @@ def test_decoding_is_one_graph_for_all_tokens(load: Any, calibration_ids: Tensor
 
 
 def test_generate_with_a_static_cache(load: Any, calibration_ids: Tensor):
-    """As with a growing one; compiled, as `generate` does by itself on a GPU. With attention of the method's own."""
+    """As with a growing one; compiled, as `generate` does by itself on a GPU. With attention of the
+    method's own.
+    """
     model = load("spinquant", a_bits=8, kv_bits=4)
     everywhere = CompileConfig(fullgraph=True, backend="aot_eager", mode=None)
     everywhere._compile_all_devices = True
     asked = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 1}
     expected = model.generate(calibration_ids[:2, :PROMPT], **asked)
     for compiled in ({}, {"compile_config": everywhere}):
-        found = model.generate(calibration_ids[:2, :PROMPT], cache_implementation="static", **asked, **compiled)
+        found = model.generate(
+            calibration_ids[:2, :PROMPT], cache_implementation="static", **asked, **compiled
+        )
         assert torch.equal(found, expected)
     assert counters["stats"]["unique_graphs"] == 1

@@ -1,4 +1,6 @@
-"""AWQ: equal to literal loops, its groups and their outputs, grouped queries, clipping, what `best` adds."""
+"""AWQ: equal to literal loops, its groups and their outputs, grouped queries, clipping, what `best`
+adds.
+"""
 
 from __future__ import annotations
 
@@ -43,20 +45,26 @@ def test_equals_the_literal_loops(options: dict[str, Any], bits: int):
         packed = build("awq", bits=bits, scale_bits=32, **options).quantize_block(given)["test"]
     literal = dict(options)
     clip, duo = literal.pop("ranges", "clip") == "clip", literal.pop("duo_scaling", False)
-    restored, codes, s, ratio = awq(weight_OI.numpy(), x_TI.numpy(), bits, clip=clip, duo=duo, **literal)
+    restored, codes, s, ratio = awq(
+        weight_OI.numpy(), x_TI.numpy(), bits, clip=clip, duo=duo, **literal
+    )
     assert given.jobs["test"].notes["ratio"] == ratio
     assert torch.allclose(packed["in_scale"].double(), torch.from_numpy(s), rtol=1e-5)
     wrong = unpack(packed["weight"], bits, 40).numpy() != codes
     assert wrong.mean() <= 0.005, "a tie may round differently in fp32"
     method = build("awq", bits=bits, scale_bits=32, **options)
-    off = (checks.restore(method, packed, weight_OI).double() - torch.from_numpy(restored)).abs() > 1e-5
+    off = (
+        checks.restore(method, packed, weight_OI).double() - torch.from_numpy(restored)
+    ).abs() > 1e-5
     assert off.double().mean() <= 0.01
 
 
-# --- scales of a whole block --------------------------------------------------------------------------------------
+# --- scales of a whole block ----------------------------------------------------------------------
 
 
-def quantized(folder: Path, ids: Tensor, **options: Any) -> tuple[nn.Module, dict[str, dict[str, Any]]]:
+def quantized(
+    folder: Path, ids: Tensor, **options: Any
+) -> tuple[nn.Module, dict[str, dict[str, Any]]]:
     """(quantized model, records by linear without the prefix "model.layers.")."""
     model = AutoModelForCausalLM.from_pretrained(folder)
     records = quantize_model(model, build("awq", **options), ids)
@@ -70,8 +78,12 @@ def packed_of(model: nn.Module, name: str) -> Packed:
 
 
 @torch.no_grad()
-def literal_ratio(parent: nn.Module, call: tuple[Any, Any, Any], names: list[str], inputs_TI: Tensor, method: AWQ):
-    """Spec 4.2 for linears that share an input: the parent is copied, its weights replaced, its output compared."""
+def literal_ratio(
+    parent: nn.Module, call: tuple[Any, Any, Any], names: list[str], inputs_TI: Tensor, method: AWQ
+):
+    """Spec 4.2 for linears that share an input: the parent is copied, its weights replaced, its
+    output compared.
+    """
     args, kwargs, output = call
     target = output[0] if isinstance(output, tuple) else output
     losses = []
@@ -84,7 +96,9 @@ def literal_ratio(parent: nn.Module, call: tuple[Any, Any, Any], names: list[str
             grid = method.grid.spread(method.grid.grids(linear.weight * s_I), len(s_I))
             linear.weight.copy_(grid.values(grid.codes(linear.weight * s_I, method.bits)) / s_I)
         found = changed(*args, **kwargs)
-        losses.append(float(((found[0] if isinstance(found, tuple) else found) - target).square().mean()))
+        losses.append(
+            float(((found[0] if isinstance(found, tuple) else found) - target).square().mean())
+        )
     return losses.index(min(losses)) / method.ratios
 
 
@@ -97,11 +111,15 @@ def test_shared_scales_are_judged_by_the_output_of_the_common_parent(
     calls: dict[str, Any] = {}
     inputs: dict[str, Tensor] = {}
     for i in range(2):
-        for parent, names in (("self_attn", ["q_proj", "k_proj", "v_proj"]), ("mlp", ["gate_proj", "up_proj"])):
+        for parent, names in (
+            ("self_attn", ["q_proj", "k_proj", "v_proj"]),
+            ("mlp", ["gate_proj", "up_proj"]),
+        ):
             key = f"{i}.{parent}"
             module = dense.get_submodule(f"model.layers.{key}")
             module.register_forward_hook(
-                lambda m, args, kwargs, out, key=key: calls.update({key: (args, kwargs, out)}), with_kwargs=True
+                lambda m, args, kwargs, out, key=key: calls.update({key: (args, kwargs, out)}),
+                with_kwargs=True,
             )
             module.get_submodule(names[0]).register_forward_pre_hook(
                 lambda m, args, key=key: inputs.update({key: args[0].flatten(0, 1)})
@@ -109,7 +127,9 @@ def test_shared_scales_are_judged_by_the_output_of_the_common_parent(
     with torch.no_grad():
         dense(calibration_ids, use_cache=False)
     method = build("awq", bits=bits, group_size=32, ratios=10, scale_bits=32)
-    _, records = quantized(tiny_llama, calibration_ids, bits=bits, group_size=32, ratios=10, scale_bits=32)
+    _, records = quantized(
+        tiny_llama, calibration_ids, bits=bits, group_size=32, ratios=10, scale_bits=32
+    )
     assert isinstance(method, AWQ)
     ratios = set()
     for key, call in calls.items():
@@ -123,7 +143,9 @@ def test_shared_scales_are_judged_by_the_output_of_the_common_parent(
     assert len(ratios) > 1, "the search chooses something"
 
 
-def test_the_search_does_not_depend_on_the_batch(tiny_llama: Path, calibration_ids: Tensor, monkeypatch):
+def test_the_search_does_not_depend_on_the_batch(
+    tiny_llama: Path, calibration_ids: Tensor, monkeypatch
+):
     ratios = []
     for tokens in (32, 96, 4096):  # one, three and all eight sequences at a time
         monkeypatch.setattr(walk, "BATCH_TOKENS", tokens)
@@ -139,7 +161,9 @@ class TwoReaders(nn.Module):
         super().__init__()
         for name in ("a", "b"):
             linear = nn.Linear(in_features, 12, bias=False)
-            linear.weight = nn.Parameter(checks.weight(12, in_features) + (name == "b"), requires_grad=False)
+            linear.weight = nn.Parameter(
+                checks.weight(12, in_features) + (name == "b"), requires_grad=False
+            )
             self.add_module(name, linear)
 
     def forward(self, hidden: Tensor, **kwargs: object) -> Tensor:
@@ -150,7 +174,14 @@ def two_readers(x_NSI: Tensor) -> Step:
     block, stat = TwoReaders(x_NSI.shape[-1]), Samples(x_NSI.shape[-1], x_NSI.device)
     stat.update(x_NSI.flatten(0, 1), len(x_NSI))
     data = checks.Data(x_NSI, block.a.weight)
-    return Step("model.layers.0", block, dict(block.named_children()), dict.fromkeys("ab", stat), [["a", "b"]], data)
+    return Step(
+        "model.layers.0",
+        block,
+        dict(block.named_children()),
+        dict.fromkeys("ab", stat),
+        [["a", "b"]],
+        data,
+    )
 
 
 @pytest.mark.parametrize(("tokens", "sequences"), [(10**6, [0, 1, 2, 3]), (256, [0, 2]), (1, [0])])
@@ -159,7 +190,9 @@ def test_outputs_are_compared_on_evenly_spaced_sequences(tokens: int, sequences:
     weights = [linear.weight.clone() for linear in step.linears.values()]
     calls = build("awq", search_tokens=tokens)._calls(step, step.block)
     assert step.data is not None
-    assert torch.equal(torch.cat([args[0] for args, _, _ in calls]), step.data.inputs(slice(None))[0][sequences])
+    assert torch.equal(
+        torch.cat([args[0] for args, _, _ in calls]), step.data.inputs(slice(None))[0][sequences]
+    )
     assert all(torch.equal(step.block(args[0]), output) for args, _, output in calls)
     with torch.no_grad():
         build("awq", search_tokens=tokens).quantize_block(step)
@@ -170,14 +203,19 @@ def test_outputs_are_compared_on_evenly_spaced_sequences(tokens: int, sequences:
 
 def test_the_common_parent_is_found_by_name():
     assert _parent(["self_attn.q_proj", "self_attn.k_proj"]) == "self_attn"
-    assert _parent(["self_attn.q_proj", "mlp.gate_proj"]) == ""  # blocks with attention and mlp side by side
+    assert (
+        _parent(["self_attn.q_proj", "mlp.gate_proj"]) == ""
+    )  # blocks with attention and mlp side by side
     assert _parent(["a", "b"]) == ""
     assert _parent(["mlp.expert.gate", "mlp.expert.up"]) == "mlp.expert"
 
 
 def test_outputs_that_overflow_are_an_error():
     step = two_readers(checks.inputs(40).view(4, 128, 40) * 1e18)
-    with torch.no_grad(), pytest.raises(LLQError, match=r"model\.layers\.0\.a gives finite outputs"):
+    with (
+        torch.no_grad(),
+        pytest.raises(LLQError, match=r"model\.layers\.0\.a gives finite outputs"),
+    ):
         build("awq").quantize_block(step)
 
 
@@ -194,7 +232,9 @@ def test_grouped_queries(tiny_llama: Path, calibration_ids: Tensor, make_checkpo
     folder = make_checkpoint(num_key_value_heads=6, num_hidden_layers=1)
     for gqa in ("skip", "tie"):
         _, records = quantized(folder, calibration_ids, bits=2, ratios=8, gqa=gqa)
-        assert records[name]["ratio"] > 0, "as many value heads as query heads: scaled like any other"
+        assert records[name]["ratio"] > 0, (
+            "as many value heads as query heads: scaled like any other"
+        )
 
 
 def test_queries_and_keys_are_not_clipped(tiny_llama: Path, calibration_ids: Tensor):
@@ -203,21 +243,27 @@ def test_queries_and_keys_are_not_clipped(tiny_llama: Path, calibration_ids: Ten
     full, _ = quantized(tiny_llama, calibration_ids, ranges="full", **options)
     searched, _ = quantized(tiny_llama, calibration_ids, ranges="search", **options)
     for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-        first, second, third = (packed_of(m, f"1.self_attn.{name}")["scale"] for m in (clipped, full, searched))
+        first, second, third = (
+            packed_of(m, f"1.self_attn.{name}")["scale"] for m in (clipped, full, searched)
+        )
         assert torch.equal(first, second) is (name in ("q_proj", "k_proj")), name
         assert (first <= second).all()
         assert not torch.equal(third, second)
 
 
-# --- grids ------------------------------------------------------------------------------------------------------------
+# --- grids ----------------------------------------------------------------------------------------
 
 
 def test_without_scales_and_clipping_it_is_rtn():
     """r = 0 is s = 1 exactly."""
     for options in ({"group_size": 40}, {"group_size": -1, "sym": True}):
-        packed = checks.quantize(build("awq", bits=3, ratios=1, ranges="full", **options), checks.weight())
+        packed = checks.quantize(
+            build("awq", bits=3, ratios=1, ranges="full", **options), checks.weight()
+        )
         assert torch.equal(packed.pop("in_scale"), torch.ones(checks.IN).half())
-        checks.check_same_bits(packed, checks.quantize(build("rtn", bits=3, **options), checks.weight()))
+        checks.check_same_bits(
+            packed, checks.quantize(build("rtn", bits=3, **options), checks.weight())
+        )
 
 
 def test_a_row_of_zeros_stays_zero():
@@ -277,7 +323,14 @@ def test_stored_bits_of_llama_3_8b():
 
 @pytest.mark.parametrize(
     "options",
-    [{"ratios": 0}, {"search_tokens": 0}, {"gqa": "tied"}, {"ranges": "best"}, {"damp": 2.0}, {"group_size": 0}],
+    [
+        {"ratios": 0},
+        {"search_tokens": 0},
+        {"gqa": "tied"},
+        {"ranges": "best"},
+        {"damp": 2.0},
+        {"group_size": 0},
+    ],
     ids=str,
 )
 def test_options_are_checked(options: dict[str, Any]):

@@ -29,9 +29,13 @@ def salient_columns(packed: dict, in_features: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
-@pytest.mark.parametrize(("shape", "block"), [((6, 40), 20), ((5, 71), 60)], ids=["halves", "a last block of 11"])
+@pytest.mark.parametrize(
+    ("shape", "block"), [((6, 40), 20), ((5, 71), 60)], ids=["halves", "a last block of 11"]
+)
 @pytest.mark.parametrize("dead", [(), (3, 20)], ids=["all channels alive", "dead channels"])
-def test_equals_the_literal_solver(options: dict, shape: tuple[int, int], block: int, dead: tuple[int, ...]):
+def test_equals_the_literal_solver(
+    options: dict, shape: tuple[int, int], block: int, dead: tuple[int, ...]
+):
     weight_OI, x_TI = checks.weight(*shape), well_conditioned(shape[1], dead)
     method = build("billm", block_size=block, scale_bits=32, **options)
     packed = method.quantize(weight_OI, statistic(x_TI), job := checks.job())
@@ -41,13 +45,17 @@ def test_equals_the_literal_solver(options: dict, shape: tuple[int, int], block:
     assert torch.equal(salient_columns(packed, shape[1]), torch.from_numpy(salient))
     # a sign of a dead column, all zeros, is a matter of the last bit of the mean
     alive_I = torch.tensor([j for j in range(shape[1]) if j not in dead])
-    off = (checks.restore(method, packed, weight_OI) - torch.from_numpy(theirs)).abs()[:, alive_I] > 1e-5
+    off = (checks.restore(method, packed, weight_OI) - torch.from_numpy(theirs)).abs()[
+        :, alive_I
+    ] > 1e-5
     assert off.double().mean() <= 0.005
 
 
 @pytest.mark.parametrize("last", [1, 2, 49, 50, 51])
 def test_a_last_block_of_any_width(last: int):
-    """The authors' code asks for the 50 largest columns of every block and crashes where there are less."""
+    """The authors' code asks for the 50 largest columns of every block and crashes where there are
+    less.
+    """
     weight_OI = checks.weight(6, 64 + last)
     for preset in ("study", "best"):
         method = build("billm", preset, block_size=64)
@@ -58,7 +66,9 @@ def test_a_last_block_of_any_width(last: int):
         assert checks.relative_errors(weight_OI, checks.restore(method, packed, weight_OI))[0] < 1
 
 
-@pytest.mark.parametrize("shape", [(4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336)], ids=str
+)
 def test_stored_bits_on_llama_shapes(shape: tuple[int, int]):
     for preset in ("study", "best"):
         method = build("billm", preset)
@@ -112,7 +122,9 @@ def test_refits_never_cost_weight_error_without_feedback():
     weight_OI = checks.weight()
     errors = []
     for rounds in (0, 1, 5, 15):
-        method = build("billm", feedback=False, search_on="weight", arb_rounds=rounds, scale_bits=32)
+        method = build(
+            "billm", feedback=False, search_on="weight", arb_rounds=rounds, scale_bits=32
+        )
         restored_OI = checks.restore(method, checks.quantize(method, weight_OI), weight_OI)
         errors.append(checks.relative_errors(weight_OI, restored_OI)[0])
     assert errors == sorted(errors, reverse=True)
@@ -122,15 +134,21 @@ def test_refits_never_cost_weight_error_without_feedback():
 def test_every_round_of_refinement_lowers_the_loss_and_best_halves_it():
     weight_OI, x_TI = checks.weight(24, 160), checks.inputs(160)
     options = {"search_on": "weight", "arb_rounds": 5, "block_size": 60}
-    losses = [checks.loss_of(build("billm", refine=n, **options), weight_OI, x_TI) for n in range(4)]
+    losses = [
+        checks.loss_of(build("billm", refine=n, **options), weight_OI, x_TI) for n in range(4)
+    ]
     assert losses[3] < losses[2] < losses[1] < 0.85 * losses[0]
-    study, best = (checks.loss_of(build("billm", preset), weight_OI, x_TI) for preset in ("study", "best"))
+    study, best = (
+        checks.loss_of(build("billm", preset), weight_OI, x_TI) for preset in ("study", "best")
+    )
     assert best < 0.5 * study
 
 
 @pytest.mark.parametrize(("large", "found"), [(45, 45), (55, 49)])
 def test_up_to_49_columns_are_salient(large: int, found: int):
-    """Large columns in a block of small ones are told apart from them, as far as the authors' search goes."""
+    """Large columns in a block of small ones are told apart from them, as far as the authors'
+    search goes.
+    """
     weight_OI = checks.weight(32, 128) * torch.where(torch.arange(128) < large, 1.0, 0.01)
     packed = checks.quantize(build("billm", feedback=False, salience="magnitude"), weight_OI)
     assert salient_columns(packed, 128).sum() == found
@@ -144,7 +162,9 @@ def test_dense_share_is_what_the_refinement_aims_at():
     norms = []
     for share in (0.0, 0.5, 1.0):
         method = build("billm", "best", dense_share=share)
-        restored_OI = checks.restore(method, method.quantize(weight_OI, stat, checks.job()), weight_OI)
+        restored_OI = checks.restore(
+            method, method.quantize(weight_OI, stat, checks.job()), weight_OI
+        )
         norms.append(float((x_TI @ restored_OI.T).norm() / (x_TI @ weight_OI.T).norm()))
     assert norms[0] == pytest.approx(1, abs=0.1)
     assert norms[0] + 0.1 < norms[1] < norms[2]

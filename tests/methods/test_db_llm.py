@@ -1,4 +1,6 @@
-"""DB-LLM: levels and start against loops, the gradient of its scales, distillation that helps, runs that are killed."""
+"""DB-LLM: levels and start against loops, the gradient of its scales, distillation that helps, runs
+that are killed.
+"""
 
 from __future__ import annotations
 
@@ -39,11 +41,15 @@ def test_stored_bits_of_llama_shapes():
 def test_two_thresholds_choose_the_nearest_of_four_levels(mirrored: bool):
     random = torch.Generator().manual_seed(0)
     a1 = torch.rand(200, generator=random) + 0.5
-    a2 = -a1 * torch.rand(200, generator=random)  # |a2| <= |a1|, not only half of it: scales are trained
+    a2 = -a1 * torch.rand(
+        200, generator=random
+    )  # |a2| <= |a1|, not only half of it: scales are trained
     scale = torch.stack([a1, a2], dim=-1) * (-1 if mirrored else 1)
     weight = torch.randn(200, generator=random) * 1.5
     first, second = planes(weight, scale)
-    for w, pair, b1, b2 in zip(weight.tolist(), scale.tolist(), first.tolist(), second.tolist(), strict=True):
+    for w, pair, b1, b2 in zip(
+        weight.tolist(), scale.tolist(), first.tolist(), second.tolist(), strict=True
+    ):
         n1, n2 = slow.nearest_level(w, *pair)
         assert abs(w - pair[0] * b1 - pair[1] * b2) <= abs(w - pair[0] * n1 - pair[1] * n2) + 1e-6
 
@@ -60,7 +66,11 @@ def test_codes_and_scales_equal_the_slow_start(group_size: int):
             group = weight_OI[row, begin : begin + size].tolist()
             a1, a2, error = slow.start(group)
             assert packed["scale"][row, g].tolist() == pytest.approx([a1, a2], rel=1e-5)
-            found = (restored_OI[row, begin : begin + size] - weight_OI[row, begin : begin + size]).square().sum()
+            found = (
+                (restored_OI[row, begin : begin + size] - weight_OI[row, begin : begin + size])
+                .square()
+                .sum()
+            )
             assert float(found) == pytest.approx(error, rel=1e-4)
 
 
@@ -105,7 +115,9 @@ def test_the_gradient_is_that_of_the_restored_weight(group_size: int):
     assert torch.allclose(dual.factor.grad, factor.grad, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("dad", "gamma", "labels"), [(1.0, 0.1, True), (0.5, 1.0, False), (0.0, 0.1, True)])
+@pytest.mark.parametrize(
+    ("dad", "gamma", "labels"), [(1.0, 0.1, True), (0.5, 1.0, False), (0.0, 0.1, True)]
+)
 def test_the_loss_is_the_formula(dad: float, gamma: float, labels: bool):
     class Fixed(nn.Module):
         def __init__(self, logits_BSV: Tensor) -> None:
@@ -121,7 +133,10 @@ def test_the_loss_is_the_formula(dad: float, gamma: float, labels: bool):
     method = DBLLM(dad=dad, gamma=gamma, labels=labels)
     found = method._loss(Fixed(student), Fixed(teacher), ids_BS)
     expected = [
-        slow.dad_loss(teacher[b].tolist(), student[b].tolist(), ids_BS[b].tolist(), dad, gamma, labels) for b in (0, 1)
+        slow.dad_loss(
+            teacher[b].tolist(), student[b].tolist(), ids_BS[b].tolist(), dad, gamma, labels
+        )
+        for b in (0, 1)
     ]
     assert float(found) == pytest.approx(sum(expected) / 2, rel=1e-5)
 
@@ -130,7 +145,9 @@ def test_sampling_with_a_cache_is_sampling_without(tiny_llama: Path):
     model = AutoModelForCausalLM.from_pretrained(tiny_llama).eval()
     with torch.no_grad():
         ids = sampled(model, torch.tensor([[5], [9]]), 12, torch.Generator().manual_seed(0))
-        assert torch.equal(ids, sampled(model, torch.tensor([[5], [9]]), 12, torch.Generator().manual_seed(0)))
+        assert torch.equal(
+            ids, sampled(model, torch.tensor([[5], [9]]), 12, torch.Generator().manual_seed(0))
+        )
         assert ids.shape == (2, 12)
         greedy = model(ids[:, :3]).logits[:, -1].argmax(-1)
         assert torch.equal(greedy, ids[:, 3])
@@ -140,7 +157,7 @@ def test_sampling_with_a_cache_is_sampling_without(tiny_llama: Path):
             assert torch.equal(drawn[:, 0], ids[:, t]), t
 
 
-# --- on a model ------------------------------------------------------------------------------------------------------
+# --- on a model -----------------------------------------------------------------------------------
 
 
 def divergence(model: nn.Module, teacher: nn.Module, ids_NS: Tensor) -> float:
@@ -151,7 +168,9 @@ def divergence(model: nn.Module, teacher: nn.Module, ids_NS: Tensor) -> float:
 
 
 @pytest.mark.parametrize("options", [{}, {"feedback": True}, {"generated": 16}], ids=str)
-def test_distillation_brings_predictions_nearer(options: dict, tiny_llama: Path, calibration_ids: Tensor):
+def test_distillation_brings_predictions_nearer(
+    options: dict, tiny_llama: Path, calibration_ids: Tensor
+):
     teacher = AutoModelForCausalLM.from_pretrained(tiny_llama).eval()
     found = []
     for steps in (0, 24):
@@ -168,12 +187,14 @@ def test_only_scales_change_and_all_of_them(tiny_llama: Path, calibration_ids: T
     for steps in (0, 8):
         models.append(AutoModelForCausalLM.from_pretrained(tiny_llama).eval())
         quantize_model(models[-1], build("db_llm", **{**FAST, "steps": steps}), calibration_ids)
-    before, after = (dict(model.named_buffers()) | dict(model.named_parameters()) for model in models)
+    before, after = (
+        dict(model.named_buffers()) | dict(model.named_parameters()) for model in models
+    )
     for name, tensor in before.items():
         assert torch.equal(tensor, after[name]) is not name.endswith("_proj.scale"), name
 
 
-class Kept(State):
+class CachedTensors(State):
     """Keeps what is saved, and stops the run at the `stop`-th save."""
 
     def __init__(self, stop: int = 10**9) -> None:
@@ -201,8 +222,10 @@ def packed_model(tiny_llama: Path, method: DBLLM) -> tuple[nn.Module, nn.Module]
 
 def test_a_stopped_training_goes_on_to_the_same_bits(tiny_llama: Path, calibration_ids: Tensor):
     method = DBLLM(**{**FAST, "steps": 70})
-    whole = method.tune(*packed_model(tiny_llama, method), calibration_ids, Progress(), Kept())
-    state = Kept(stop=2)
+    whole = method.tune(
+        *packed_model(tiny_llama, method), calibration_ids, Progress(), CachedTensors()
+    )
+    state = CachedTensors(stop=2)
     with pytest.raises(KeyboardInterrupt):
         method.tune(*packed_model(tiny_llama, method), calibration_ids, Progress(), state)
     assert state.kept is not None
@@ -231,7 +254,9 @@ class Stop(Progress):
 
 
 def files(out: Path) -> dict[str, str]:
-    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(out.iterdir())}
+    return {
+        file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(out.iterdir())
+    }
 
 
 @pytest.fixture
@@ -250,7 +275,9 @@ def test_killed_while_and_after_tuning_the_files_are_the_same(
     assert not list(tmp_path.glob("whole.t*.safetensors")), "nothing of the training stays behind"
 
     with pytest.raises(KeyboardInterrupt):  # in the middle of training, after it was saved once
-        quantize_checkpoint(str(tiny_llama), out, method, calibration, progress=Stop("training the scales", 36))
+        quantize_checkpoint(
+            str(tiny_llama), out, method, calibration, progress=Stop("training the scales", 36)
+        )
     assert (tmp_path / "out.training.safetensors").exists()
     assert not (out / "config.json").exists()
 
@@ -282,7 +309,9 @@ def test_a_block_damaged_after_tuning_is_done_again_with_all_others(
     assert files(out) == before
 
 
-def test_live_and_streamed_runs_agree(tiny_llama: Path, calibration: Calibration, calibration_ids: Tensor, tmp_path):
+def test_live_and_streamed_runs_agree(
+    tiny_llama: Path, calibration: Calibration, calibration_ids: Tensor, tmp_path
+):
     method = build("db_llm", **FAST)
     live = AutoModelForCausalLM.from_pretrained(tiny_llama).eval()
     quantize_model(live, method, calibration_ids)
@@ -292,7 +321,9 @@ def test_live_and_streamed_runs_agree(tiny_llama: Path, calibration: Calibration
         assert torch.equal(live(calibration_ids).logits, loaded(calibration_ids).logits)
 
 
-def test_a_learning_rate_that_explodes_is_told(tiny_llama: Path, calibration_ids: Tensor, monkeypatch):
+def test_a_learning_rate_that_explodes_is_told(
+    tiny_llama: Path, calibration_ids: Tensor, monkeypatch
+):
     monkeypatch.setattr(DBLLM, "_loss", lambda self, *args: torch.tensor(float("nan")))
     model = AutoModelForCausalLM.from_pretrained(tiny_llama)
     with pytest.raises(LLQError, match=r"smaller lr"):

@@ -1,4 +1,6 @@
-"""EfficientQAT: equal to its literal training, starts that keep codes, scales alone in E2E-QP, runs that are killed."""
+"""EfficientQAT: equal to its literal training, starts that keep codes, scales alone in E2E-QP, runs
+that are killed.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,13 @@ from llq_hf.methods import build
 from llq_hf.methods.efficient_qat import EfficientQAT, UniformLinear, _Linear, divergence
 from llq_hf.numerics.grids import Grid
 
-FAST: dict[str, Any] = {"epochs": 2, "weight_lr": 5e-3, "grid_lr": 1e-3, "relative": True, "tune_batch": 4}
+FAST: dict[str, Any] = {
+    "epochs": 2,
+    "weight_lr": 5e-3,
+    "grid_lr": 1e-3,
+    "relative": True,
+    "tune_batch": 4,
+}
 
 
 def test_stored_bits_are_those_of_the_paper():
@@ -50,7 +58,9 @@ def test_the_forward_pass_and_its_gradients_are_the_formula(bits: int):
     scale_OG = torch.tensor([0.1, 0.5, 1.0]).expand(5, 3).half().float()
     zero_OG = torch.tensor([[0.4, 1.6, 2.2]]).expand(5, 3) * (2**bits - 1) / 3 - 0.3
     slope_OI = torch.randn(5, 12, generator=random)
-    part = _Linear(weight_OI, Grid(scale_OG, zero_OG), None, build("efficient_qat", bits=bits, group_size=4))
+    part = _Linear(
+        weight_OI, Grid(scale_OG, zero_OG), None, build("efficient_qat", bits=bits, group_size=4)
+    )
     restored_OI = part(torch.eye(12)).T
     (restored_OI * slope_OI).sum().backward()
     for o in range(5):
@@ -79,10 +89,14 @@ VARIANTS = {
 
 
 class Parted(checks.Data):
-    """Calibration data whose targets are not what the block makes of its inputs: two streams that have parted."""
+    """Calibration data whose targets are not what the block makes of its inputs: two streams that
+    have parted.
+    """
 
     def targets(self, rows: slice) -> Tensor:
-        return super().targets(rows) + 0.3 * torch.sin(50 * self.x_NSI[rows][..., : len(self.weight_OI)])
+        return super().targets(rows) + 0.3 * torch.sin(
+            50 * self.x_NSI[rows][..., : len(self.weight_OI)]
+        )
 
 
 @pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
@@ -91,12 +105,23 @@ class Parted(checks.Data):
 def test_equals_the_literal_training(options: dict, bits: int):
     """Three sequences, two a step, four epochs; a code or two may round differently in fp32."""
     weight_OI, x_NSI = checks.weight(6, 32), checks.inputs(32)[:24].view(3, 8, 32) / 10
-    settings = {"epochs": 4, "batch": 2, "weight_lr": 3e-3, "grid_lr": 2e-3, "relative": False, **options}
+    settings = {
+        "epochs": 4,
+        "batch": 2,
+        "weight_lr": 3e-3,
+        "grid_lr": 2e-3,
+        "relative": False,
+        **options,
+    }
     method = build("efficient_qat", bits=bits, **settings)
-    step = replace(checks.step(method, weight_OI, x_NSI.flatten(0, 1)), data=Parted(x_NSI, weight_OI))
+    step = replace(
+        checks.step(method, weight_OI, x_NSI.flatten(0, 1)), data=Parted(x_NSI, weight_OI)
+    )
     packed = method.quantize_block(step)["test"]
     targets = step.data.targets(slice(None)).numpy()
-    codes, scales, zeros, losses = block_ap(weight_OI.numpy(), x_NSI.numpy(), targets, bits=bits, **settings)
+    codes, scales, zeros, losses = block_ap(
+        weight_OI.numpy(), x_NSI.numpy(), targets, bits=bits, **settings
+    )
     notes = step.jobs["test"].notes
     if losses:
         assert notes["first_loss"] == pytest.approx(losses[0], rel=1e-4)
@@ -107,24 +132,32 @@ def test_equals_the_literal_training(options: dict, bits: int):
 
 
 def test_a_solved_start_has_the_codes_of_the_solver():
-    """No training: the codes are those of GPTQ with the same options; each weight lies in its code's cell."""
+    """No training: the codes are those of GPTQ with the same options; each weight lies in its
+    code's cell.
+    """
     weight_OI, x_TI = checks.weight(48, 192), checks.inputs(192)
     start = build("efficient_qat", solved=True, epochs=0)
     same = {"search_range": True, "act_group_aware": True, "refine": 2}
     gptq = build("gptq", bits=2, group_size=64, **same)
-    checks.check_same_bits(checks.quantize(start, weight_OI, x_TI), checks.quantize(gptq, weight_OI, x_TI))
+    checks.check_same_bits(
+        checks.quantize(start, weight_OI, x_TI), checks.quantize(gptq, weight_OI, x_TI)
+    )
 
 
 def test_training_lowers_the_output_error():
     still, trained = (
-        checks.loss_of(build("efficient_qat", **{**FAST, "epochs": n}), checks.weight(), checks.inputs())
+        checks.loss_of(
+            build("efficient_qat", **{**FAST, "epochs": n}), checks.weight(), checks.inputs()
+        )
         for n in (0, 30)
     )
     assert trained < 0.7 * still
 
 
 def test_zero_points_move_only_through_clipped_weights_and_stay_codes():
-    """All weights positive and far from zero: they are clipped at the upper end until the zero point is 0."""
+    """All weights positive and far from zero: they are clipped at the upper end until the zero
+    point is 0.
+    """
     weight_OI = checks.weight(6, 64).abs() + 0.5
     packed = checks.quantize(build("efficient_qat", bits=4, group_size=32), weight_OI)
     assert not unpack(packed["zero"], 4, 12).any()
@@ -134,8 +167,13 @@ def test_zero_points_move_only_through_clipped_weights_and_stay_codes():
 def test_a_loss_that_is_not_finite_is_an_error():
     weight_OI = checks.weight(8, 64)
     method = build("efficient_qat", epochs=2)
-    step = replace(checks.step(method, weight_OI), data=checks.Data(torch.full((2, 4, 64), torch.inf), weight_OI))
-    with pytest.raises(LLQError, match=r"training loss of model.layers.0 is not finite in epoch 1; lower weight_lr"):
+    step = replace(
+        checks.step(method, weight_OI),
+        data=checks.Data(torch.full((2, 4, 64), torch.inf), weight_OI),
+    )
+    with pytest.raises(
+        LLQError, match=r"training loss of model.layers.0 is not finite in epoch 1; lower weight_lr"
+    ):
         method.quantize_block(step)
 
 
@@ -157,7 +195,7 @@ def test_options_are_checked(options: dict, words: str):
         build("efficient_qat", **options)
 
 
-# --- E2E-QP ----------------------------------------------------------------------------------------------------------
+# --- E2E-QP ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("group_size", [16, 24, -1])
@@ -184,11 +222,15 @@ def test_the_divergence_is_the_formula():
     random = torch.Generator().manual_seed(2)
     student, teacher = (torch.randn(2, 6, 9, generator=random) * 2 for _ in range(2))
     p, q = teacher.double().softmax(-1), student.double().softmax(-1)
-    assert float(divergence(student, teacher)) == pytest.approx(float((p * (p / q).log()).sum(-1).mean()), rel=1e-5)
+    assert float(divergence(student, teacher)) == pytest.approx(
+        float((p * (p / q).log()).sum(-1).mean()), rel=1e-5
+    )
 
 
 @pytest.mark.parametrize("distill", [False, True])
-def test_only_scales_change_and_the_model_gets_better(tiny_llama: Path, calibration_ids: Tensor, distill: bool):
+def test_only_scales_change_and_the_model_gets_better(
+    tiny_llama: Path, calibration_ids: Tensor, distill: bool
+):
     teacher = AutoModelForCausalLM.from_pretrained(tiny_llama).eval()
     models, losses = [], []
     for tune_epochs in (0, 8):
@@ -199,14 +241,18 @@ def test_only_scales_change_and_the_model_gets_better(tiny_llama: Path, calibrat
         with torch.no_grad():
             logits = models[-1](calibration_ids).logits
             labels = F.cross_entropy(logits[:, :-1].flatten(0, 1), calibration_ids[:, 1:].flatten())
-            losses.append(float(divergence(logits, teacher(calibration_ids).logits) if distill else labels))
+            losses.append(
+                float(divergence(logits, teacher(calibration_ids).logits) if distill else labels)
+            )
     assert losses[1] < 0.97 * losses[0]
-    before, after = (dict(model.named_buffers()) | dict(model.named_parameters()) for model in models)
+    before, after = (
+        dict(model.named_buffers()) | dict(model.named_parameters()) for model in models
+    )
     for name, tensor in before.items():
         assert torch.equal(tensor, after[name]) is not name.endswith("_proj.scale"), name
 
 
-# --- on a model ------------------------------------------------------------------------------------------------------
+# --- on a model -----------------------------------------------------------------------------------
 
 
 class Memory(State):
@@ -244,7 +290,9 @@ def block_step(folder: Path, ids_NS: Tensor, method: EfficientQAT) -> Step:
 
 @pytest.mark.parametrize("options", [{}, {"solved": True}], ids=str)
 @torch.no_grad()
-def test_block_training_brings_the_block_nearer(tiny_llama: Path, calibration_ids: Tensor, options: dict):
+def test_block_training_brings_the_block_nearer(
+    tiny_llama: Path, calibration_ids: Tensor, options: dict
+):
     """By more than 40 % of the loss it starts with."""
     method = build("efficient_qat", **{**FAST, **options, "epochs": 30, "weight_lr": 2e-2})
     step = block_step(tiny_llama, calibration_ids, method)
@@ -260,12 +308,16 @@ def test_a_training_that_stopped_inside_a_block_goes_on(tiny_llama: Path, calibr
     unbroken = method.quantize_block(block_step(tiny_llama, calibration_ids, method))
     state = Memory()
     stopped = replace(
-        block_step(tiny_llama, calibration_ids, method), state=state, listener=StopAfter("training", 1, 2 * 8 + 3)
+        block_step(tiny_llama, calibration_ids, method),
+        state=state,
+        listener=StopAfter("training", 1, 2 * 8 + 3),
     )
     with pytest.raises(KeyboardInterrupt):
         method.quantize_block(stopped)
     assert state.saves == 2
-    resumed = method.quantize_block(replace(block_step(tiny_llama, calibration_ids, method), state=state))
+    resumed = method.quantize_block(
+        replace(block_step(tiny_llama, calibration_ids, method), state=state)
+    )
     assert state.saves == 4
     for name in unbroken:
         checks.check_same_bits(unbroken[name], resumed[name])
@@ -277,8 +329,18 @@ def files(tiny_llama: Path, calibration_npy: Path, tmp_path: Path) -> Callable[.
 
     def run(name: str, method: EfficientQAT, progress: Progress | None = None) -> dict[str, str]:
         out = tmp_path / name
-        quantize_checkpoint(str(tiny_llama), out, method, Calibration(str(calibration_npy), samples=8), None, progress)
-        return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(out.iterdir())}
+        quantize_checkpoint(
+            str(tiny_llama),
+            out,
+            method,
+            Calibration(str(calibration_npy), samples=8),
+            None,
+            progress,
+        )
+        return {
+            file.name: hashlib.sha256(file.read_bytes()).hexdigest()
+            for file in sorted(out.iterdir())
+        }
 
     return run
 
@@ -296,6 +358,11 @@ def test_a_run_stopped_in_both_phases_ends_in_the_same_bytes(
         files("out", method, StopAfter("training the scales", 1, 66))
     assert files("out", method) == whole
     report = read_report(tmp_path / "out")
-    assert all(record["tuned"] and record["last_loss"] < record["first_loss"] for record in report["linears"])
-    assert all(record["weight_error"] < 0.5 for record in report["linears"])  # of the weights that were quantized
+    assert all(
+        record["tuned"] and record["last_loss"] < record["first_loss"]
+        for record in report["linears"]
+    )
+    assert all(
+        record["weight_error"] < 0.5 for record in report["linears"]
+    )  # of the weights that were quantized
     assert not (tmp_path / "out.training.safetensors").exists()

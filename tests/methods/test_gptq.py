@@ -26,13 +26,24 @@ VARIANTS = {
     "act order": {"group_size": -1, "act_order": True},
     "act order in groups of 16": {"group_size": 16, "act_order": True},
     "static groups of 16": {"group_size": 16, "static_groups": True},
-    "act order in static groups of 16": {"group_size": 16, "static_groups": True, "act_order": True},
+    "act order in static groups of 16": {
+        "group_size": 16,
+        "static_groups": True,
+        "act_order": True,
+    },
     "static but one group a row": {"group_size": -1, "static_groups": True, "act_order": True},
     "group-aware order in groups of 16": {"group_size": 16, "act_group_aware": True},
-    "group-aware order in groups of 48 that do not divide": {"group_size": 48, "act_group_aware": True},
+    "group-aware order in groups of 48 that do not divide": {
+        "group_size": 48,
+        "act_group_aware": True,
+    },
     "group-aware order, one group a row": {"group_size": -1, "act_group_aware": True},
     "aiming at other outputs": {"group_size": 16, "gptaq": 0.25},
-    "aiming at other outputs in group-aware order": {"group_size": 48, "gptaq": 1.0, "act_group_aware": True},
+    "aiming at other outputs in group-aware order": {
+        "group_size": 48,
+        "gptaq": 1.0,
+        "act_group_aware": True,
+    },
     "half the damping": {"group_size": 32, "damp": 0.005},
 }
 
@@ -40,9 +51,14 @@ VARIANTS = {
 def well_conditioned(in_features: int, dead: tuple[int, ...] = ()) -> torch.Tensor:
     """Inputs [T, I] with correlations but no tiny eigenvalue, so that fp32 and fp64 round alike."""
     random = torch.Generator().manual_seed(in_features)
-    mix_II = torch.eye(in_features) + 0.3 * torch.randn(in_features, in_features, generator=random) / in_features**0.5
+    mix_II = (
+        torch.eye(in_features)
+        + 0.3 * torch.randn(in_features, in_features, generator=random) / in_features**0.5
+    )
     x_TI = torch.randn(4 * in_features, in_features, generator=random) @ mix_II
-    x_TI *= 0.5 + torch.rand(in_features, generator=random)  # all diagonals of H differ: one act order
+    x_TI *= 0.5 + torch.rand(
+        in_features, generator=random
+    )  # all diagonals of H differ: one act order
     x_TI[:, list(dead)] = 0
     return x_TI
 
@@ -60,7 +76,9 @@ def hessian_of(x_TI: torch.Tensor) -> PairedHessian:
 @pytest.mark.parametrize("shape", [(16, 32), (12, 160)], ids=lambda shape: "{}x{}".format(*shape))
 @pytest.mark.parametrize("bits", [2, 4])
 @pytest.mark.parametrize("dead", [(), (3, 20)], ids=["all channels alive", "dead channels"])
-def test_equals_the_literal_solver(options: dict, shape: tuple[int, int], bits: int, dead: tuple[int, ...]):
+def test_equals_the_literal_solver(
+    options: dict, shape: tuple[int, int], bits: int, dead: tuple[int, ...]
+):
     weight_OI, x_TI = checks.weight(*shape), well_conditioned(shape[1], dead)
     method, job = build("gptq", bits=bits, scale_bits=32, **options), checks.job()
     packed = method.quantize(weight_OI, hessian_of(x_TI), job)
@@ -68,7 +86,12 @@ def test_equals_the_literal_solver(options: dict, shape: tuple[int, int], bits: 
     assert job.notes["damp"] == method.damp
     stat = hessian_of(x_TI)
     restored, codes, order = gptq(
-        weight_OI.numpy(), stat.H_II.numpy(), bits, cross=stat.C_II.numpy(), **options, scale_bits=32
+        weight_OI.numpy(),
+        stat.H_II.numpy(),
+        bits,
+        cross=stat.C_II.numpy(),
+        **options,
+        scale_bits=32,
     )
     mine = unpack(packed["weight"], bits, shape[1]).numpy()
     if "order" in packed:
@@ -129,8 +152,12 @@ def test_act_order_stores_the_order_in_16_bits_and_static_groups_store_none():
     assert stored == pytest.approx(4 + 20 / 128 + 16 / 4096)
 
 
-def test_true_sequential_sees_what_the_previous_group_left(tiny_llama, calibration_ids, monkeypatch):
-    """q, k, v, then o, gate and up, down: o's Hessian comes from quantized q, k, v; without the option it does not."""
+def test_true_sequential_sees_what_the_previous_group_left(
+    tiny_llama, calibration_ids, monkeypatch
+):
+    """q, k, v, then o, gate and up, down: o's Hessian comes from quantized q, k, v; without the
+    option it does not.
+    """
     from transformers import AutoModelForCausalLM
 
     from llq_hf.methods.gptq import GPTQ
@@ -154,9 +181,16 @@ def test_true_sequential_sees_what_the_previous_group_left(tiny_llama, calibrati
     assert names[3] == "self_attn.o_proj"
     assert {*names[4:6]} == {"mlp.gate_proj", "mlp.up_proj"}
     assert names[6] == "mlp.down_proj"
-    for name, same in (("self_attn.q_proj", True), ("self_attn.o_proj", False), ("mlp.down_proj", False)):
-        assert torch.equal(hessians[False, block + name], hessians[True, block + name]) is same, name
+    for name, same in (
+        ("self_attn.q_proj", True),
+        ("self_attn.o_proj", False),
+        ("mlp.down_proj", False),
+    ):
+        assert torch.equal(hessians[False, block + name], hessians[True, block + name]) is same, (
+            name
+        )
     # the next block sees quantized predecessors either way
     assert not torch.equal(
-        hessians[False, "model.layers.1.self_attn.q_proj"], hessians[True, "model.layers.1.self_attn.q_proj"]
+        hessians[False, "model.layers.1.self_attn.q_proj"],
+        hessians[True, "model.layers.1.self_attn.q_proj"],
     )

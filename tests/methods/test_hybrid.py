@@ -1,4 +1,6 @@
-"""Hybrid: who serves what, by rules and by allocation; stored bits within the budget; runs that are killed."""
+"""Hybrid: who serves what, by rules and by allocation; stored bits within the budget; runs that are
+killed.
+"""
 
 from __future__ import annotations
 
@@ -20,18 +22,18 @@ from llq_hf.common.progress import Progress
 from llq_hf.data.calibration import Calibration
 from llq_hf.engine.execute import quantize_checkpoint
 from llq_hf.engine.in_memory import quantize_model
-from llq_hf.engine.whole_model import settled
+from llq_hf.engine.whole_model import resolve_method
 from llq_hf.hosts.hf_quantizer import CONFIGS
 from llq_hf.layers.linear import QuantLinear
 from llq_hf.method import Flow, State
 from llq_hf.methods import METHODS, build
-from llq_hf.methods.hybrid import Drawer, parsed, served_by, spelled
+from llq_hf.methods.hybrid import ScopedState, parsed, served_by, spelled
 
 CHEAP = {"candidates": "rtn:2:group_size=32+rtn:3:group_size=32+rtn:6:group_size=32", "samples": 4}
 MIXED = "*.down_proj=rtn:4:group_size=64+*.0.self_attn.*=gptq:2:group_size=64+*=quip:3"
 
 
-# --- how it is written -----------------------------------------------------------------------------------------------
+# --- how it is written ----------------------------------------------------------------------------
 
 
 def test_a_method_is_read_as_it_is_spelled():
@@ -51,8 +53,12 @@ def test_a_method_is_read_as_it_is_spelled():
 def test_rules_come_with_commas_too_and_the_first_that_fits_serves():
     method = build("hybrid", rules="*.layers.0.*=rtn:8,*.down_proj=rtn:4+*=rtn:3")
     assert parsed("a=rtn:8,b=rtn:2+c=x:1") == [("a", "rtn:8"), ("b", "rtn:2"), ("c", "x:1")]
-    for name, bits in {"layers.0.mlp.down_proj": 8, "layers.1.mlp.down_proj": 4, "layers.1.mlp.up_proj": 3}.items():
-        assert method.at(f"model.{name}").bits == bits
+    for name, bits in {
+        "layers.0.mlp.down_proj": 8,
+        "layers.1.mlp.down_proj": 4,
+        "layers.1.mlp.up_proj": 3,
+    }.items():
+        assert method.for_linear(f"model.{name}").bits == bits
 
 
 @pytest.mark.parametrize(
@@ -84,23 +90,30 @@ def test_what_cannot_be_served_is_told(options: dict[str, Any], words: str | Non
 
 def test_rules_must_fit_and_cover_the_model(tiny_llama: Path):
     model = AutoModelForCausalLM.from_pretrained(tiny_llama)
-    with pytest.raises(LLQError, match=r"the rule '\*\.donw_proj' fits no linear; they are called 'model.layers.0"):
-        build("hybrid", rules="*.donw_proj=rtn:4").fitted(model)
-    with pytest.raises(LLQError, match=r"no rule serves model.layers.0.self_attn.q_proj, and there are no candidates"):
-        build("hybrid", rules="*.mlp.*=rtn:4", candidates="").fitted(model)
+    with pytest.raises(
+        LLQError, match=r"the rule '\*\.donw_proj' fits no linear; they are called 'model.layers.0"
+    ):
+        build("hybrid", rules="*.donw_proj=rtn:4").bound_to(model)
+    with pytest.raises(
+        LLQError,
+        match=r"no rule serves model.layers.0.self_attn.q_proj, and there are no candidates",
+    ):
+        build("hybrid", rules="*.mlp.*=rtn:4", candidates="").bound_to(model)
 
 
 def test_fitted_to_a_model_bits_are_what_rules_come_to(tiny_llama: Path):
     model = AutoModelForCausalLM.from_pretrained(tiny_llama)
-    method = build("hybrid", rules="*=rtn:4:group_size=64:preset=best").fitted(model)
+    method = build("hybrid", rules="*=rtn:4:group_size=64:preset=best").bound_to(model)
     assert method.rules == "*=rtn:4:group_size=64:search_range=true"
     assert 4.3 < method.bits < 6, "of this odd model"
     assert not method.learns
-    assert method.fitted(model) == method
+    assert method.bound_to(model) == method
 
 
 def test_one_walk_serves_all_methods():
-    mixed = build("hybrid", rules="*.down_proj=awq:4+*.up_proj=gptq:4:preset=best+*=rtn:3", candidates="")
+    mixed = build(
+        "hybrid", rules="*.down_proj=awq:4+*.up_proj=gptq:4:preset=best+*=rtn:3", candidates=""
+    )
     assert mixed.flow is Flow.BOTH
     assert mixed.sequential
     assert mixed.calibrated
@@ -108,16 +121,22 @@ def test_one_walk_serves_all_methods():
     assert not build("hybrid", rules="*=rtn:4", candidates="").calibrated
 
 
-# --- rules -----------------------------------------------------------------------------------------------------------
+# --- rules ----------------------------------------------------------------------------------------
 
 
 def test_every_linear_gets_what_its_method_gives_alone(tiny_llama: Path, calibration_ids: Tensor):
-    """Of the first block, whose inputs are the same: bit for bit what a run of that method alone packs."""
+    """Of the first block, whose inputs are the same: bit for bit what a run of that method alone
+    packs.
+    """
 
     def packed(name: str, **options: Any) -> dict[str, QuantLinear]:
         model = AutoModelForCausalLM.from_pretrained(tiny_llama)
         quantize_model(model, build(name, **options), calibration_ids)
-        return {n: m for n, m in model.named_modules() if isinstance(m, QuantLinear) and ".layers.0." in n}
+        return {
+            n: m
+            for n, m in model.named_modules()
+            if isinstance(m, QuantLinear) and ".layers.0." in n
+        }
 
     mixed = packed("hybrid", rules=MIXED)
     alone = {
@@ -152,7 +171,7 @@ def test_drawers_of_a_state_do_not_meet():
             self.kept = tensors
 
     memory = Memory()
-    first, second = Drawer(memory, "omniquant:2"), Drawer(memory, "omniquant:3")
+    first, second = ScopedState(memory, "omniquant:2"), ScopedState(memory, "omniquant:3")
     assert first.load() is None
     first.save({"losses": torch.tensor([1.0])})
     assert second.load() is None
@@ -161,7 +180,7 @@ def test_drawers_of_a_state_do_not_meet():
     assert second.load() == {"losses": torch.tensor([2.0])}
 
 
-# --- allocation ------------------------------------------------------------------------------------------------------
+# --- allocation -----------------------------------------------------------------------------------
 
 
 def bits_of(records: list[dict[str, Any]]) -> float:
@@ -169,7 +188,9 @@ def bits_of(records: list[dict[str, Any]]) -> float:
     return sum(r["stored_bits"] * n for r, n in zip(records, sizes, strict=True)) / sum(sizes)
 
 
-def test_the_budget_of_stored_bits_holds_and_units_stay_together(tiny_llama: Path, calibration_ids: Tensor):
+def test_the_budget_of_stored_bits_holds_and_units_stay_together(
+    tiny_llama: Path, calibration_ids: Tensor
+):
     for bits in (4.2, 5.0, 6.5):
         model = AutoModelForCausalLM.from_pretrained(tiny_llama)
         records = quantize_model(model, build("hybrid", bits=bits, **CHEAP), calibration_ids)
@@ -188,7 +209,9 @@ def test_rules_pin_and_candidates_serve_the_rest(tiny_llama: Path, calibration_i
     assert bits_of(records) <= 5.0
     served = {record["name"]: record["served_by"] for record in records}
     assert served["model.layers.0.mlp.down_proj"] == "rtn:8"
-    assert "rtn:8" not in [by for name, by in served.items() if name != "model.layers.0.mlp.down_proj"]
+    assert "rtn:8" not in [
+        by for name, by in served.items() if name != "model.layers.0.mlp.down_proj"
+    ]
 
 
 def test_a_budget_that_cannot_be_met_is_told(tiny_llama: Path, calibration_ids: Tensor):
@@ -198,11 +221,13 @@ def test_a_budget_that_cannot_be_met_is_told(tiny_llama: Path, calibration_ids: 
 
 
 def test_bits_go_where_rounding_costs_most(tiny_llama: Path, calibration_ids: Tensor):
-    """A linear made silent (the next one reads nothing of it) gets the fewest bits, others its share."""
+    """A linear made silent (the next one reads nothing of it) gets the fewest bits, others its
+    share.
+    """
     model = AutoModelForCausalLM.from_pretrained(tiny_llama)
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight.mul_(1e-4)
-    method, learned = settled(model, build("hybrid", bits=5.0, **CHEAP), calibration_ids)
+    method, learned = resolve_method(model, build("hybrid", bits=5.0, **CHEAP), calibration_ids)
     assert int(learned["model.layers.1.mlp.up_proj"]) == 0
     assert int(learned["model.layers.1.mlp.gate_proj"]) == 0
     assert max(map(int, learned.values())) == 2
@@ -214,11 +239,16 @@ def files(tiny_llama: Path, calibration_npy: Path, tmp_path: Path) -> Callable[.
     """Run (or go on with) a run into a folder; the digests of its files."""
 
     def run(name: str, progress: Progress | None = None) -> dict[str, str]:
-        method = build("hybrid", bits=5.0, **{**CHEAP, "candidates": CHEAP["candidates"] + "+gptq:4:group_size=32"})
+        method = build(
+            "hybrid",
+            bits=5.0,
+            **{**CHEAP, "candidates": CHEAP["candidates"] + "+gptq:4:group_size=32"},
+        )
         data = Calibration(str(calibration_npy), samples=8)
         quantize_checkpoint(str(tiny_llama), tmp_path / name, method, data, None, progress)
         return {
-            file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted((tmp_path / name).iterdir())
+            file.name: hashlib.sha256(file.read_bytes()).hexdigest()
+            for file in sorted((tmp_path / name).iterdir())
         }
 
     return run
@@ -228,13 +258,13 @@ class Stop(Progress):
     """Ends a run when a linear of the second block begins, and counts stages."""
 
     def __init__(self, at: str = "") -> None:
-        self.at, self.stages = at, list[str]()
+        self.for_linear, self.stages = at, list[str]()
 
     def stage(self, text: str, total: int = 0) -> None:
         self.stages.append(text)
 
     def linear(self, name: str) -> None:
-        if self.at and name.startswith(self.at):
+        if self.for_linear and name.startswith(self.for_linear):
             raise KeyboardInterrupt
 
 
@@ -267,12 +297,16 @@ def test_the_allocation_is_in_the_config_guarded_and_loads(
     options = {key: section[key] for key in ("bits", "candidates", "samples")}
     direct = AutoModelForCausalLM.from_pretrained(
         tiny_llama,
-        quantization_config=CONFIGS["hybrid"](**options, calibration=str(calibration_npy), calibration_samples=8),
+        quantization_config=CONFIGS["hybrid"](
+            **options, calibration=str(calibration_npy), calibration_samples=8
+        ),
     ).eval()
     assert direct.config.quantization_config.method.allocation == section["allocation"]
     with torch.no_grad():
         assert torch.equal(loaded(calibration_ids).logits, direct(calibration_ids).logits)
-    section["allocation"] = section["allocation"].replace("rtn:2", "rtn:3", 1).replace("rtn:6", "rtn:3", 1)
+    section["allocation"] = (
+        section["allocation"].replace("rtn:2", "rtn:3", 1).replace("rtn:6", "rtn:3", 1)
+    )
     path.write_text(json.dumps(config))
     with pytest.raises(LLQError, match="edited"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "out")

@@ -43,7 +43,9 @@ def brute(units: list[list[Option]], budget: int) -> float:
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.7, 1.5])
 def test_the_knapsack_finds_the_best_of_all_choices(seed: int, step: int, share: float):
     units = some_units(seed, step)
-    cheapest, dearest = (sum(pick(option.bits for option in unit) for unit in units) for pick in (min, max))
+    cheapest, dearest = (
+        sum(pick(option.bits for option in unit) for unit in units) for pick in (min, max)
+    )
     budget = cheapest + int(share * (dearest - cheapest))
     chosen = [unit[pick] for unit, pick in zip(units, knapsack(units, budget), strict=True)]
     assert sum(option.bits for option in chosen) <= budget
@@ -65,7 +67,9 @@ def test_a_budget_below_the_cheapest_is_refused():
         knapsack([[Option(3, 0.1), Option(9, 0.0)], [Option(4, 0.1)]], 6)
 
 
-def test_the_gradients_are_those_of_the_model_s_own_draws(tiny_llama: Path, calibration_ids: Tensor):
+def test_the_gradients_are_those_of_the_model_s_own_draws(
+    tiny_llama: Path, calibration_ids: Tensor
+):
     """Against a loop that asks autograd for one linear's output."""
     model = AutoModelForCausalLM.from_pretrained(tiny_llama).eval()
     linears = quantizable(model)
@@ -76,7 +80,9 @@ def test_the_gradients_are_those_of_the_model_s_own_draws(tiny_llama: Path, cali
     total_O = torch.zeros(linears[name].out_features)
     for row_S in ids_NS:
         outputs: list[Tensor] = []
-        handle = linears[name].register_forward_hook(lambda m, a, output, kept=outputs: kept.append(output))
+        handle = linears[name].register_forward_hook(
+            lambda m, a, output, kept=outputs: kept.append(output)
+        )
         logits_SV = model(row_S[None]).logits[0]
         handle.remove()
         drawn_S = torch.multinomial(logits_SV.detach().softmax(-1), 1, generator=random)[:, 0]
@@ -88,10 +94,16 @@ def test_the_gradients_are_those_of_the_model_s_own_draws(tiny_llama: Path, cali
 
 @torch.no_grad()
 def test_costs_are_the_divergence_measured_and_predicted(tiny_llama: Path, calibration_ids: Tensor):
-    """Of small random changes of one linear: measured as a literal KL is, predicted within a factor of 2 of that."""
+    """Of small random changes of one linear: measured as a literal KL is, predicted within a factor
+    of 2 of that.
+    """
     model = AutoModelForCausalLM.from_pretrained(tiny_llama).eval()
     linears, listener = quantizable(model), PassListener()
-    names = [f"model.layers.{layer}.{linear}" for layer in (0, 1) for linear in ("self_attn.o_proj", "mlp.down_proj")]
+    names = [
+        f"model.layers.{layer}.{linear}"
+        for layer in (0, 1)
+        for linear in ("self_attn.o_proj", "mlp.down_proj")
+    ]
     with torch.enable_grad():
         predict = Predicted(model, linears, calibration_ids, 0, listener)
     measure = Measured(model, calibration_ids, listener)
@@ -99,17 +111,23 @@ def test_costs_are_the_divergence_measured_and_predicted(tiny_llama: Path, calib
     before = model(calibration_ids).logits.log_softmax(-1)
     for scale, name in zip((0.01, 0.02, 0.04, 0.08), names, strict=True):
         weight_OI, random = linears[name].weight.clone(), torch.Generator().manual_seed(5)
-        changed_OI = weight_OI + scale * weight_OI.std() * torch.randn(weight_OI.shape, generator=random)
+        changed_OI = weight_OI + scale * weight_OI.std() * torch.randn(
+            weight_OI.shape, generator=random
+        )
         predicted, measured = (cost({name: changed_OI}, stats[name]) for cost in (predict, measure))
         assert torch.equal(linears[name].weight, weight_OI), "a cost leaves the model as it was"
         linears[name].weight.copy_(changed_OI)
         after = model(calibration_ids).logits.log_softmax(-1)
         linears[name].weight.copy_(weight_OI)
-        assert measured == pytest.approx(float((before.exp() * (before - after)).sum(-1).mean()), rel=0.02)
+        assert measured == pytest.approx(
+            float((before.exp() * (before - after)).sum(-1).mean()), rel=0.02
+        )
         assert 0.5 < predicted / measured < 2
 
 
-def test_measuring_keeps_within_its_memory(tiny_llama: Path, calibration_ids: Tensor, monkeypatch: pytest.MonkeyPatch):
+def test_measuring_keeps_within_its_memory(
+    tiny_llama: Path, calibration_ids: Tensor, monkeypatch: pytest.MonkeyPatch
+):
     model = AutoModelForCausalLM.from_pretrained(tiny_llama).eval()
     one = model(calibration_ids[:1]).logits.numel() * 4
     monkeypatch.setattr(Measured, "BYTES", 3 * one)

@@ -1,4 +1,6 @@
-"""NF4: equal to its literal loops, bits of the tables, stored shifts, blocks that cross rows, kernels' layout."""
+"""NF4: equal to its literal loops, bits of the tables, stored shifts, blocks that cross rows,
+kernels' layout.
+"""
 
 from __future__ import annotations
 
@@ -31,12 +33,18 @@ def test_levels_are_quantiles(bits: int):
 @pytest.mark.parametrize("double_quant", [True, False], ids=["scales in 8 bits", "fp32 scales"])
 @pytest.mark.parametrize("shape", [(8, 64), (5, 45), (30, 160)], ids=lambda s: f"{s[0]}x{s[1]}")
 def test_equals_the_literal_loops(bits: int, double_quant: bool, shape: tuple[int, int]):
-    weight_OI, method = checks.weight(*shape), build("nf4", bits=bits, double_quant=double_quant, block_size=16)
+    weight_OI, method = (
+        checks.weight(*shape),
+        build("nf4", bits=bits, double_quant=double_quant, block_size=16),
+    )
     packed = checks.quantize(method, weight_OI)
     codes, restored = nf4(weight_OI.flatten().tolist(), bits, 16, double_quant)
     assert codes_of(method, packed, weight_OI.numel()) == codes
     assert torch.allclose(
-        checks.restore(method, packed, weight_OI).flatten(), torch.tensor(restored), rtol=1e-5, atol=1e-7
+        checks.restore(method, packed, weight_OI).flatten(),
+        torch.tensor(restored),
+        rtol=1e-5,
+        atol=1e-7,
     )
 
 
@@ -49,7 +57,10 @@ def test_information_calibration_equals_the_literal_search(bits: int, shape: tup
     codes, restored = nf4(weight_OI.flatten().tolist(), bits, shift=(0.1, 6))
     assert codes_of(method, packed, weight_OI.numel()) == codes
     assert torch.allclose(
-        checks.restore(method, packed, weight_OI).flatten(), torch.tensor(restored), rtol=1e-5, atol=1e-7
+        checks.restore(method, packed, weight_OI).flatten(),
+        torch.tensor(restored),
+        rtol=1e-5,
+        atol=1e-7,
     )
 
 
@@ -59,7 +70,10 @@ def test_calibrated_codes_carry_more_information():
         codes_of(method, checks.quantize(method, weight_OI), weight_OI.numel())
         for method in (build("nf4"), build("nf4", icq=True))
     )
-    bits = [sum(entropy(codes[i : i + 64]) for i in range(0, len(codes), 64)) / 64 for codes in (plain, calibrated)]
+    bits = [
+        sum(entropy(codes[i : i + 64]) for i in range(0, len(codes), 64)) / 64
+        for codes in (plain, calibrated)
+    ]
     assert bits[1] > bits[0] + 0.02
 
 
@@ -81,12 +95,17 @@ def test_bits_stored_are_those_of_the_papers():
 
 
 def test_zeros_are_zeros():
-    """All-zero blocks and an all-zero matrix: no division by zero, no noise from the mean of the scales."""
+    """All-zero blocks and an all-zero matrix: no division by zero, no noise from the mean of the
+    scales.
+    """
     weight_OI = checks.weight(8, 64).clone()
     weight_OI[3] = 0
     for options in ({}, {"icq": True}, {"icq": True, "search_range": True}):
         method = build("nf4", **options)
-        assert not checks.restore(method, checks.quantize(method, weight_OI), weight_OI)[3].abs().max() > 1e-2
+        assert (
+            not checks.restore(method, checks.quantize(method, weight_OI), weight_OI)[3].abs().max()
+            > 1e-2
+        )
         zero_OI = torch.zeros(8, 64)
         assert not checks.restore(method, checks.quantize(method, zero_OI), zero_OI).any()
 
@@ -99,18 +118,24 @@ def test_options_are_checked():
 
 @pytest.mark.parametrize("icq", [False, True], ids=["plain", "shifted"])
 def test_kernels_are_given_what_they_read(icq: bool, monkeypatch: pytest.MonkeyPatch):
-    """A stand-in for bitsandbytes that decodes its documented layout: high half of a byte first, blocks row by row."""
+    """A stand-in for bitsandbytes that decodes its documented layout: high half of a byte first,
+    blocks row by row.
+    """
 
     def dequantize(codes: torch.Tensor, state: SimpleNamespace) -> torch.Tensor:
         pairs = codes.flatten().int()
         indices = torch.stack([pairs >> 4, pairs & 15], dim=1).view(-1, state.blocksize)
         return (state.code[indices] * state.absmax[:, None]).view(state.shape).to(state.dtype)
 
-    def matmul(x: torch.Tensor, codes: torch.Tensor, quant_state: SimpleNamespace, bias: torch.Tensor) -> torch.Tensor:
+    def matmul(
+        x: torch.Tensor, codes: torch.Tensor, quant_state: SimpleNamespace, bias: torch.Tensor
+    ) -> torch.Tensor:
         return torch.nn.functional.linear(x, dequantize(codes.t(), quant_state), bias)
 
     functional = SimpleNamespace(QuantState=SimpleNamespace, dequantize_4bit=dequantize)
-    monkeypatch.setattr(module, "_bitsandbytes", lambda: SimpleNamespace(functional=functional, matmul_4bit=matmul))
+    monkeypatch.setattr(
+        module, "_bitsandbytes", lambda: SimpleNamespace(functional=functional, matmul_4bit=matmul)
+    )
     monkeypatch.setattr(NF4, "_has_kernel", lambda self, x: True)
     method, weight_OI = build("nf4", icq=icq), checks.weight(24, 128)
     checks.check_linear(method, checks.quantize(method, weight_OI), weight_OI, torch.float32)

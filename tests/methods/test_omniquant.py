@@ -1,4 +1,6 @@
-"""OmniQuant: equal to its literal training, function-preserving transformations, dynamic activations, resume."""
+"""OmniQuant: equal to its literal training, function-preserving transformations, dynamic
+activations, resume.
+"""
 
 from __future__ import annotations
 
@@ -48,10 +50,14 @@ VARIANTS = {
 
 
 class Blind(checks.Data):
-    """Calibration data whose targets are not what the block makes of its inputs: two streams that have parted."""
+    """Calibration data whose targets are not what the block makes of its inputs: two streams that
+    have parted.
+    """
 
     def targets(self, rows: slice) -> Tensor:
-        return super().targets(rows) + 0.3 * torch.sin(50 * self.x_NSI[rows][..., : len(self.weight_OI)])
+        return super().targets(rows) + 0.3 * torch.sin(
+            50 * self.x_NSI[rows][..., : len(self.weight_OI)]
+        )
 
 
 def one_linear(method: Any, weight_OI: Tensor, x_NSI: Tensor) -> Step:
@@ -100,10 +106,14 @@ def test_zero_points_are_codes_where_all_weights_have_one_sign():
 
 
 def test_clipping_is_learned():
-    """Weights with an outlier in a channel that never fires: training clips it, a grid without training cannot."""
+    """Weights with an outlier in a channel that never fires: training clips it, a grid without
+    training cannot.
+    """
     weight_OI, x_TI = checks.weight(8, 64).clone(), checks.inputs(64).clone()
     weight_OI[:, 5], x_TI[:, 5] = 1.0, 0
-    trained, still = (build("omniquant", bits=3, group_size=-1, epochs=epochs, lwc_lr=0.05) for epochs in (40, 0))
+    trained, still = (
+        build("omniquant", bits=3, group_size=-1, epochs=epochs, lwc_lr=0.05) for epochs in (40, 0)
+    )
     assert checks.loss_of(trained, weight_OI, x_TI) < 0.5 * checks.loss_of(still, weight_OI, x_TI)
 
 
@@ -132,7 +142,7 @@ def test_options_are_checked(options: dict, words: str):
         build("omniquant", **options)
 
 
-# --- weights and activations -----------------------------------------------------------------------------------------
+# --- weights and activations ----------------------------------------------------------------------
 
 W6A6 = {"bits": 6, "a_bits": 6, "group_size": -1}
 
@@ -147,10 +157,10 @@ def test_what_is_stored_where():
         ("o_proj", grid),
         ("down_proj", grid),
     ):
-        layout = method.at(f"model.layers.0.x.{name}").layout(4096, 4096)
+        layout = method.for_linear(f"model.layers.0.x.{name}").layout(4096, 4096)
         assert stored_bits(layout, 4096, 4096) == pytest.approx(bits), name
     for plain in (build("omniquant", bits=4), build("omniquant", let=False, **W6A6)):
-        assert "in_scale" not in plain.at("q_proj").layout(64, 64)
+        assert "in_scale" not in plain.for_linear("q_proj").layout(64, 64)
     assert build("omniquant").attention is None
     assert build("omniquant", **W6A6).attention.key.bits == 6
 
@@ -176,13 +186,18 @@ def test_linear_divides_then_quantizes_its_input():
     bias = torch.arange(checks.OUT) / 1000
     y = method.linear(x_TI[:9], packed, bias, checks.OUT)
     expected = by_hand(x_TI[:9] / s_I, 6) @ stored_OI.T + bias
-    assert (y.double() - expected).norm() <= 2e-3 * expected.norm()  # a code on the edge may fall either way
+    assert (
+        y.double() - expected
+    ).norm() <= 2e-3 * expected.norm()  # a code on the edge may fall either way
     coarse = x_TI[:9].double() @ checks.restore(method, packed, weight_OI).double().T + bias
     assert (coarse - expected).norm() > 5e-3 * expected.norm(), "activations are quantized"
 
 
 def block_step(
-    folder: Path, ids_NS: Tensor, method: Any, change: Callable[[nn.Module], None] = lambda model: None
+    folder: Path,
+    ids_NS: Tensor,
+    method: Any,
+    change: Callable[[nn.Module], None] = lambda model: None,
 ) -> Step:
     """The step of the first block of a model, after `change`."""
     from transformers import AutoModelForCausalLM
@@ -198,16 +213,23 @@ def outputs(step: Step, block: nn.Module) -> Tensor:
     return block(hidden_BSD, **kwargs) - hidden_BSD
 
 
-@pytest.mark.parametrize(("base", "epochs"), [("tiny_llama", 0), ("tiny_llama", 3), ("tiny_llama_bf16", 3)])
+@pytest.mark.parametrize(
+    ("base", "epochs"), [("tiny_llama", 0), ("tiny_llama", 3), ("tiny_llama_bf16", 3)]
+)
 def test_the_transformation_preserves_the_block(
     request: pytest.FixtureRequest, calibration_ids: Tensor, base: str, epochs: int
 ):
-    """At 8 bits and 14-bit activations nearly nothing is rounded: with grouped queries and RoPE the block is as it was,
-    although s of every pair has moved far from 1.
+    """At 8 bits and 14-bit activations nearly nothing is rounded: with grouped queries and RoPE the
+    block is as it was, although s of every pair has moved far from 1.
     """
-    method = build("omniquant", bits=8, a_bits=14, group_size=-1, epochs=epochs, let_lr=0.2, lwc_lr=0.2)
+    method = build(
+        "omniquant", bits=8, a_bits=14, group_size=-1, epochs=epochs, let_lr=0.2, lwc_lr=0.2
+    )
     step = block_step(request.getfixturevalue(base), calibration_ids, method)
-    dense, weights = outputs(step, step.block), {n: m.weight.float() for n, m in step.linears.items()}
+    dense, weights = (
+        outputs(step, step.block),
+        {n: m.weight.float() for n, m in step.linears.items()},
+    )
     records = quantize_step(step, method)
     assert "let_left_out" not in records[0]
     after = outputs(step, step.block)
@@ -219,7 +241,9 @@ def test_the_transformation_preserves_the_block(
     assert moved > 0.3 if epochs else moved < 0.03
 
 
-def test_pairs_that_would_change_the_function_are_left_out(tiny_llama_biased: Path, calibration_ids: Tensor):
+def test_pairs_that_would_change_the_function_are_left_out(
+    tiny_llama_biased: Path, calibration_ids: Tensor
+):
     """Biases of q, k and v are not scaled with their rows."""
     method = build("omniquant", bits=8, a_bits=14, group_size=-1, epochs=0)
     step = block_step(tiny_llama_biased, calibration_ids, method)
@@ -244,7 +268,9 @@ def test_a_norm_between_queries_and_rope_is_seen(calibration_ids: Tensor):
         head_dim=16,
         vocab_size=320,
     )
-    records = quantize_model(Qwen3ForCausalLM(config).eval(), build("omniquant", epochs=1, **W6A6), calibration_ids[:2])
+    records = quantize_model(
+        Qwen3ForCausalLM(config).eval(), build("omniquant", epochs=1, **W6A6), calibration_ids[:2]
+    )
     assert records[0]["let_left_out"] == ["self_attn.q_proj and self_attn.k_proj"]
 
 
@@ -269,12 +295,18 @@ def test_training_beats_its_start_and_let_beats_none(tiny_llama: Path, calibrati
         install(step.block, method.attention)
         return float((outputs(step, step.block) - dense).norm() / dense.norm())
 
-    start, trained, without = distance(epochs=0), distance(epochs=10), distance(epochs=10, let=False)
+    start, trained, without = (
+        distance(epochs=0),
+        distance(epochs=10),
+        distance(epochs=10, let=False),
+    )
     assert trained < 0.98 * start
     assert trained < 0.5 * without
 
 
-def test_attention_sees_quantized_queries_keys_and_values(tiny_llama: Path, calibration_ids: Tensor):
+def test_attention_sees_quantized_queries_keys_and_values(
+    tiny_llama: Path, calibration_ids: Tensor
+):
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(tiny_llama)
@@ -282,7 +314,7 @@ def test_attention_sees_quantized_queries_keys_and_values(tiny_llama: Path, cali
     assert all(block.self_attn.llq_attention.query.bits == 6 for block in model.model.layers)
 
 
-# --- resume inside a block -------------------------------------------------------------------------------------------
+# --- resume inside a block ------------------------------------------------------------------------
 
 
 class Memory(State):
@@ -338,7 +370,9 @@ RESUMED = {
 
 @pytest.mark.parametrize("options", RESUMED.values(), ids=RESUMED)
 @torch.no_grad()
-def test_a_training_that_stopped_inside_a_block_goes_on(tiny_llama: Path, calibration_ids: Tensor, options: dict):
+def test_a_training_that_stopped_inside_a_block_goes_on(
+    tiny_llama: Path, calibration_ids: Tensor, options: dict
+):
     """Stopped in the third of four epochs: the same bits, and only two epochs are done again."""
     method = build("omniquant", **{"epochs": 4, **options})
     fresh = partial(block_step, tiny_llama, calibration_ids, method)
@@ -352,7 +386,9 @@ def test_a_training_that_stopped_inside_a_block_goes_on(tiny_llama: Path, calibr
     assert units.done == units.total == 4 * 8
     for name in unbroken:
         checks.check_same_bits(unbroken[name], resumed[name])
-    once_more = method.quantize_block(replace(fresh(), state=state))  # after the last epoch, before the block's file
+    once_more = method.quantize_block(
+        replace(fresh(), state=state)
+    )  # after the last epoch, before the block's file
     assert state.saves == 4
     checks.check_same_bits(unbroken["mlp.up_proj"], once_more["mlp.up_proj"])
 
@@ -360,14 +396,22 @@ def test_a_training_that_stopped_inside_a_block_goes_on(tiny_llama: Path, calibr
 def test_a_run_stopped_in_the_training_of_its_second_block_goes_on(
     tiny_llama: Path, calibration_npy: Path, tmp_path: Path
 ):
-    method, data = build("omniquant", bits=3, epochs=4), Calibration(str(calibration_npy), samples=4)
+    method, data = (
+        build("omniquant", bits=3, epochs=4),
+        Calibration(str(calibration_npy), samples=4),
+    )
 
     def digests(out: Path) -> dict[str, str]:
-        return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(out.iterdir())}
+        return {
+            file.name: hashlib.sha256(file.read_bytes()).hexdigest()
+            for file in sorted(out.iterdir())
+        }
 
     quantize_checkpoint(str(tiny_llama), tmp_path / "a", method, data)
     with pytest.raises(StoppedError):
-        quantize_checkpoint(str(tiny_llama), tmp_path / "b", method, data, progress=StopAfter(2, 3 * 4 + 2))
+        quantize_checkpoint(
+            str(tiny_llama), tmp_path / "b", method, data, progress=StopAfter(2, 3 * 4 + 2)
+        )
     training = FileState._beside(tmp_path / "b")
     assert training.exists()
     again = StopAfter(1, 10**6)

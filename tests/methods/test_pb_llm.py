@@ -1,4 +1,6 @@
-"""PB-LLM: equal to the literal solver, positions in every density, sizes, both ends of its widths, refinement."""
+"""PB-LLM: equal to the literal solver, positions in every density, sizes, both ends of its widths,
+refinement.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,9 @@ def test_equals_the_literal_solver(options: dict, bits: float, dead: tuple[int, 
     method = build("pb_llm", bits=bits, scale_bits=32, **options)
     packed = method.quantize(weight_OI, statistic(x_TI), job := checks.job())
     assert job.notes["dead_columns"] == len(dead)
-    theirs, mask = pb_llm(weight_OI.numpy(), hessian_of(x_TI).H_II.numpy(), (8 - bits) / 7, **options)
+    theirs, mask = pb_llm(
+        weight_OI.numpy(), hessian_of(x_TI).H_II.numpy(), (8 - bits) / 7, **options
+    )
     assert torch.equal(salient(packed, method, (12, 160)), torch.from_numpy(mask))
     off = (checks.restore(method, packed, weight_OI) - torch.from_numpy(theirs)).abs() > 1e-5
     assert off.double().mean() <= 0.002, "a tie or two may round differently in fp32"
@@ -60,20 +64,28 @@ def test_positions_come_back_at_every_density(count: int):
     mask_N = torch.zeros(1000, dtype=torch.bool)
     mask_N[torch.randperm(1000, generator=torch.Generator().manual_seed(count))[:count]] = True
     packed = positions.pack(mask_N)
-    assert {name: (tuple(t.shape), t.dtype) for name, t in packed.items()} == dict(positions.layout())
+    assert {name: (tuple(t.shape), t.dtype) for name, t in packed.items()} == dict(
+        positions.layout()
+    )
     assert torch.equal(positions.unpack(packed, mask_N.device), mask_N.nonzero().flatten())
 
 
-@pytest.mark.parametrize("where", [lambda t: t[:100], lambda t: t[-100:]], ids=["all first", "all last"])
+@pytest.mark.parametrize(
+    "where", [lambda t: t[:100], lambda t: t[-100:]], ids=["all first", "all last"]
+)
 def test_positions_at_the_ends(where: Callable):
     mask_N = torch.zeros(4096, dtype=torch.bool)
     where(mask_N)[:] = True
     positions = Positions(100, 4096)
-    assert torch.equal(positions.unpack(positions.pack(mask_N), mask_N.device), mask_N.nonzero().flatten())
+    assert torch.equal(
+        positions.unpack(positions.pack(mask_N), mask_N.device), mask_N.nonzero().flatten()
+    )
 
 
 @pytest.mark.parametrize(
-    ("count", "most"), [(100, 0.55), (143, 0.70), (250, 1.0), (600, 1.0), (750, 1.0), (900, 0.55)], ids=str
+    ("count", "most"),
+    [(100, 0.55), (143, 0.70), (250, 1.0), (600, 1.0), (750, 1.0), (900, 0.55)],
+    ids=str,
 )
 def test_positions_cost_little(count: int, most: float):
     total = 1024 * 1000
@@ -81,7 +93,9 @@ def test_positions_cost_little(count: int, most: float):
     assert sum(spec.nbytes for spec in layout.values()) * 8 / total <= most + 1e-3
 
 
-@pytest.mark.parametrize("shape", [(4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336), (5120, 13824)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336), (5120, 13824)], ids=str
+)
 def test_stored_bits_on_llama_shapes(shape: tuple[int, int]):
     for bits, most in ((1.7, 2.49), (2.0, 2.95)):
         method = build("pb_llm", bits=bits)
@@ -92,7 +106,9 @@ def test_stored_bits_on_llama_shapes(shape: tuple[int, int]):
 
 
 def test_the_ends_of_the_range():
-    """At 1 bit no weight is salient, at 8 every one is: the authors' rule would index past the end, or binarize one."""
+    """At 1 bit no weight is salient, at 8 every one is: the authors' rule would index past the end,
+    or binarize one.
+    """
     weight_OI, x_TI = checks.weight(8, 64), well_conditioned(64)
     names = {}
     for bits in (1.0, 8.0):
@@ -112,7 +128,9 @@ def test_the_ends_of_the_range():
 
 
 def test_any_figure_between_and_the_exact_count():
-    """floor(N * r) + 1 weights are binarized, also where N * r is a whole number that floats may miss."""
+    """floor(N * r) + 1 weights are binarized, also where N * r is a whole number that floats may
+    miss.
+    """
     for bits, rows, low in ((1.7, 10, 577), (2.0, 7, 385), (4.5, 2, 65), (1.07, 100, 6337)):
         method = build("pb_llm", bits=bits)
         assert method._positions(rows, 64).count == rows * 64 - low, bits
@@ -132,7 +150,9 @@ def test_ties_leave_the_count_alone():
 def test_alpha_shrinks_by_the_salient_share_unless_averaged_over_the_binarized():
     weight_OI, x_TI = checks.weight(48, 128), well_conditioned(128)
     theirs, papers = (
-        checks.quantize(build("pb_llm", bits=2.0, mean_over=over), weight_OI, x_TI)["scale"].float().mean()
+        checks.quantize(build("pb_llm", bits=2.0, mean_over=over), weight_OI, x_TI)["scale"]
+        .float()
+        .mean()
         for over in ("group", "binarized")
     )
     assert theirs / papers == pytest.approx(6 / 7, rel=0.02)
@@ -150,7 +170,10 @@ def test_without_a_factor_salience_is_magnitude_and_nothing_is_repaired():
 @pytest.mark.parametrize("bits", [1.0, 1.7, 3.0])
 def test_every_round_of_refinement_lowers_the_loss(bits: float):
     weight_OI, x_TI = checks.weight(24, 160), checks.inputs(160)
-    losses = [checks.loss_of(build("pb_llm", bits=bits, group_size=48, refine=n), weight_OI, x_TI) for n in range(4)]
+    losses = [
+        checks.loss_of(build("pb_llm", bits=bits, group_size=48, refine=n), weight_OI, x_TI)
+        for n in range(4)
+    ]
     assert losses[1] < 0.85 * losses[0]
     assert losses[3] < losses[2] < losses[1]
 
@@ -164,7 +187,9 @@ def test_dense_share_is_what_the_refinement_aims_at():
     for share in (0.0, 0.5, 1.0):
         method = build("pb_llm", bits=5.0, refine=3, dense_share=share)
         assert method.flow is (Flow.BOTH if share else Flow.QUANTIZED)
-        restored_OI = checks.restore(method, method.quantize(weight_OI, stat, checks.job()), weight_OI)
+        restored_OI = checks.restore(
+            method, method.quantize(weight_OI, stat, checks.job()), weight_OI
+        )
         norms.append(float((x_TI @ restored_OI.T).norm() / (x_TI @ weight_OI.T).norm()))
     assert norms[0] == pytest.approx(1, abs=0.05)
     assert norms[0] + 0.1 < norms[1] < norms[2]
@@ -197,6 +222,9 @@ def test_a_list_of_the_wrong_length_is_an_error(word: int):
     packed = method.quantize(torch.randn(16, 256), statistic(torch.randn(300, 256)), Job("x"))
     method.linear(x_TI, packed, None, 16)
     packed["position"][2] = word
-    for call in (lambda: method.linear(x_TI, packed, None, 16), lambda: method.dequantize(packed, 16, 256)):
+    for call in (
+        lambda: method.linear(x_TI, packed, None, 16),
+        lambda: method.dequantize(packed, 16, 256),
+    ):
         with pytest.raises(LLQError, match="list of salient weights is damaged"):
             call()

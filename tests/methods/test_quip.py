@@ -29,7 +29,10 @@ VARIANTS = {
 
 def inputs(in_features: int) -> torch.Tensor:
     random = torch.Generator().manual_seed(in_features)
-    mix_II = torch.eye(in_features) + 0.3 * torch.randn(in_features, in_features, generator=random) / in_features**0.5
+    mix_II = (
+        torch.eye(in_features)
+        + 0.3 * torch.randn(in_features, in_features, generator=random) / in_features**0.5
+    )
     return torch.randn(4 * in_features, in_features, generator=random) @ mix_II
 
 
@@ -67,7 +70,9 @@ def test_equals_the_literal_algorithm(options: dict, shape: tuple[int, int], bit
     mine = unpack(packed["weight"], bits, shape[1]).double().numpy()
     assert (mine != codes).mean() <= 0.002, "a tie or two may round differently in fp32"
     restored_OI = checks.restore(method, packed, weight_OI).double()
-    assert (restored_OI - torch.from_numpy(restored)).norm() <= 0.02 * torch.from_numpy(restored).norm()
+    assert (restored_OI - torch.from_numpy(restored)).norm() <= 0.02 * torch.from_numpy(
+        restored
+    ).norm()
 
 
 @pytest.mark.parametrize("shape", [(16, 32), (12, 150)], ids=lambda shape: "{}x{}".format(*shape))
@@ -79,7 +84,9 @@ def test_a_grid_per_row_equals_the_literal_algorithm(shape: tuple[int, int], bit
     restored, codes = quip_rows(weight_OI.numpy(), stat.H_II.numpy(), bits)
     mine = unpack(packed["weight"], bits, shape[1]).double().numpy()
     assert (mine != codes).mean() <= 0.002, "a tie or two may round differently in fp32"
-    off = (checks.restore(method, packed, weight_OI).double() - torch.from_numpy(restored)).abs() > 1e-5
+    off = (
+        checks.restore(method, packed, weight_OI).double() - torch.from_numpy(restored)
+    ).abs() > 1e-5
     assert off.double().mean() <= 0.002
 
 
@@ -93,7 +100,9 @@ def test_ldlq_and_greedy_equal_their_loops(columns: int):
     assert torch.equal(codes, torch.from_numpy(ldlq_literal(t_OI.numpy(), H_II.numpy(), 3)))
     better = codes.clone()
     greedy_pass(better, t_OI, H_II, 7)
-    assert torch.equal(better, torch.from_numpy(greedy_literal(codes.numpy(), t_OI.numpy(), H_II.numpy(), 3, 1)))
+    assert torch.equal(
+        better, torch.from_numpy(greedy_literal(codes.numpy(), t_OI.numpy(), H_II.numpy(), 3, 1))
+    )
     error, error_better = codes - t_OI, better - t_OI
     assert (error_better @ H_II * error_better).sum() <= (error @ H_II * error).sum()
 
@@ -142,7 +151,9 @@ def test_searching_the_range_beats_2_4_sigma(bits: int):
 
 def test_the_notes_say_which_range_won():
     job = checks.job()
-    build("quip", bits=2, search_range=True).quantize(checks.weight(), statistic(checks.inputs()), job)
+    build("quip", bits=2, search_range=True).quantize(
+        checks.weight(), statistic(checks.inputs()), job
+    )
     assert 1.4 <= job.notes["range_sigma"] <= 2.4
 
 

@@ -15,24 +15,34 @@ from llq_hf.methods import build
 
 @pytest.mark.parametrize("bits", range(1, 9))
 @pytest.mark.parametrize("sym", [False, True], ids=["asymmetric", "symmetric"])
-@pytest.mark.parametrize(("shape", "group_size"), [((16, 32), -1), ((16, 32), 8), ((24, 160), 128), ((20, 45), 16)])
+@pytest.mark.parametrize(
+    ("shape", "group_size"), [((16, 32), -1), ((16, 32), 8), ((24, 160), 128), ((20, 45), 16)]
+)
 @pytest.mark.parametrize("scale_bits", [16, 32])
-def test_equals_the_literal_loops(bits: int, sym: bool, shape: tuple[int, int], group_size: int, scale_bits: int):
+def test_equals_the_literal_loops(
+    bits: int, sym: bool, shape: tuple[int, int], group_size: int, scale_bits: int
+):
     weight_OI = checks.weight(*shape)
     method = build("rtn", bits=bits, group_size=group_size, sym=sym, scale_bits=scale_bits)
     packed = checks.quantize(method, weight_OI)
     codes, scales, zeros = rtn(weight_OI.tolist(), bits, group_size, sym, scale_bits)
-    assert torch.allclose(packed["scale"].float(), torch.tensor(scales), rtol=1e-6 if scale_bits == 32 else 0, atol=0)
+    assert torch.allclose(
+        packed["scale"].float(), torch.tensor(scales), rtol=1e-6 if scale_bits == 32 else 0, atol=0
+    )
     different = (unpack(packed["weight"], bits, shape[1]) != torch.tensor(codes)).float().mean()
     assert different == 0
     if not sym:
-        assert unpack(packed["zero"], bits, len(scales) * len(scales[0])).tolist() == [z for row in zeros for z in row]
+        assert unpack(packed["zero"], bits, len(scales) * len(scales[0])).tolist() == [
+            z for row in zeros for z in row
+        ]
     size = shape[1] if group_size == -1 else group_size
     expected = [
         [value_of(code, scales[o][i // size], zeros[o][i // size]) for i, code in enumerate(row)]
         for o, row in enumerate(codes)
     ]
-    assert torch.allclose(checks.restore(method, packed, weight_OI), torch.tensor(expected), rtol=1e-5, atol=1e-7)
+    assert torch.allclose(
+        checks.restore(method, packed, weight_OI), torch.tensor(expected), rtol=1e-5, atol=1e-7
+    )
 
 
 @pytest.mark.parametrize("name", ["rtn", "gptq"])

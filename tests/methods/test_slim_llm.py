@@ -1,4 +1,6 @@
-"""SliM-LLM: equal to the literal solver; its allocation, grids and storage; what the authors' code does otherwise."""
+"""SliM-LLM: equal to the literal solver; its allocation, grids and storage; what the authors' code
+does otherwise.
+"""
 
 from __future__ import annotations
 
@@ -17,20 +19,35 @@ from llq_hf.methods.slim_llm.allocation import Search
 from llq_hf.methods.slim_llm.levels import most_salient
 from llq_hf.methods.slim_llm.plus import Clipping
 
-LLAMA_SHAPES = [(4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336), (11008, 4096), (4096, 11008), (8192, 28672)]
+LLAMA_SHAPES = [
+    (4096, 4096),
+    (1024, 4096),
+    (14336, 4096),
+    (4096, 14336),
+    (11008, 4096),
+    (4096, 11008),
+    (8192, 28672),
+]
 
 
 def inputs(in_features: int, dead: tuple[int, ...] = ()) -> torch.Tensor:
-    """Activations [T, I] with correlations but no tiny eigenvalue, so that fp32 and fp64 round alike."""
+    """Activations [T, I] with correlations but no tiny eigenvalue, so that fp32 and fp64 round
+    alike.
+    """
     random = torch.Generator().manual_seed(in_features)
-    mix_II = torch.eye(in_features) + 0.3 * torch.randn(in_features, in_features, generator=random) / in_features**0.5
+    mix_II = (
+        torch.eye(in_features)
+        + 0.3 * torch.randn(in_features, in_features, generator=random) / in_features**0.5
+    )
     x_TI = torch.randn(4 * in_features, in_features, generator=random) @ mix_II
     x_TI *= 0.3 + torch.rand(in_features, generator=random)
     x_TI[:, list(dead)] = 0
     return x_TI
 
 
-def solved(weight_OI: torch.Tensor, x_TI: torch.Tensor, **options: object) -> tuple[Packed, torch.Tensor, dict]:
+def solved(
+    weight_OI: torch.Tensor, x_TI: torch.Tensor, **options: object
+) -> tuple[Packed, torch.Tensor, dict]:
     """(packed, restored weight, notes)."""
     method = build("slim_llm", **options)
     given = checks.step(method, weight_OI, x_TI)
@@ -55,7 +72,9 @@ VARIANTS = {
 def test_equals_the_literal_solver(options: dict, shape: tuple[int, int], dead: tuple[int, ...]):
     weight_OI, x_TI = checks.weight(*shape), inputs(shape[1], dead)
     packed, restored_OI, notes = solved(weight_OI, x_TI, group_size=8, scale_bits=32, **options)
-    restored, widths, divergences = slim_llm(weight_OI.numpy(), x_TI.numpy(), checks.SEQUENCES, group_size=8, **options)
+    restored, widths, divergences = slim_llm(
+        weight_OI.numpy(), x_TI.numpy(), checks.SEQUENCES, group_size=8, **options
+    )
     assert packed["widths"].tolist() == widths
     assert notes["pairs"] == 1 + int(np.argmin(divergences)) == widths.count(options["bits"] + 1)
     assert notes["dead_columns"] == len(dead)
@@ -63,7 +82,7 @@ def test_equals_the_literal_solver(options: dict, shape: tuple[int, int], dead: 
     assert off.double().mean() <= 0.01, "a tie or two may round differently in fp32"
 
 
-# --- allocation ------------------------------------------------------------------------------------------------------
+# --- allocation -----------------------------------------------------------------------------------
 
 
 def test_the_mean_width_is_bits_and_salient_groups_get_more():
@@ -91,8 +110,13 @@ def test_few_groups_all_have_the_same_width_and_the_notes_say_so():
 
 
 def test_no_pairs_may_win_only_if_asked_for():
-    """Groups alike, so that moving bits hurts. (The authors' -nonsalient_block 0 widens every group instead.)"""
-    weight_OI, x_TI = checks.weight(16, 64), torch.randn(256, 64, generator=torch.Generator().manual_seed(0))
+    """Groups alike, so that moving bits hurts. (The authors' -nonsalient_block 0 widens every group
+    instead.)
+    """
+    weight_OI, x_TI = (
+        checks.weight(16, 64),
+        torch.randn(256, 64, generator=torch.Generator().manual_seed(0)),
+    )
     assert solved(weight_OI, x_TI, group_size=16)[2]["pairs"] == 1
     assert solved(weight_OI, x_TI, group_size=16, try_uniform=True)[2]["pairs"] == 0
     assert solved(weight_OI, x_TI, group_size=16, pairs=0)[0]["widths"].tolist() == [2] * 4
@@ -114,7 +138,9 @@ def test_divergences_are_those_of_the_outputs_with_bias(group_size: int):
             for low, high in zip(ranking[:pairs], ranking[::-1], strict=False):
                 widths[low], widths[high] = 1, 3
             parts = zip(linear.weight.split(group_size, dim=1), widths, strict=True)
-            W_OI = torch.cat([method.proxies(part[:, None], width)[:, 0] for part, width in parts], dim=1)
+            W_OI = torch.cat(
+                [method.proxies(part[:, None], width)[:, 0] for part, width in parts], dim=1
+            )
             p_TO = torch.softmax((x_TI @ W_OI.T + linear.bias).double(), 1).clamp_min(1e-6)
             r_TO = torch.softmax(y_TO, 1).clamp_min(1e-6)
             expected = (p_TO * (p_TO / r_TO).log()).sum()
@@ -140,7 +166,7 @@ def test_the_search_reports_its_progress_and_removes_its_hooks():
     assert not given.block.test._forward_hooks
 
 
-# --- grids -----------------------------------------------------------------------------------------------------------
+# --- grids ----------------------------------------------------------------------------------------
 
 
 def test_salient_is_what_reaches_the_least_outlier_and_nothing_without_one():
@@ -168,7 +194,9 @@ def test_one_bit_groups_have_two_levels_around_their_mean():
     weight_OI = checks.weight(8, 64) + 0.02
     x_TI = inputs(64) * torch.linspace(0.05, 2, 64)
     for scale_bits, tolerance in ((32, 1e-6), (16, 1 / 16)):
-        packed, restored_OI, _ = solved(weight_OI, x_TI, group_size=8, pairs=3, scale_bits=scale_bits)
+        packed, restored_OI, _ = solved(
+            weight_OI, x_TI, group_size=8, pairs=3, scale_bits=scale_bits
+        )
         assert packed["widths"][0] == 1
         half, mean = weight_OI[:, :8].abs().mean(1), weight_OI[:, :8].mean(1)
         high, low = restored_OI[:, :8].amax(1), restored_OI[:, :8].amin(1)
@@ -184,7 +212,7 @@ def test_zeros_between_whole_steps_are_stored_at_2_bits_only_if_searched():
         assert bool((zeros % 4).any()) is search_range
 
 
-# --- storage ---------------------------------------------------------------------------------------------------------
+# --- storage --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bits", range(2, 8))
@@ -192,14 +220,17 @@ def test_stored_bits_on_llama_shapes(bits: int):
     for shape in LLAMA_SHAPES:
         for preset in ("study", "best"):
             method = build("slim_llm", preset, bits=bits)
-            assert stored_bits(method.layout(*shape), *shape) == pytest.approx(bits + 20 / 128, abs=1e-4)
+            assert stored_bits(method.layout(*shape), *shape) == pytest.approx(
+                bits + 20 / 128, abs=1e-4
+            )
     assert bits + 20 / 128 + 1e-4 < bits + 0.16
 
 
 def test_words_do_not_depend_on_the_allocation():
     for bits in (2, 5):
         sizes = {
-            build("slim_llm", bits=bits, group_size=32, pairs=pairs).layout(8, 256)["weight"] for pairs in range(5)
+            build("slim_llm", bits=bits, group_size=32, pairs=pairs).layout(8, 256)["weight"]
+            for pairs in range(5)
         }
         assert len(sizes) == 1
 
@@ -244,16 +275,21 @@ def test_without_a_factor_it_rounds_to_nearest_and_says_so(monkeypatch):
         assert (restored_OI - weight_OI).norm() < 0.1 * weight_OI.norm()
 
 
-# --- best ------------------------------------------------------------------------------------------------------------
+# --- best -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_best_leaves_less_output_error(bits: int):
     x_TI = checks.inputs()
-    for option in ({"search_range": True}, {"act_group_aware": True, "refine": 2, "search_range": True}):
+    for option in (
+        {"search_range": True},
+        {"act_group_aware": True, "refine": 2, "search_range": True},
+    ):
         study = build("slim_llm", bits=bits, group_size=32)
         better = build("slim_llm", bits=bits, group_size=32, **option)
-        assert checks.loss_of(better, checks.weight(), x_TI) < checks.loss_of(study, checks.weight(), x_TI)
+        assert checks.loss_of(better, checks.weight(), x_TI) < checks.loss_of(
+            study, checks.weight(), x_TI
+        )
 
 
 def test_group_aware_order_moves_columns_inside_groups_only():
@@ -274,12 +310,14 @@ def test_refining_leaves_means_where_they_are():
     assert losses[2] <= losses[1] < losses[0]
 
 
-# --- SliM-LLM+ -------------------------------------------------------------------------------------------------------
+# --- SliM-LLM+ ------------------------------------------------------------------------------------
 
 
 def trained(epochs: int, state: State | None = None, **options: object):
     """(packed, notes, step) of a trained block."""
-    method = build("slim_llm", group_size=16, plus=True, epochs=epochs, learning_rate=0.05, **options)
+    method = build(
+        "slim_llm", group_size=16, plus=True, epochs=epochs, learning_rate=0.05, **options
+    )
     given = checks.step(method, checks.weight(8, 64), inputs(64))
     given.state = state or State()
     with torch.no_grad():
@@ -287,7 +325,9 @@ def trained(epochs: int, state: State | None = None, **options: object):
     return packed, given.jobs["test"].notes, given
 
 
-@pytest.mark.parametrize("options", [{"bits": 2}, {"bits": 3}, {"bits": 3, "aug_loss": True}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"bits": 2}, {"bits": 3}, {"bits": 3, "aug_loss": True}], ids=str
+)
 def test_training_lowers_the_loss_and_leaves_the_block_alone(options: dict):
     _, notes, given = trained(6, **options)
     assert notes["loss"][-1] < 0.97 * notes["loss"][0]
@@ -295,7 +335,7 @@ def test_training_lowers_the_loss_and_leaves_the_block_alone(options: dict):
     assert given.block.test.weight.grad is None
 
 
-class Kept(State):
+class CachedTensors(State):
     """State in memory; `stop_after` saves it pretends to be killed."""
 
     def __init__(self, stop_after: int = 99) -> None:
@@ -312,7 +352,7 @@ class Kept(State):
 
 def test_a_training_resumes_bit_for_bit():
     whole, expected, _ = trained(4)
-    state = Kept(stop_after=2)
+    state = CachedTensors(stop_after=2)
     with pytest.raises(KeyboardInterrupt):
         trained(4, state)
     assert len(state.tensors["losses"]) == 2
@@ -323,7 +363,9 @@ def test_a_training_resumes_bit_for_bit():
 
 
 def test_what_is_trained_is_what_is_stored():
-    """The weight that the last forward pass saw, up to the rounding of scales to fp16 (none in fp32)."""
+    """The weight that the last forward pass saw, up to the rounding of scales to fp16 (none in
+    fp32).
+    """
     method = build("slim_llm", group_size=16, plus=True, scale_bits=32)
     linear = torch.nn.Linear(70, 8, bias=False)
     clipping = Clipping(method, linear, [1, 3, 2, 2, 2])

@@ -1,4 +1,6 @@
-"""SpinQuant: equal to the literal solver, exact rotations through every path, activations, learning, outliers."""
+"""SpinQuant: equal to the literal solver, exact rotations through every path, activations,
+learning, outliers.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,10 @@ DOWN, OUT = "model.layers.0.mlp.down_proj", "model.layers.0.self_attn.o_proj"
 def inputs(in_features: int, dead: tuple[int, ...] = ()) -> Tensor:
     """Inputs [T, I] with correlations but no tiny eigenvalue, so that fp32 and fp64 round alike."""
     random = torch.Generator().manual_seed(in_features)
-    mix_II = torch.eye(in_features) + 0.3 * torch.randn(in_features, in_features, generator=random) / in_features**0.5
+    mix_II = (
+        torch.eye(in_features)
+        + 0.3 * torch.randn(in_features, in_features, generator=random) / in_features**0.5
+    )
     x_TI = torch.randn(4 * in_features, in_features, generator=random) @ mix_II
     x_TI *= 0.5 + torch.rand(in_features, generator=random)
     x_TI[:, list(dead)] = 0
@@ -77,7 +82,7 @@ def test_down_proj_is_solved_and_run_behind_the_hadamard(in_features: int):
     weight_OI, x_TI = checks.weight(8, in_features), inputs(in_features)
     turn = hadamard(in_features, x_TI.device)
     root = build("spinquant", bits=3)
-    down = root.at(DOWN)
+    down = root.for_linear(DOWN)
     packed = down.quantize(weight_OI, hessian_of(x_TI), Job("test"))
     plain = root.quantize(turn.apply(weight_OI), hessian_of(turn.apply(x_TI)), Job("test"))
     restored_OI = checks.restore(down, packed, weight_OI)
@@ -89,9 +94,9 @@ def test_down_proj_is_solved_and_run_behind_the_hadamard(in_features: int):
         checks.check_linear(down, packed, weight_OI, dtype)
     checks.check_gradient(down, packed, weight_OI)
     without = build("spinquant", bits=3, r4=False)
-    assert without.at(DOWN) == without
+    assert without.for_linear(DOWN) == without
     checks.check_same_bits(
-        without.at(DOWN).quantize(weight_OI, hessian_of(x_TI), Job("test")),
+        without.for_linear(DOWN).quantize(weight_OI, hessian_of(x_TI), Job("test")),
         without.quantize(weight_OI, hessian_of(x_TI), Job("test")),
     )
 
@@ -99,9 +104,17 @@ def test_down_proj_is_solved_and_run_behind_the_hadamard(in_features: int):
 def test_roles_are_those_of_the_projections_and_keep_the_options():
     method = build("spinquant", bits=3, a_bits=4, head_dim=16)
     for name in (DOWN, OUT, "model.layers.0.mlp.up_proj"):
-        assert method.at(name).to_dict() == method.to_dict()
-    assert [method.at(name).turns for name in (DOWN, OUT, "x.q_proj")] == [True, False, False]
-    assert [method.at(name).heads for name in (DOWN, OUT, "x.q_proj")] == [False, True, False]
+        assert method.for_linear(name).to_dict() == method.to_dict()
+    assert [method.for_linear(name).turns for name in (DOWN, OUT, "x.q_proj")] == [
+        True,
+        False,
+        False,
+    ]
+    assert [method.for_linear(name).heads for name in (DOWN, OUT, "x.q_proj")] == [
+        False,
+        True,
+        False,
+    ]
 
 
 @pytest.mark.parametrize("a_sym", [False, True])
@@ -113,10 +126,15 @@ def test_inputs_are_rounded_token_by_token_and_head_by_head(a_sym: bool):
         "x.q_proj": [dynamic(x.tolist(), 4, a_sym) for x in x_TI],
         DOWN: [dynamic(x.tolist(), 4, a_sym) for x in turn.apply(x_TI)],
         OUT: [
-            [v for head in x.view(-1, 12) for v in dynamic(head.tolist(), 4, a_sym, zero_inside=False)] for x in x_TI
+            [
+                v
+                for head in x.view(-1, 12)
+                for v in dynamic(head.tolist(), 4, a_sym, zero_inside=False)
+            ]
+            for x in x_TI
         ],
     }.items():
-        method = root.at(name)
+        method = root.for_linear(name)
         packed = method.quantize(weight_OI, hessian_of(inputs(48)), Job("test"))
         stored_OI = method.grid.unpack(packed, 48)
         y = method.linear(x_TI[None], packed, None, 8)[0]
@@ -145,8 +163,13 @@ def test_keys_are_turned_and_rounded_together_values_by_head():
 
 def test_stored_bits_are_codes_and_scales_alone():
     assert stored_bits(build("spinquant").layout(4096, 4096), 4096, 4096) == 4 + 16 / 4096
-    assert stored_bits(build("spinquant", group_size=128).layout(4096, 14336), 4096, 14336) == 4 + 16 / 128
-    assert build("spinquant", rotations="learned", a_bits=4).layout(8, 64) == build("spinquant").layout(8, 64)
+    assert (
+        stored_bits(build("spinquant", group_size=128).layout(4096, 14336), 4096, 14336)
+        == 4 + 16 / 128
+    )
+    assert build("spinquant", rotations="learned", a_bits=4).layout(8, 64) == build(
+        "spinquant"
+    ).layout(8, 64)
 
 
 @pytest.mark.parametrize(
@@ -170,7 +193,7 @@ def test_nonsense_is_refused(options: dict[str, Any], said: str):
         build("spinquant", **options)
 
 
-# --- whole models ----------------------------------------------------------------------------------------------------
+# --- whole models ---------------------------------------------------------------------------------
 
 
 def dense(folder: Path) -> nn.Module:
@@ -186,8 +209,12 @@ def relative(model: nn.Module, other: nn.Module, ids: Tensor) -> float:
 
 
 @pytest.mark.parametrize("base", ["tiny_llama", "tiny_llama_tied", "tiny_llama_biased"])
-def test_eight_bits_are_nearly_the_dense_model(request: pytest.FixtureRequest, base: str, calibration_ids: Tensor):
-    """Weights, activations, keys and values rounded behind R1 to R4: a rotation gone wrong would show at once."""
+def test_eight_bits_are_nearly_the_dense_model(
+    request: pytest.FixtureRequest, base: str, calibration_ids: Tensor
+):
+    """Weights, activations, keys and values rounded behind R1 to R4: a rotation gone wrong would
+    show at once.
+    """
     original = dense(request.getfixturevalue(base))
     model = copy.deepcopy(original)
     quantize_model(model, build("spinquant", bits=8, a_bits=8, kv_bits=8, solver="rtn"), None)
@@ -195,7 +222,9 @@ def test_eight_bits_are_nearly_the_dense_model(request: pytest.FixtureRequest, b
     assert model.lm_head.weight is not model.model.embed_tokens.weight
 
 
-def test_seeds_give_other_rotations_and_the_same_ones_again(tiny_llama: Path, calibration_ids: Tensor):
+def test_seeds_give_other_rotations_and_the_same_ones_again(
+    tiny_llama: Path, calibration_ids: Tensor
+):
     def embedding(seed: int) -> Tensor:
         model = dense(tiny_llama)
         quantize_model(model, build("spinquant", bits=8, solver="rtn", seed=seed), None)
@@ -209,22 +238,39 @@ def test_the_report_tells_of_the_rewrite_and_config_of_head_dim(
     tiny_llama_tied: Path, calibration_npy: Path, tmp_path: Path
 ):
     method = build("spinquant", a_bits=8)
-    report = quantize_checkpoint(str(tiny_llama_tied), tmp_path / "out", method, Calibration(str(calibration_npy), 8))
+    report = quantize_checkpoint(
+        str(tiny_llama_tied), tmp_path / "out", method, Calibration(str(calibration_npy), 8)
+    )
     assert report["rewrite"] == {"rotations": "hadamard", "seed": 0, "untied": True}
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["tie_word_embeddings"] is False
     assert config["quantization_config"]["head_dim"] == 16
     with pytest.raises(LLQError, match="head_dim=8, but the model's is 16"):
-        build("spinquant", a_bits=8, head_dim=8).fitted(dense(tiny_llama_tied))
+        build("spinquant", a_bits=8, head_dim=8).bound_to(dense(tiny_llama_tied))
 
 
-def test_models_that_cannot_be_turned_are_refused_before_anything_is_read(tmp_path: Path, calibration_npy: Path):
+def test_models_that_cannot_be_turned_are_refused_before_anything_is_read(
+    tmp_path: Path, calibration_npy: Path
+):
     from transformers import Gemma2Config, Gemma2ForCausalLM
 
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "head_dim": 8, "vocab_size": 320}
-    Gemma2ForCausalLM(Gemma2Config(**sizes, num_attention_heads=4, num_key_value_heads=2)).save_pretrained(tmp_path)
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "head_dim": 8,
+        "vocab_size": 320,
+    }
+    Gemma2ForCausalLM(
+        Gemma2Config(**sizes, num_attention_heads=4, num_key_value_heads=2)
+    ).save_pretrained(tmp_path)
     with pytest.raises(LLQError, match="no rotation passes"):
-        quantize_checkpoint(str(tmp_path), tmp_path / "out", build("spinquant"), Calibration(str(calibration_npy), 8))
+        quantize_checkpoint(
+            str(tmp_path),
+            tmp_path / "out",
+            build("spinquant"),
+            Calibration(str(calibration_npy), 8),
+        )
     assert not (tmp_path / "out").exists()
 
 
@@ -238,7 +284,9 @@ def test_a_llava_is_quantized_with_its_projector_turned(tmp_path: Path):
     original = randomized(llava)
     original.save_pretrained(tmp_path / "dense")
     config = CONFIGS["spinquant"](bits=8, a_bits=8, solver="rtn")
-    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "dense", quantization_config=config).eval()
+    model = AutoModelForImageTextToText.from_pretrained(
+        tmp_path / "dense", quantization_config=config
+    ).eval()
     assert sum(isinstance(module, QuantLinear) for module in model.modules()) == 14
     before, after = logits(original), logits(model)
     assert (after - before).norm() < 0.04 * before.norm()
@@ -250,7 +298,9 @@ def outliers() -> tuple[nn.Module, Tensor]:
     import llq_hf.demo
 
     model = dense(Path(llq_hf.demo.__file__).parent / "llama")
-    ids = torch.randint(0, model.config.vocab_size, (16, 32), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(
+        0, model.config.vocab_size, (16, 32), generator=torch.Generator().manual_seed(0)
+    )
     return model, ids
 
 
@@ -262,7 +312,9 @@ class Naive(SpinQuant):
 
 
 @torch.no_grad()
-def test_rotations_save_four_bit_activations_of_a_model_with_outliers(outliers: tuple[nn.Module, Tensor]):
+def test_rotations_save_four_bit_activations_of_a_model_with_outliers(
+    outliers: tuple[nn.Module, Tensor],
+):
     original, ids = outliers
     losses = {}
     for kind, options in ((SpinQuant, {}), (Naive, {"r4": False})):
@@ -273,9 +325,15 @@ def test_rotations_save_four_bit_activations_of_a_model_with_outliers(outliers: 
     assert losses[SpinQuant] < 0.5 * losses[Naive], losses
 
 
-# --- learning --------------------------------------------------------------------------------------------------------
+# --- learning -------------------------------------------------------------------------------------
 
-LEARNED: dict[str, Any] = {"bits": 2, "rotations": "learned", "learn_steps": 4, "solver": "rtn", "w_clip": False}
+LEARNED: dict[str, Any] = {
+    "bits": 2,
+    "rotations": "learned",
+    "learn_steps": 4,
+    "solver": "rtn",
+    "w_clip": False,
+}
 
 
 def learn(model: nn.Module, ids: Tensor, **options: Any) -> dict[str, Tensor]:
@@ -310,13 +368,16 @@ def test_the_gradient_of_a_rotation_is_that_of_the_loss(tiny_llama: Path, calibr
     student = _Student(method, residual_of(model), model, lambda module: None)
     turns = [torch.eye(n, dtype=torch.float64) for n in (96, 16, 16)]
     loss, gradients = student.gradients(turns, calibration_ids[:1])
-    # Without rounding the loss does not depend on rotations: all of the gradient is normal to the manifold.
+    # Without rounding the loss does not depend on rotations: all of the gradient is normal to the
+    # manifold.
     for R, G in zip(turns, gradients, strict=True):
         assert G.norm() > 1e-6
         tangent = G - R @ (G.T @ R + R.T @ G) / 2
         assert tangent.norm() < 0.05 * G.norm()
     random = torch.Generator().manual_seed(0)
-    other = [torch.linalg.qr(torch.randn(R.shape, dtype=R.dtype, generator=random))[0] for R in turns]
+    other = [
+        torch.linalg.qr(torch.randn(R.shape, dtype=R.dtype, generator=random))[0] for R in turns
+    ]
     assert student.gradients(other, calibration_ids[:1])[0] == pytest.approx(loss, rel=1e-3)
 
 
@@ -341,7 +402,10 @@ class StopAtBlocks(Watch):
 def test_a_streamed_run_learns_once_and_gives_the_live_models_bits(
     tiny_llama_tied: Path, calibration_npy: Path, calibration_ids: Tensor, tmp_path: Path
 ):
-    method, data = build("spinquant", **{**LEARNED, "a_bits": 4, "kv_bits": 4}), Calibration(str(calibration_npy), 8)
+    method, data = (
+        build("spinquant", **{**LEARNED, "a_bits": 4, "kv_bits": 4}),
+        Calibration(str(calibration_npy), 8),
+    )
 
     def run(out: Path, watch: Watch) -> Path:
         quantize_checkpoint(str(tiny_llama_tied), out, method, data, progress=watch)
@@ -357,13 +421,18 @@ def test_a_streamed_run_learns_once_and_gives_the_live_models_bits(
     run(tmp_path / "whole", fresh)
     assert "learning rotations" in fresh.stages
     names = sorted(file.name for file in interrupted.iterdir())
-    assert all((interrupted / name).read_bytes() == (tmp_path / "whole" / name).read_bytes() for name in names)
+    assert all(
+        (interrupted / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+        for name in names
+    )
     losses = json.loads((interrupted / "llq_report.json").read_text())["rewrite"]["learning_loss"]
     assert len(losses) == 2
 
     live = dense(tiny_llama_tied)
     quantize_model(live, method, calibration_ids)
-    stored = {key: t for file in interrupted.glob("*.safetensors") for key, t in load_file(file).items()}
+    stored = {
+        key: t for file in interrupted.glob("*.safetensors") for key, t in load_file(file).items()
+    }
     for name, tensor in live.state_dict().items():
         assert torch.equal(tensor, stored[name]), name
     loaded = dense(interrupted)
@@ -382,7 +451,9 @@ def test_the_fallback_is_noted():
     job, weight_OI = Job("x"), checks.weight(8, 40)
     packed = build("spinquant", bits=3).quantize(weight_OI, stat, job)
     assert job.notes["fallback"] == "rtn"
-    checks.check_same_bits(packed, build("spinquant", bits=3, solver="rtn").quantize(weight_OI, None, Job("test")))
+    checks.check_same_bits(
+        packed, build("spinquant", bits=3, solver="rtn").quantize(weight_OI, None, Job("test"))
+    )
 
 
 def test_preflight_counts_the_memory_of_learning():
@@ -393,7 +464,9 @@ def test_preflight_counts_the_memory_of_learning():
     with torch.device("meta"):
         skeleton = LlamaForCausalLM(LlamaConfig(num_hidden_layers=32))  # 7B
     plain, learning = (
-        _peak_bytes(skeleton, build("spinquant", rotations=kind), None, torch.bfloat16, RunOptions())
+        _peak_bytes(
+            skeleton, build("spinquant", rotations=kind), None, torch.bfloat16, RunOptions()
+        )
         for kind in ("hadamard", "learned")
     )
     assert plain < 10 * 2**30 < 50 * 2**30 < learning

@@ -1,4 +1,6 @@
-"""The residual stream: found in any model, folded and turned without changing a logit, refused where it cannot be."""
+"""The residual stream: found in any model, folded and turned without changing a logit, refused
+where it cannot be.
+"""
 
 from __future__ import annotations
 
@@ -29,14 +31,21 @@ IDS = torch.arange(3, 27).view(2, 12)
 
 def of(kind: str, **options: object) -> Callable[[], nn.Module]:
     def make() -> nn.Module:
-        return transformers.AutoModelForCausalLM.from_config(getattr(transformers, kind)(**{**SIZES, **options}))
+        return transformers.AutoModelForCausalLM.from_config(
+            getattr(transformers, kind)(**{**SIZES, **options})
+        )
 
     return make
 
 
 def llava() -> nn.Module:
     vision = transformers.CLIPVisionConfig(
-        hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14
+        hidden_size=32,
+        intermediate_size=40,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=28,
+        patch_size=14,
     )
     config = transformers.LlavaNextConfig(
         vision_config=vision,
@@ -78,7 +87,9 @@ def logits(model: nn.Module) -> Tensor:
     random = torch.Generator().manual_seed(1)
     pixels = torch.randn(1, 3, 3, 28, 28, generator=random)  # the whole and two tiles
     count = len(model.get_image_features(pixels, torch.tensor([[28, 56]])).pooler_output[0])
-    ids = torch.cat([torch.tensor([3, 4]), torch.full((count,), IMAGE_TOKEN), torch.tensor([5, 6, 7])])[None]
+    ids = torch.cat(
+        [torch.tensor([3, 4]), torch.full((count,), IMAGE_TOKEN), torch.tensor([5, 6, 7])]
+    )[None]
     return model(ids, pixel_values=pixels, image_sizes=torch.tensor([[28, 56]])).logits
 
 
@@ -104,7 +115,9 @@ def test_turning_changes_every_tensor_of_the_stream_and_no_logit(make: Callable[
     assert (after - before).norm() <= 1e-4 * before.norm()
     touched = {*residual.readers, *residual.writers, residual.embedding, *residual.values}
     for name, tensor in model.state_dict().items():
-        if (name.rpartition(".")[0] in touched and name.endswith("weight")) or name in residual.vectors:
+        if (
+            name.rpartition(".")[0] in touched and name.endswith("weight")
+        ) or name in residual.vectors:
             assert not torch.allclose(tensor, dense[name], atol=1e-3), name
         if name.rpartition(".")[0] in residual.norms:
             assert (tensor == residual.norms[name.rpartition(".")[0]]).all()
@@ -178,13 +191,18 @@ def test_large_matrices_are_turned_in_parts():
     assert torch.equal(whole, turn.stream(weight.double()).float())
     wide = torch.randn(48, CHUNK_ROWS + 7, generator=torch.Generator().manual_seed(0))
     assert torch.equal(
-        turn("model.layers.0.mlp.down_proj.weight", wide, {}.__getitem__), turn.stream(wide.T.double()).T.float()
+        turn("model.layers.0.mlp.down_proj.weight", wide, {}.__getitem__),
+        turn.stream(wide.T.double()).T.float(),
     )
 
 
 def test_bf16_is_turned_in_fp64_and_cast_once():
     residual = residual_of(of("LlamaConfig")())
-    turn, weight = turned(residual), torch.randn(60, 48, generator=torch.Generator().manual_seed(0)).bfloat16()
+    turn, weight = (
+        turned(residual),
+        torch.randn(60, 48, generator=torch.Generator().manual_seed(0)).bfloat16(),
+    )
     assert torch.equal(
-        turn(f"{residual.embedding}.weight", weight, {}.__getitem__), turn.stream(weight.double()).bfloat16()
+        turn(f"{residual.embedding}.weight", weight, {}.__getitem__),
+        turn.stream(weight.double()).bfloat16(),
     )

@@ -32,7 +32,9 @@ def slow(quant: TokenQuant, x_TI: Tensor) -> Tensor:
                         low, high = min(low, 0.0), max(high, 0.0)
                     scale = max((high - low) / (2**quant.bits - 1), 1e-5)
                     zero = round(-low / scale)
-                    out_TI[t, start + k] = scale * (min(max(round(value / scale) + zero, 0), 2**quant.bits - 1) - zero)
+                    out_TI[t, start + k] = scale * (
+                        min(max(round(value / scale) + zero, 0), 2**quant.bits - 1) - zero
+                    )
     return out_TI
 
 
@@ -46,7 +48,9 @@ QUANTS = [
 
 @pytest.mark.parametrize("quant", QUANTS, ids=str)
 def test_equals_the_formula_value_by_value(quant: TokenQuant):
-    x_TI = torch.randn(5, 24, generator=torch.Generator().manual_seed(0)) + 0.7  # off centre: zero_inside matters
+    x_TI = (
+        torch.randn(5, 24, generator=torch.Generator().manual_seed(0)) + 0.7
+    )  # off centre: zero_inside matters
     x_TI[2] = 0
     x_TI[3] = x_TI[3].abs() + 1
     assert torch.allclose(quant(x_TI), slow(quant, x_TI), atol=1e-6)
@@ -82,7 +86,7 @@ def test_gradient_passes_the_rounding(sym: bool):
     assert x.grad.abs().sum() > 1  # plain rounding has none
 
 
-# --- in a model ------------------------------------------------------------------------------------------------------
+# --- in a model -----------------------------------------------------------------------------------
 
 
 @pytest.fixture(params=["sdpa", "eager"])
@@ -113,7 +117,9 @@ def test_attention_that_does_nothing_changes_nothing(model: LlamaForCausalLM):
 
 
 @torch.no_grad()
-def test_quantized_keys_change_logits_survive_copies_and_leave_the_saved_config_alone(model, tmp_path):
+def test_quantized_keys_change_logits_survive_copies_and_leave_the_saved_config_alone(
+    model, tmp_path
+):
     before = model(IDS).logits
     attention.install(model, Attention(key=TokenQuant(3, sym=False), joint_key=True))
     after = model(IDS).logits
@@ -129,7 +135,12 @@ def test_quantized_keys_change_logits_survive_copies_and_leave_the_saved_config_
 @torch.no_grad()
 def test_queries_keys_and_values_are_each_quantized_where_asked(model: LlamaForCausalLM):
     before, coarse, results = model(IDS).logits, TokenQuant(3), []
-    for parts in ({"query": coarse}, {"key": coarse}, {"value": coarse}, {"key": coarse, "joint_key": True}):
+    for parts in (
+        {"query": coarse},
+        {"key": coarse},
+        {"value": coarse},
+        {"key": coarse, "joint_key": True},
+    ):
         twin = copy.deepcopy(model)
         attention.install(twin, Attention(**parts))
         results.append(twin(IDS).logits)
@@ -139,7 +150,9 @@ def test_queries_keys_and_values_are_each_quantized_where_asked(model: LlamaForC
 
 @torch.no_grad()
 def test_cached_generation_sees_the_same_keys(model: LlamaForCausalLM):
-    attention.install(model, Attention(key=TokenQuant(4, sym=False), value=TokenQuant(4, sym=False)))
+    attention.install(
+        model, Attention(key=TokenQuant(4, sym=False), value=TokenQuant(4, sym=False))
+    )
     whole = model(IDS).logits[:, -1]
     cache = model(IDS[:, :-1], use_cache=True).past_key_values
     assert torch.allclose(model(IDS[:, -1:], past_key_values=cache).logits[:, -1], whole, atol=1e-4)

@@ -1,4 +1,6 @@
-"""Coordinate descent and scale refit: equal to the slow formulas, monotone, harmless on degenerate groups."""
+"""Coordinate descent and scale refit: equal to the slow formulas, monotone, harmless on degenerate
+groups.
+"""
 
 from __future__ import annotations
 
@@ -77,17 +79,25 @@ def test_no_row_ever_gets_worse(bits: int, scale_bits: int):
     for seed in range(5):
         objective, solution, _ = problem(bits, 40, seed)
         uniform = Uniform(bits, 40, scale_bits=scale_bits)
-        solution = solution._replace(grid_OG=solution.grid_OG._replace(scale=uniform.stored(solution.grid_OG.scale)))
+        solution = solution._replace(
+            grid_OG=solution.grid_OG._replace(scale=uniform.stored(solution.grid_OG.scale))
+        )
         losses = [objective.loss(solution.values())]
         for _ in range(3):
-            solution = solution._replace(codes_OI=coordinate_descent.descended(objective, solution, bits))
+            solution = solution._replace(
+                codes_OI=coordinate_descent.descended(objective, solution, bits)
+            )
             losses.append(objective.loss(solution.values()))
-            solution = solution._replace(grid_OG=coordinate_descent.refitted(objective, solution, uniform))
+            solution = solution._replace(
+                grid_OG=coordinate_descent.refitted(objective, solution, uniform)
+            )
             losses.append(objective.loss(solution.values()))
         for before, after in pairwise(losses):
             assert (after <= before + 1e-4 * before.abs()).all()
         assert (losses[-1] < losses[0]).all()
-        assert torch.equal(solution.grid_OG.scale, uniform.stored(solution.grid_OG.scale)), "as the file will hold it"
+        assert torch.equal(solution.grid_OG.scale, uniform.stored(solution.grid_OG.scale)), (
+            "as the file will hold it"
+        )
 
 
 def test_a_group_of_zeros_keeps_its_scale():
@@ -104,4 +114,6 @@ def test_many_rows_are_solved_in_parts(monkeypatch):
     objective, solution, uniform = problem(3, 50)
     whole = coordinate_descent.refitted(objective, solution, uniform)
     monkeypatch.setattr(coordinate_descent, "ROWS", 4)
-    assert torch.allclose(coordinate_descent.refitted(objective, solution, uniform).scale, whole.scale, rtol=1e-5)
+    assert torch.allclose(
+        coordinate_descent.refitted(objective, solution, uniform).scale, whole.scale, rtol=1e-5
+    )

@@ -44,7 +44,9 @@ def test_equals_the_spec(weight_Rg: torch.Tensor, sym: bool, bits: int, scale_bi
         assert int(grid.zero[row]) == zero
         expected = [code_of(w, float(grid.scale[row]), zero, bits) for w in weights]
         assert codes[row].tolist() == expected
-        assert values[row].tolist() == pytest.approx([value_of(c, scale, zero) for c in expected], rel=1e-5, abs=1e-9)
+        assert values[row].tolist() == pytest.approx(
+            [value_of(c, scale, zero) for c in expected], rel=1e-5, abs=1e-9
+        )
 
 
 @each_sym
@@ -61,7 +63,9 @@ def test_errors_are_at_most_half_a_step(weight_Rg: torch.Tensor, bits: int):
     grid = Uniform(bits, scale_bits=32).grid(weight_Rg)
     error = (grid.values(grid.codes(weight_Rg, bits)) - weight_Rg).abs()
     assert (error <= grid.scale * 1.0001).all()
-    inside = (weight_Rg / grid.scale + grid.zero >= 0) & (weight_Rg / grid.scale + grid.zero <= 2**bits - 1)
+    inside = (weight_Rg / grid.scale + grid.zero >= 0) & (
+        weight_Rg / grid.scale + grid.zero <= 2**bits - 1
+    )
     assert (error[inside] <= (grid.scale * 0.5001).expand_as(error)[inside]).all()
 
 
@@ -107,7 +111,9 @@ def test_groups_are_consecutive_columns_and_the_last_may_be_short(group_size: in
     assert grid_OG.scale.shape == (3, -(-40 // size)) == uniform.layout(3, 40)["scale"].shape
     spread = uniform.spread(grid_OG, 40)
     for column in range(40):
-        own = Uniform(4, sym=sym).grid(weight_OI[:, column // size * size : (column // size + 1) * size])
+        own = Uniform(4, sym=sym).grid(
+            weight_OI[:, column // size * size : (column // size + 1) * size]
+        )
         scale = spread.scale.expand(3, 40)[:, column]
         assert torch.equal(scale, own.scale[:, 0])
 
@@ -122,8 +128,12 @@ def test_what_is_packed_comes_back(bits: int, group_size: int, sym: bool):
     spread = uniform.spread(grid_OG, 72)
     codes_OI = spread.codes(weight_OI, bits)
     packed = uniform.pack(codes_OI, grid_OG)
-    assert {name: Spec(tuple(t.shape), t.dtype) for name, t in packed.items()} == uniform.layout(5, 72)
-    assert torch.equal(uniform.unpack(packed, 72), spread.values(codes_OI)), "codes are final with the stored scales"
+    assert {name: Spec(tuple(t.shape), t.dtype) for name, t in packed.items()} == uniform.layout(
+        5, 72
+    )
+    assert torch.equal(uniform.unpack(packed, 72), spread.values(codes_OI)), (
+        "codes are final with the stored scales"
+    )
 
 
 def test_bad_options_are_named():
@@ -150,14 +160,21 @@ def test_other_symmetric_levels(bits: int, levels: str, search: bool):
     assert 0 <= codes.min() <= codes.max() <= 2**bits - 1
     k = torch.arange(-(2 ** (bits - 1)), 2 ** (bits - 1)) + (0.5 if levels == "halves" else 0.0)
     restored = family.unpack(family.pack(codes, grid), 16)
-    best = torch.stack([(weight_Rg - value).abs() for value in (k[:, None, None] * grid.scale)]).min(0).values
+    best = (
+        torch.stack([(weight_Rg - value).abs() for value in (k[:, None, None] * grid.scale)])
+        .min(0)
+        .values
+    )
     assert torch.allclose((restored - weight_Rg).abs(), best, atol=1e-6)
     largest = weight_Rg.abs().amax(1, keepdim=True)
     if not search:
         assert torch.allclose(grid.scale * float(k[-1]), largest)
     else:
         plain = Uniform(bits, sym=True, scale_bits=32, levels=levels).grid(weight_Rg)
-        errors = [(g.values(g.codes(weight_Rg, bits)) - weight_Rg).abs().pow(2.4).sum(1) for g in (grid, plain)]
+        errors = [
+            (g.values(g.codes(weight_Rg, bits)) - weight_Rg).abs().pow(2.4).sum(1)
+            for g in (grid, plain)
+        ]
         assert (errors[0] <= errors[1]).all()
 
 

@@ -10,7 +10,13 @@ import pytest
 import torch
 
 from llq_hf.common.errors import LLQError
-from llq_hf.numerics.rotations import cayley_step, factor_sizes, hadamard, nearest_orthogonal, rotation
+from llq_hf.numerics.rotations import (
+    cayley_step,
+    factor_sizes,
+    hadamard,
+    nearest_orthogonal,
+    rotation,
+)
 
 CPU = torch.device("cpu")
 SIZES = [1, 2, 7, 12, 64, 96, 97, 172, 256]
@@ -51,7 +57,9 @@ def test_spreads_a_single_coordinate(blocked: bool):
 
 @blocked_or_not
 def test_seeds_and_sizes_give_different_ones(blocked: bool):
-    first, again, other = (rotation(seed, 64, blocked, CPU).apply(torch.eye(64)) for seed in (1, 1, 2))
+    first, again, other = (
+        rotation(seed, 64, blocked, CPU).apply(torch.eye(64)) for seed in (1, 1, 2)
+    )
     assert torch.equal(first, again)
     assert not torch.allclose(first, other, atol=0.1)
 
@@ -67,7 +75,9 @@ def test_global_generators_have_no_say(blocked: bool):
     rotation.cache_clear()
     np.random.seed(1)
     torch.manual_seed(1)
-    assert all(torch.equal(a, b) for a, b in zip(first, rotation(5, 96, blocked, CPU)[:6], strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(first, rotation(5, 96, blocked, CPU)[:6], strict=True)
+    )
 
 
 PINNED = {
@@ -78,7 +88,9 @@ PINNED = {
 
 @pytest.mark.parametrize(("blocked", "n"), PINNED, ids=["kronecker", "blocked"])
 def test_a_seed_means_the_same_rotation_for_ever(blocked: bool, n: int):
-    """Checkpoints store seeds only. Permutations exactly; factors to 4 digits: LAPACK's last bits differ by machine."""
+    """Checkpoints store seeds only. Permutations exactly; factors to 4 digits: LAPACK's last bits
+    differ by machine.
+    """
     turn = rotation(2024, n, blocked, CPU)
     digest = hashlib.sha256()
     for part in (turn.permute_in, turn.permute_out):
@@ -88,9 +100,23 @@ def test_a_seed_means_the_same_rotation_for_ever(blocked: bool, n: int):
     assert digest.hexdigest()[:16] == PINNED[blocked, n]
 
 
-# --- Hadamards -------------------------------------------------------------------------------------------------------
+# --- Hadamards ------------------------------------------------------------------------------------
 
-PALEY = [12, 20, 24, 28, 36, 44, 56, 60, 76, 104, 108, 140, 896]  # of +-1 alone, beside the powers of two
+PALEY = [
+    12,
+    20,
+    24,
+    28,
+    36,
+    44,
+    56,
+    60,
+    76,
+    104,
+    108,
+    140,
+    896,
+]  # of +-1 alone, beside the powers of two
 
 
 @pytest.mark.parametrize("n", [*range(1, 141), 172, 352, 896, 1376])
@@ -133,13 +159,15 @@ PINNED_HADAMARDS = {28: "74e4c5a8ca4cc979", 96: "2b54b30699230d66", 172: "3a5883
 
 @pytest.mark.parametrize("n", PINNED_HADAMARDS)
 def test_a_size_means_the_same_hadamard_for_ever(n: int):
-    """Checkpoints hold weights times it. To 3 digits: those of random orthogonal parts differ by machine."""
+    """Checkpoints hold weights times it. To 3 digits: those of random orthogonal parts differ by
+    machine.
+    """
     H = hadamard(n, CPU).apply(torch.eye(n, dtype=torch.float64))
     digest = hashlib.sha256((H * 1e3).round().long().numpy().tobytes()).hexdigest()
     assert digest[:16] == PINNED_HADAMARDS[n]
 
 
-# --- learning --------------------------------------------------------------------------------------------------------
+# --- learning -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rate", [0.1, 1.5])
@@ -161,8 +189,12 @@ def test_cayley_steps_stay_orthogonal_and_go_downhill(rate: float):
 
 
 def test_the_nearest_orthogonal_matrix_is_the_polar_factor():
-    R = torch.linalg.qr(torch.randn(9, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(3)))[0]
-    near = R + 1e-3 * torch.randn(9, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    R = torch.linalg.qr(
+        torch.randn(9, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    )[0]
+    near = R + 1e-3 * torch.randn(
+        9, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(4)
+    )
     U, _, Vh = torch.linalg.svd(near)
     assert torch.allclose(nearest_orthogonal(near), U @ Vh, atol=1e-12)
     with pytest.raises(LLQError, match="learn_rate"):

@@ -1,7 +1,9 @@
-"""A stand-in for the Hub's HTTP API: repositories in memory, served on loopback by the test that wants one.
+"""A stand-in for the Hub's HTTP API: repositories in memory, served on loopback by the test that
+wants one.
 
-Answers what huggingface_hub asks when it makes a repository, uploads (small files inside the commit, large ones
-through LFS), commits, lists and downloads. One branch, no history: a commit's id is the hash of what it holds.
+Answers what huggingface_hub asks when it makes a repository, uploads (small files inside the
+commit, large ones through LFS), commits, lists and downloads. One branch, no history: a commit's id
+is the hash of what it holds.
 """
 
 from __future__ import annotations
@@ -49,11 +51,18 @@ class Hub:
     @property
     def environment(self) -> dict[str, str]:
         """Variables of a process that talks to this Hub."""
-        return {"HF_ENDPOINT": self.endpoint, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": TOKEN}
+        return {
+            "HF_ENDPOINT": self.endpoint,
+            "HF_HUB_OFFLINE": "0",
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_TOKEN": TOKEN,
+        }
 
 
 class _Answer(Exception):
-    def __init__(self, status: int, content: Any = b"", headers: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, status: int, content: Any = b"", headers: dict[str, str] | None = None
+    ) -> None:
         self.status, self.headers = status, headers or {}
         self.content = content if isinstance(content, bytes) else json.dumps(content).encode()
 
@@ -88,15 +97,21 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _authorize(self) -> None:
         if self.headers.get("Authorization") != f"Bearer {TOKEN}":
-            raise _Answer(401, {"error": "Invalid username or password."}, {"X-Error-Message": "Invalid token."})
+            raise _Answer(
+                401,
+                {"error": "Invalid username or password."},
+                {"X-Error-Message": "Invalid token."},
+            )
 
     def _repo(self, name: str) -> Repo:
         repo = self.hub.repos.get(name)
-        if repo is None or (repo.private and self.headers.get("Authorization") != f"Bearer {TOKEN}"):
+        if repo is None or (
+            repo.private and self.headers.get("Authorization") != f"Bearer {TOKEN}"
+        ):
             raise _Answer(404, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"})
         return repo
 
-    # --- uploading ---------------------------------------------------------------------------------------------
+    # --- uploading --------------------------------------------------------------------------------
 
     def create(self, body: bytes) -> None:
         asked = json.loads(body)
@@ -104,7 +119,9 @@ class _Handler(BaseHTTPRequestHandler):
         address = {"url": f"{self.hub.endpoint}/{name}", "id": name}
         if name in self.hub.repos:
             raise _Answer(409, address)
-        self.hub.repos[name] = Repo(private=asked.get("visibility") == "private" or asked.get("private") is True)
+        self.hub.repos[name] = Repo(
+            private=asked.get("visibility") == "private" or asked.get("private") is True
+        )
         raise _Answer(200, address)
 
     def validate(self, body: bytes) -> None:
@@ -114,7 +131,10 @@ class _Handler(BaseHTTPRequestHandler):
     def preupload(self, body: bytes, repo: str) -> None:
         self._repo(repo)
         files = json.loads(body)["files"]
-        modes = [{"path": f["path"], "uploadMode": "lfs" if f["path"].endswith(LARGE) else "regular"} for f in files]
+        modes = [
+            {"path": f["path"], "uploadMode": "lfs" if f["path"].endswith(LARGE) else "regular"}
+            for f in files
+        ]
         raise _Answer(200, {"files": [{**mode, "shouldIgnore": False} for mode in modes]})
 
     def batch(self, body: bytes, repo: str) -> None:
@@ -142,19 +162,31 @@ class _Handler(BaseHTTPRequestHandler):
         self.hub.repos[repo].files = files  # all of it, or nothing
         self.hub.commits += 1
         sha = self.hub.repos[repo].sha
-        raise _Answer(200, {"commitUrl": f"{self.hub.endpoint}/{repo}/commit/{sha}", "commitOid": sha})
+        raise _Answer(
+            200, {"commitUrl": f"{self.hub.endpoint}/{repo}/commit/{sha}", "commitOid": sha}
+        )
 
-    # --- downloading -------------------------------------------------------------------------------------------
+    # --- downloading ------------------------------------------------------------------------------
 
     def info(self, body: bytes, repo: str) -> None:
         found = self._repo(repo)
         siblings = [{"rfilename": name} for name in sorted(found.files)]
-        raise _Answer(200, {"id": repo, "sha": found.sha, "private": found.private, "siblings": siblings, "tags": []})
+        raise _Answer(
+            200,
+            {
+                "id": repo,
+                "sha": found.sha,
+                "private": found.private,
+                "siblings": siblings,
+                "tags": [],
+            },
+        )
 
     def tree(self, body: bytes, repo: str) -> None:
         files = self._repo(repo).files
         rows = [
-            {"type": "file", "path": n, "size": len(c), "oid": hashlib.sha1(c).hexdigest()} for n, c in files.items()
+            {"type": "file", "path": n, "size": len(c), "oid": hashlib.sha1(c).hexdigest()}
+            for n, c in files.items()
         ]
         raise _Answer(200, rows)
 
@@ -163,7 +195,11 @@ class _Handler(BaseHTTPRequestHandler):
         if name not in found.files:
             raise _Answer(404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": found.sha})
         content = found.files[name]
-        raise _Answer(200, content, {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": found.sha})
+        raise _Answer(
+            200,
+            content,
+            {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": found.sha},
+        )
 
 
 NAME = r"(?P<repo>[\w.-]+/[\w.-]+)"

@@ -1,4 +1,6 @@
-"""The card says what the files say, passes the licence on, and takes no figure that is not this checkpoint's."""
+"""The card says what the files say, passes the licence on, and takes no figure that is not this
+checkpoint's.
+"""
 
 from __future__ import annotations
 
@@ -30,30 +32,53 @@ extra_gated_prompt: secret
 
 
 @pytest.fixture(scope="module")
-def packed(tiny_llama: Path, calibration_npy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def packed(
+    tiny_llama: Path, calibration_npy: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """A GPTQ checkpoint of a base with a card and a LICENSE."""
     folder = tmp_path_factory.mktemp("card")
     base = shutil.copytree(tiny_llama, folder / "base")
     (base / "README.md").write_text(BASE_CARD)
     (base / "LICENSE").write_text("Do as you please.\n")
     method = build("gptq", bits=3, group_size=32, true_sequential=True)
-    quantize_checkpoint(str(base), folder / "packed", method, Calibration(str(calibration_npy), samples=8))
+    quantize_checkpoint(
+        str(base), folder / "packed", method, Calibration(str(calibration_npy), samples=8)
+    )
     return folder / "packed"
 
 
 @pytest.fixture
 def scored(packed: Path, tmp_path: Path) -> Callable[..., Path]:
-    """A results file as lm-eval writes them, of the packed checkpoint; overrides go into its `llq` section."""
+    """A results file as lm-eval writes them, of the packed checkpoint; overrides go into its `llq`
+    section.
+    """
 
-    def scored(name: str = "results_1.json", value: float = 12.5, date: float = 1.0, **overrides: Any) -> Path:
+    def scored(
+        name: str = "results_1.json", value: float = 12.5, date: float = 1.0, **overrides: Any
+    ) -> Path:
         found = inspect_checkpoint(packed)
         llq = {key: found[key] for key in ("fingerprint", "method", "config")} | overrides
         content = {
             "results": {
-                "wikitext": {"alias": "wikitext", "word_perplexity,none": value, "word_perplexity_stderr,none": "N/A"},
-                "arc_easy": {"alias": " - arc", "acc,none": 0.5, "acc_stderr,none": 0.01, "acc_norm,none": 0.25},
+                "wikitext": {
+                    "alias": "wikitext",
+                    "word_perplexity,none": value,
+                    "word_perplexity_stderr,none": "N/A",
+                },
+                "arc_easy": {
+                    "alias": " - arc",
+                    "acc,none": 0.5,
+                    "acc_stderr,none": 0.01,
+                    "acc_norm,none": 0.25,
+                },
             },
-            "configs": {"arc_easy": {"dataset_path": "allenai/ai2_arc", "dataset_name": "ARC-Easy", "test_split": "t"}},
+            "configs": {
+                "arc_easy": {
+                    "dataset_path": "allenai/ai2_arc",
+                    "dataset_name": "ARC-Easy",
+                    "test_split": "t",
+                }
+            },
             "n-shot": {"arc_easy": 5},
             "higher_is_better": {"wikitext": {"word_perplexity": False}, "arc_easy": {"acc": True}},
             "config": {"model": "llq", "model_args": {"pretrained": "/home/me/secret"}, "llq": llq},
@@ -80,7 +105,10 @@ def test_the_card_says_what_the_files_say(packed):
     assert "| `true_sequential` | True |" in text
     assert "`ids.npy`, seed 0, 8 x 32 tokens" in text
     assert 'from_pretrained("me/tiny-gptq")' in text
-    assert "llq quantize base tiny-gptq --method gptq --bits 3 --group-size 32 --true-sequential" in text
+    assert (
+        "llq quantize base tiny-gptq --method gptq --bits 3 --group-size 32 --true-sequential"
+        in text
+    )
     assert "Nothing was measured yet" in text
     assert str(packed.parent) not in text  # nothing of this machine
 
@@ -103,7 +131,12 @@ def test_the_base_model_is_named_where_it_is_on_the_hub(packed):
 @pytest.mark.parametrize(
     ("said", "files", "licence", "text"),
     [
-        ({}, ["LICENSE.txt"], {"license": "other", "license_link": "LICENSE.txt"}, "came along: `LICENSE.txt`"),
+        (
+            {},
+            ["LICENSE.txt"],
+            {"license": "other", "license_link": "LICENSE.txt"},
+            "came along: `LICENSE.txt`",
+        ),
         ({}, [], {}, "Its card names none"),
     ],
 )
@@ -115,18 +148,28 @@ def test_a_licence_is_never_invented(packed, tmp_path, said, files, licence, tex
     for name in files:
         (folder / name).write_text("text")
     card = str(make_card(folder))
-    assert {key: value for key, value in front_matter(card).items() if key.startswith("license")} == licence
+    assert {
+        key: value for key, value in front_matter(card).items() if key.startswith("license")
+    } == licence
     assert text in card
 
 
 def test_results_become_a_model_index(packed, scored):
     card = str(make_card(packed, results=[scored(value=12.5)]))
     (index,) = front_matter(card)["model-index"]
-    found = {(r["task"]["name"], m["type"]): (m["value"], r["dataset"]) for r in index["results"] for m in r["metrics"]}
+    found = {
+        (r["task"]["name"], m["type"]): (m["value"], r["dataset"])
+        for r in index["results"]
+        for m in r["metrics"]
+    }
     assert found["wikitext", "word_perplexity"][0] == 12.5
     value, dataset = found["arc_easy", "acc"]
     assert value == 0.5
-    assert (dataset["type"], dataset["config"], dataset["split"]) == ("allenai/ai2_arc", "ARC-Easy", "t")
+    assert (dataset["type"], dataset["config"], dataset["split"]) == (
+        "allenai/ai2_arc",
+        "ARC-Easy",
+        "t",
+    )
     assert "| arc_easy | acc ↑ | 0.5 ± 0.01 | 5 |" in card
     assert "| wikitext | word_perplexity ↓ | 12.5 |" in card
     assert "secret" not in card
@@ -161,7 +204,9 @@ def test_a_model_saved_by_transformers_has_a_card_too(packed, tmp_path):
 
     AutoModelForCausalLM.from_pretrained(packed).save_pretrained(tmp_path / "saved")
     text = str(make_card(tmp_path / "saved", base="org/base"))
-    assert f"| {inspect_checkpoint(packed)['stored_bits']:.3f} |" in text  # with no report to count from
+    assert (
+        f"| {inspect_checkpoint(packed)['stored_bits']:.3f} |" in text
+    )  # with no report to count from
 
 
 def test_the_template_is_where_the_wheel_or_the_checkout_has_it():

@@ -1,4 +1,6 @@
-"""What is pushed is what loads: against a stand-in for the Hub that this test starts, with the real client."""
+"""What is pushed is what loads: against a stand-in for the Hub that this test starts, with the real
+client.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +55,9 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 @pytest.fixture
 def llq() -> Callable[..., str]:
     def llq(*arguments: object) -> str:
-        result = CliRunner().invoke(cli.app, [str(part) for part in arguments], catch_exceptions=False)
+        result = CliRunner().invoke(
+            cli.app, [str(part) for part in arguments], catch_exceptions=False
+        )
         assert result.exit_code == 0, result.output
         return result.output
 
@@ -78,7 +82,9 @@ assert found["config"]["llq"]["fingerprint"] == fingerprint
 """
 
 
-def test_a_pushed_checkpoint_loads_and_scores_in_a_fresh_process_as_before(hub, packed, llq, tmp_path):
+def test_a_pushed_checkpoint_loads_and_scores_in_a_fresh_process_as_before(
+    hub, packed, llq, tmp_path
+):
     llq("push", packed, "me/demo-rtn")
     environment = {**os.environ, **hub.environment, "HF_HOME": str(tmp_path / "home")}
     fingerprint, out = read_report(packed)["fingerprint"], tmp_path / "logits.safetensors"
@@ -88,7 +94,9 @@ def test_a_pushed_checkpoint_loads_and_scores_in_a_fresh_process_as_before(hub, 
     with torch.no_grad():
         logits = AutoModelForCausalLM.from_pretrained(packed)(IDS).logits
     assert torch.equal(load_file(out)["logits"], logits)
-    assert any("resolve" in line and "model-00001" in line for line in hub.asked)  # and not from a cache
+    assert any(
+        "resolve" in line and "model-00001" in line for line in hub.asked
+    )  # and not from a cache
 
 
 def test_what_is_pushed(hub, packed, llq, tmp_path):
@@ -138,7 +146,11 @@ def test_a_card_of_ones_own_goes_up_as_it_is(hub, packed, tmp_path):
 
 
 def test_weights_of_an_earlier_checkpoint_go_away(hub, packed):
-    old = {"model.safetensors": b"old", "model-00009-of-00009.safetensors": b"old", "notes.txt": b"mine"}
+    old = {
+        "model.safetensors": b"old",
+        "model-00009-of-00009.safetensors": b"old",
+        "notes.txt": b"mine",
+    }
     hub.repos["me/demo-rtn"] = Repo(private=False, files=old)
     push(prepare_upload(packed, "me/demo-rtn"))
     files = hub.repos["me/demo-rtn"].files
@@ -194,6 +206,8 @@ def test_a_name_that_cannot_be(packed, name):
 def test_a_damaged_checkpoint_is_not_pushed(packed, tmp_path):
     folder = shutil.copytree(packed, tmp_path / "damaged")
     shutil.copyfile(packed.with_name("demo-rtn.journal.jsonl"), tmp_path / "damaged.journal.jsonl")
-    shutil.copyfile(folder / "model-00002-of-00005.safetensors", folder / "model-00003-of-00005.safetensors")
+    shutil.copyfile(
+        folder / "model-00002-of-00005.safetensors", folder / "model-00003-of-00005.safetensors"
+    )
     with pytest.raises(LLQError):
         prepare_upload(folder, "me/damaged")

@@ -1,4 +1,6 @@
-"""Spec 4.2 to 4.4 as literal loops, for a linear that is alone: scale search, clip search, rounding to nearest."""
+"""Spec 4.2 to 4.4 as literal loops, for a linear that is alone: scale search, clip search, rounding
+to nearest.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ def groups_of(columns: int, group_size: int) -> list[range]:
     return [range(start, min(start + size, columns)) for start in range(0, columns, size)]
 
 
-def rounded(row: list[float], bits: int, sym: bool, limit: float = math.inf) -> tuple[list[float], list[int]]:
+def rounded(
+    row: list[float], bits: int, sym: bool, limit: float = math.inf
+) -> tuple[list[float], list[int]]:
     """(values, codes) of one group of one row, on the grid of the group clipped to +-limit."""
     scale, zero = grid_of([max(min(w, limit), -limit) for w in row], bits, sym)
     codes = [code_of(w, scale, zero, bits) for w in row]
@@ -49,7 +53,9 @@ def restored(W: np.ndarray, s: np.ndarray, bits: int, group_size: int, sym: bool
 
 
 def awq(W, x, bits, group_size=-1, sym=False, ratios=20, clip=True, duo=False):
-    """(weight as restored [O, I], codes [O, I], s [I], ratio chosen) for tokens x [T, I], all in fp64."""
+    """(weight as restored [O, I], codes [O, I], s [I], ratio chosen) for tokens x [T, I], all in
+    fp64.
+    """
     W, x = W.astype(np.float64), x.astype(np.float64)
     mean = np.abs(x).mean(0)
     best = (math.inf, 0.0, mean)

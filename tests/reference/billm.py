@@ -41,7 +41,9 @@ def masks(W: np.ndarray, S: np.ndarray, target: np.ndarray) -> tuple[np.ndarray,
     for n in range(1, min(50, columns)):
         chosen = np.zeros(W.shape, dtype=bool)
         chosen[:, order[:n]] = True
-        error = np.mean((target - approximate(target, chosen, 2) - approximate(target, ~chosen, 2)) ** 2)
+        error = np.mean(
+            (target - approximate(target, chosen, 2) - approximate(target, ~chosen, 2)) ** 2
+        )
         if error < best:
             best, salient = error, chosen
     sizes = np.where(salient, 0, np.abs(S))
@@ -50,7 +52,9 @@ def masks(W: np.ndarray, S: np.ndarray, target: np.ndarray) -> tuple[np.ndarray,
     for percent in range(10, 91):
         chosen = ~salient & (sizes >= quantile(ordered, percent / 100))
         low = ~salient & ~chosen
-        error = np.mean((target - approximate(target, low, 1) - approximate(target, chosen, 1) - double) ** 2)
+        error = np.mean(
+            (target - approximate(target, low, 1) - approximate(target, chosen, 1) - double) ** 2
+        )
         if error < best:
             best, mid = error, chosen
     return salient, mid

@@ -7,7 +7,9 @@ import math
 
 def nearest_level(w: float, a1: float, a2: float) -> tuple[int, int]:
     """(b1, b2) of the level a1 b1 + a2 b2 next to w, by trying all four."""
-    return min(((b1, b2) for b1 in (0, 1) for b2 in (0, 1)), key=lambda b: abs(w - a1 * b[0] - a2 * b[1]))
+    return min(
+        ((b1, b2) for b1 in (0, 1) for b2 in (0, 1)), key=lambda b: abs(w - a1 * b[0] - a2 * b[1])
+    )
 
 
 def start(group: list[float]) -> tuple[float, float, float]:
@@ -46,5 +48,7 @@ def dad_loss(
         entropy = -sum(math.exp(v) * v for v in t)
         cross = -sum(math.exp(v) * u for v, u in zip(t, s, strict=True))
         deviation += entropy**gamma * cross / len(teacher)
-    guess = -sum(log_softmax(student[t])[labels[t + 1]] for t in range(len(labels) - 1)) / (len(labels) - 1)
+    guess = -sum(log_softmax(student[t])[labels[t + 1]] for t in range(len(labels) - 1)) / (
+        len(labels) - 1
+    )
     return (guess if use_labels else 0.0) + dad * deviation

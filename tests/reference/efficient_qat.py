@@ -1,8 +1,9 @@
-"""Spec 2: Block-AP of one linear, with the straight-through derivatives written out, weight by weight, in fp64.
+"""Spec 2: Block-AP of one linear, with the straight-through derivatives written out, weight by
+weight, in fp64.
 
-value = s (c - z), c = clamp(round(w / s) + z, 0, L). Inside the range: by w 1, by s round(w / s) - w / s, by z 0.
-Clipped: by w 0, by s c - z, by z -s. s counts as it is stored in fp16; its rounding, and that of z, pass derivatives
-through; z outside 0..L gets none.
+value = s (c - z), c = clamp(round(w / s) + z, 0, L). Inside the range: by w 1, by s round(w / s) -
+w / s, by z 0. Clipped: by w 0, by s c - z, by z -s. s counts as it is stored in fp16; its rounding,
+and that of z, pass derivatives through; z outside 0..L gets none.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ def start(part: list[float], bits: int) -> tuple[float, float]:
     return scale, float(np.clip(np.rint(-low / scale), 0, 2**bits - 1))
 
 
-def value(w: float, s: float, z: float, bits: int) -> tuple[float, float, tuple[float, float, float]]:
+def value(
+    w: float, s: float, z: float, bits: int
+) -> tuple[float, float, tuple[float, float, float]]:
     """(code, value, derivatives of the value by w, s and z)."""
     levels, z_code = 2**bits - 1, float(np.clip(np.rint(z), 0, 2**bits - 1))
     unclipped = np.rint(w / s) + z_code
@@ -61,14 +64,22 @@ def block_ap(
     grid_lr: float,
     relative: bool,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[float]]:
-    """(codes [O, I], scales and zeros [O, G], mean loss of each epoch) for inputs [N, S, I], targets [N, S, O]."""
+    """(codes [O, I], scales and zeros [O, G], mean loss of each epoch) for inputs [N, S, I],
+    targets [N, S, O].
+    """
     rows, columns = weight.shape
     size = columns if group_size == -1 else group_size
     group = np.arange(columns) // size
-    grids = [[start(weight[o, group == k].tolist(), bits) for k in range(group[-1] + 1)] for o in range(rows)]
+    grids = [
+        [start(weight[o, group == k].tolist(), bits) for k in range(group[-1] + 1)]
+        for o in range(rows)
+    ]
     first_scale, zero = np.array(grids)[..., 0], np.array(grids)[..., 1]
     unit = first_scale if relative else np.ones_like(first_scale)
-    u, r = weight.astype(np.float64) / unit[:, group], first_scale / unit  # what is trained: in units
+    u, r = (
+        weight.astype(np.float64) / unit[:, group],
+        first_scale / unit,
+    )  # what is trained: in units
     adam_u, adam_r, adam_z = AdamW(u.shape), AdamW(r.shape), AdamW(zero.shape)
     parts = [slice(i, i + batch) for i in range(0, len(inputs), batch)]
     losses: list[float] = []
@@ -79,7 +90,9 @@ def block_ap(
             for i in range(columns):
                 k = group[i]
                 stored = float(np.float16(r[o, k] * unit[o, k]))
-                codes[o, i], values[o, i], by[o, i] = value(u[o, i] * unit[o, k], stored, zero[o, k], bits)
+                codes[o, i], values[o, i], by[o, i] = value(
+                    u[o, i] * unit[o, k], stored, zero[o, k], bits
+                )
         return codes, values, by
 
     for epoch in range(epochs):
@@ -92,7 +105,8 @@ def block_ap(
             slope = 2 / error.size * np.einsum("nso,nsi->oi", error, x)
             spans = range(group[-1] + 1)
             by_scale, by_zero = (
-                np.stack([(slope * by[..., j])[:, group == k].sum(1) for k in spans], axis=1) for j in (1, 2)
+                np.stack([(slope * by[..., j])[:, group == k].sum(1) for k in spans], axis=1)
+                for j in (1, 2)
             )
             done = (epoch * len(parts) + number) / (epochs * len(parts))
             share = DECAYED + (1 - DECAYED) * (1 + math.cos(math.pi * done)) / 2

@@ -1,7 +1,9 @@
-"""Spec 3.3: the GPTQ solver of one linear, one row and one column at a time, in fp64; GAR and GPTAQ (improvements 3.1).
+"""Spec 3.3: the GPTQ solver of one linear, one row and one column at a time, in fp64; GAR and GPTAQ
+(improvements 3.1).
 
-Kept literally: the block of 128 columns whose updates the rest of the matrix sees only when it is finished, and the
-group grids that are read from the matrix *without* the updates of the running block.
+Kept literally: the block of 128 columns whose updates the rest of the matrix sees only when it is
+finished, and the group grids that are read from the matrix *without* the updates of the running
+block.
 """
 
 from __future__ import annotations
@@ -41,7 +43,9 @@ def gptq(
     grouped = group_size != -1
     static = []
     if static_groups and grouped:  # 3. grids of the original slices
-        static = [grids_of(W[:, start : start + group_size]) for start in range(0, columns, group_size)]
+        static = [
+            grids_of(W[:, start : start + group_size]) for start in range(0, columns, group_size)
+        ]
     order = list(range(columns))
     if act_order:  # 4.
         order = sorted(order, key=lambda i: -H[i, i])  # stable
@@ -59,7 +63,9 @@ def gptq(
 
     P = np.zeros_like(H)
     if gptaq:
-        strict = np.array([[(D @ U.T)[i, j] if j > i else 0.0 for j in range(columns)] for i in range(columns)])
+        strict = np.array(
+            [[(D @ U.T)[i, j] if j > i else 0.0 for j in range(columns)] for i in range(columns)]
+        )
         P = gptaq * strict @ U
 
     codes, restored = np.zeros((rows, columns), dtype=int), np.zeros((rows, columns))
@@ -81,12 +87,16 @@ def gptq(
                 error = (W1[row, i - first] - restored[row, i]) / U[i, i]
                 before[row, i - first] = W1[row, i - first]
                 for later in range(i, last):
-                    W1[row, later - first] -= error * U[i, later] - before[row, i - first] * P[i, later]
+                    W1[row, later - first] -= (
+                        error * U[i, later] - before[row, i - first] * P[i, later]
+                    )
                 errors[row, i - first] = error
         for row in range(rows):
             for later in range(last, columns):
                 for i in range(first, last):
-                    W[row, later] -= errors[row, i - first] * U[i, later] - before[row, i - first] * P[i, later]
+                    W[row, later] -= (
+                        errors[row, i - first] * U[i, later] - before[row, i - first] * P[i, later]
+                    )
     back = np.empty_like(restored)
     back[:, order] = restored  # 8.
     return back, codes, order

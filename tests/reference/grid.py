@@ -1,5 +1,6 @@
-"""Spec 1.1 as literal loops: the grid of one slice of one row. Written from the spec, in fp32 as it says: the end of a
-symmetric range lies exactly between two codes, where another precision rounds the other way.
+"""Spec 1.1 as literal loops: the grid of one slice of one row. Written from the spec, in fp32 as it
+says: the end of a symmetric range lies exactly between two codes, where another precision rounds
+the other way.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ def round_half_even(x: float) -> int:
 
 
 def stored(scale: float, scale_bits: int) -> float:
-    """The scale as the file will hold it; never below the smallest fp16, which is ours and not the spec's."""
+    """The scale as the file will hold it; never below the smallest fp16, which is ours and not the
+    spec's.
+    """
     scale = max(scale, 2.0**-24)
     return float(np.float16(scale)) if scale_bits == 16 else float(np.float32(scale))
 
@@ -23,11 +26,18 @@ def ratio(x: float, scale: float) -> float:
     return float(np.float32(x) / np.float32(scale))
 
 
-def grid_of(slice_: list[float], bits: int, sym: bool = False, scale_bits: int = 32, shrink: float = 1.0):
-    """(scale, zero) of a slice. The symmetric range is symmetric always: the spec's [OPT] in place of its [BUG]."""
+def grid_of(
+    slice_: list[float], bits: int, sym: bool = False, scale_bits: int = 32, shrink: float = 1.0
+):
+    """(scale, zero) of a slice. The symmetric range is symmetric always: the spec's [OPT] in place
+    of its [BUG].
+    """
     top = 2**bits - 1
     low, high = min(*slice_, 0.0), max(*slice_, 0.0)
-    low, high = float(np.float32(low) * np.float32(shrink)), float(np.float32(high) * np.float32(shrink))
+    low, high = (
+        float(np.float32(low) * np.float32(shrink)),
+        float(np.float32(high) * np.float32(shrink)),
+    )
     if sym:
         high = max(abs(low), high)
         low = -high
@@ -54,7 +64,10 @@ def searched(slice_: list[float], bits: int, sym: bool, scale_bits: int = 32):
         scale, zero = grid_of(slice_, bits, sym, scale_bits, 1 - step / 100)
         for offset in (0,) if sym else (0, -1, 1):
             moved = min(max(zero + offset, 0), 2**bits - 1)
-            error = sum(abs(value_of(code_of(x, scale, moved, bits), scale, moved) - x) ** 2.4 for x in slice_)
+            error = sum(
+                abs(value_of(code_of(x, scale, moved, bits), scale, moved) - x) ** 2.4
+                for x in slice_
+            )
             if error < best_error:
                 best, best_error = (scale, moved), error
     return best, best_error

@@ -1,5 +1,6 @@
-"""Specs 5.1, 5.2 and 6.1: NormalFloat, double quantization and information calibration, block by block in floats of 32
-bits (numpy), candidate by candidate."""
+"""Specs 5.1, 5.2 and 6.1: NormalFloat, double quantization and information calibration, block by
+block in floats of 32 bits (numpy), candidate by candidate.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +14,9 @@ F = np.float32
 
 
 def codebook(bits: int) -> list[np.float32]:
-    """Quantiles of the normal distribution: 2**(bits - 1) of them above zero, one less below, and zero itself."""
+    """Quantiles of the normal distribution: 2**(bits - 1) of them above zero, one less below, and
+    zero itself.
+    """
     half, quantile = 2 ** (bits - 1), NormalDist().inv_cdf
     tail = 1 - (1 / (2 * (2**bits - 1)) + 1 / (2 * 2**bits)) / 2
     up = [quantile(tail + (0.5 - tail) * i / half) for i in range(half)]
@@ -60,8 +63,12 @@ def entropy(codes: list[int]) -> float:
     return -sum(p * math.log2(p) for p in shares)
 
 
-def shift_of(block: list[np.float32], book: list[np.float32], bits: int, reach: float, steps: int) -> np.float32:
-    """tau of the highest entropy; of equally good ones the smallest shift, of two as small the negative one."""
+def shift_of(
+    block: list[np.float32], book: list[np.float32], bits: int, reach: float, steps: int
+) -> np.float32:
+    """tau of the highest entropy; of equally good ones the smallest shift, of two as small the
+    negative one.
+    """
     tail = 1 - (1 / (2 * (2**bits - 1)) + 1 / (2 * 2**bits)) / 2
     sigma = 1 / NormalDist().inv_cdf(tail)
     median = sorted(block)[(len(block) - 1) // 2]
@@ -82,7 +89,9 @@ def nf4(
     double_quant: bool = True,
     shift: tuple[float, int] | None = None,
 ) -> tuple[list[int], list[float]]:
-    """(codes, restored weights) of a matrix given row after row. shift: (reach, steps) of information calibration."""
+    """(codes, restored weights) of a matrix given row after row. shift: (reach, steps) of
+    information calibration.
+    """
     book = codebook(bits)
     codes, scales, taus = [], [], []
     for start in range(0, len(weights), block_size):
@@ -95,5 +104,8 @@ def nf4(
         mean = F(np.mean(np.array(scales, dtype=np.float64)))
         scales = [restored + mean for restored in eight_bits([s - mean for s in scales])]
     taus = eight_bits(taus) if shift else taus
-    restored = [float(book[code] * scales[i // block_size] + taus[i // block_size]) for i, code in enumerate(codes)]
+    restored = [
+        float(book[code] * scales[i // block_size] + taus[i // block_size])
+        for i, code in enumerate(codes)
+    ]
     return codes, restored

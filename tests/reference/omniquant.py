@@ -1,8 +1,9 @@
-"""Spec 7: OmniQuant's learnable weight clipping of one linear, with derivatives written out, weight by weight, in fp64.
+"""Spec 7: OmniQuant's learnable weight clipping of one linear, with derivatives written out, weight
+by weight, in fp64.
 
-value = s (clamp(round(w / s + v) + z, 0, L) - z), s = (high - low) / L, z = round(-low / s), high = sigmoid(u) max, low
-= sigmoid(l) min; roundings count as identities where derivatives are taken, and so does the rounding of s to fp16. v is
-0, or moves by the signs of its derivatives.
+value = s (clamp(round(w / s + v) + z, 0, L) - z), s = (high - low) / L, z = round(-low / s), high =
+sigmoid(u) max, low = sigmoid(l) min; roundings count as identities where derivatives are taken, and
+so does the rounding of s to fp16. v is 0, or moves by the signs of its derivatives.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ def sigmoid(x: float) -> float:
     return 1 / (1 + math.exp(-x))
 
 
-def grid(part: list[float], up: float, down: float, bits: int, sym: bool) -> tuple[float, float, float, float]:
+def grid(
+    part: list[float], up: float, down: float, bits: int, sym: bool
+) -> tuple[float, float, float, float]:
     """(scale, zero, high, low) of one group of weights."""
     levels = 2**bits - 1
     high, low = sigmoid(up) * max(0.0, *part), sigmoid(down) * min(0.0, *part)
@@ -26,7 +29,12 @@ def grid(part: list[float], up: float, down: float, bits: int, sym: bool) -> tup
         high = max(high, -low)
         low = -high
     scale = float(np.float16(max((high - low) / levels, 2.0**-24)))
-    return scale, float(2 ** (bits - 1)) if sym else float(np.clip(np.rint(-low / scale), 0, levels)), high, low
+    return (
+        scale,
+        float(2 ** (bits - 1)) if sym else float(np.clip(np.rint(-low / scale), 0, levels)),
+        high,
+        low,
+    )
 
 
 def searched(part: list[float], squares: list[float], bits: int, sym: bool) -> tuple[float, float]:
@@ -47,7 +55,13 @@ def searched(part: list[float], squares: list[float], bits: int, sym: bool) -> t
 
 
 def group_gradient(
-    part: list[float], drift: list[float], slope: list[float], up: float, down: float, bits: int, sym: bool
+    part: list[float],
+    drift: list[float],
+    slope: list[float],
+    up: float,
+    down: float,
+    bits: int,
+    sym: bool,
 ) -> tuple[float, float]:
     """Derivatives by the two logits of sum(slope * value)."""
     levels = 2**bits - 1
@@ -61,7 +75,11 @@ def group_gradient(
     if sym:  # high = -low is the larger of the two ends
         by_high = 2 / levels * by_scale
         up_wins = sigmoid(up) * max(0.0, *part) >= -sigmoid(down) * min(0.0, *part)
-        return (by_high * high * (1 - sigmoid(up)), 0.0) if up_wins else (0.0, by_high * high * (1 - sigmoid(down)))
+        return (
+            (by_high * high * (1 - sigmoid(up)), 0.0)
+            if up_wins
+            else (0.0, by_high * high * (1 - sigmoid(down)))
+        )
     by_scale += by_zero * low / scale**2
     by_high, by_low = by_scale / levels, -by_scale / levels - by_zero / scale
     return by_high * high * (1 - sigmoid(up)), by_low * low * (1 - sigmoid(down))
@@ -82,7 +100,9 @@ def omniquant(
     rounding_lr: float,
     decay: bool,
 ) -> tuple[np.ndarray, np.ndarray, list[float]]:
-    """(codes [O, I], scales [O, G], mean loss of each epoch) for sequences inputs [N, S, I] and targets [N, S, O]."""
+    """(codes [O, I], scales [O, G], mean loss of each epoch) for sequences inputs [N, S, I] and
+    targets [N, S, O].
+    """
     rows, columns = weight.shape
     size = columns if group_size == -1 else group_size
     spans = [(start, min(start + size, columns)) for start in range(0, columns, size)]
@@ -93,11 +113,17 @@ def omniquant(
         squares = (inputs.astype(np.float64) ** 2).sum((0, 1))
         for o in range(rows):
             for k, (start, stop) in enumerate(spans):
-                logits[o, k] = searched(W[o, start:stop].tolist(), squares[start:stop].tolist(), bits, sym)
+                logits[o, k] = searched(
+                    W[o, start:stop].tolist(), squares[start:stop].tolist(), bits, sym
+                )
     first, second, steps, losses = np.zeros_like(logits), np.zeros_like(logits), 0, []
 
     def rounded() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        codes, scales, values = np.zeros((rows, columns)), np.zeros((rows, len(spans))), np.zeros((rows, columns))
+        codes, scales, values = (
+            np.zeros((rows, columns)),
+            np.zeros((rows, len(spans))),
+            np.zeros((rows, columns)),
+        )
         for o in range(rows):
             for k, (start, stop) in enumerate(spans):
                 scale, zero, _, _ = grid(W[o, start:stop].tolist(), *logits[o, k], bits, sym)

@@ -1,6 +1,8 @@
-"""Spec 6.1 as literal loops in fp64: rescale, project, damp, grid 'b', LDLQ, greedy passes, and the way back.
+"""Spec 6.1 as literal loops in fp64: rescale, project, damp, grid 'b', LDLQ, greedy passes, and the
+way back.
 
-Rotations are handed in as dense matrices: which random ones are drawn is ours to choose, what is done with them is not.
+Rotations are handed in as dense matrices: which random ones are drawn is ours to choose, what is
+done with them is not.
 """
 
 from __future__ import annotations
@@ -55,15 +57,23 @@ def greedy(k: np.ndarray, t: np.ndarray, H: np.ndarray, bits: int, passes: int) 
     return k
 
 
-def quip_rows(weight: np.ndarray, hessian: np.ndarray, bits: int, scale_bits: int = 16, damp: float = 0.01):
-    """qfn 'a' without preprocessing: grid 1.1 per row; codes are clamped before the rounding, as in grid 'b'.
+def quip_rows(
+    weight: np.ndarray, hessian: np.ndarray, bits: int, scale_bits: int = 16, damp: float = 0.01
+):
+    """qfn 'a' without preprocessing: grid 1.1 per row; codes are clamped before the rounding, as in
+    grid 'b'.
 
     (restored weight [O, I], codes [O, I])
     """
     H = hessian.astype(np.float64)
     H = H + damp * np.mean(np.diagonal(H)) * np.eye(len(H))
     grids = [grid_of(row, bits, False, scale_bits) for row in weight.tolist()]
-    t = np.array([[x / scale + zero for x in row] for row, (scale, zero) in zip(weight.tolist(), grids, strict=True)])
+    t = np.array(
+        [
+            [x / scale + zero for x in row]
+            for row, (scale, zero) in zip(weight.tolist(), grids, strict=True)
+        ]
+    )
     k = ldlq(np.clip(t, 0, 2**bits - 1), H, bits)
     return np.array([scale * (row - zero) for row, (scale, zero) in zip(k, grids, strict=True)]), k
 
@@ -89,7 +99,8 @@ def quip(
     W, H = U @ W @ V.T, V @ H @ V.T
     damped = H + damp * np.mean(np.diagonal(H)) * np.eye(columns)
     t, c = continuous_codes(W, bits, sigmas)
-    # Ours: the second damping is for the factorization alone. The authors' greedy passes see the damped H.
+    # Ours: the second damping is for the factorization alone. The authors' greedy passes see the
+    # damped H.
     k = greedy(ldlq(t, damped, bits), t, H, bits, passes)
     restored = c * (2 * k / (2**bits - 1) - 1)
     return (U.T @ restored @ V) / s, k

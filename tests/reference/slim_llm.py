@@ -1,7 +1,9 @@
-"""SliM-LLM of one linear in loops, in fp64: allocation by salience and divergence, grids of 101 shares, feedback.
+"""SliM-LLM of one linear in loops, in fp64: allocation by salience and divergence, grids of 101
+shares, feedback.
 
-`as_published` keeps what the authors' code does beside it: 0.01 on the diagonal of H (instead of the damping where
-groups are ranked for the search, and left in afterwards), dead columns kept, leading narrow groups symmetric.
+`as_published` keeps what the authors' code does beside it: 0.01 on the diagonal of H (instead of
+the damping where groups are ranked for the search, and left in afterwards), dead columns kept,
+leading narrow groups symmetric.
 """
 
 from __future__ import annotations
@@ -69,7 +71,9 @@ def ranked(W: np.ndarray, U: np.ndarray, group_size: int) -> list[int]:
     saliences = []
     for group in range(W.shape[1] // group_size):
         members = range(group * group_size, (group + 1) * group_size)
-        saliences.append(sum(W[row, j] ** 2 / U[j, j] ** 2 for row in range(len(W)) for j in members))
+        saliences.append(
+            sum(W[row, j] ** 2 / U[j, j] ** 2 for row in range(len(W)) for j in members)
+        )
     return sorted(range(len(saliences)), key=lambda group: saliences[group])
 
 
@@ -82,7 +86,9 @@ def allotted(ranking: list[int], pairs: int, bits: int, groups: int) -> list[int
     return widths
 
 
-def search(W: np.ndarray, X: np.ndarray, Y: np.ndarray, ranking: list[int], bits: int, group_size: int) -> list[float]:
+def search(
+    W: np.ndarray, X: np.ndarray, Y: np.ndarray, ranking: list[int], bits: int, group_size: int
+) -> list[float]:
     """Divergence of the rounded outputs from Y [O, T], for 1, 2, ... pairs."""
     groups = -(-W.shape[1] // group_size)
     found = []
@@ -91,7 +97,11 @@ def search(W: np.ndarray, X: np.ndarray, Y: np.ndarray, ranking: list[int], bits
         for group, width in enumerate(allotted(ranking, pairs, bits, groups)):
             part = slice(group * group_size, (group + 1) * group_size)
             for row in range(len(W)):
-                grid = two_levels(W[row, part]) if width == 1 else grid_of(*range_of(W[row, part]), width)
+                grid = (
+                    two_levels(W[row, part])
+                    if width == 1
+                    else grid_of(*range_of(W[row, part]), width)
+                )
                 rounded[row, part] = [nearest(w, grid, width) for w in W[row, part]]
         total = 0.0
         for t in range(len(X)):
@@ -136,7 +146,10 @@ def fitted(
     if width == 1:
         return [two_levels(row) for row in part]
     salience = np.array(
-        [[part[row, j] ** 2 / U[start + j, start + j] ** 2 for j in range(part.shape[1])] for row in range(len(part))]
+        [
+            [part[row, j] ** 2 / U[start + j, start + j] ** 2 for j in range(part.shape[1])]
+            for row in range(len(part))
+        ]
     )
     spread = np.std(salience, ddof=1)
     outliers = [s for s in salience.flatten() if abs(s - np.mean(salience)) > 2 * spread]

@@ -1,4 +1,6 @@
-"""Spec 5.2 and 5.3 as literal loops: smoothing of linears that share an input, and the fake-quantized product."""
+"""Spec 5.2 and 5.3 as literal loops: smoothing of linears that share an input, and the
+fake-quantized product.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ def on_grid(row: np.ndarray, bits: int) -> tuple[np.ndarray, float]:
     return np.array([round(v / step) for v in row]), step
 
 
-def product(tokens: np.ndarray, weight: np.ndarray, s: np.ndarray, bits: int, a_bits: int) -> np.ndarray:
+def product(
+    tokens: np.ndarray, weight: np.ndarray, s: np.ndarray, bits: int, a_bits: int
+) -> np.ndarray:
     """y [T, O]: every token and every row on a grid of its own, sums in integers."""
     y = np.zeros((len(tokens), len(weight)))
     for t, token in enumerate(tokens):

@@ -1,7 +1,8 @@
-"""Spec 1.6 and 1.7 as literal loops: the symmetric grids of one slice, and the GPTQ solver on them, in fp64.
+"""Spec 1.6 and 1.7 as literal loops: the symmetric grids of one slice, and the GPTQ solver on them,
+in fp64.
 
-As in reference.gptq, the rest of the matrix sees a block's repair when the block is finished, and group grids are read
-from the matrix without the repair of the running block.
+As in reference.gptq, the rest of the matrix sees a block's repair when the block is finished, and
+group grids are read from the matrix without the repair of the running block.
 """
 
 from __future__ import annotations

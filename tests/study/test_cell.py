@@ -1,4 +1,6 @@
-"""One real cell of a tiny model: what its record holds, twice the same, and how it ends when something is wrong."""
+"""One real cell of a tiny model: what its record holds, twice the same, and how it ends when
+something is wrong.
+"""
 
 import json
 import math
@@ -12,7 +14,7 @@ from llq_hf.checkpoints.packed import read_report
 from llq_hf.common.progress import Progress
 from llq_hf.study import cell as cells
 from llq_hf.study.cell import Setup, Timed, run_cell
-from llq_hf.study.cost import Load
+from llq_hf.study.cost import Workload
 from llq_hf.study.plan import Cell
 
 TEXT = "the old king of the hill had a small red fox and the fox had a secret name. " * 12
@@ -20,7 +22,7 @@ TEXT = "the old king of the hill had a small red fox and the fox had a secret na
 
 @pytest.fixture(scope="module")
 def setup(tmp_path_factory: pytest.TempPathFactory) -> Setup:
-    load = Load(batches=(1, 2), prompt_tokens=8, new_tokens=2, rounds=2)
+    load = Workload(batches=(1, 2), prompt_tokens=8, new_tokens=2, rounds=2)
     return Setup(batch_size=4, cache=tmp_path_factory.mktemp("cache"), load=load)
 
 
@@ -57,14 +59,28 @@ def test_a_cell(gptq: Cell, setup: Setup) -> None:
     assert len(own["speed"]["2"]["rounds"]) == setup.load.rounds
     again = run_cell(gptq, Progress(), setup)
     assert again.stable == record.stable
-    assert again.cost["quantize"] == cost["quantize"]  # taken from beside the checkpoint, which was not made again
+    assert (
+        again.cost["quantize"] == cost["quantize"]
+    )  # taken from beside the checkpoint, which was not made again
 
 
 def test_a_fine_tuned_cell(gptq: Cell, setup: Setup, tmp_path: Path) -> None:
-    """The adapter trains on the packed checkpoint of the plain cell, and is what is scored and measured."""
-    rows = [{"instruction": f"where were you, fox {i}?", "input": "", "output": "at the river"} for i in range(8)]
+    """The adapter trains on the packed checkpoint of the plain cell, and is what is scored and
+    measured.
+    """
+    rows = [
+        {"instruction": f"where were you, fox {i}?", "input": "", "output": "at the river"}
+        for i in range(8)
+    ]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    small = {"max_steps": 2, "rank": 2, "batch_size": 2, "micro_batch": 2, "heldout": 2, "learning_rate": 0.1}
+    small = {
+        "max_steps": 2,
+        "rank": 2,
+        "batch_size": 2,
+        "micro_batch": 2,
+        "heldout": 2,
+        "learning_rate": 0.1,
+    }
     small |= {"prompt_tokens": 48, "answer_tokens": 16}
     tuned = replace(gptq, finetune={"data": str(tmp_path / "rows.jsonl"), **small})
     record = run_cell(tuned, Progress(), setup)
@@ -99,7 +115,9 @@ def test_full_precision_is_a_cell_too(gptq: Cell, setup: Setup) -> None:
     ],
     ids=["width", "method", "text", "calibration"],
 )
-def test_what_makes_no_sense_is_refused(gptq: Cell, setup: Setup, change: Callable[[Cell], Cell], reason: str) -> None:
+def test_what_makes_no_sense_is_refused(
+    gptq: Cell, setup: Setup, change: Callable[[Cell], Cell], reason: str
+) -> None:
     record = run_cell(change(gptq), Progress(), setup)
     assert record.status == "refused", record.trace
     assert reason in str(record.reason)

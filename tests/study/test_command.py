@@ -1,4 +1,6 @@
-"""`llq study` and `llq report` as typed: flags become cells, and what makes no sense is said before anything runs."""
+"""`llq study` and `llq report` as typed: flags become cells, and what makes no sense is said before
+anything runs.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +22,9 @@ def llq(tmp_path: Path) -> Callable[..., list[str]]:
 
     def llq(*arguments: object) -> list[str]:
         words = [str(argument) for argument in arguments]
-        result = CliRunner().invoke(cli.app, [*words, "--out", str(tmp_path / "runs")], catch_exceptions=False)
+        result = CliRunner().invoke(
+            cli.app, [*words, "--out", str(tmp_path / "runs")], catch_exceptions=False
+        )
         assert result.exit_code == 0, result.output
         assert not (tmp_path / "runs").exists()
         return result.stdout.splitlines()
@@ -34,7 +38,9 @@ def titles(lines: list[str]) -> list[str]:
 
 def test_flags_make_cells(llq: Callable[..., list[str]]) -> None:
     flags = ["--models", "demo", "--methods", "rtn,gptq", "--bits", "4,2", "--tasks", "llq_demo"]
-    found = titles(llq("study", *flags, "--option", "group_size=64,128", "--presets", "best", "--dry-run"))
+    found = titles(
+        llq("study", *flags, "--option", "group_size=64,128", "--presets", "best", "--dry-run")
+    )
     assert found[0] == "full precision"
     assert len(found) == 1 + 2 * 2 * 2
     assert found[1] == "rtn bits=4 group_size=64 (best)"
@@ -75,14 +81,25 @@ FLAGS = ["--models", "demo", "--tasks", "llq_demo"]
 )
 def test_refused_before_anything_runs(arguments: list[str], message: str, tmp_path: Path) -> None:
     with pytest.raises(LLQError, match=message):
-        CliRunner().invoke(cli.app, ["study", *arguments, "--out", str(tmp_path / "runs")], catch_exceptions=False)
+        CliRunner().invoke(
+            cli.app, ["study", *arguments, "--out", str(tmp_path / "runs")], catch_exceptions=False
+        )
     assert not list(tmp_path.glob("runs/records"))
 
 
 def test_report_prints_what_it_wrote(tmp_path: Path) -> None:
     cell = Cell(model="demo", method="rtn", tasks=("llq_demo",))
     write_record(tmp_path / "runs", fakes.invented(cell))
-    arguments = ["report", str(tmp_path / "runs"), "--format", "md,csv", "--into", str(tmp_path / "here")]
+    arguments = [
+        "report",
+        str(tmp_path / "runs"),
+        "--format",
+        "md,csv",
+        "--into",
+        str(tmp_path / "here"),
+    ]
     result = CliRunner().invoke(cli.app, arguments, catch_exceptions=False)
-    assert result.stdout.split() == [str(tmp_path / "here" / f"report.{name}") for name in ("md", "csv")]
+    assert result.stdout.split() == [
+        str(tmp_path / "here" / f"report.{name}") for name in ("md", "csv")
+    ]
     assert cell.name in (tmp_path / "here" / "report.md").read_text()

@@ -1,4 +1,6 @@
-"""Speed and size: what is counted exactly, what the medians are of, and `llq bench` end to end on a tiny model."""
+"""Speed and size: what is counted exactly, what the medians are of, and `llq bench` end to end on a
+tiny model.
+"""
 
 import json
 from pathlib import Path
@@ -9,9 +11,17 @@ from typer.testing import CliRunner
 
 from llq_hf import Calibration, LLQError, build, cli
 from llq_hf.engine.execute import quantize_checkpoint
-from llq_hf.study.cost import Load, compare, disk_bytes, load_model, loaded_bytes, peak_memory, ratios
+from llq_hf.study.cost import (
+    Workload,
+    compare,
+    disk_bytes,
+    load_model,
+    loaded_bytes,
+    peak_memory,
+    ratios,
+)
 
-LOAD = Load(batches=(1, 2), prompt_tokens=8, new_tokens=2, rounds=3)
+LOAD = Workload(batches=(1, 2), prompt_tokens=8, new_tokens=2, rounds=3)
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +47,11 @@ def test_models_take_turns_and_medians_are_of_the_rounds_kept(
     found = compare(models, LOAD)
     assert turns == [("a", 1), ("a", 2), ("b", 1), ("b", 2)] * (1 + LOAD.rounds)
     speed = found["b"]["speed"]["2"]
-    assert [seconds for seconds, _ in speed["rounds"]] == [8.0, 12.0, 16.0]  # without the first round
+    assert [seconds for seconds, _ in speed["rounds"]] == [
+        8.0,
+        12.0,
+        16.0,
+    ]  # without the first round
     assert (speed["prefill_seconds"], speed["decode_seconds"]) == (12.0, 24.0)
     assert speed["prefill_tokens_per_second"] == 2 * LOAD.prompt_tokens / 12
     assert speed["decode_tokens_per_second"] == 2 / 24
@@ -50,14 +64,16 @@ def test_bytes_are_counted(tiny_llama: Path, packed: Path) -> None:
     buffers = sum(b.nbytes for b in dense.buffers())
     assert loaded_bytes(dense) == parameters + buffers
     assert loaded_bytes(small) < 0.8 * loaded_bytes(dense)
-    assert abs(loaded_bytes(small) - buffers - disk_bytes(str(packed))) < 0.05 * disk_bytes(str(packed))
+    assert abs(loaded_bytes(small) - buffers - disk_bytes(str(packed))) < 0.05 * disk_bytes(
+        str(packed)
+    )
 
 
 def test_a_prompt_beyond_the_models_length_is_refused(tiny_llama: Path) -> None:
     with pytest.raises(LLQError, match="prompt_tokens=128"):
-        compare({"a": load_model(str(tiny_llama), "cpu")}, Load(prompt_tokens=128))
+        compare({"a": load_model(str(tiny_llama), "cpu")}, Workload(prompt_tokens=128))
     with pytest.raises(LLQError, match="rounds=0"):
-        Load(rounds=0)
+        Workload(rounds=0)
 
 
 def test_the_peak_is_of_what_runs_inside() -> None:
@@ -72,7 +88,16 @@ def test_the_peak_is_of_what_runs_inside() -> None:
 
 
 def test_the_command(tiny_llama: Path, packed: Path) -> None:
-    arguments = ["bench", str(packed), "--base", str(tiny_llama), "--batches", "1", "--prompt-tokens", "8"]
+    arguments = [
+        "bench",
+        str(packed),
+        "--base",
+        str(tiny_llama),
+        "--batches",
+        "1",
+        "--prompt-tokens",
+        "8",
+    ]
     arguments += ["--new-tokens", "2", "--rounds", "1", "--device", "cpu"]
     result = CliRunner().invoke(cli.app, [*arguments, "--json"], catch_exceptions=False)
     found = json.loads(result.stdout)

@@ -49,13 +49,17 @@ def test_killed_three_times_the_report_is_the_same(tmp_path: Path) -> None:
     work = partial(fakes.work, folder=tmp_path, killers=tuple(cell.fingerprint for cell in killers))
     codes = []
     for _ in range(4):
-        process = multiprocessing.get_context("fork").Process(target=sweep, args=(CELLS, work, broken, local))
+        process = multiprocessing.get_context("fork").Process(
+            target=sweep, args=(CELLS, work, broken, local)
+        )
         process.start()
         process.join()
         codes.append(process.exitcode)
     assert codes == [-9, -9, -9, 0]
     calls = (tmp_path / "calls.txt").read_text().split()
-    assert calls == [c.fingerprint for c in CELLS for _ in range(2 if c in killers else 1)]  # none that was done
+    assert calls == [
+        c.fingerprint for c in CELLS for _ in range(2 if c in killers else 1)
+    ]  # none that was done
     for killer in killers:  # the child of a killed parent is gone
         FileLock(tmp_path / f"{killer.fingerprint}.alive", timeout=60).acquire()
     sweep(CELLS, fakes.work, unbroken, inline)
@@ -77,7 +81,9 @@ def test_a_crash_is_recorded_and_the_rest_goes_on(tmp_path: Path) -> None:
     assert told == ["inventing"] * 3
     assert read_record(file_of(tmp_path, crash.name)) == records[1]
     again = sweep([CELLS[0], crash, CELLS[1]], fakes.work, tmp_path, local)
-    assert [record.name for record in again] == [crash.name]  # what failed is tried again, what is done is not
+    assert [record.name for record in again] == [
+        crash.name
+    ]  # what failed is tried again, what is done is not
 
 
 def test_two_sweeps_do_not_share_a_folder(tmp_path: Path) -> None:
@@ -95,7 +101,10 @@ def test_a_broken_record_is_named(tmp_path: Path) -> None:
 def test_records_come_back_as_they_were_written(tmp_path: Path) -> None:
     record = fakes.invented(CELLS[3])
     assert read_record(write_record(tmp_path, record)) == record
-    assert json.loads(file_of(tmp_path, record.name).read_text())["fingerprint"] == CELLS[3].fingerprint
+    assert (
+        json.loads(file_of(tmp_path, record.name).read_text())["fingerprint"]
+        == CELLS[3].fingerprint
+    )
 
 
 def test_records_from_before_a_field_are_read(tmp_path: Path) -> None:
@@ -107,16 +116,28 @@ def test_records_from_before_a_field_are_read(tmp_path: Path) -> None:
     assert read_record(path) == record
 
 
-def test_two_nodes_of_ray_give_the_same_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two raylets on this machine, one processor each; a crash on a node is tried again and then recorded."""
+def test_two_nodes_of_ray_give_the_same_records(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two raylets on this machine, one processor each; a crash on a node is tried again and then
+    recorded.
+    """
     ray = pytest.importorskip("ray")
     from ray.cluster_utils import Cluster
 
     crash = Cell(model="demo", method=fakes.CRASH, tasks=("llq_demo",))
-    monkeypatch.setenv("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")  # the nodes are this machine: nothing to install
-    monkeypatch.setenv("RAY_worker_niceness", "0")  # else everything else on this machine goes first
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))  # the nodes must find this folder's work
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    monkeypatch.setenv(
+        "RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0"
+    )  # the nodes are this machine: nothing to install
+    monkeypatch.setenv(
+        "RAY_worker_niceness", "0"
+    )  # else everything else on this machine goes first
+    monkeypatch.setenv(
+        "PYTHONPATH", str(Path(__file__).parents[1])
+    )  # the nodes must find this folder's work
+    cluster = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False}
+    )
     try:
         cluster.add_node(num_cpus=1)
         engine = RayCluster(address=cluster.address, retries=1)

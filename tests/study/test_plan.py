@@ -14,7 +14,10 @@ from llq_hf.study.plan import Cell, expand, figure_for, load_plan, own_options, 
 PLAN = {
     "models": ["some/model"],
     "tasks": ["llq_wikitext2"],
-    "methods": [{"method": "gptq", "bits": [3, 2], "group_size": [64, 128]}, {"method": "quip", "bits": 2}],
+    "methods": [
+        {"method": "gptq", "bits": [3, 2], "group_size": [64, 128]},
+        {"method": "quip", "bits": 2},
+    ],
 }
 
 
@@ -35,10 +38,16 @@ def test_every_combination_once_after_the_baseline() -> None:
 def test_presets_and_seeds_multiply_and_the_baseline_does_not_take_presets() -> None:
     cells = expand([{**PLAN, "presets": ["study", "best"], "seeds": [0, 1]}])
     assert len(cells) == 2 + 5 * 2 * 2
-    assert len({cell.fingerprint for cell in cells}) == len({cell.name for cell in cells}) == len(cells)
+    assert (
+        len({cell.fingerprint for cell in cells})
+        == len({cell.name for cell in cells})
+        == len(cells)
+    )
 
 
-def test_a_preset_that_changes_nothing_is_no_cell_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_preset_that_changes_nothing_is_no_cell_of_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(METHODS["rtn"], "best", {})
     cells = expand([{**PLAN, "methods": [{"method": "rtn"}], "presets": ["study", "best"]}])
     assert [cell.title for cell in cells] == ["full precision", "rtn"]
@@ -46,14 +55,27 @@ def test_a_preset_that_changes_nothing_is_no_cell_of_its_own(monkeypatch: pytest
 
 def test_all_methods_at_all_widths() -> None:
     cells = expand([{**PLAN, "methods": [{"method": "all", "bits": "all"}], "baseline": False}])
-    assert [(c.method, c.options["bits"]) for c in cells] == [(n, b) for n, m in METHODS.items() for b in m.bits_range]
+    assert [(c.method, c.options["bits"]) for c in cells] == [
+        (n, b) for n, m in METHODS.items() for b in m.bits_range
+    ]
 
 
 def test_cells_that_differ_in_words_only_are_one() -> None:
-    plain, spelt = (Cell(model="m", method="rtn", tasks=("t",), options=o) for o in ({}, {"bits": 4, "sym": False}))
+    plain, spelt = (
+        Cell(model="m", method="rtn", tasks=("t",), options=o)
+        for o in ({}, {"bits": 4, "sym": False})
+    )
     assert plain.fingerprint == spelt.fingerprint
-    others = [{"options": {"bits": 3}}, {"tasks": ("u",)}, {"seed": 1}, {"limit": 3}, {"preset": "best"}]
-    differing = [Cell(**{"model": "m", "method": "rtn", "tasks": ("t",), **other}) for other in others]
+    others = [
+        {"options": {"bits": 3}},
+        {"tasks": ("u",)},
+        {"seed": 1},
+        {"limit": 3},
+        {"preset": "best"},
+    ]
+    differing = [
+        Cell(**{"model": "m", "method": "rtn", "tasks": ("t",), **other}) for other in others
+    ]
     assert len({plain.fingerprint, *(cell.fingerprint for cell in differing)}) == 6
 
 
@@ -63,10 +85,15 @@ def test_a_fingerprint_is_for_ever() -> None:
 
 
 def test_a_bundled_model_is_asked_about_its_own_world() -> None:
-    demo, other = (expand([{**PLAN, "models": [model]}])[0].tasks for model in ("demo", "some/model"))
+    demo, other = (
+        expand([{**PLAN, "models": [model]}])[0].tasks for model in ("demo", "some/model")
+    )
     assert (demo, other) == (("llq_demo",), ("llq_wikitext2",))
     assert set(MODELS) <= set(stand_ins())  # each has a task of its own
-    assert figure_for("demo", "results.llq_c4.token_perplexity") == "results.llq_demo_ppl.token_perplexity"
+    assert (
+        figure_for("demo", "results.llq_c4.token_perplexity")
+        == "results.llq_demo_ppl.token_perplexity"
+    )
     assert figure_for("demo", "results.chartqa.relaxed_overall") is None
     assert figure_for("some/model", "results.llq_csqa.acc") == "results.llq_csqa.acc"
 
@@ -101,7 +128,7 @@ def test_plan_files(tmp_path: Path) -> None:
         load_plan(tmp_path / "none.yaml")
 
 
-# --- the study's tables ---------------------------------------------------------------------------------------------
+# --- the study's tables ---------------------------------------------------------------------------
 
 
 def test_there_are_twelve_tables() -> None:
@@ -110,14 +137,22 @@ def test_there_are_twelve_tables() -> None:
 
 @pytest.mark.parametrize("number", range(1, 13))
 def test_a_table_is_whole(number: int) -> None:
-    """A published figure for every published column, each row another cell, each cell of a kind that is or may come."""
+    """A published figure for every published column, each row another cell, each cell of a kind
+    that is or may come.
+    """
     table = tables()[number]
-    assert {len(row.published) for row in table.rows} == {sum(column.published for column in table.columns)}
-    assert all(isinstance(v, int | float) or v in (None, "N") for row in table.rows for v in row.published)
+    assert {len(row.published) for row in table.rows} == {
+        sum(column.published for column in table.columns)
+    }
+    assert all(
+        isinstance(v, int | float) or v in (None, "N") for row in table.rows for v in row.published
+    )
     assert {column.model or table.models[0] for column in table.columns} <= set(table.models)
     plan = plan_of(table.preset)
     cells = expand([plan])
-    assert len(cells) == len(table.models) * len({str(m) for m in [*plan["methods"], {"method": "none"}]})
+    assert len(cells) == len(table.models) * len(
+        {str(m) for m in [*plan["methods"], {"method": "none"}]}
+    )
     for row in table.rows:
         if row.cell is not None and row.cell["method"] in METHODS:
             options = own_options(row.cell)
@@ -127,7 +162,9 @@ def test_a_table_is_whole(number: int) -> None:
 
 def test_figures_as_published() -> None:
     """One of each table, read off the paper by eye."""
-    figures = {(n, r.label, *r.identity.values()): r.published for n, t in tables().items() for r in t.rows}
+    figures = {
+        (n, r.label, *r.identity.values()): r.published for n, t in tables().items() for r in t.rows
+    }
     assert figures[1, "GPTQ", 2, 16, 128] == [210, 4.1e4, 910]
     assert figures[2, "SliM-LLM", 2, 16, 128] == [9.5, 16.2, 18.7]
     assert figures[3, "DB-LLM", 2, 16, 128] == [68.9, 59.1, 28.2, 42.1, 60.4, 51.8]

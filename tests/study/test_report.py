@@ -1,4 +1,6 @@
-"""Reports: every figure is that of the record it names, the study's tables find their cells, pages are well formed."""
+"""Reports: every figure is that of the record it names, the study's tables find their cells, pages
+are well formed.
+"""
 
 import csv
 import re
@@ -19,29 +21,51 @@ from llq_hf.study.tables import study_tables
 
 LLAMA = "meta-llama/Meta-Llama-3-8B"
 COST = {
-    "quantize": {"seconds": 12.5, "added_bytes": 2**28, "phases": {"linears": 10.0, "statistics": 2.5}},
+    "quantize": {
+        "seconds": 12.5,
+        "added_bytes": 2**28,
+        "phases": {"linears": 10.0, "statistics": 2.5},
+    },
     "disk_bytes": 2**22,
-    "own": {"loaded_bytes": 2**22, "speed": {"1": {"prefill_tokens_per_second": 100.0, "decode_seconds": 0.1}}},
-    "ratios": {"loaded_bytes": 0.3, "speed": {"1": {"prefill_seconds": 1.5, "decode_seconds": 1.25}}},
+    "own": {
+        "loaded_bytes": 2**22,
+        "speed": {"1": {"prefill_tokens_per_second": 100.0, "decode_seconds": 0.1}},
+    },
+    "ratios": {
+        "loaded_bytes": 0.3,
+        "speed": {"1": {"prefill_seconds": 1.5, "decode_seconds": 1.25}},
+    },
 }
 
 
 def costed(cell: Cell) -> Record:
     record = fakes.invented(cell)
-    return replace(record, cost=COST if record.quantized else {}, run={"seconds": 3.0, "threads": 1, "device": "cpu"})
+    return replace(
+        record,
+        cost=COST if record.quantized else {},
+        run={"seconds": 3.0, "threads": 1, "device": "cpu"},
+    )
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Records of a demo sweep asked for as table 1, of two rows of table 3 on the real model, and a refused cell."""
+    """Records of a demo sweep asked for as table 1, of two rows of table 3 on the real model, and a
+    refused cell.
+    """
     out = tmp_path_factory.mktemp("study") / "runs"
     methods = [{"method": "rtn", "bits": [4, 3, 2]}, {"method": "quip", "bits": 2}]
     demo = {"models": ["demo"], "tasks": ["x"], "methods": methods, "presets": ["study", "best"]}
-    real = {"models": [LLAMA], "tasks": ["llq_csqa", "llq_piqa"], "methods": [{"method": "gptq", "bits": [4, 2]}]}
+    real = {
+        "models": [LLAMA],
+        "tasks": ["llq_csqa", "llq_piqa"],
+        "methods": [{"method": "gptq", "bits": [4, 2]}],
+    }
     for cell in expand([demo, real]):
         write_record(out, costed(cell))
     refused = Cell(model="demo", method="rtn", tasks=("llq_demo",), options={"bits": 9})
-    write_record(out, Record.of(refused, REFUSED, reason="rtn: bits=9 is outside <its> range & more"))
+    write_record(
+        out, Record.of(refused, REFUSED, reason="rtn: bits=9 is outside <its> range & more")
+    )
     remember(out, ["paper-table1"])
     write_report(out, out, ["html", "md", "csv", "latex"])
     return out
@@ -67,7 +91,12 @@ def test_every_figure_of_the_csv_stands_in_its_record(runs: Path) -> None:
         value = read_record(runs / line["record"]).find(line["figure"])
         assert agrees(line["text"], value * float(line["scale"])), line
     untraced = {line["table"] for line in lines if not line["record"]}
-    assert untraced == {"records", "table1", "table3", "table6"}  # the study's figures; machines and versions
+    assert untraced == {
+        "records",
+        "table1",
+        "table3",
+        "table6",
+    }  # the study's figures; machines and versions
 
 
 class Page(HTMLParser):
@@ -119,11 +148,15 @@ def test_the_page_is_whole_and_alone(page: Page, runs: Path) -> None:
 
 def test_every_figure_of_the_page_stands_in_its_record(page: Page, runs: Path) -> None:
     traced = [
-        (attrs, text) for attrs, text in page.cells if "data-record" in attrs and attrs["data-figure"] != "reason"
+        (attrs, text)
+        for attrs, text in page.cells
+        if "data-record" in attrs and attrs["data-figure"] != "reason"
     ]
     assert len(traced) > 100
     for attrs, text in traced:
-        value = read_record(file_of(runs, str(attrs["data-record"]))).find(str(attrs["data-figure"]))
+        value = read_record(file_of(runs, str(attrs["data-record"]))).find(
+            str(attrs["data-figure"])
+        )
         assert agrees(text, value * float(str(attrs["data-scale"]))), attrs
 
 
@@ -145,7 +178,8 @@ def test_cells_of_a_preset_find_their_rows() -> None:
         listed = {
             r.name
             for r in made
-            if r.cell["method"] != "none" or any(row.cell == {"method": "none"} for row in table.rows)
+            if r.cell["method"] != "none"
+            or any(row.cell == {"method": "none"} for row in table.rows)
         }
         assert in_rows == listed, table.number
         assert len(rows) == len(in_rows)
@@ -159,7 +193,9 @@ def test_differences_are_marked() -> None:
         record = replace(fakes.invented(cell), results={"llq_piqa": {"acc": acc}})
         (grid,) = (grid for grid in study_tables([record], []) if grid.name == "table3")
         (line,) = (line for line in grid.lines if line.kind == "ours")
-        marks[acc] = next(value.mark for value in line.values if value.figure == "results.llq_piqa.acc")
+        marks[acc] = next(
+            value.mark for value in line.values if value.figure == "results.llq_piqa.acc"
+        )
     assert marks == {0.95: "better", 0.785: "same", 0.5: "worse"}
 
 
@@ -172,7 +208,9 @@ def test_a_bundled_model_is_never_compared_with_published_figures(runs: Path) ->
 
 
 def test_the_front_is_what_nothing_beats() -> None:
-    points = [Point(x, y, "m", "study", "") for x, y in ((2, 9), (3, 5), (3, 4), (4, 6), (5, 3), (2, 8))]
+    points = [
+        Point(x, y, "m", "study", "") for x, y in ((2, 9), (3, 5), (3, 4), (4, 6), (5, 3), (2, 8))
+    ]
     assert [(p.x, p.y) for p in front(points, lower=True)] == [(2, 8), (3, 4), (5, 3)]
     assert [(p.x, p.y) for p in front(points, lower=False)] == [(2, 9)]
 

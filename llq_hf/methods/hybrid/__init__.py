@@ -1,11 +1,14 @@
-"""Hybrid allocation: different methods and bit widths for different linears, within an average of stored bits.
+"""Hybrid allocation: different methods and bit widths for different linears, within an average of
+stored bits.
 
-Linears are unlike: rounding some costs a model's predictions far more than rounding others, and there the same bits buy
-more. The linears of a block that share an input are a unit (q, k, v; o; gate, up; down), and every unit takes one of
-the `candidates`. What each costs the model's predictions is measured, with the very codes that the candidate's solver
-gives: the KL divergence from full precision with this unit alone quantized, or its second-order prediction (`measured`,
-see ../allocation.py). An exact knapsack then takes the best within `bits`, which counts everything that is stored. No
-published method: swaps are measured as exllamav3 does, the prediction is K-FAC's, the budget AutoRound's idea.
+Linears are unlike: rounding some costs a model's predictions far more than rounding others, and
+there the same bits buy more. The linears of a block that share an input are a unit (q, k, v; o;
+gate, up; down), and every unit takes one of the `candidates`. What each costs the model's
+predictions is measured, with the very codes that the candidate's solver gives: the KL divergence
+from full precision with this unit alone quantized, or its second-order prediction (`measured`, see
+../allocation.py). An exact knapsack then takes the best within `bits`, which counts everything that
+is stored. No published method: swaps are measured as exllamav3 does, the prediction is K-FAC's, the
+budget AutoRound's idea.
 
 `rules` say by hand what serves which linears, and may say it for all:
 
@@ -16,8 +19,9 @@ What was found is kept in `allocation`, rules for single linears; it goes into c
 
 Storage: each linear as its own method says.
 
-Candidates must treat each linear alone; rules may also name methods that work on a block's linears together, each on
-its own ones. Methods that change, train or watch the whole model have no place here.
+Candidates must treat each linear alone; rules may also name methods that work on a block's linears
+together, each on its own ones. Methods that change, train or watch the whole model have no place
+here.
 """
 
 from __future__ import annotations
@@ -35,7 +39,17 @@ from torch import Tensor, nn
 from ...common.errors import LLQError
 from ...common.progress import PassListener
 from ...common.spec import Spec
-from ...method import Flow, Job, Method, Packed, State, Step, field_defaults, field_types, stored_bits
+from ...method import (
+    Flow,
+    Job,
+    Method,
+    Packed,
+    State,
+    Step,
+    field_defaults,
+    field_types,
+    stored_bits,
+)
 from ...models.decoder import input_groups, quantizable
 from ...numerics.stats import Stat
 from .costs import Cost, Measured, Predicted, observe
@@ -47,17 +61,20 @@ HESSIAN_BYTES = 4 * 2**30  # of the linears that are scored in one pass over the
 
 @dataclass(frozen=True, kw_only=True)
 class Hybrid(Method):
-    """bits: the average of stored bits aimed at. samples: calibration sequences that the costs are measured on.
+    """bits: the average of stored bits aimed at. samples: calibration sequences that the costs are
+    measured on.
 
-    measured: run the model for every unit and candidate; False: predict all costs from one backward pass, which is
-    cheaper and holds for small errors only.
+    measured: run the model for every unit and candidate; False: predict all costs from one backward
+    pass, which is cheaper and holds for small errors only.
     """
 
     name: ClassVar[str] = "hybrid"
     title: ClassVar[str] = "hybrid allocation"
     bits_range: ClassVar[tuple[int, ...]] = (1, 3, 4, 9)
     any_bits: ClassVar[bool] = True
-    best: ClassVar[dict[str, Any]] = {"candidates": "+".join(f"gptq:{bits}:preset=best" for bits in (2, 3, 4, 8))}
+    best: ClassVar[dict[str, Any]] = {
+        "candidates": "+".join(f"gptq:{bits}:preset=best" for bits in (2, 3, 4, 8))
+    }
 
     bits: float = 3.0
     candidates: str = "gptq:2+gptq:3+gptq:4+gptq:8"
@@ -72,11 +89,13 @@ class Hybrid(Method):
             raise LLQError(f"samples={self.samples} must be at least 1")
         for spec in filter(None, SEPARATOR.split(self.candidates)):
             if type(served_by(spec)).quantize_block is not Method.quantize_block:
-                raise LLQError(f"the candidate {spec!r} does not quantize each linear alone; name it in rules")
+                raise LLQError(
+                    f"the candidate {spec!r} does not quantize each linear alone; name it in rules"
+                )
         for _, spec in self._rules:
             served_by(spec)
 
-    # --- who serves what -------------------------------------------------------------------------------------------
+    # --- who serves what --------------------------------------------------------------------------
 
     @property
     def _rules(self) -> list[tuple[str, str]]:
@@ -91,15 +110,19 @@ class Hybrid(Method):
     def _candidates(self) -> list[str]:
         return [spec for spec in SEPARATOR.split(self.candidates) if spec]
 
-    def at(self, name: str) -> Method:
-        """Until bits are allocated, what no rule names stands for its widest candidate that is not over `bits`."""
+    def for_linear(self, name: str) -> Method:
+        """Until bits are allocated, what no rule names stands for its widest candidate that is not
+        over `bits`.
+        """
         spec = self.spec(name)
         if spec is None:
             if not self._candidates:
                 raise LLQError(f"hybrid: no rule serves {name}, and there are no candidates")
             ordered = sorted(self._candidates, key=lambda each: served_by(each).bits)
-            spec = [ordered[0], *(each for each in ordered if served_by(each).bits <= self.bits)][-1]
-        return served_by(spec).at(name)
+            spec = [ordered[0], *(each for each in ordered if served_by(each).bits <= self.bits)][
+                -1
+            ]
+        return served_by(spec).for_linear(name)
 
     @property
     def _parts(self) -> list[Method]:
@@ -121,15 +144,15 @@ class Hybrid(Method):
         return next((flow for flow in (Flow.BOTH, Flow.QUANTIZED) if flow in flows), Flow.DENSE)
 
     def layout(self, out_features: int, in_features: int) -> dict[str, Spec]:
-        return self.at("").layout(out_features, in_features)
+        return self.for_linear("").layout(out_features, in_features)
 
     def dequantize(self, packed: Packed, out_features: int, in_features: int) -> Tensor:
-        return self.at("").dequantize(packed, out_features, in_features)
+        return self.for_linear("").dequantize(packed, out_features, in_features)
 
     def linear(self, x: Tensor, packed: Packed, bias: Tensor | None, out_features: int) -> Tensor:
-        return self.at("").linear(x, packed, bias, out_features)
+        return self.for_linear("").linear(x, packed, bias, out_features)
 
-    # --- quantizing --------------------------------------------------------------------------------------------------
+    # --- quantizing -------------------------------------------------------------------------------
 
     def quantize_block(self, step: Step) -> dict[str, Packed]:
         shares: dict[str, list[str]] = {}
@@ -141,42 +164,59 @@ class Hybrid(Method):
                 step,
                 linears={name: step.linears[name] for name in names},
                 stats={name: stat for name, stat in step.stats.items() if name in names},
-                groups=[kept for group in step.groups if (kept := [name for name in group if name in names])],
-                state=Drawer(step.state, spec),
+                groups=[
+                    kept
+                    for group in step.groups
+                    if (kept := [name for name in group if name in names])
+                ],
+                state=ScopedState(step.state, spec),
             )
-            method = served_by(spec) if spec else self.at(f"{step.prefix}.{names[0]}")
+            method = served_by(spec) if spec else self.for_linear(f"{step.prefix}.{names[0]}")
             packed |= method.quantize_block(part)
             for name in names:
                 step.jobs[name].notes["served_by"] = f"{method.name}:{method.bits:g}"
         return {name: packed[name] for name in step.linears}
 
-    # --- allocating --------------------------------------------------------------------------------------------------
+    # --- allocating -------------------------------------------------------------------------------
 
-    def fitted(self, model: nn.Module) -> Self:
-        """With presets spelled out; where rules serve every linear: without candidates, `bits` what they come to."""
+    def bound_to(self, model: nn.Module) -> Self:
+        """With presets spelled out; where rules serve every linear: without candidates, `bits` what
+        they come to.
+        """
         linears = quantizable(model)
         for pattern, _ in self._rules:
             if not any(fnmatchcase(name, pattern) for name in linears):
-                raise LLQError(f"hybrid: the rule {pattern!r} fits no linear; they are called {next(iter(linears))!r}")
-        rules = "+".join(f"{pattern}={spelled(served_by(spec))}" for pattern, spec in parsed(self.rules))
+                raise LLQError(
+                    f"hybrid: the rule {pattern!r} fits no linear; they are called {next(iter(linears))!r}"
+                )
+        rules = "+".join(
+            f"{pattern}={spelled(served_by(spec))}" for pattern, spec in parsed(self.rules)
+        )
         candidates = "+".join(spelled(served_by(spec)) for spec in self._candidates)
         if all(self.spec(name) is not None for name in linears):
-            bits = {name: stored(self.at(name), linear) for name, linear in linears.items()}
+            bits = {name: stored(self.for_linear(name), linear) for name, linear in linears.items()}
             weights = sum(linear.weight.numel() for linear in linears.values())
             return replace(self, rules=rules, candidates="", bits=sum(bits.values()) / weights)
         if not candidates:
-            self.at(next(name for name in linears if self.spec(name) is None))  # says which one
+            self.for_linear(
+                next(name for name in linears if self.spec(name) is None)
+            )  # says which one
         return replace(self, rules=rules, candidates=candidates)
 
     @property
     def learns(self) -> bool:
         return bool(self._candidates) and not self.allocation
 
-    def learn(self, model: nn.Module, ids_NS: Tensor, attend: Any, listener: PassListener) -> dict[str, Tensor]:
+    def learn(
+        self, model: nn.Module, ids_NS: Tensor, attend: Any, listener: PassListener
+    ) -> dict[str, Tensor]:
         """For each linear that no rule names, by name: the index of its candidate."""
         linears, ids_NS = quantizable(model), ids_NS[: self.samples]
         groups = input_groups(model, ids_NS[:1, :8], {})
-        units = [[name for name in group if name in linears and self.spec(name) is None] for group in groups]
+        units = [
+            [name for name in group if name in linears and self.spec(name) is None]
+            for group in groups
+        ]
         units = [unit for unit in units if unit]
         cost: Cost
         if self.measured:
@@ -186,18 +226,35 @@ class Hybrid(Method):
         options: list[list[Option]] = []
         for part in portions(units, linears):
             options += self._options(model, part, cost, ids_NS, listener)
-        pinned = sum(stored(self.at(name), linear) for name, linear in linears.items() if self.spec(name) is not None)
+        pinned = sum(
+            stored(self.for_linear(name), linear)
+            for name, linear in linears.items()
+            if self.spec(name) is not None
+        )
         budget = int(self.bits * sum(linear.weight.numel() for linear in linears.values())) - pinned
         try:
             chosen = knapsack(options, budget)
         except LLQError as error:
-            raise LLQError(f"hybrid: bits={self.bits:g} is too few for these rules and candidates: {error}") from None
-        return {name: torch.tensor(pick) for unit, pick in zip(units, chosen, strict=True) for name in unit}
+            raise LLQError(
+                f"hybrid: bits={self.bits:g} is too few for these rules and candidates: {error}"
+            ) from None
+        return {
+            name: torch.tensor(pick)
+            for unit, pick in zip(units, chosen, strict=True)
+            for name in unit
+        }
 
     def _options(
-        self, model: nn.Module, units: list[list[str]], cost: Cost, ids_NS: Tensor, listener: PassListener
+        self,
+        model: nn.Module,
+        units: list[list[str]],
+        cost: Cost,
+        ids_NS: Tensor,
+        listener: PassListener,
     ) -> list[list[Option]]:
-        """What every candidate costs every unit, each solved on the full-precision model's own statistics."""
+        """What every candidate costs every unit, each solved on the full-precision model's own
+        statistics.
+        """
         methods = [served_by(spec) for spec in self._candidates]
         kinds = {method.observes for method in methods if method.observes is not None}
         kinds |= {need for need in cost.needs if not any(issubclass(kind, need) for kind in kinds)}
@@ -214,7 +271,7 @@ class Hybrid(Method):
             stats[unit[0]].clear()
         return found
 
-    def taught(self, learned: Mapping[str, Tensor]) -> Self:
+    def with_learned(self, learned: Mapping[str, Tensor]) -> Self:
         if not learned:
             return self
         rules = [f"{name}={self._candidates[int(pick)]}" for name, pick in sorted(learned.items())]
@@ -222,13 +279,15 @@ class Hybrid(Method):
 
 
 @torch.no_grad()
-def option(method: Method, linears: Mapping[str, nn.Module], cost: Cost, stats: list[Stat]) -> Option:
+def option(
+    method: Method, linears: Mapping[str, nn.Module], cost: Cost, stats: list[Stat]
+) -> Option:
     """What a method costs the linears of a unit together; stats: of the input that they share."""
     stat = next((stat for stat in stats if type(stat) is method.observes), None)
     bits, restored = 0, {}
     for name, linear in linears.items():
         assert isinstance(linear, nn.Linear)
-        own, weight_OI = method.at(name), linear.weight.detach().float()
+        own, weight_OI = method.for_linear(name), linear.weight.detach().float()
         packed = own.quantize(weight_OI, stat, Job(name))
         restored[name] = own.dequantize(packed, *weight_OI.shape)
         bits += stored(own, linear)
@@ -238,7 +297,9 @@ def option(method: Method, linears: Mapping[str, nn.Module], cost: Cost, stats: 
 def stored(method: Method, linear: nn.Linear) -> int:
     """Bits that a linear takes in the file."""
     shape = linear.out_features, linear.in_features
-    return round(stored_bits(method.layout(*shape), *shape) * linear.out_features * linear.in_features)
+    return round(
+        stored_bits(method.layout(*shape), *shape) * linear.out_features * linear.in_features
+    )
 
 
 def portions(units: list[list[str]], linears: dict[str, nn.Linear]) -> list[list[list[str]]]:
@@ -255,7 +316,7 @@ def portions(units: list[list[str]], linears: dict[str, nn.Linear]) -> list[list
     return found
 
 
-class Drawer(State):
+class ScopedState(State):
     """The part of a block's progress that belongs to one of several methods that train in it."""
 
     def __init__(self, whole: State, label: str) -> None:
@@ -263,15 +324,23 @@ class Drawer(State):
 
     def load(self) -> dict[str, Tensor] | None:
         saved = self.whole.load() or {}
-        own = {key.removeprefix(self.prefix): t for key, t in saved.items() if key.startswith(self.prefix)}
+        own = {
+            key.removeprefix(self.prefix): t
+            for key, t in saved.items()
+            if key.startswith(self.prefix)
+        }
         return own or None
 
     def save(self, tensors: dict[str, Tensor]) -> None:
-        others = {key: t for key, t in (self.whole.load() or {}).items() if not key.startswith(self.prefix)}
+        others = {
+            key: t
+            for key, t in (self.whole.load() or {}).items()
+            if not key.startswith(self.prefix)
+        }
         self.whole.save(others | {self.prefix + key: t for key, t in tensors.items()})
 
 
-# --- how methods are written in an option ----------------------------------------------------------------------------
+# --- how methods are written in an option ---------------------------------------------------------
 
 
 def parsed(rules: str) -> list[tuple[str, str]]:
@@ -287,7 +356,9 @@ def parsed(rules: str) -> list[tuple[str, str]]:
 
 @cache
 def served_by(spec: str) -> Method:
-    """The method that "gptq:2:group_size=64:preset=best" means. LLQError where it means none, or none for here."""
+    """The method that "gptq:2:group_size=64:preset=best" means. LLQError where it means none, or
+    none for here.
+    """
     from .. import build, method_type  # the list of methods, which lists this one
 
     name, _, rest = spec.partition(":")
@@ -298,7 +369,13 @@ def served_by(spec: str) -> Method:
         key, _, value = setting.partition("=")
         options[key] = converted(spec, value, known.get(key, str))
     method = build(name, **options)
-    if method.learns or method.tunes or method.attention is not None or isinstance(method, Hybrid) or method.rewrites:
+    if (
+        method.learns
+        or method.tunes
+        or method.attention is not None
+        or isinstance(method, Hybrid)
+        or method.rewrites
+    ):
         raise LLQError(f"{spec!r} works on the model as a whole, not on some of its linears")
     return method
 
@@ -308,14 +385,26 @@ def converted(spec: str, text: str, kind: type) -> Any:
     try:
         return {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
     except (KeyError, ValueError):
-        raise LLQError(f"{spec!r}: {text!r} is no {kind.__name__}; write METHOD:BITS:option=value") from None
+        raise LLQError(
+            f"{spec!r}: {text!r} is no {kind.__name__}; write METHOD:BITS:option=value"
+        ) from None
 
 
 def spelled(method: Method) -> str:
     """The method as `served_by` reads it, with every option that is not at its default."""
     defaults = field_defaults(type(method))
-    own = {key: value for key, value in method.to_dict().items() if key != "bits" and value != defaults[key]}
-    return ":".join([method.name, f"{method.bits:g}", *(f"{key}={written(value)}" for key, value in own.items())])
+    own = {
+        key: value
+        for key, value in method.to_dict().items()
+        if key != "bits" and value != defaults[key]
+    }
+    return ":".join(
+        [
+            method.name,
+            f"{method.bits:g}",
+            *(f"{key}={written(value)}" for key, value in own.items()),
+        ]
+    )
 
 
 def written(value: Any) -> str:

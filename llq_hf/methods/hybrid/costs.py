@@ -1,19 +1,22 @@
-"""Which linear gets how many bits: what each choice costs the whole model, and the best choices within a budget.
+"""Which linear gets how many bits: what each choice costs the whole model, and the best choices
+within a budget.
 
 Legend: N sequences, S tokens each, V vocabulary, O out_features, I in_features.
 
-What a choice costs is the KL divergence of the model's predictions from full precision, in nats per token, with that
-choice alone made and all else as it was. It is measured by running the model (`Measured`), or predicted to second order
-from one backward pass (`Predicted`): rounding W to W + dW costs
+What a choice costs is the KL divergence of the model's predictions from full precision, in nats per
+token, with that choice alone made and all else as it was. It is measured by running the model
+(`Measured`), or predicted to second order from one backward pass (`Predicted`): rounding W to W +
+dW costs
 
     D = 1/2 sum_r Gamma_r (dW_r Hbar dW_r^T)        Gamma_r = E (dL/dy_r)^2, Hbar = E x x^T
 
-with y the outputs and x the inputs of the linear and L the loss of a sequence under labels that the model itself draws
-(the true Fisher; output and input seen as independent, as K-FAC does). The costs of different linears are added, and an
-exact knapsack over bits finds the least total.
+with y the outputs and x the inputs of the linear and L the loss of a sequence under labels that the
+model itself draws (the true Fisher; output and input seen as independent, as K-FAC does). The costs
+of different linears are added, and an exact knapsack over bits finds the least total.
 
-The second order holds for small errors only. On the demo model, whose channels are unequal, RTN's 2 and 3 bits are far
-beyond it, and allocations by `Predicted` are worse than uniform widths (README has the figures).
+The second order holds for small errors only. On the demo model, whose channels are unequal, RTN's 2
+and 3 bits are far beyond it, and allocations by `Predicted` are worse than uniform widths (README
+has the figures).
 """
 
 from __future__ import annotations
@@ -27,11 +30,13 @@ from torch import Tensor, nn
 from ...common.progress import PassListener
 from ...numerics.stats import Hessian, Stat
 
-# --- what a choice costs ---------------------------------------------------------------------------------------------
+# --- what a choice costs --------------------------------------------------------------------------
 
 
 class Cost(Protocol):
-    """Nats per token that `restored` (name -> weight [O, I]) costs, in place of linears that share an input."""
+    """Nats per token that `restored` (name -> weight [O, I]) costs, in place of linears that share
+    an input.
+    """
 
     needs: frozenset[type[Stat]]  # kinds of statistics of that input, among `stats`
 
@@ -48,7 +53,9 @@ class Measured:
     def __init__(self, model: Any, ids_NS: Tensor, listener: PassListener) -> None:
         self.model = model
         listener.stage("predictions of full precision", len(ids_NS))
-        self.sequences: list[tuple[Tensor, Tensor]] = []  # ids [1, S] and log-probabilities [S, V] each
+        self.sequences: list[
+            tuple[Tensor, Tensor]
+        ] = []  # ids [1, S] and log-probabilities [S, V] each
         for row_S in ids_NS:
             self.sequences.append((row_S[None], self._predictions(row_S[None]).cpu()))
             listener.advance(1)
@@ -74,25 +81,44 @@ class Measured:
 
     def _divergence(self, ids_1S: Tensor, full_SV: Tensor) -> float:
         own_SV = self._predictions(ids_1S)
-        return float(nn.functional.kl_div(own_SV, full_SV.to(own_SV.device), log_target=True, reduction="batchmean"))
+        return float(
+            nn.functional.kl_div(
+                own_SV, full_SV.to(own_SV.device), log_target=True, reduction="batchmean"
+            )
+        )
 
 
 class Predicted:
-    """D of the head of this file: one forward and backward pass over the sequences, however many choices there are."""
+    """D of the head of this file: one forward and backward pass over the sequences, however many
+    choices there are.
+    """
 
     needs: frozenset[type[Stat]] = frozenset({Hessian})
 
     def __init__(
-        self, model: Any, linears: dict[str, nn.Linear], ids_NS: Tensor, seed: int, listener: PassListener
+        self,
+        model: Any,
+        linears: dict[str, nn.Linear],
+        ids_NS: Tensor,
+        seed: int,
+        listener: PassListener,
     ) -> None:
-        self.weights, self.tokens = {name: linear.weight.detach() for name, linear in linears.items()}, ids_NS.numel()
+        self.weights, self.tokens = (
+            {name: linear.weight.detach() for name, linear in linears.items()},
+            ids_NS.numel(),
+        )
         self.gamma = output_gradients(model, linears, ids_NS, seed, listener)
 
     @torch.no_grad()
     def __call__(self, restored: Mapping[str, Tensor], stats: Sequence[Stat]) -> float:
         Hbar_II = next(stat.sum_II for stat in stats if isinstance(stat, Hessian)) / self.tokens
-        errors = {name: weight_OI - self.weights[name].float() for name, weight_OI in restored.items()}
-        return sum(loss_of_rounding(self.gamma[name], Hbar_II, error_OI) for name, error_OI in errors.items())
+        errors = {
+            name: weight_OI - self.weights[name].float() for name, weight_OI in restored.items()
+        }
+        return sum(
+            loss_of_rounding(self.gamma[name], Hbar_II, error_OI)
+            for name, error_OI in errors.items()
+        )
 
 
 def loss_of_rounding(gamma_O: Tensor, Hbar_II: Tensor, error_OI: Tensor) -> float:
@@ -104,7 +130,10 @@ def output_gradients(
     model: Any, linears: dict[str, nn.Linear], ids_NS: Tensor, seed: int, listener: PassListener
 ) -> dict[str, Tensor]:
     """Gamma [O] of every linear, from one forward and backward pass over the sequences."""
-    gamma = {name: torch.zeros(linear.out_features, device=linear.weight.device) for name, linear in linears.items()}
+    gamma = {
+        name: torch.zeros(linear.out_features, device=linear.weight.device)
+        for name, linear in linears.items()
+    }
 
     def watch(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: Any, outputs: tuple[Tensor, ...]) -> None:
@@ -114,7 +143,9 @@ def output_gradients(
 
     handles = [linear.register_full_backward_hook(watch(name)) for name, linear in linears.items()]
     embedding = model.get_input_embeddings()
-    handles.append(embedding.register_forward_hook(lambda module, args, output: output.requires_grad_(True)))
+    handles.append(
+        embedding.register_forward_hook(lambda module, args, output: output.requires_grad_(True))
+    )
     model.requires_grad_(False)
     random = torch.Generator().manual_seed(seed)
     listener.stage("gradients of the model's predictions", len(ids_NS))
@@ -122,8 +153,12 @@ def output_gradients(
         with torch.enable_grad():
             for row_S in ids_NS:
                 logits_SV = model(input_ids=row_S[None], use_cache=False).logits[0].float()
-                drawn_S1 = torch.multinomial(logits_SV.detach().softmax(-1).cpu(), 1, generator=random)
-                loss = nn.functional.cross_entropy(logits_SV, drawn_S1[:, 0].to(logits_SV.device), reduction="sum")
+                drawn_S1 = torch.multinomial(
+                    logits_SV.detach().softmax(-1).cpu(), 1, generator=random
+                )
+                loss = nn.functional.cross_entropy(
+                    logits_SV, drawn_S1[:, 0].to(logits_SV.device), reduction="sum"
+                )
                 loss.backward()  # type: ignore[no-untyped-call]
                 listener.advance(1)
     finally:
@@ -136,7 +171,9 @@ def output_gradients(
 def observe(
     model: Any, wanted: Mapping[str, Sequence[type[Stat]]], ids_NS: Tensor, listener: PassListener
 ) -> dict[str, list[Stat]]:
-    """Statistics of the inputs of linears of the full-precision model, of these kinds each; it is not run for none."""
+    """Statistics of the inputs of linears of the full-precision model, of these kinds each; it is
+    not run for none.
+    """
     if not any(wanted.values()):
         return {name: [] for name in wanted}
     found: dict[str, list[Stat]] = {}
@@ -145,7 +182,9 @@ def observe(
         linear = model.get_submodule(name)
         found[name] = [kind(linear.in_features, linear.weight.device) for kind in kinds]
 
-        def watch(module: nn.Module, args: tuple[Tensor, ...], stats: list[Stat] = found[name]) -> None:
+        def watch(
+            module: nn.Module, args: tuple[Tensor, ...], stats: list[Stat] = found[name]
+        ) -> None:
             for stat in stats:
                 stat.update(args[0].flatten(0, -2), len(args[0]))
 

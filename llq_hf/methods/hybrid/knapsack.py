@@ -10,7 +10,10 @@ import torch
 
 from ...common.errors import LLQError
 
-BUCKETS = 1 << 16  # steps that the room above the cheapest choice is counted in, unless all costs share a larger step
+BUCKETS = (
+    1 << 16
+    # steps that the room above the cheapest choice is counted in, unless all costs share a larger step
+)
 
 
 class Option(NamedTuple):
@@ -21,18 +24,26 @@ class Option(NamedTuple):
 
 
 def knapsack(units: Sequence[Sequence[Option]], budget_bits: int) -> list[int]:
-    """For each unit the index of the option it takes: the least total loss whose bits stay within the budget.
+    """For each unit the index of the option it takes: the least total loss whose bits stay within
+    the budget.
 
-    Exact where all differences of bits share a step of at least 1 / BUCKETS of the room; else bits count rounded up, so
-    that the budget holds. LLQError where not even the cheapest options fit.
+    Exact where all differences of bits share a step of at least 1 / BUCKETS of the room; else bits
+    count rounded up, so that the budget holds. LLQError where not even the cheapest options fit.
     """
     cheapest = [min(option.bits for option in options) for options in units]
     room = budget_bits - sum(cheapest)
     if room < 0:
-        raise LLQError(f"the budget of {budget_bits} bits is below the {sum(cheapest)} of the cheapest choices")
-    above = [[option.bits - least for option in options] for options, least in zip(units, cheapest, strict=True)]
+        raise LLQError(
+            f"the budget of {budget_bits} bits is below the {sum(cheapest)} of the cheapest choices"
+        )
+    above = [
+        [option.bits - least for option in options]
+        for options, least in zip(units, cheapest, strict=True)
+    ]
     step = max(math.gcd(*(extra for extras in above for extra in extras)), -(-room // BUCKETS), 1)
-    best = torch.zeros(room // step + 1, dtype=torch.float64)  # best[j]: the least loss within j steps above cheapest
+    best = torch.zeros(
+        room // step + 1, dtype=torch.float64
+    )  # best[j]: the least loss within j steps above cheapest
     picks = []
     for options, extras in zip(units, above, strict=True):
         table = torch.full((len(options), len(best)), torch.inf, dtype=torch.float64)

@@ -1,14 +1,16 @@
 """OmniQuant (Shao et al., ICLR 2024, arXiv 2308.13137), after OpenGVLab/OmniQuant at 95fae1b.
 
-Block by block, gradient descent on what surrounds the rounding; the weights themselves never change. Learnable weight
-clipping (LWC): every group's range [low, high] shrinks to [sigmoid(l) low, sigmoid(u) high]. Learnable equivalent
-transformation (LET, where activations are quantized too): channels of a linear's input are divided by s, the weight's
-columns multiplied; between v and o, and q and k, s is baked into the two weights. The loss is the mean square between
-the quantized block on quantized inputs and the full-precision block on its own; `aug_loss` adds the distance to the
-full-precision block on quantized inputs. One sequence a step, AdamW without decay, gradients straight through the
-rounding. The authors' scripts train 20 epochs, and 40 with aug_loss for 2 bits. The study's rows are 4 bits in groups
-of 128, and W6A6 and W4A4 with group_size=-1, where inputs of linears, and queries, keys (after RoPE) and values, are
-quantized per token and head on an asymmetric grid.
+Block by block, gradient descent on what surrounds the rounding; the weights themselves never
+change. Learnable weight clipping (LWC): every group's range [low, high] shrinks to [sigmoid(l) low,
+sigmoid(u) high]. Learnable equivalent transformation (LET, where activations are quantized too):
+channels of a linear's input are divided by s, the weight's columns multiplied; between v and o, and
+q and k, s is baked into the two weights. The loss is the mean square between the quantized block on
+quantized inputs and the full-precision block on its own; `aug_loss` adds the distance to the
+full-precision block on quantized inputs. One sequence a step, AdamW without decay, gradients
+straight through the rounding. The authors' scripts train 20 epochs, and 40 with aug_loss for 2
+bits. The study's rows are 4 bits in groups of 128, and W6A6 and W4A4 with group_size=-1, where
+inputs of linears, and queries, keys (after RoPE) and values, are quantized per token and head on an
+asymmetric grid.
 
 Storage (uniform grid; G = ceil(I / group_size) groups)
     name      shape                 dtype   bits per weight
@@ -17,20 +19,23 @@ Storage (uniform grid; G = ceil(I / group_size) groups)
     zero      [O * G * bits / 32]   int32   bits / group_size (absent if sym)
     in_scale  [I]                   fp16    16 / O (LET only; not in o and down, whose inputs nobody divides)
 
-Departures: training is fp32 (their AMP needs a GPU and a loss scaler) and sees scales as stored in fp16; codes are
-decided from fp32, not after a cast to half. Ranges always hold zero, so zero points are codes (theirs leave the code
-range, which breaks packing), and gradients pass the rounding of zero points too (theirs stop there: 34.0 against 29.4
-on stories260K at 2 bits). Scales below 1e-5 are kept. LET divides the input at run time instead of folding s into the
-norm, which stays bitwise the base's; heads that share keys and values share s (theirs fails on grouped queries), and
-so do the two channels that RoPE rotates together, or q and k would not be the same function. A pair that still would
-not be (a bias, a norm after q) is left out and noted. Where LET starts, weights of all linears of the input count, by
-magnitude (theirs: of one, by value). A loss that is not finite is an error; theirs enters a debugger. What LET bakes
-into q, k, v and o counts as weight error in reports.
+Departures: training is fp32 (their AMP needs a GPU and a loss scaler) and sees scales as stored in
+fp16; codes are decided from fp32, not after a cast to half. Ranges always hold zero, so zero points
+are codes (theirs leave the code range, which breaks packing), and gradients pass the rounding of
+zero points too (theirs stop there: 34.0 against 29.4 on stories260K at 2 bits). Scales below 1e-5
+are kept. LET divides the input at run time instead of folding s into the norm, which stays bitwise
+the base's; heads that share keys and values share s (theirs fails on grouped queries), and so do
+the two channels that RoPE rotates together, or q and k would not be the same function. A pair that
+still would not be (a bias, a norm after q) is left out and noted. Where LET starts, weights of all
+linears of the input count, by magnitude (theirs: of one, by value). A loss that is not finite is an
+error; theirs enters a debugger. What LET bakes into q, k, v and o counts as weight error in
+reports.
 
-preset="best" starts from ranges searched for the least error weighted by the inputs' squares (`search_range`), lowers
-the learning rates linearly to zero (`decay`), and learns which way each weight rounds (`rounding_lr`): an offset within
-half a step, moved by the sign of its gradient, ever slower, as AutoRound (arXiv 2309.05516) does; it is one fp32 number
-a weight while training, and nothing stored.
+preset="best" starts from ranges searched for the least error weighted by the inputs' squares
+(`search_range`), lowers the learning rates linearly to zero (`decay`), and learns which way each
+weight rounds (`rounding_lr`): an offset within half a step, moved by the sign of its gradient, ever
+slower, as AutoRound (arXiv 2309.05516) does; it is one fp32 number a weight while training, and
+nothing stored.
 """
 
 from __future__ import annotations
@@ -56,15 +61,24 @@ from .rounding import TrainedLinear
 
 @dataclass(frozen=True, kw_only=True)
 class OmniQuant(Method):
-    """a_bits 16: activations stay as they are, and `let` means nothing; alpha: LET starts at x**alpha / w**(1 - alpha).
+    """a_bits 16: activations stay as they are, and `let` means nothing; alpha: LET starts at
+    x**alpha / w**(1 - alpha).
 
-    lwc_lr, let_lr, rounding_lr: learning rates, of logits, of s, of rounding in grid steps (0: to nearest).
+    lwc_lr, let_lr, rounding_lr: learning rates, of logits, of s, of rounding in grid steps (0: to
+    nearest).
     """
 
     name: ClassVar[str] = "omniquant"
     title: ClassVar[str] = "OmniQuant (Shao et al. 2024)"
-    best: ClassVar[dict[str, Any]] = {"aug_loss": True, "search_range": True, "rounding_lr": 5e-3, "decay": True}
-    training_copies: ClassVar[int] = 5  # twin, weights, learned rounding and its gradients, one in the forward pass
+    best: ClassVar[dict[str, Any]] = {
+        "aug_loss": True,
+        "search_range": True,
+        "rounding_lr": 5e-3,
+        "decay": True,
+    }
+    training_copies: ClassVar[int] = (
+        5  # twin, weights, learned rounding and its gradients, one in the forward pass
+    )
     divides_input: ClassVar[bool] = True
 
     bits: int = 4
@@ -119,10 +133,10 @@ class OmniQuant(Method):
     def attention(self) -> Attention | None:
         return Attention(self.tokens, self.tokens, self.tokens) if self.tokens.on else None
 
-    def at(self, name: str) -> Method:
+    def for_linear(self, name: str) -> Method:
         return _Baked(**self.to_dict()) if self.transforms and name.endswith(BAKED) else self
 
-    # --- what is stored ----------------------------------------------------------------------------------------
+    # --- what is stored ---------------------------------------------------------------------------
 
     def layout(self, out_features: int, in_features: int) -> dict[str, Spec]:
         layout = self.grid.layout(out_features, in_features)
@@ -143,13 +157,15 @@ class OmniQuant(Method):
         z = x / packed["in_scale"].float() if "in_scale" in packed else x
         return self.grid.linear(self.tokens(z).to(x.dtype), packed, bias)
 
-    # --- training ----------------------------------------------------------------------------------------------
+    # --- training ---------------------------------------------------------------------------------
 
     def quantize_block(self, step: Step) -> dict[str, Packed]:
         twin = copy.deepcopy(step.block).float().requires_grad_(False)
         parts = {name: TrainedLinear(linear, self) for name, linear in step.linears.items()}
         inputs = _observed(step) if self.transforms or self.search_range else {}
-        scales, left_out = equivalences(step, twin, parts, inputs, self.alpha) if self.transforms else ([], [])
+        scales, left_out = (
+            equivalences(step, twin, parts, inputs, self.alpha) if self.transforms else ([], [])
+        )
         if self.search_range:
             step.listener.stage("searching ranges", len(parts))
             for name, part in parts.items():
@@ -168,7 +184,9 @@ class OmniQuant(Method):
             job = step.job(name)
             job.notes.update({"first_loss": losses[0], "last_loss": losses[-1]} if losses else {})
             job.notes.update({"let_left_out": left_out} if left_out else {})
-            packed[name] = part.packed(self.at(job.name).layout(part.out_features, part.in_features))
+            packed[name] = part.packed(
+                self.for_linear(job.name).layout(part.out_features, part.in_features)
+            )
         return packed
 
 
@@ -178,10 +196,10 @@ class _Baked(OmniQuant):
     divides_input: ClassVar[bool] = False
 
 
-# --- one linear under training -------------------------------------------------------------------------------------
+# --- one linear under training --------------------------------------------------------------------
 
 
-# --- the equivalent transformation ---------------------------------------------------------------------------------
+# --- the equivalent transformation ----------------------------------------------------------------
 
 
-# --- training ------------------------------------------------------------------------------------------------------
+# --- training -------------------------------------------------------------------------------------

@@ -22,15 +22,28 @@ class BlockTraining:
     """The training of one block: clips and s by AdamW, drifts by the signs of their gradients."""
 
     def __init__(
-        self, method: OmniQuant, step: Step, twin: nn.Module, parts: list[TrainedLinear], scales: list[nn.Parameter]
+        self,
+        method: OmniQuant,
+        step: Step,
+        twin: nn.Module,
+        parts: list[TrainedLinear],
+        scales: list[nn.Parameter],
     ) -> None:
         assert step.data is not None
-        self.method, self.step, self.data, self.twin, self.scales = method, step, step.data, twin, scales
+        self.method, self.step, self.data, self.twin, self.scales = (
+            method,
+            step,
+            step.data,
+            twin,
+            scales,
+        )
         clips = [part.clip_2OG for part in parts]
         self.drifts = [part.drift_OGg for part in parts if part.drift_OGg is not None]
         self.parameters = clips + scales + self.drifts
         self.rates = method.lwc_lr, method.let_lr
-        groups = [{"params": p, "lr": rate} for p, rate in zip((clips, scales), self.rates, strict=True)]
+        groups = [
+            {"params": p, "lr": rate} for p, rate in zip((clips, scales), self.rates, strict=True)
+        ]
         self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
 
     def run(self) -> list[float]:
@@ -42,11 +55,18 @@ class BlockTraining:
 
         trained = Trained(self.parameters, self.optimizer)
         return train_block(
-            self.step, trained, self.method.epochs, 1, descend, "lower lwc_lr or let_lr, or run in float32"
+            self.step,
+            trained,
+            self.method.epochs,
+            1,
+            descend,
+            "lower lwc_lr or let_lr, or run in float32",
         )
 
     def _descend(self, i: int, dense_BSD: Tensor | None, left: float) -> Tensor:
-        """A step against the gradients on sequence i; the loss before it. left: falls from 1 to 0 over the training."""
+        """A step against the gradients on sequence i; the loss before it. left: falls from 1 to 0
+        over the training.
+        """
         with torch.enable_grad():
             out_BSD = run_sequence(self.twin, self.data, i)
             loss = F.mse_loss(out_BSD, self.data.targets(slice(i, i + 1)).to(out_BSD))
@@ -68,7 +88,9 @@ class BlockTraining:
 
 
 def _dense_outputs(step: Step) -> list[Tensor]:
-    """What the full-precision block makes of the quantized inputs, per sequence [1, S, D] on the CPU."""
+    """What the full-precision block makes of the quantized inputs, per sequence [1, S, D] on the
+    CPU.
+    """
     assert step.data is not None
     found: list[Tensor] = []
     for rows in step.data.batches():

@@ -18,7 +18,9 @@ SMALLEST, LARGEST = 0.01, 6e4  # |s| of LET: the authors' floor; what fp16 holds
 
 
 class ScalePair(NamedTuple):
-    """Two linears of an attention between which channels can be scaled: s divides rows of one, multiplies the other."""
+    """Two linears of an attention between which channels can be scaled: s divides rows of one,
+    multiplies the other.
+    """
 
     divided: str
     rows: Tensor  # which s each row of it takes
@@ -33,9 +35,15 @@ class ScalePair(NamedTuple):
 
 
 def equivalences(
-    step: Step, twin: nn.Module, parts: dict[str, TrainedLinear], inputs: dict[str, _Channels], alpha: float
+    step: Step,
+    twin: nn.Module,
+    parts: dict[str, TrainedLinear],
+    inputs: dict[str, _Channels],
+    alpha: float,
 ) -> tuple[list[nn.Parameter], list[str]]:
-    """Give `parts` their factors; every s there is, and the pairs left out. `twin` is the block as it was, in fp32."""
+    """Give `parts` their factors; every s there is, and the pairs left out. `twin` is the block as
+    it was, in fp32.
+    """
     scales, left_out = [], []
     for group in step.groups:
         members = [parts[name] for name in group if not name.endswith(BAKED)]
@@ -51,8 +59,14 @@ def equivalences(
                 continue
             ones = torch.ones(pair.width, device=pair.rows.device)
             if pair.by_columns:
-                x_I, w_I = inputs[pair.multiplied].max_I, parts[pair.multiplied].weight_OI.abs().amax(0)
-                x, w = (torch.zeros_like(ones).scatter_reduce(0, pair.others, t_I, "amax") for t_I in (x_I, w_I))
+                x_I, w_I = (
+                    inputs[pair.multiplied].max_I,
+                    parts[pair.multiplied].weight_OI.abs().amax(0),
+                )
+                x, w = (
+                    torch.zeros_like(ones).scatter_reduce(0, pair.others, t_I, "amax")
+                    for t_I in (x_I, w_I)
+                )
                 s = _start(x, w, alpha)
                 parts[pair.multiplied].columns = Factor(s, pair.others)
             else:
@@ -64,7 +78,9 @@ def equivalences(
 
 
 def _pairs(name: str, module: nn.Module, parts: dict[str, TrainedLinear]) -> list[ScalePair]:
-    """q and k, v and o of an attention module with heads of `head_dim` channels; [] where `module` is none."""
+    """q and k, v and o of an attention module with heads of `head_dim` channels; [] where `module`
+    is none.
+    """
     q, k, v, o = (f"{name}.{letter}_proj".lstrip(".") for letter in "qkvo")
     width: Any = getattr(module, "head_dim", None)
     if not {q, k, v, o} <= set(parts) or not isinstance(width, int):
@@ -74,7 +90,10 @@ def _pairs(name: str, module: nn.Module, parts: dict[str, TrainedLinear]) -> lis
     # RoPE rotates channels i and i + width / 2 of a head into each other.
     turning_KD = channel_KD[:, : width // 2].repeat(1, 2) - channel_KD[:, :1] // 2
     found = []
-    for divided, multiplied, index_KD, by_columns in ((q, k, turning_KD, False), (v, o, channel_KD, True)):
+    for divided, multiplied, index_KD, by_columns in (
+        (q, k, turning_KD, False),
+        (v, o, channel_KD, True),
+    ):
         index_HD = index_KD.repeat_interleave(heads // shared, dim=0)
         rows, others = (index_KD, index_HD) if by_columns else (index_HD, index_KD)
         found.append(ScalePair(divided, rows.flatten(), multiplied, others.flatten(), by_columns))
@@ -82,19 +101,27 @@ def _pairs(name: str, module: nn.Module, parts: dict[str, TrainedLinear]) -> lis
 
 
 def _preserves(step: Step, twin: nn.Module, module: nn.Module, pair: ScalePair) -> bool:
-    """Whether the attention `module` inside `twin` gives the same with the pair scaled: a trial on one sequence."""
+    """Whether the attention `module` inside `twin` gives the same with the pair scaled: a trial on
+    one sequence.
+    """
     assert step.data is not None
     outputs: list[Tensor] = []
-    hook = module.register_forward_hook(lambda module, args, output: outputs.append(first_output(output)))
+    hook = module.register_forward_hook(
+        lambda module, args, output: outputs.append(first_output(output))
+    )
     first, second = twin.get_submodule(pair.divided), twin.get_submodule(pair.multiplied)
     assert isinstance(first, nn.Linear)
     assert isinstance(second, nn.Linear)
     before = first.weight.data, second.weight.data
-    s = 0.5 + torch.arange(pair.width, device=pair.rows.device) * 0.618 % 1  # any numbers that differ
+    s = (
+        0.5 + torch.arange(pair.width, device=pair.rows.device) * 0.618 % 1
+    )  # any numbers that differ
     try:
         run_sequence(twin, step.data, 0)
         first.weight.data = first.weight.data / s[pair.rows, None]
-        second.weight.data = second.weight.data * (s[pair.others] if pair.by_columns else s[pair.others, None])
+        second.weight.data = second.weight.data * (
+            s[pair.others] if pair.by_columns else s[pair.others, None]
+        )
         run_sequence(twin, step.data, 0)
     finally:
         hook.remove()
@@ -104,7 +131,9 @@ def _preserves(step: Step, twin: nn.Module, module: nn.Module, pair: ScalePair) 
 
 def _start(inputs: Tensor, weights: Tensor, alpha: float) -> nn.Parameter:
     """s of SmoothQuant's form, from the largest magnitudes of each channel's inputs and weights."""
-    return nn.Parameter(usable(inputs.clamp_min(1e-5).pow(alpha) / weights.clamp_min(1e-5).pow(1 - alpha)))
+    return nn.Parameter(
+        usable(inputs.clamp_min(1e-5).pow(alpha) / weights.clamp_min(1e-5).pow(1 - alpha))
+    )
 
 
 def usable(s: Tensor) -> Tensor:

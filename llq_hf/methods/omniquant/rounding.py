@@ -36,7 +36,9 @@ class Factor(NamedTuple):
 
 
 class TrainedLinear(nn.Module):
-    """A linear that rounds its weight and its inputs anew at every forward pass, on grids under training."""
+    """A linear that rounds its weight and its inputs anew at every forward pass, on grids under
+    training.
+    """
 
     def __init__(self, linear: nn.Linear, method: OmniQuant) -> None:
         super().__init__()
@@ -47,8 +49,12 @@ class TrainedLinear(nn.Module):
         self.weight_OI = linear.weight.detach().float()
         self.bias = None if linear.bias is None else linear.bias.detach().float()
         whole, device = (self.out_features, groups, self.size), linear.weight.device
-        self.clip_2OG = nn.Parameter(torch.full((2, *whole[:2]), INITIAL_LOGIT, device=device))  # upper, lower ends
-        self.drift_OGg = nn.Parameter(torch.zeros(whole, device=device)) if method.rounding_lr else None
+        self.clip_2OG = nn.Parameter(
+            torch.full((2, *whole[:2]), INITIAL_LOGIT, device=device)
+        )  # upper, lower ends
+        self.drift_OGg = (
+            nn.Parameter(torch.zeros(whole, device=device)) if method.rounding_lr else None
+        )
         self.rows: Factor | None = None
         self.columns: Factor | None = None
         self.divisor: nn.Parameter | None = None  # the input's
@@ -74,14 +80,19 @@ class TrainedLinear(nn.Module):
         return packed
 
     def search(self, squares_I: Tensor) -> None:
-        """Start from the two ends of each range that make sum(squares * error**2) least; squares: of the inputs."""
+        """Start from the two ends of each range that make sum(squares * error**2) least; squares:
+        of the inputs.
+        """
         weight_OGg, low_OG1, high_OG1 = self._grouped()
         if self.columns is not None:
             squares_I = squares_I / self.columns().square()
         squares_Gg = F.pad(squares_I, (0, -self.in_features % self.size)).view(-1, self.size)
         best_2OG, least_OG = self.clip_2OG.clone(), torch.full_like(self.clip_2OG[0], torch.inf)
         for up, down in itertools.product(SEARCHED, repeat=2):
-            self.clip_2OG[0], self.clip_2OG[1] = math.log(up / (1 - up)), math.log(down / (1 - down))
+            self.clip_2OG[0], self.clip_2OG[1] = (
+                math.log(up / (1 - up)),
+                math.log(down / (1 - down)),
+            )
             grid = self._grid(low_OG1, high_OG1)
             values_OGg = grid.values(grid.codes(weight_OGg, self.method.bits))
             error_OG = (values_OGg - weight_OGg).square_().mul_(squares_Gg).sum(-1)
@@ -96,7 +107,9 @@ class TrainedLinear(nn.Module):
         return (round_through(steps_OGg) + zero).clamp(0, self.levels)
 
     def _grouped(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The transformed weight in groups [O, G, g], the last one filled up with its last weight; their ranges."""
+        """The transformed weight in groups [O, G, g], the last one filled up with its last weight;
+        their ranges.
+        """
         if self._fixed is not None:
             return self._fixed
         weight_OI = self.weight_OI
@@ -118,7 +131,9 @@ class TrainedLinear(nn.Module):
         return weight_OGg.flatten(1)[:, : self.in_features]
 
     def _grid(self, low_OG1: Tensor, high_OG1: Tensor) -> Grid:
-        """Clipped ranges -> scales as the file will hold them, and zero points; both [O, G, 1] and differentiable."""
+        """Clipped ranges -> scales as the file will hold them, and zero points; both [O, G, 1] and
+        differentiable.
+        """
         up_OG1, down_OG1 = torch.sigmoid(self.clip_2OG).unsqueeze(-1)
         low_OG1, high_OG1 = low_OG1 * down_OG1, high_OG1 * up_OG1
         if self.method.sym:

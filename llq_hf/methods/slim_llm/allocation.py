@@ -18,21 +18,30 @@ LEAST = math.log(1e-6)  # of a probability, as the authors clamp it
 
 
 class Search:
-    """Sums, for 0, 1, 2, ... pairs, how far the outputs of a linear rounded so diverge from its own."""
+    """Sums, for 0, 1, 2, ... pairs, how far the outputs of a linear rounded so diverge from its
+    own.
+    """
 
     def __init__(self, method: SliMLLM, linear: nn.Linear, ranking: list[int], most: int) -> None:
         self.linear, self.first = linear, 0 if method.try_uniform else 1
         self.divergence_P = torch.zeros(most + 1, dtype=torch.float64, device=linear.weight.device)
         dtype, W_OI = linear.weight.dtype, linear.weight.detach().float()
         size, bits, whole = method.group_size, method.bits, W_OI.shape[1] // method.group_size
-        head_OKg, tail_O1g = W_OI[:, : whole * size].view(-1, whole, size), W_OI[:, None, whole * size :]
+        head_OKg, tail_O1g = (
+            W_OI[:, : whole * size].view(-1, whole, size),
+            W_OI[:, None, whole * size :],
+        )
         base_OKg = method.proxies(head_OKg, bits)
         tail = [method.proxies(tail_O1g, bits)[:, 0]] if tail_O1g.numel() else []
-        self.base_OI = torch.cat([base_OKg.flatten(1), *tail], dim=1).to(dtype)  # all groups at `bits`
+        self.base_OI = torch.cat([base_OKg.flatten(1), *tail], dim=1).to(
+            dtype
+        )  # all groups at `bits`
         lows, highs = ranking[:most], ranking[::-1][:most]
         self.changes = []  # what each further pair changes of it: columns, and by how much
         for groups, width in ((lows, bits - 1), (highs, bits + 1)):
-            change_OPg = (method.proxies(head_OKg[:, groups], width) - base_OKg[:, groups]).to(dtype)
+            change_OPg = (method.proxies(head_OKg[:, groups], width) - base_OKg[:, groups]).to(
+                dtype
+            )
             columns = [slice(group * size, (group + 1) * size) for group in groups]
             self.changes.append(list(zip(columns, change_OPg.unbind(1), strict=True)))
 

@@ -1,8 +1,10 @@
-"""The study's tables (arXiv 2404.14047v3) as data: published figures, and the cells that make each row again.
+"""The study's tables (arXiv 2404.14047v3) as data: published figures, and the cells that make each
+row again.
 
-One YAML file a table. A row's `cell` is a method with its options, as in a plan; the report finds our figures for a row
-by building that method and comparing its whole config with what a record was asked for, so a row joins whichever plan
-made it. Figures are as printed, misprints too: `notes` names the known ones.
+One YAML file a table. A row's `cell` is a method with its options, as in a plan; the report finds
+our figures for a row by building that method and comparing its whole config with what a record was
+asked for, so a row joins whichever plan made it. Figures are as printed, misprints too: `notes`
+names the known ones.
 """
 
 from __future__ import annotations
@@ -29,7 +31,9 @@ ASKED = "presets.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Column:
-    """A figure of the table. `within`: differences up to this share of the published figure are not marked."""
+    """A figure of the table. `within`: differences up to this share of the published figure are not
+    marked.
+    """
 
     name: str
     figure: str  # where it stands in a record: results.llq_csqa.acc
@@ -48,15 +52,21 @@ class Row:
     cell: Mapping[str, Any] | None  # None: a method that nothing here makes
 
     def made_by(self, record: Record) -> bool:
-        """Whether the record is of this row's method, with the options of its preset and nothing over them but the
-        row's."""
+        """Whether the record is of this row's method, with the options of its preset and nothing
+        over them but the row's.
+        """
         if self.cell is None or record.cell["method"] != self.cell["method"]:
             return False
         if self.cell["method"] not in METHODS:  # full precision
             return True
-        asked = build(self.cell["method"], record.cell["preset"], **own_options(self.cell)).to_dict()
+        asked = build(
+            self.cell["method"], record.cell["preset"], **own_options(self.cell)
+        ).to_dict()
         finetune = finetune_for(record.cell["model"], self.cell.get("finetune", {}))
-        same = json.loads(json.dumps([asked, finetune])) == [record.cell["config"], record.cell["finetune"]]
+        same = json.loads(json.dumps([asked, finetune])) == [
+            record.cell["config"],
+            record.cell["finetune"],
+        ]
         return bool(same)
 
 
@@ -94,7 +104,10 @@ class Table:
 @cache
 def tables() -> dict[int, Table]:
     """All tables by number."""
-    files = {int(path.stem.removeprefix("table")): path for path in Path(__file__).parent.glob("table*.yaml")}
+    files = {
+        int(path.stem.removeprefix("table")): path
+        for path in Path(__file__).parent.glob("table*.yaml")
+    }
     return {number: _load(number, files[number]) for number in sorted(files)}
 
 
@@ -102,14 +115,18 @@ def plan_of(preset: str) -> dict[str, Any]:
     """The plan of "paper-table1"; LLQError with the nearest name where there is none."""
     known = {table.preset: table for table in tables().values()}
     if preset not in known:
-        raise LLQError(f"there is no preset {preset!r}{nearest(preset, known)}; there are: {', '.join(known)}")
+        raise LLQError(
+            f"there is no preset {preset!r}{nearest(preset, known)}; there are: {', '.join(known)}"
+        )
     return known[preset].plan()
 
 
 def _load(number: int, path: Path) -> Table:
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
     columns = [Column(**column) for column in content.pop("columns")]
-    return Table(number=number, columns=columns, rows=[_row(row) for row in content.pop("rows")], **content)
+    return Table(
+        number=number, columns=columns, rows=[_row(row) for row in content.pop("rows")], **content
+    )
 
 
 def _row(content: dict[str, Any]) -> Row:
@@ -120,7 +137,10 @@ def _row(content: dict[str, Any]) -> Row:
 def matching(row: Row, records: list[Record]) -> list[Record]:
     """The finished records of a row, study preset first."""
     found = [record for record in records if record.status == DONE and row.made_by(record)]
-    return sorted(found, key=lambda record: (record.cell["preset"] != "study", record.cell["seed"], record.name))
+    return sorted(
+        found,
+        key=lambda record: (record.cell["preset"] != "study", record.cell["seed"], record.name),
+    )
 
 
 def remember(out: Path, presets: list[str]) -> None:
