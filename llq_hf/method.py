@@ -27,7 +27,6 @@ from .numerics.activations import Attention
 from .numerics.grids import Affine
 from .numerics.stats import Stat
 
-FORMAT_VERSION = 1
 Packed = dict[str, Tensor]
 
 

@@ -30,7 +30,7 @@ PASSED_ON = (
     "language",
     "pipeline_tag",
 )  # from card to card
-_DTYPES = {
+DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
@@ -262,11 +262,11 @@ def header(file: Path) -> dict[str, Spec]:
 
 
 def _dtype(name: str, file: Path) -> torch.dtype:
-    if name not in _DTYPES:
+    if name not in DTYPES:
         raise LLQError(
             f"{file} holds a tensor of dtype {name}, which is not supported; convert it to bf16 first"
         )
-    return _DTYPES[name]
+    return DTYPES[name]
 
 
 def _tensor_files(path: Path) -> dict[str, Path]:

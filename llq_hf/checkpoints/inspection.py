@@ -1,75 +1,93 @@
-"""Looking into a packed checkpoint without loading it: bits counted from the files, records of the
-run.
-"""
+"""Look into a packed checkpoint without loading it: bits counted from the files, and records."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
+
+import torch
 
 from ..common.errors import LLQError
-from ..methods import method_type
+from ..common.spec import Spec
 from ..models.decoder import quantizable
 from ..models.load import build_skeleton
 from .dense import Checkpoint
-from .format import REPORT, digest
+from .format import REPORT, PackedConfig
 from .journal import Journal
 from .packed import read_report
+from .records import LinearRecord, Report
 
 
-def inspect_checkpoint(path: Path) -> dict[str, Any]:
-    """Method, options, nominal and stored bits, sizes, fingerprint, records. LLQError where the
-    folder is not ours.
+class Inspection(TypedDict):
+    """What a folder holds. Bits are per quantized weight, but for `whole_model_bits`."""
+
+    path: str
+    method: str
+    config: dict[str, Any]  # options of the method
+    nominal_bits: float
+    stored_bits: float
+    whole_model_bits: float | None  # per parameter of the model; None without a report
+    bytes: int
+    quantized_linears: int
+    calibration: dict[str, Any] | None
+    fingerprint: str | None
+    identity: dict[str, Any] | None
+    made_from: dict[str, Any] | None
+    rewritten: bool
+    linears: list[LinearRecord]
+
+
+def inspect_checkpoint(path: Path) -> Inspection:
+    """Method, options, nominal and stored bits, sizes, fingerprint, and records of a folder.
+
+    LLQError where llq-hf did not write it, or where its options were edited.
     """
     if not path.is_dir():
         raise LLQError(f"{path} is not a folder")
     checkpoint = Checkpoint.open(str(path))
     section = checkpoint.config.get("quantization_config")
-    if section is None or not str(section.get("quant_method", "")).startswith("llq_"):
+    if section is None or not PackedConfig.is_ours(section):
         raise LLQError(f"{path} holds a checkpoint that llq did not quantize")
-    kind = method_type(str(section["quant_method"]).removeprefix("llq_"))
-    method = kind.build(**{name: section[name] for name in kind.field_names() if name in section})
-    if section.get("digest") != digest(method, section.get("quantized_linears", 0)):
-        raise LLQError(
-            f"the quantization_config of {path} was edited: its options do not match its digest"
-        )
+    config = PackedConfig.from_section(section)
+    config.check()
     packed = _packed_modules(checkpoint)
     stored = sum(spec.nbytes for specs in packed.values() for spec in specs.values())
-    total = sum(spec.nbytes for spec in checkpoint.specs.values())
-    report = read_report(path) if (path / REPORT).is_file() else {"linears": [], "bits": {}}
-    weights = sum(record["shape"][0] * record["shape"][1] for record in report["linears"])
-    if not weights:  # saved by save_pretrained, which writes no report
-        weights = sum(
-            linear.weight.numel() for linear in quantizable(build_skeleton(path)).values()
-        )
+    # save_pretrained writes no report
+    report = read_report(path) if (path / REPORT).is_file() else None
     return {
         "path": str(path),
-        "method": method.name,
-        "config": method.to_dict(),
-        "nominal_bits": method.nominal_bits,
-        "stored_bits": stored * 8 / weights,
-        "whole_model_bits": report["bits"].get("whole_model"),
-        "bytes": total,
+        "method": config.method.name,
+        "config": config.method.to_dict(),
+        "nominal_bits": config.method.nominal_bits,
+        "stored_bits": stored * 8 / _weights(path, report),
+        "whole_model_bits": report["bits"].get("whole_model") if report else None,
+        "bytes": sum(spec.nbytes for spec in checkpoint.specs.values()),
         "quantized_linears": len(packed),
-        "calibration": section.get("calibration"),
-        "fingerprint": section.get("fingerprint"),
-        "identity": report.get("identity"),
-        "made_from": report.get("made_from"),
-        "rewritten": "rewrite" in report,
-        "linears": _with_seconds(report["linears"], path),
+        "calibration": config.calibration,
+        "fingerprint": config.run,
+        "identity": report.get("identity") if report else None,
+        "made_from": report.get("made_from") if report else None,
+        "rewritten": report is not None and "rewrite" in report,
+        "linears": _with_seconds(report["linears"] if report else [], path),
     }
 
 
-def _packed_modules(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
-    """Module -> its stored tensors, for every module whose `weight` holds packed codes."""
-    import torch
+def _weights(path: Path, report: Report | None) -> int:
+    """How many weights are quantized."""
+    counted = sum(r["shape"][0] * r["shape"][1] for r in report["linears"]) if report else 0
+    if counted:
+        return counted
+    return sum(linear.weight.numel() for linear in quantizable(build_skeleton(path)).values())
 
+
+def _packed_modules(checkpoint: Checkpoint) -> dict[str, dict[str, Spec]]:
+    """Stored tensors by module, for every module whose `weight` holds packed codes."""
     modules = {
         name.removesuffix(".weight")
         for name, spec in checkpoint.specs.items()
         if name.endswith(".weight") and spec.dtype == torch.int32
     }
-    packed: dict[str, dict[str, Any]] = {module: {} for module in modules}
+    packed: dict[str, dict[str, Spec]] = {module: {} for module in modules}
     for name, spec in checkpoint.specs.items():
         module, _, key = name.rpartition(".")
         if module in packed and key != "bias":
@@ -77,10 +95,12 @@ def _packed_modules(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
     return packed
 
 
-def _with_seconds(linears: list[dict[str, Any]], path: Path) -> list[dict[str, Any]]:
+def _with_seconds(linears: list[LinearRecord], path: Path) -> list[LinearRecord]:
     """Records with the seconds of the journal, where it still lies beside the folder."""
     lines = Journal.read(Journal.beside(path))
     seconds = {r["name"]: r.get("seconds") for line in lines[1:] for r in line.get("linears", [])}
-    return [
-        {**r, **({"seconds": seconds[r["name"]]} if r["name"] in seconds else {})} for r in linears
-    ]
+    timed: list[LinearRecord] = []
+    for record in linears:
+        found = seconds.get(record["name"])
+        timed.append(record if found is None else {**record, "seconds": found})
+    return timed

@@ -1,16 +1,16 @@
-"""The run journal beside an output folder: what was asked for, which blocks are done, how each
-linear went.
+"""The run journal beside an output folder: what was asked for, and which blocks are done.
 
 `OUT.journal.jsonl` lies beside OUT, not in it: it records seconds and bytes of memory, and every
-file *in* OUT is the same whether a run was unbroken or killed and resumed. First line: the run's
-fingerprint and what went into it. Then one line per finished block, written only after the block's
-file is safely on disk; a torn last line is ignored.
+file *in* OUT is the same whether a run was unbroken or killed and resumed. The first line holds
+the run's fingerprint and what went into it. Then follows one line per finished block, written only
+after the block's tensors are safely on disk; a torn last line is ignored.
 """
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,17 +22,17 @@ from torch import Tensor
 from ..common.errors import LLQError
 from ..method import State
 from .fingerprint import differences, fingerprint, sha256_file
+from .records import BlockLine, LinearRecord
+from .shards import damaged_tensors
 
 
 @dataclass
 class Journal:
-    """`blocks`: block index -> its line ({"block", "file", "sha256", "linears", "seconds",
-    "peak_bytes"}).
-    """
+    """`blocks`: block index -> its line. Lines of an interrupted run are trusted after `verify`."""
 
     path: Path
     identity: dict[str, Any]
-    blocks: dict[int, dict[str, Any]] = field(default_factory=dict)
+    blocks: dict[int, BlockLine] = field(default_factory=dict)
 
     @staticmethod
     def beside(out: Path) -> Path:
@@ -40,8 +40,9 @@ class Journal:
 
     @classmethod
     def open(cls, out: Path, identity: dict[str, Any]) -> Journal:
-        """Start a journal, or take up the one of an interrupted run. LLQError if OUT belongs to
-        something else.
+        """Start a journal, or take up the one of an interrupted run.
+
+        LLQError if OUT belongs to something else.
         """
         path = cls.beside(out)
         occupied = out.is_dir() and any(out.iterdir())
@@ -50,13 +51,12 @@ class Journal:
         if not path.is_file():
             if occupied:
                 raise LLQError(
-                    f"{out} is not empty and no journal of an interrupted run lies beside it; give another folder"
+                    f"{out} is not empty and no journal of an interrupted run lies beside it; "
+                    "give another folder"
                 )
             journal = cls(path, identity)
             out.mkdir(parents=True, exist_ok=True)
-            journal._append(
-                {"fingerprint": fingerprint(identity), "identity": identity}, create=True
-            )
+            journal._append(journal._head(), create=True)
             return journal
         lines = cls.read(path)
         if not lines:  # killed before the first line was whole
@@ -69,16 +69,26 @@ class Journal:
                 f"Give another folder, or delete {out} and {path.name} to start anew"
             )
         out.mkdir(parents=True, exist_ok=True)
-        journal = cls(path, identity)
-        for line in lines[1:]:
-            if not _as_written(out, line):  # this block and all later ones are done again
-                if any(done.get("tuned") for done in journal.blocks.values()):
-                    # no: all; a block must see its predecessors as they were before tuning
-                    journal.blocks.clear()
+        # Lines of older versions name a file per block: those blocks are done again.
+        whole: Any = {line["block"]: line for line in lines[1:] if "tensors" in line}
+        return cls(path, identity, whole)
+
+    def verify(self, out: Path, rewritten: Collection[str] = ()) -> None:
+        """Forget blocks that are not as they were written, and all later ones.
+
+        rewritten: names of tensors that are about to be written anew, whatever they hold now.
+        """
+        intact: dict[int, BlockLine] = {}
+        for index in sorted(self.blocks):
+            line = self.blocks[index]
+            asked = {n: sha for n, sha in line["tensors"].items() if n not in rewritten}
+            if damaged_tensors(out, asked):
                 break
-            journal.blocks[line["block"]] = line
-        journal._rewrite()
-        return journal
+            intact[index] = line
+        # After tuning, all: a block must see its predecessors as they were before it.
+        tuned = any(line.get("tuned") for line in self.blocks.values())
+        self.blocks = {} if tuned and len(intact) < len(self.blocks) else intact
+        self._rewrite()
 
     @staticmethod
     def read(path: Path) -> list[dict[str, Any]]:
@@ -93,43 +103,49 @@ class Journal:
 
     @classmethod
     def damaged(cls, out: Path) -> list[str]:
-        """Names of block files in a finished folder that are not as they were written; [] also
-        without a journal.
+        """Tensors of a finished folder that are not as they were written; [] without a journal.
+
+        Journals of older versions name files, of which each holds one block.
         """
-        blocks = cls.read(cls.beside(out))[1:]
-        return [line["file"] for line in blocks if not _as_written(out, line)]
+        damaged: list[str] = []
+        for line in cls.read(cls.beside(out))[1:]:
+            if "tensors" in line:
+                damaged += damaged_tensors(out, line["tensors"])
+            elif not _is_intact(out / str(line["file"]), line["sha256"]):
+                damaged.append(line["file"])
+        return damaged
 
-    def finish_block(self, line: dict[str, Any]) -> None:
-        self.blocks[line["block"]] = line
+    def finish_block(self, line: BlockLine) -> None:
         self._append(line)
+        self.blocks[line["block"]] = line
 
-    def tuned_block(self, line: dict[str, Any]) -> None:
-        """Replace the line of a finished block whose file is about to be replaced by its tuned one."""
+    def replace_block(self, line: BlockLine) -> None:
+        """Replace the line of a finished block, some of whose tensors are about to be rewritten."""
         self.blocks[line["block"]] = line
         self._rewrite()
 
-    def linears(self) -> list[dict[str, Any]]:
-        """Records of all finished linears in order, without what differs from run to run (seconds)."""
+    def linears(self) -> list[LinearRecord]:
+        """Records of all finished linears in order, without what differs from run to run."""
         records = [
             record for index in sorted(self.blocks) for record in self.blocks[index]["linears"]
         ]
-        return [
-            {key: value for key, value in record.items() if key != "seconds"} for record in records
-        ]
+        same: Any = [{k: v for k, v in record.items() if k != "seconds"} for record in records]
+        found: list[LinearRecord] = same
+        return found
 
-    def _append(self, line: dict[str, Any], create: bool = False) -> None:
+    def _head(self) -> dict[str, Any]:
+        return {"fingerprint": fingerprint(self.identity), "identity": self.identity}
+
+    def _append(self, line: Any, create: bool = False) -> None:
         with self.path.open("w" if create else "a") as handle:
             handle.write(json.dumps(line, sort_keys=True) + "\n")
             handle.flush()
             os.fsync(handle.fileno())
 
     def _rewrite(self) -> None:
-        """The file anew, atomically: without a torn last line, without lines of blocks whose files
-        are gone.
-        """
-        head = {"fingerprint": fingerprint(self.identity), "identity": self.identity}
+        """The file anew, atomically: without a torn last line and without forgotten blocks."""
         draft = self.path.with_name(self.path.name + ".tmp")
-        lines = [head, *(self.blocks[index] for index in sorted(self.blocks))]
+        lines = [self._head(), *(self.blocks[index] for index in sorted(self.blocks))]
         draft.write_text("".join(json.dumps(line, sort_keys=True) + "\n" for line in lines))
         os.replace(draft, self.path)
 
@@ -167,7 +183,5 @@ class FileState(State):
         return out.with_name(f"{out.name}.{kind}.safetensors")
 
 
-def _as_written(out: Path, line: dict[str, Any]) -> bool:
-    file = out / str(line["file"])
-    # A line of a tuned block is written before its file: until then the untuned one is as good.
-    return file.is_file() and sha256_file(file) in (line["sha256"], line.get("untuned_sha256"))
+def _is_intact(file: Path, sha256: str) -> bool:
+    return file.is_file() and sha256_file(file) == sha256

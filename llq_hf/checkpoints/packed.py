@@ -1,31 +1,33 @@
-"""The folder of packed weights that a run writes: which tensor goes where, written whole or not at
-all.
+"""The folder of packed weights that a run writes: which tensor goes where, and in which order.
 
-model-00001-of-N.safetensors   everything outside the decoder blocks, bitwise as in the base (or as rewritten)
-model-0000k-of-N.safetensors   one decoder block each, written when it is done
-llq_report.json                per linear: bits, errors, what the method noted (the same bytes however often killed)
-index, tokenizer, config.json  last: without config.json nothing loads, so half a run never passes for a whole one
+model.safetensors   all tensors, or shards of at most 5 GB with an index (see `shards`): packed
+                    linears, and the base's own bytes of everything else
+llq_report.json     per linear: bits, errors, what the method noted
+tokenizer files, licence, ...   copied from the base
+config.json         last: without it nothing loads, so half a run never passes for a whole one
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..common.files import commit_draft, read_json, save_tensors, write_draft, write_json
+from ..common.files import read_json, write_json
+from ..common.spec import Spec
 from ..layers.linear import QuantLinear
 from ..method import Method
 from ..models.decoder import block_linears, replace_module
-from .dense import INDEX, Checkpoint, Rewritten, header
+from .dense import INDEX, Checkpoint, Rewritten
 from .fingerprint import fingerprint
-from .format import CONFIG, REPORT, config_section
+from .format import CONFIG, REPORT, PackedConfig
+from .records import Bits, LinearRecord, Report
+from .shards import Shards, names_by_block
 
 # Small files of the base that go along unchanged.
 CARRIED = ("*.json", "*.model", "*.txt", "*.jinja", "LICENSE*", "USE_POLICY*")
@@ -33,136 +35,128 @@ CARRIED = ("*.json", "*.model", "*.txt", "*.jinja", "LICENSE*", "USE_POLICY*")
 
 @dataclass(frozen=True)
 class PackedFolder:
-    """What `path` will hold once every block of `base` (module names `prefixes`) is quantized by
-    `method`.
+    """What `path` will hold once every block of `base` is quantized by `method`.
+
+    prefixes: module names of the blocks. linears: [O, I] of every linear that is quantized, by
+    full module name.
     """
 
     path: Path
     base: Checkpoint
     prefixes: list[str]
     method: Method
+    linears: Mapping[str, tuple[int, int]]
 
-    def file(self, block: int | None) -> Path:
-        """File of a block, or (None) of everything outside the blocks."""
-        number = 1 if block is None else block + 2
-        return self.path / f"model-{number:05d}-of-{len(self.prefixes) + 1:05d}.safetensors"
+    @cached_property
+    def shards(self) -> Shards:
+        """The files, as planned from the layouts alone."""
+        units = [self._specs(names) for names in self._base_names]
+        return Shards(self.path, units)
 
-    def base_names(self, block: int | None) -> list[str]:
-        """The base's tensors that belong to a block, or (None) to none."""
-        if block is not None:
-            return [
-                name
-                for name in sorted(self.base.files)
-                if name.startswith(self.prefixes[block] + ".")
-            ]
-        inside = tuple(prefix + "." for prefix in self.prefixes)
-        return [name for name in sorted(self.base.files) if not name.startswith(inside)]
+    @cached_property
+    def _base_names(self) -> list[list[str]]:
+        """The base's tensors outside the blocks, then those of each block."""
+        return list(names_by_block(self.base.files, self.prefixes))
 
-    def save_rest(self) -> None:
-        self._save(self.base.read(self.base_names(None)), self.file(None))
+    @cached_property
+    def _layouts(self) -> dict[str, dict[str, Spec]]:
+        """Of every quantized linear, by the name of its dense weight."""
+        return {
+            f"{name}.weight": self.method.for_linear(name).layout(*shape)
+            for name, shape in self.linears.items()
+        }
 
-    def save_block(self, index: int, block: nn.Module) -> Path:
-        """Write packed tensors of the block's quantized linears, and the base's own bytes of
-        everything else in it.
+    def _specs(self, base_names: list[str]) -> dict[str, Spec]:
+        """What is stored for these tensors of the base, under the names in its files."""
+        specs: dict[str, Spec] = {}
+        for name in base_names:
+            module = name.removesuffix("weight")
+            layout = self._layouts.get(name)
+            if layout is None:
+                specs[name] = self.base.specs[name]
+            else:
+                specs |= {module + key: spec for key, spec in layout.items()}
+        return {self.base.in_file(name): spec for name, spec in specs.items()}
+
+    def open(self) -> None:
+        """Make the files, or take up an interrupted run's, and write all outside the blocks."""
+        self.shards.open()
+        for name in self._base_names[0]:
+            self._write(self.base.read([name]))
+
+    def save_block(self, index: int, block: nn.Module) -> dict[str, str]:
+        """Write a quantized block; sha256 of each of its tensors, by the name in the file.
+
+        Packed tensors come from its QuantLinears, everything else from the base, bit for bit.
         """
-        prefix, tensors, replaced = self.prefixes[index], {}, set()
+        prefix, tensors = self.prefixes[index], {}
         for name, module in block.named_modules():
             if isinstance(module, QuantLinear):
-                replaced.add(f"{prefix}.{name}.weight")
-                tensors.update(
-                    {f"{prefix}.{name}.{key}": t.cpu() for key, t in module.packed().items()}
-                )
-        tensors.update(
-            self.base.read(name for name in self.base_names(index) if name not in replaced)
-        )
-        self._save(tensors, self.file(index))
-        return self.file(index)
+                packed = module.packed()
+                tensors.update({f"{prefix}.{name}.{key}": t.cpu() for key, t in packed.items()})
+        kept = [name for name in self._base_names[index + 1] if name not in self._layouts]
+        return self._write({**tensors, **self.base.read(kept)})
 
-    def _save(self, tensors: dict[str, Tensor], path: Path) -> None:
+    def _write(self, tensors: Mapping[str, Tensor]) -> dict[str, str]:
         """Under the names that the base's files have."""
-        save_tensors({self.base.in_file(name): tensor for name, tensor in tensors.items()}, path)
+        return self.shards.write({self.base.in_file(name): t for name, t in tensors.items()})
 
-    def tune_block(
-        self, index: int, tuned: dict[str, Tensor], before: Callable[[Path], None]
-    ) -> None:
-        """Put tuned tensors into the file of a finished block; `before` is called with the draft of
-        the new file.
-        """
-        tensors = load_file(self.file(index))
+    def tuned(self, index: int, tuned: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Those of the tuned tensors that lie in a block, by the name in the file."""
+        known = self.shards.units[index + 1]
         found = {self.base.in_file(name): tensor for name, tensor in tuned.items()}
-        tensors |= {name: found[name] for name in tensors if name in found}
-        draft = write_draft(tensors, self.file(index))
-        before(draft)
-        commit_draft(draft, self.file(index))
+        return {name: tensor for name, tensor in found.items() if name in known}
 
-    def packed(self, index: int, linear: str) -> dict[str, Tensor]:
+    def packed(self, linear: str) -> dict[str, Tensor]:
         """The stored tensors of a linear (full name) of a finished block."""
-        prefix = self.base.in_file(f"{linear}.weight").removesuffix("weight")
-        with safe_open(self.file(index), framework="pt") as file:
-            names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118 (not a dict)
-            tensors = {name.removeprefix(prefix): file.get_tensor(name).clone() for name in names}
-        return {key: tensor for key, tensor in tensors.items() if key != "bias"}
+        names = {
+            key: self.base.in_file(f"{linear}.{key}") for key in self._layouts[linear + ".weight"]
+        }
+        tensors = self.shards.read(names.values())
+        return {key: tensors[name] for key, name in names.items()}
 
     def restore_block(self, index: int, block: nn.Module) -> None:
-        """Put the packed linears of a finished block's file into a freshly loaded block."""
+        """Put the packed linears of a finished block into a freshly loaded block."""
         prefix, device = self.prefixes[index], next(block.parameters()).device
         for name, linear in block_linears(block).items():
-            method = self.method.for_linear(f"{prefix}.{name}")
-            packed = {
-                key: tensor.to(device)
-                for key, tensor in self.packed(index, f"{prefix}.{name}").items()
-            }
-            replace_module(block, name, QuantLinear.from_packed(method, linear, packed))
+            full = f"{prefix}.{name}"
+            packed = {key: tensor.to(device) for key, tensor in self.packed(full).items()}
+            quantized = QuantLinear.from_packed(self.method.for_linear(full), linear, packed)
+            replace_module(block, name, quantized)
 
     def finish(
-        self, linears: list[dict[str, Any]], identity: dict[str, Any], made_from: dict[str, Any]
-    ) -> dict[str, Any]:
-        """Report, index, small files, and config.json as the last. Returns the report.
+        self, linears: list[LinearRecord], identity: dict[str, Any], made_from: dict[str, Any]
+    ) -> Report:
+        """Name the files, write report, small files, and config.json as the last. The report.
 
         made_from: by what names base and calibration went, which decides no byte of the tensors
-        (see `origin`).
+        (see `provenance`).
         """
-        total_bytes = self.save_index()
-        report: dict[str, Any] = {
+        self.shards.finish()
+        report: Report = {
             "fingerprint": fingerprint(identity),
             "identity": identity,
             "made_from": made_from,
             "linears": linears,
-            "bits": self._bits(linears, total_bytes),
+            "bits": self._bits(linears),
         }
         if isinstance(self.base, Rewritten):
             report["rewrite"] = dict(self.base.rewrite.notes)
-        write_json(self.path / REPORT, report)
+        write_json(self.path / REPORT, dict(report))
         copy_small_files(self.base.path, self.path)
-        section = config_section(
+        config = PackedConfig(
             self.method, len(linears), identity["calibration"], report["fingerprint"]
         )
+        section = config.to_section()
         write_json(self.path / CONFIG, {**self.base.config, "quantization_config": section})
         return report
 
-    def save_index(self) -> int:
-        """Write the index of all files; bytes of all tensors."""
-        weight_map: dict[str, str] = {}
-        total_bytes = 0
-        for file in (self.file(None), *(self.file(i) for i in range(len(self.prefixes)))):
-            for name, spec in header(file).items():
-                weight_map[name] = file.name
-                total_bytes += spec.nbytes
-        index = {
-            "metadata": {"total_size": total_bytes},
-            "weight_map": dict(sorted(weight_map.items())),
-        }
-        write_json(self.path / INDEX, index)
-        return total_bytes
-
-    def _bits(self, linears: list[dict[str, Any]], total_bytes: int) -> dict[str, float]:
-        """Nominal bits, stored bits per quantized weight, and bits per parameter of the whole
-        model.
-        """
-        weights = sum(record["shape"][0] * record["shape"][1] for record in linears)
-        stored = sum(
-            record["stored_bits"] * record["shape"][0] * record["shape"][1] for record in linears
-        )
+    def _bits(self, linears: Iterable[LinearRecord]) -> Bits:
+        """Nominal bits, stored bits per quantized weight, and bits per parameter of the model."""
+        linears = list(linears)
+        weights = sum(r["shape"][0] * r["shape"][1] for r in linears)
+        stored = sum(r["stored_bits"] * r["shape"][0] * r["shape"][1] for r in linears)
+        total_bytes = self.shards.nbytes
         return {
             "nominal": self.method.nominal_bits,
             "stored": stored / weights,
@@ -179,13 +173,16 @@ def copy_small_files(base: Path, out: Path) -> None:
                 shutil.copyfile(file, out / file.name)
 
 
-def read_report(folder: Path) -> dict[str, Any]:
-    return read_json(folder / REPORT)
+def read_report(folder: Path) -> Report:
+    report: Any = read_json(folder / REPORT)
+    found: Report = report
+    return found
 
 
 def finished_fingerprint(folder: Path) -> str | None:
     """Fingerprint of the run that finished `folder`; None where no run did."""
     if not (folder / CONFIG).is_file():
         return None
-    section: dict[str, Any] = read_json(folder / CONFIG).get("quantization_config", {})
-    return section.get("fingerprint")
+    section = read_json(folder / CONFIG).get("quantization_config", {})
+    run: str | None = section.get("fingerprint")
+    return run

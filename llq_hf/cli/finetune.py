@@ -140,7 +140,8 @@ def _packed(
     from ..data.calibration import calibration_for
     from ..demo import resolve
     from ..engine.execute import execute
-    from ..engine.prepare import RunOptions, prepare
+    from ..engine.options import RunOptions
+    from ..engine.prepare import prepare
 
     model = resolve(model)
     if "quantization_config" in read_json(fetch(model) / "config.json"):

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+from ..checkpoints.records import LinearRecord
 from ..method import Method, field_defaults, stored_bits
 from ..methods import METHODS
 from .app import app, console
@@ -29,9 +30,10 @@ def info(
     from ..checkpoints.inspection import inspect_checkpoint
     from ..kernels import describe
 
-    found = {**inspect_checkpoint(path), "kernels": describe()}
+    found = inspect_checkpoint(path)
+    shown: dict[str, Any] = {**found, "kernels": describe()}
     if as_json:
-        print(json.dumps(found, indent=2))
+        print(json.dumps(shown, indent=2))
         return
     table = Table(show_header=False)
     for key in (
@@ -44,7 +46,7 @@ def info(
         "fingerprint",
         "kernels",
     ):
-        value = found[key]
+        value = shown[key]
         table.add_row(
             key.replace("_", " "), f"{value:.4g}" if isinstance(value, float) else str(value)
         )
@@ -60,7 +62,7 @@ def _brief(text: str) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def print_served(records: list[dict[str, Any]]) -> None:
+def print_served(records: list[LinearRecord]) -> None:
     """Where methods are mixed: which serves which linear, a row per block."""
     served: dict[str, dict[str, str]] = {}
     for record in records:
@@ -79,7 +81,7 @@ def print_served(records: list[dict[str, Any]]) -> None:
         console.print(table)
 
 
-def _linears_table(records: list[dict[str, Any]]) -> Table:
+def _linears_table(records: list[LinearRecord]) -> Table:
     table = Table(
         "linear", "shape", "stored bits", "weight error", "output error", "notes", "seconds"
     )

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+from ..checkpoints.records import Report
 from ..methods import METHODS, method_type
 from .app import app, console
 from .info import print_served
@@ -89,7 +90,8 @@ def quantize(
     from ..data.calibration import calibration_for
     from ..demo import resolve
     from ..engine.execute import quantize_checkpoint
-    from ..engine.prepare import RunOptions, prepare
+    from ..engine.options import RunOptions
+    from ..engine.prepare import prepare
     from ..engine.team import Team
     from ..models.load import auto_class
 
@@ -133,7 +135,7 @@ def quantize(
     print(f"Load it: {kind}.from_pretrained({str(out)!r})")  # not rich: it would break the line
 
 
-def _bits_table(title: str, report: dict[str, Any]) -> Table:
+def _bits_table(title: str, report: Report) -> Table:
     bits = report["bits"]
     table = Table(title=title, show_header=False, title_justify="left")
     table.add_row("nominal bits", f"{bits['nominal']:g}")
@@ -144,7 +146,7 @@ def _bits_table(title: str, report: dict[str, Any]) -> Table:
     return table
 
 
-def _warn_of_fallbacks(report: dict[str, Any]) -> None:
+def _warn_of_fallbacks(report: Report) -> None:
     fallen = [record["name"] for record in report["linears"] if "fallback" in record]
     if fallen:
         console.print(

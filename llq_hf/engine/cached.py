@@ -12,7 +12,8 @@ from ..common.terminal import RichProgress
 from ..data.calibration import Calibration
 from ..method import Method
 from .execute import execute
-from .prepare import RunOptions, prepare
+from .options import RunOptions
+from .prepare import prepare
 
 
 def cached(

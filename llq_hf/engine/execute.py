@@ -11,32 +11,34 @@ once, and kept in OUT.learned.safetensors.
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from filelock import FileLock
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..checkpoints.dense import Rewritten
-from ..checkpoints.fingerprint import sha256_file
 from ..checkpoints.format import CONFIG
 from ..checkpoints.journal import FileState, Journal
 from ..checkpoints.packed import PackedFolder, finished_fingerprint, read_report
+from ..checkpoints.records import BlockLine, LinearRecord, Report
+from ..checkpoints.shards import digest_of
 from ..common.errors import LLQError
 from ..common.machine import peak_bytes
 from ..common.progress import Progress
 from ..data.calibration import Calibration
 from ..kernels import reference
-from ..method import Method, Step
+from ..method import Method
 from ..models.decoder import block_prefixes, quantizable
 from ..models.load import auto_class
 from .blocks import StreamedBlocks
-from .prepare import Plan, RunOptions, prepare
-from .step import quantize_step, record_tuned, steps
+from .options import RunOptions
+from .prepare import Plan, prepare
+from .step import quantize_step, record_tuned
+from .walk import walk
 from .whole_model import learn, rewrite_model, shared_copy, token_ids, tune
 
 if TYPE_CHECKING:
@@ -50,7 +52,7 @@ def quantize_checkpoint(
     calibration: Calibration,
     run: RunOptions | None = None,
     progress: Progress | None = None,
-) -> dict[str, Any]:
+) -> Report:
     """Quantize `model` (folder or Hub id) into the folder `out`, or go on where an interrupted run
     stopped.
 
@@ -67,7 +69,7 @@ def quantize_checkpoint(
 
 
 @reference()
-def execute(plan: Plan, out: Path, progress: Progress) -> dict[str, Any]:
+def execute(plan: Plan, out: Path, progress: Progress) -> Report:
     """Run a plan into `out`; returns the report. Of a team's processes the leader writes, the
     others compute along.
     """
@@ -76,18 +78,14 @@ def execute(plan: Plan, out: Path, progress: Progress) -> dict[str, Any]:
     journal = None
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(
-            out.with_name(out.name + ".lock")
-        ):  # a second process waits, then finds the work done
+        # A second process waits here, then finds the work done.
+        with FileLock(out.with_name(out.name + ".lock")):
             if finished_fingerprint(out) == plan.fingerprint:
                 if not Journal.damaged(out):
                     plan.run.team.tell(None)
                     return read_report(out)
-                (
-                    out / CONFIG
-                ).unlink()  # not a whole checkpoint until the damaged blocks are done again
+                (out / CONFIG).unlink()  # nothing loads it until the damaged blocks are done again
             journal = Journal.open(out, plan.identity)
-            plan.run.team.tell(sorted(journal.blocks))
             report = _write(plan, out, journal, progress)
             plan.run.team.tell(None)
             return report
@@ -104,65 +102,66 @@ def execute(plan: Plan, out: Path, progress: Progress) -> dict[str, Any]:
         ) from error
 
 
-def _write(plan: Plan, out: Path, journal: Journal, progress: Progress) -> dict[str, Any]:
+def _write(plan: Plan, out: Path, journal: Journal, progress: Progress) -> Report:
+    """Run the plan as the leader of its team."""
     learned = _learned(plan, out, progress)
     plan = replace(plan, method=plan.method.with_learned(learned))
     blocks, folder = _opened(plan, out, learned)
-    folder.save_rest()  # also on a resume: the journal has no digest of this file
+    tuned = FileState(out, plan.fingerprint, "model", kind="tuned")
+    folder.open()
+    journal.verify(out, rewritten=_in_files(folder, tuned.load() or {}))
+    done = sorted(journal.blocks)
+    plan.run.team.tell(done)
+    total = len(blocks.prefixes)
+    progress.blocks(len(done), total)
     started = time.perf_counter()
-    pending: list[dict[str, Any]] = []
-
-    def on_block(index: int, block: nn.Module) -> None:
-        nonlocal started
-        file = folder.save_block(index, block)
-        journal.finish_block(
-            {
-                "block": index,
-                "file": file.name,
-                "sha256": sha256_file(file),
-                "linears": list(pending),
-                "seconds": time.perf_counter() - started,
-                "peak_bytes": peak_bytes(),
-            }
-        )
-        pending.clear()
+    for block in walk(blocks, plan.data, plan.method, progress, plan.run):
+        if block.index in journal.blocks:
+            if block.feeds_next:
+                folder.restore_block(block.index, block.module)
+            continue
+        linears: list[LinearRecord] = []
+        for step in block.steps(FileState(out, plan.fingerprint, block.index)):
+            linears += quantize_step(step, plan.method, plan.run.team)
+        line: BlockLine = {
+            "block": block.index,
+            "tensors": folder.save_block(block.index, block.module),
+            "linears": linears,
+            "seconds": time.perf_counter() - started,
+            "peak_bytes": peak_bytes(),
+        }
+        journal.finish_block(line)
         FileState.clear(out)
+        progress.blocks(block.index + 1, total)
         started = time.perf_counter()
-
-    todo = _todo(
-        plan,
-        blocks,
-        folder,
-        journal.blocks,
-        progress,
-        on_block=on_block,
-        state_of=lambda index: FileState(out, plan.fingerprint, index),
-    )
-    for step in todo:
-        pending += quantize_step(step, plan.method, plan.run.team)
     if plan.method.tunes:
         _tune(plan, out, folder, journal, progress)
-    linears = journal.linears()
-    expected = len(quantizable(plan.skeleton))
-    if len(linears) != expected:
+    records = journal.linears()
+    if len(records) != len(folder.linears):
         raise LLQError(
-            f"{len(linears)} linears were quantized, {expected} should have been; delete {journal.path} and start anew"
+            f"{len(records)} linears were quantized, {len(folder.linears)} should have been; "
+            f"delete {journal.path} and start anew"
         )
-    report = folder.finish(linears, plan.identity, plan.made_from)
+    report = folder.finish(records, plan.identity, plan.made_from)
     FileState.clear(out, kind="tuned")
     return report
 
 
-def _follow(plan: Plan, out: Path, progress: Progress) -> dict[str, Any]:
-    """What a process of a team does that does not lead: the same walk, its share of the work, no
+def _follow(plan: Plan, out: Path, progress: Progress) -> Report:
+    """Run the plan as a process that does not lead: the same walk, its share of the work, and no
     files.
     """
     done = plan.run.team.tell(None)
     if done is None:
         return read_report(out)
     blocks, folder = _opened(plan, out, {})
-    for step in _todo(plan, blocks, folder, done, progress):
-        quantize_step(step, plan.method, plan.run.team)
+    for block in walk(blocks, plan.data, plan.method, progress, plan.run):
+        if block.index in done:
+            if block.feeds_next:
+                folder.restore_block(block.index, block.module)
+            continue
+        for step in block.steps():
+            quantize_step(step, plan.method, plan.run.team)
     plan.run.team.tell(None)  # until the leader has written all
     return read_report(out)
 
@@ -174,40 +173,23 @@ def _opened(
     rewrite = plan.method.rewrite(plan.skeleton, learned)
     source = Rewritten.of(plan.checkpoint, rewrite, plan.dtype)
     blocks = StreamedBlocks(source, plan.skeleton, plan.dtype, torch.device(plan.run.device))
-    return blocks, PackedFolder(
-        out, Rewritten.of(plan.checkpoint, rewrite), blocks.prefixes, plan.method
-    )
+    base = Rewritten.of(plan.checkpoint, rewrite)
+    shapes = {
+        name: (linear.out_features, linear.in_features)
+        for name, linear in quantizable(plan.skeleton).items()
+    }
+    return blocks, PackedFolder(out, base, blocks.prefixes, plan.method, shapes)
 
 
-def _todo(
-    plan: Plan,
-    blocks: StreamedBlocks,
-    folder: PackedFolder,
-    done: Collection[int],
-    progress: Progress,
-    **hooks: Any,
-) -> Iterator[Step]:
-    """The steps of all blocks but those `done`; hooks: `on_block` and `state_of` of `walk`."""
-    return steps(
-        blocks,
-        plan.method,
-        plan.data,
-        progress,
-        done=len(done),
-        restore=folder.restore_block,
-        finished=lambda index: index in done,
-        offload=plan.run.offload,
-        shards=plan.run.shards,
-        team=plan.run.team,
-        **hooks,
-    )
+def _in_files(folder: PackedFolder, tensors: dict[str, Tensor]) -> set[str]:
+    """Names that these tensors of the model have in the folder's files."""
+    return {folder.base.in_file(name) for name in tensors}
 
 
 def _tune(
     plan: Plan, out: Path, folder: PackedFolder, journal: Journal, progress: Progress
 ) -> None:
-    """Train the packed model as a whole, which is in memory for that long, and put what changed
-    into its files.
+    """Train the packed model as a whole, which is in memory for that long, and write what changed.
 
     A killed run trains on from OUT.training.safetensors, or has the result in OUT.tuned.safetensors
     already.
@@ -234,20 +216,16 @@ def _tune(
         FileState.clear(out)
     for index, line in sorted(journal.blocks.items()):
         for record in line["linears"]:
-            name, shape = record["name"], record["shape"]
-            packed = folder.packed(index, name) | _under(name, tuned)
-            restored_OI = plan.method.for_linear(name).dequantize(packed, *shape)
-            record_tuned(
-                record, folder.base.read([f"{name}.weight"])[f"{name}.weight"], restored_OI
-            )
-
-        def note(draft: Path, line: dict[str, Any] = line) -> None:
-            untuned = line.get("untuned_sha256", line["sha256"])
-            journal.tuned_block(
-                {**line, "sha256": sha256_file(draft), "untuned_sha256": untuned, "tuned": True}
-            )
-
-        folder.tune_block(index, tuned, note)
+            name = record["name"]
+            packed = folder.packed(name) | _under(name, tuned)
+            restored_OI = plan.method.for_linear(name).dequantize(packed, *folder.linears[name])
+            weight_OI = folder.base.read([f"{name}.weight"])[f"{name}.weight"]
+            record_tuned(record, weight_OI, restored_OI)
+        changed = folder.tuned(index, tuned)
+        digests = {name: digest_of(tensor) for name, tensor in changed.items()}
+        # The line comes first: a kill in between leaves tensors that the next run writes anew.
+        journal.replace_block({**line, "tensors": {**line["tensors"], **digests}, "tuned": True})
+        folder.shards.write(changed)
 
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

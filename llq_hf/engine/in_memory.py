@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor, nn
 
+from ..checkpoints.records import LinearRecord
 from ..common.errors import LLQError
 from ..common.progress import Progress
 from ..data.pairs import Pairs
@@ -16,7 +16,9 @@ from ..layers.linear import QuantLinear
 from ..method import Method
 from ..models.decoder import quantizable
 from .blocks import LiveBlocks
-from .step import quantize_step, record_tuned, steps
+from .options import RunOptions
+from .step import quantize_step, record_tuned
+from .walk import walk
 from .whole_model import resolve_method, rewrite_model, shared_copy, token_ids, tune
 
 
@@ -29,12 +31,12 @@ def quantize_model(
     offload: Path | None = None,
     progress: Progress | None = None,
     learned: dict[str, Tensor] | None = None,
-) -> list[dict[str, Any]]:
+) -> list[LinearRecord]:
     """Quantize the decoder's linears of a model in memory, in place. Records per linear, as in the
     report.
 
-    data: token ids [N, S], or image-text pairs. learned: what came with `method` out of `settled`;
-    None: it is settled here.
+    data: token ids [N, S], or image-text pairs. learned: what came with `method` out of `resolve_method`;
+    None: it is resolved here.
     """
     progress = progress or Progress()
     if learned is None:
@@ -44,10 +46,14 @@ def quantize_model(
         rewrite_model(model, rewrite)
     expected = len(quantizable(model))
     teacher = copy.deepcopy(model) if method.tunes else None
-    records: list[dict[str, Any]] = []
+    records: list[LinearRecord] = []
     blocks = LiveBlocks(model)
-    for step in steps(blocks, method, data, progress, offload=offload):
-        records += quantize_step(step, method)
+    total = len(blocks.prefixes)
+    progress.blocks(0, total)
+    for block in walk(blocks, data, method, progress, RunOptions(offload=offload)):
+        for step in block.steps():
+            records += quantize_step(step, method)
+        progress.blocks(block.index + 1, total)
     if len(records) != expected:
         raise LLQError(f"{len(records)} linears were quantized, {expected} should have been")
     if teacher is not None:

@@ -1,30 +1,26 @@
-"""The one loop that joins walk, method and swap. `run.py` adds files and a journal around it."""
+"""Quantize the linears of one step, and put packed ones in their place."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from ..checkpoints.records import LinearRecord
 from ..common.errors import LLQError
-from ..common.progress import Progress
-from ..data.pairs import Pairs
 from ..layers.linear import QuantLinear
 from ..method import Job, Method, Packed, Step, stored_bits
 from ..models.decoder import replace_module
 from ..numerics.stats import Hessian, Stat
-from .blocks import Blocks
 from .team import Team, pack_message, unpack_message
-from .walk import walk
 
 
 @torch.no_grad()
-def quantize_step(step: Step, method: Method, team: Team | None = None) -> list[dict[str, Any]]:
+def quantize_step(step: Step, method: Method, team: Team | None = None) -> list[LinearRecord]:
     """Quantize the linears of a step, put QuantLinears in their place; a record per linear."""
     started = time.perf_counter()
     packed = (
@@ -33,7 +29,7 @@ def quantize_step(step: Step, method: Method, team: Team | None = None) -> list[
         else method.quantize_block(step)
     )
     seconds = (time.perf_counter() - started) / max(len(packed), 1)
-    records = []
+    records: list[LinearRecord] = []
     for name, tensors in packed.items():
         dense = step.linears[name]
         job = step.jobs[name]
@@ -47,16 +43,15 @@ def quantize_step(step: Step, method: Method, team: Team | None = None) -> list[
             )
         shape = [dense.out_features, dense.in_features]  # a list, as it comes back from JSON
         bits = stored_bits(quantized.layout, dense.out_features, dense.in_features)
-        records.append(
-            {
-                "name": job.name,
-                "shape": shape,
-                "stored_bits": bits,
-                **errors,
-                **job.notes,
-                "seconds": seconds,
-            }
-        )
+        record: Any = {
+            "name": job.name,
+            "shape": shape,
+            "stored_bits": bits,
+            **errors,
+            **job.notes,
+            "seconds": seconds,
+        }
+        records.append(record)
         replace_module(step.block, name, quantized)
     return records
 
@@ -93,29 +88,8 @@ def _errors(weight_OI: Tensor, restored_OI: Tensor, stat: Stat | None) -> dict[s
     return errors
 
 
-def record_tuned(record: dict[str, Any], weight_OI: Tensor, restored_OI: Tensor) -> None:
+def record_tuned(record: LinearRecord, weight_OI: Tensor, restored_OI: Tensor) -> None:
     """Bring a linear's record up to date: the statistics its output error came from are gone."""
     record.pop("output_error", None)
-    record.update(_errors(weight_OI.float(), restored_OI, None), tuned=True)
-
-
-def steps(
-    blocks: Blocks, method: Method, data: Tensor | Pairs | None, progress: Progress, **options: Any
-) -> Iterator[Step]:
-    total, done_before = len(blocks.prefixes), options.pop("done", 0)
-    inner: Callable[[int, nn.Module], None] = options.pop("on_block", lambda index, block: None)
-
-    def on_block(index: int, block: nn.Module) -> None:
-        inner(index, block)
-        progress.blocks(index + 1, total)
-
-    progress.blocks(done_before, total)
-    return walk(
-        blocks,
-        data,
-        method,
-        on_block=on_block,
-        listener=progress,
-        on_linear=progress.linear,
-        **options,
-    )
+    record["weight_error"] = _errors(weight_OI.float(), restored_OI, None)["weight_error"]
+    record["tuned"] = True

@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..checkpoints.dense import Checkpoint, header
 from ..checkpoints.format import CONFIG, REPORT
 from ..checkpoints.inspection import inspect_checkpoint
-from ..checkpoints.packed import PackedFolder, copy_small_files
+from ..checkpoints.packed import copy_small_files
+from ..checkpoints.shards import gathered, names_by_block
 from ..common.errors import LLQError
 from ..common.files import save_tensors, write_json
 from ..common.progress import Progress
@@ -56,15 +57,12 @@ def export(
     draft = out.with_name(out.name + ".part")
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
-    folder = PackedFolder(
-        draft, checkpoint, block_prefixes(skeleton), build(found["method"], **found["config"])
-    )
-    shapes = {
-        n: (linear.out_features, linear.in_features) for n, linear in quantizable(skeleton).items()
-    }
+    method = build(found["method"], **found["config"])
+    shapes = _shapes(skeleton)
     try:
-        first = _write(folder, form, shapes, _Folds(skeleton), progress)
-        total_bytes = folder.save_index()
+        parts = [draft / f"part-{i}.safetensors" for i in range(len(block_prefixes(skeleton)) + 1)]
+        first = _write(parts, checkpoint, method, form, _Folds(skeleton), progress)
+        total_bytes = gathered(parts, draft).nbytes
         copy_small_files(path, draft)
         config = {
             k: v
@@ -87,20 +85,25 @@ def export(
 
 
 def _write(
-    folder: PackedFolder,
+    parts: list[Path],
+    checkpoint: Checkpoint,
+    method: Method,
     form: Format,
-    shapes: dict[str, tuple[int, int]],
     folds: _Folds,
     progress: Progress,
 ) -> Exported:
-    """Write every file; returns the first linear, which tells what all of them are."""
+    """Write one file per block, after one of everything outside the blocks.
+
+    Returns the first linear, which tells what all of them are.
+    """
     first = None
-    total = len(folder.prefixes)
-    progress.blocks(0, total)
-    save_tensors(_cast(folder.base.read(folder.base_names(None)), form.dtype), folder.file(None))
-    for index in range(total):
-        tensors = folder.base.read(folder.base_names(index))
-        linears = _linears(tensors, folder.method, form, shapes)
+    shapes = _shapes(folds.skeleton)
+    outside, *blocks = names_by_block(checkpoint.files, block_prefixes(folds.skeleton))
+    progress.blocks(0, len(blocks))
+    save_tensors(_cast(checkpoint.read(outside), form.dtype), parts[0])
+    for index, names in enumerate(blocks):
+        tensors = checkpoint.read(names)
+        linears = _linears(tensors, method, form, shapes)
         first = first or next(iter(linears.values()))
         folds.apply(linears, tensors)
         stored = {
@@ -108,10 +111,16 @@ def _write(
             for n, linear in linears.items()
             for k, t in _stored(form, n, linear).items()
         }
-        save_tensors(_cast(tensors, form.dtype) | stored, folder.file(index))
-        progress.blocks(index + 1, total)
+        save_tensors(_cast(tensors, form.dtype) | stored, parts[index + 1])
+        progress.blocks(index + 1, len(blocks))
     assert first is not None
     return first
+
+
+def _shapes(skeleton: nn.Module) -> dict[str, tuple[int, int]]:
+    """[O, I] of every quantized linear, by full name."""
+    found = quantizable(skeleton)
+    return {name: (linear.out_features, linear.in_features) for name, linear in found.items()}
 
 
 def _linears(

@@ -22,7 +22,8 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..checkpoints.dense import header
-from ..checkpoints.format import config_section, digest
+from ..checkpoints.format import FORMAT_VERSION, PackedConfig
+from ..checkpoints.records import LinearRecord
 from ..common.errors import LLQError
 from ..common.progress import Progress
 from ..data.calibration import Calibration
@@ -31,7 +32,7 @@ from ..engine.prepare import calibration_data
 from ..engine.whole_model import resolve_method
 from ..layers.attention import install
 from ..layers.linear import QuantLinear
-from ..method import FORMAT_VERSION, Method, stored_bits
+from ..method import Method, stored_bits
 from ..methods import METHODS
 from ..models.decoder import decoder_of, quantizable, replace_module
 from ..models.load import module_names
@@ -78,7 +79,7 @@ class LLQConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.quantized_linears: int | None = stored.get("quantized_linears")
         self.digest: str | None = stored.get("digest")
         self.fingerprint: str | None = stored.get("fingerprint")
-        self.records: list[dict[str, Any]] = []  # per linear, where this process quantized them
+        self.records: list[LinearRecord] = []  # per linear, where this process quantized them
         # In a checkpoint this is what the calibration was; for a dense model, what to calibrate on.
         self.calibration_used = calibration if isinstance(calibration, dict) else None
         source = calibration if isinstance(calibration, str) else "wikitext2"
@@ -86,29 +87,24 @@ class LLQConfig(QuantizationConfigMixin):  # type: ignore[misc]
             source, calibration_samples, calibration_seqlen, calibration_seed
         )
 
+    @property
+    def packed(self) -> PackedConfig:
+        """What a checkpoint says about its weights."""
+        return PackedConfig(
+            self.method,
+            self.quantized_linears,
+            self.calibration_used,
+            self.fingerprint,
+            self.digest,
+            self.format_version,
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """JSON of what a checkpoint's config.json holds."""
-        return config_section(
-            self.method, self.quantized_linears, self.calibration_used, self.fingerprint
-        )
+        return self.packed.to_section()
 
     def to_diff_dict(self) -> dict[str, Any]:
         return self.to_dict()
-
-    def check_stored(self) -> None:
-        """LLQError unless this config came with a finished checkpoint and was not edited since."""
-        if self.format_version != FORMAT_VERSION:
-            raise LLQError(
-                f"the checkpoint has format_version {self.format_version}, this llq-hf reads {FORMAT_VERSION}: "
-                "update llq-hf"
-            )
-        if self.quantized_linears is None or self.digest != digest(
-            self.method, self.quantized_linears
-        ):
-            raise LLQError(
-                "the quantization_config in config.json was edited: its options do not match its digest. The packed "
-                "weights mean what they meant when they were written; restore the file"
-            )
 
 
 def _config_type(method: type[Method]) -> type[LLQConfig]:
@@ -137,7 +133,7 @@ class LLQQuantizer(HfQuantizer):  # type: ignore[misc]
     def __init__(self, quantization_config: LLQConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         if self.pre_quantized:
-            quantization_config.check_stored()
+            quantization_config.packed.check()
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
@@ -176,7 +172,7 @@ class LLQQuantizer(HfQuantizer):  # type: ignore[misc]
             config.method, learned = resolve_method(model, config.method, data)
             records = quantize_model(model, config.method, data, learned=learned)
             config.quantized_linears, config.records = len(records), records
-            config.digest = digest(config.method, len(records))
+            config.digest = config.packed.digest
         for module in model.modules():
             if isinstance(module, QuantLinear):
                 module.weight.requires_grad_(False)

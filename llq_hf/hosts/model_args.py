@@ -20,7 +20,7 @@ from ..common.words import nearest
 from ..data.calibration import calibration_for
 from ..demo import resolve
 from ..engine.cached import cached
-from ..engine.prepare import RunOptions
+from ..engine.options import RunOptions
 from ..methods import METHODS, build, method_type
 
 

@@ -20,7 +20,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from ..checkpoints.format import CONFIG
-from ..checkpoints.inspection import inspect_checkpoint
+from ..checkpoints.inspection import Inspection, inspect_checkpoint
 from ..common.errors import LLQError
 from ..common.files import read_json
 from ..common.resources import template_path
@@ -202,7 +202,7 @@ def results_files(path: Path, given: Iterable[Path] | None) -> list[Path]:
     return files
 
 
-def read_results(files: Iterable[Path], checkpoint: dict[str, Any]) -> list[Result]:
+def read_results(files: Iterable[Path], checkpoint: Inspection) -> list[Result]:
     """The figures in results files, the newest of each task and metric. LLQError for one that
     scored another model.
     """
@@ -222,7 +222,7 @@ def read_results(files: Iterable[Path], checkpoint: dict[str, Any]) -> list[Resu
     return [result for _, result in newest.values()]
 
 
-def check_scored(file: Path, content: dict[str, Any], checkpoint: dict[str, Any]) -> None:
+def check_scored(file: Path, content: dict[str, Any], checkpoint: Inspection) -> None:
     """LLQError unless the file says that it scored this checkpoint."""
     config = content.get("config")
     scored = (config.get("llq") if isinstance(config, dict) else None) or content.get("llq")

@@ -12,11 +12,11 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..checkpoints.dense import CARD, INDEX
 from ..checkpoints.format import CONFIG
-from ..checkpoints.inspection import inspect_checkpoint
+from ..checkpoints.inspection import Inspection, inspect_checkpoint
 from ..checkpoints.journal import Journal
 from ..checkpoints.packed import CARRIED
 from ..common.errors import LLQError
@@ -110,7 +110,7 @@ def prepare_upload(
     return Upload(repo, files)
 
 
-def _reduced(file: Path, checkpoint: dict[str, Any]) -> bytes:
+def _reduced(file: Path, checkpoint: Inspection) -> bytes:
     """A results file's JSON, less what it tells of the machine."""
     content = read_json(file)
     check_scored(file, content, checkpoint)

@@ -25,7 +25,7 @@ from ..common.files import read_json, write_json
 from ..common.progress import Progress
 from ..data.calibration import calibration_for
 from ..demo import resolve
-from ..engine.prepare import RunOptions
+from ..engine.options import RunOptions
 from ..method import Method
 from ..methods import build
 from .cost import Workload, compare, disk_bytes, journalled, load_model, peak_memory, ratios

@@ -24,7 +24,7 @@ from llq_hf.data.calibration import calibration_for
 from llq_hf.demo import resolve, world
 from llq_hf.demo.train import ids_of
 from llq_hf.engine.cached import cached
-from llq_hf.engine.prepare import RunOptions
+from llq_hf.engine.options import RunOptions
 from llq_hf.methods import build
 from llq_hf.models.load import load_tokenizer
 

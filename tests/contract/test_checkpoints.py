@@ -394,7 +394,7 @@ def test_config_json_round_trip(
     assert json.loads(json.dumps(again.to_dict())) == raw
     assert again.method == fitted(tiny_llama, name, bits, options)
     assert raw["quant_method"] == f"llq_{name}"
-    again.check_stored()
+    again.packed.check()
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -24,11 +24,12 @@ from safetensors.torch import load_file, save_file
 from llq_hf import cli
 from llq_hf.checkpoints.inspection import inspect_checkpoint
 from llq_hf.checkpoints.journal import Journal
+from llq_hf.checkpoints.shards import Shards
 from llq_hf.common.errors import LLQError
 from llq_hf.common.terminal import RichProgress
 from llq_hf.data.calibration import Calibration
 from llq_hf.engine.execute import quantize_checkpoint
-from llq_hf.engine.prepare import RunOptions
+from llq_hf.engine.options import RunOptions
 from llq_hf.methods import build, method_type
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -501,18 +502,13 @@ def test_an_edited_quantization_config(packed, key, value, said):
         refused(said, inspect_checkpoint, packed)
 
 
-FIRST_BLOCK = "model-00002-of-00003.safetensors"
 CODES = "model.layers.0.mlp.up_proj.weight"
 
 
 @pytest.mark.parametrize("key", ["weight", "scale", "zero"])
 def test_a_packed_tensor_is_missing(packed, key):
     name = CODES.replace("weight", key)
-    _edit_tensors(packed, lambda tensors: tensors.pop(name), FIRST_BLOCK)
-    index = json.loads((packed / INDEX).read_text())
-    refused(f"lacks {name}|lists '{name}'", load, packed)
-    del index["weight_map"][name]
-    (packed / INDEX).write_text(json.dumps(index))
+    _edit_tensors(packed, lambda tensors: tensors.pop(name), SINGLE)
     refused(f"lacks {name}", load, packed)
 
 
@@ -526,28 +522,41 @@ def test_a_packed_tensor_is_missing(packed, key):
     ],
 )
 def test_a_packed_tensor_of_another_shape_or_type(packed, edit):
-    _edit_tensors(
-        packed, lambda tensors: tensors.update({CODES: edit(tensors[CODES])}), FIRST_BLOCK
-    )
+    _edit_tensors(packed, lambda tensors: tensors.update({CODES: edit(tensors[CODES])}), SINGLE)
     refused(f"{CODES} is stored as", load, packed)
 
 
-@pytest.mark.parametrize("file", ["model-00001-of-00003.safetensors", FIRST_BLOCK])
-def test_a_packed_file_is_truncated(packed, cli_refuses, file):
-    os.truncate(packed / file, (packed / file).stat().st_size - 64)
-    with pytest.raises(
-        (LLQError, SafetensorError)
-    ):  # transformers reads the first file before we are asked
-        load(packed)
-    assert "truncated or damaged" in cli_refuses("info", packed)
+@pytest.fixture(
+    params=["model.safetensors", *(f"model-{i:05d}-of-00003.safetensors" for i in (1, 2))]
+)
+def sharded(
+    request: pytest.FixtureRequest,
+    tiny_llama: Path,
+    calibration_npy: Path,
+    packed: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Path:
+    """A file of a packed checkpoint of one file, or of three."""
+    if request.param == SINGLE:
+        return packed / SINGLE
+    monkeypatch.setattr(Shards, "limit_bytes", 130_000)
+    quantize(tiny_llama, tmp_path / "sharded", calibration_npy)
+    return tmp_path / "sharded" / request.param
 
 
-@pytest.mark.parametrize("file", ["model-00001-of-00003.safetensors", FIRST_BLOCK])
-def test_a_packed_file_is_missing(packed, cli_refuses, file):
-    (packed / file).unlink()
+def test_a_packed_file_is_truncated(sharded, cli_refuses):
+    os.truncate(sharded, sharded.stat().st_size - 64)
+    with pytest.raises((LLQError, SafetensorError)):  # transformers reads the first file itself
+        load(sharded.parent)
+    assert "truncated or damaged" in cli_refuses("info", sharded.parent)
+
+
+def test_a_packed_file_is_missing(sharded, cli_refuses):
+    sharded.unlink()
     with pytest.raises((LLQError, OSError)):
-        load(packed)
-    assert f"{file} is missing" in cli_refuses("info", packed)
+        load(sharded.parent)
+    assert f"{sharded.name}" in cli_refuses("info", sharded.parent)
 
 
 def test_info_on_other_things(tiny_llama, cli_refuses, tmp_path):
@@ -599,9 +608,7 @@ def disk(tmp_path: Path) -> Iterator[Disk]:
 def test_disk_full_in_the_middle(
     cli_refuses, tiny_llama, calibration_npy, packed_once, disk, monkeypatch, block, capsys
 ):
-    """It fills after `block` of two blocks: the next file, or the report and all that comes last,
-    finds no room.
-    """
+    """It fills after `block` of two blocks: the journal, or the report, finds no room."""
     out = disk.path / "out"
     command = [
         "llq",
@@ -648,8 +655,8 @@ def test_disk_full_under_offload(disk):
     """
     code = """if True:
         import pathlib, sys, torch
-        from llq_hf.errors import LLQError
-        from llq_hf.walk import Activations
+        from llq_hf.common.errors import LLQError
+        from llq_hf.engine.stream import Activations
         try:
             activations = Activations((16, 64, 4096), torch.float32, pathlib.Path(sys.argv[1]))
             activations[slice(0, 16)] = torch.ones(16, 64, 4096)

@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pytest
@@ -27,11 +27,12 @@ from contract.cases import CHECKPOINTS
 from safetensors.torch import load_file, save_file
 
 from llq_hf.checkpoints.journal import Journal
+from llq_hf.checkpoints.shards import Shards
 from llq_hf.common.errors import LLQError
 from llq_hf.common.progress import Progress
 from llq_hf.data.calibration import Calibration
 from llq_hf.engine.execute import quantize_checkpoint
-from llq_hf.engine.prepare import RunOptions
+from llq_hf.engine.options import RunOptions
 from llq_hf.methods import METHODS, build
 
 BLOCKS = 6
@@ -48,8 +49,17 @@ def digests(out: Path) -> dict[str, str]:
     }
 
 
-def block_file(out: Path, block: int) -> Path:
-    return out / f"model-{block + 2:05d}-of-{BLOCKS + 1:05d}.safetensors"
+def weights(out: Path) -> Path:
+    """The file of all tensors, finished or not."""
+    return next(out.glob("model.safetensors*"))
+
+
+def place(out: Path, name: str) -> tuple[int, int]:
+    """Where in the file the bytes of a tensor begin and end, by the header's own words."""
+    with weights(out).open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        begin, end = json.loads(file.read(length))[name]["data_offsets"]
+    return 8 + length + begin, 8 + length + end
 
 
 def whole_lines(out: Path) -> int:
@@ -169,6 +179,18 @@ def _install(fault: str) -> None:
             replace(source, target)
 
         os.replace = fatal_replace
+    elif kind == "writing":  # half of a tensor is written
+        put = Shards._put
+
+        def fatal_put(self: Shards, handle: BinaryIO, name: str, tensor: torch.Tensor) -> str:
+            if is_last_call():
+                handle.seek(self._places[name].start)
+                handle.write(b"x" * (self._places[name].spec.nbytes // 2))
+                handle.flush()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return put(self, handle, name, tensor)
+
+        Shards._put = fatal_put  # type: ignore[method-assign]
     else:  # half a line of the journal is written
         append = Journal._append
 
@@ -296,11 +318,12 @@ def test_killed_at_any_moment(runner, untouched, tmp_path, method, share):
 
 
 @pytest.mark.parametrize(
-    "fault", ["renaming 1", "renaming 4", "renaming 8", "renaming 10", "torn 1", "torn 3"]
+    "fault",
+    [*(f"renaming {i}" for i in range(1, 5)), "torn 1", "torn 3", "writing 2", "writing 40"],
 )
 def test_killed_in_the_middle_of_a_write(runner, untouched, tmp_path, fault):
-    """Renamed: 1 what is outside the blocks, 2..7 blocks, 8 report, 9 index, 10 config.json; lines:
-    head, blocks.
+    """Renamed: 1 the journal, 2 the weights, 3 the report, 4 config.json. Torn lines: head, blocks.
+    Written: tensors.
     """
     out = tmp_path / "out"
     process = runner.start(out, "gptq", fault)
@@ -423,35 +446,62 @@ def _cut(file: Path) -> None:
     os.truncate(file, file.stat().st_size // 2)
 
 
-def _flip(file: Path) -> None:
-    """One bit of the last tensor: the header is fine, only the digest tells."""
-    data = bytearray(file.read_bytes())
-    data[-1] ^= 1
-    file.write_bytes(data)
+def _overwrite_head(file: Path) -> None:
+    with file.open("r+b") as handle:
+        handle.write(bytes(64))
 
 
-@pytest.mark.parametrize("damage", [_delete, _cut, _flip])
-def test_a_finished_block_that_is_damaged_is_done_again(run, interrupted, unbroken, damage):
+def _damage(out: Path, name: str, how: str) -> None:
+    """Change bytes of one tensor: the header is fine, only the digest tells."""
+    begin, end = place(out, name)
+    with weights(out).open("r+b") as file:
+        file.seek(begin)
+        data = bytearray(file.read(end - begin))
+        file.seek(begin)
+        if how == "flip":
+            data[-1] ^= 1
+        else:
+            data = bytearray(len(data))
+        file.write(data)
+
+
+TENSORS = ["mlp.down_proj.weight", "mlp.down_proj.scale", "input_layernorm.weight"]
+
+
+@pytest.mark.parametrize("tensor", TENSORS)
+@pytest.mark.parametrize("how", ["flip", "zeros"])
+def test_a_finished_block_that_is_damaged_is_done_again(run, interrupted, unbroken, how, tensor):
     recorder = Recorder()
-    damage(block_file(interrupted, 1))
+    _damage(interrupted, f"model.layers.1.{tensor}", how)
     run(interrupted, progress=recorder)
     assert digests(interrupted) == digests(unbroken)
     assert recorder.worked_on == {1, 2, 3, 4, 5}
 
 
-@pytest.mark.parametrize("damage", [_delete, _cut, _flip])
-def test_a_damaged_block_of_a_finished_run_is_done_again(run, unbroken, tmp_path, damage):
+@pytest.mark.parametrize("how", ["flip", "zeros"])
+def test_a_damaged_block_of_a_finished_run_is_done_again(run, unbroken, tmp_path, how):
     out, recorder = tmp_path / "out", Recorder()
     run(out)
-    damage(block_file(out, 4))
+    _damage(out, "model.layers.4.self_attn.o_proj.weight", how)
+    assert Journal.damaged(out) == ["model.layers.4.self_attn.o_proj.weight"]
     run(out, progress=recorder)
     assert digests(out) == digests(unbroken)
     assert recorder.worked_on == {4, 5}
 
 
-@pytest.mark.parametrize("damage", [_delete, _cut, _flip])
-def test_the_file_outside_the_blocks_is_damaged(run, interrupted, unbroken, damage):
-    damage(block_file(interrupted, -1))
+@pytest.mark.parametrize("finished", [False, True])
+@pytest.mark.parametrize("damage", [_delete, _cut, _overwrite_head])
+def test_the_whole_file_is_damaged(run, interrupted, unbroken, damage, finished):
+    if finished:
+        run(interrupted)
+    damage(weights(interrupted))
+    run(interrupted)
+    assert digests(interrupted) == digests(unbroken)
+
+
+@pytest.mark.parametrize("how", ["flip", "zeros"])
+def test_a_tensor_outside_the_blocks_is_damaged(run, interrupted, unbroken, how):
+    _damage(interrupted, "model.embed_tokens.weight", how)
     run(interrupted)
     assert digests(interrupted) == digests(unbroken)
 

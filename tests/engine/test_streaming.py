@@ -20,13 +20,14 @@ from llq_hf.checkpoints.dense import INDEX, SINGLE, Checkpoint
 from llq_hf.data.calibration import Calibration
 from llq_hf.engine.blocks import LiveBlocks, StreamedBlocks
 from llq_hf.engine.execute import quantize_checkpoint
-from llq_hf.engine.prepare import RunOptions
+from llq_hf.engine.options import RunOptions
 from llq_hf.engine.stream import Activations, Stream
 from llq_hf.engine.walk import PassListener
 from llq_hf.methods import build
 from llq_hf.models.decoder import quantizable
 from llq_hf.models.load import build_skeleton
 
+OUTSIDE = ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")
 BLOCKS = 5
 
 
@@ -206,9 +207,9 @@ def test_bf16_on_the_cpu(quantize, tiny_llama_bf16, tmp_path, method):
 
     report = quantize(tmp_path / "out", method, base=tiny_llama_bf16)
     assert report["identity"]["dtype"] == "bfloat16"
-    rest = load_file(tmp_path / "out" / "model-00001-of-00003.safetensors")
+    stored = load_file(tmp_path / "out" / SINGLE)
     base = load_file(tiny_llama_bf16 / SINGLE)
-    assert {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"} == set(rest)
+    rest = {name: stored[name] for name in OUTSIDE}
     assert all(
         torch.equal(tensor, base[name]) and tensor.dtype == torch.bfloat16
         for name, tensor in rest.items()
@@ -222,8 +223,8 @@ def test_calibration_in_another_dtype_than_the_files(quantize, tiny_llama_bf16, 
     """dtype is that of the forward passes; what is not quantized is copied as it is."""
     report = quantize(tmp_path / "out", base=tiny_llama_bf16, dtype="float32")
     assert report["identity"]["dtype"] == "float32"
-    rest = load_file(tmp_path / "out" / "model-00001-of-00003.safetensors")
-    assert {tensor.dtype for tensor in rest.values()} == {torch.bfloat16}
+    stored = load_file(tmp_path / "out" / SINGLE)
+    assert {stored[name].dtype for name in OUTSIDE} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("fixture", ["tiny_llama_tied", "tiny_llama_biased"])

@@ -15,7 +15,8 @@ from llq_hf.common.errors import LLQError
 from llq_hf.common.progress import Progress
 from llq_hf.data.calibration import Calibration
 from llq_hf.engine.execute import quantize_checkpoint
-from llq_hf.engine.prepare import RunOptions, prepare
+from llq_hf.engine.options import RunOptions
+from llq_hf.engine.prepare import prepare
 from llq_hf.engine.team import Team, batches_of, edges_of, pack_message, unpack_message
 from llq_hf.kernels.bitpack import unpack
 from llq_hf.methods import build

@@ -281,17 +281,17 @@ def test_killed_while_and_after_tuning_the_files_are_the_same(
     assert (tmp_path / "out.training.safetensors").exists()
     assert not (out / "config.json").exists()
 
-    real = Journal.tuned_block  # while tuned blocks are put in place: line written, file not yet
+    real = Journal.replace_block  # while tuned tensors are written: the line is, they are not yet
 
     def dies(self: Journal, line: dict) -> None:
         real(self, line)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Journal, "tuned_block", dies)
+    monkeypatch.setattr(Journal, "replace_block", dies)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             quantize_checkpoint(str(tiny_llama), out, method, calibration)
-    monkeypatch.setattr(Journal, "tuned_block", real)
+    monkeypatch.setattr(Journal, "replace_block", real)
     quantize_checkpoint(str(tiny_llama), out, method, calibration)
     assert files(out) == files(whole)
     assert read_report(out) == report
@@ -303,7 +303,7 @@ def test_a_block_damaged_after_tuning_is_done_again_with_all_others(
     method, out = build("db_llm", **{**FAST, "feedback": True}), tmp_path / "out"
     quantize_checkpoint(str(tiny_llama), out, method, calibration)
     before = files(out)
-    victim = sorted(out.glob("model-0000*.safetensors"))[-1]
+    victim = out / "model.safetensors"
     victim.write_bytes(victim.read_bytes()[:-8] + bytes(8))
     quantize_checkpoint(str(tiny_llama), out, method, calibration)
     assert files(out) == before

@@ -1,0 +1,263 @@
+"""Safetensors files that are filled in place: one file, or shards of at most 5 GB.
+
+Idea. A method's layout tells shape and dtype of every stored tensor before the first one exists.
+So the files are made at the start, with complete headers and room for all data, and every block's
+tensors are written to their places when the block is done. No file is written twice, a run needs
+no more disk than its result, and no more memory than one tensor.
+
+Files are called model.safetensors, or model-0000k-of-0000N.safetensors with an index, and have the
+suffix .part until `finish`. The bytes are those of `safetensors.torch.save_file`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import BinaryIO, ClassVar, NamedTuple
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ..common.errors import LLQError
+from ..common.files import write_json
+from ..common.spec import Spec
+from .dense import DTYPES, INDEX, SINGLE, header
+
+PART = ".part"  # suffix of an unfinished file
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+class _Place(NamedTuple):
+    """Where a tensor lies: the file, and the first byte in it."""
+
+    file: str
+    start: int
+    spec: Spec
+
+
+@dataclass(frozen=True)
+class Shards:
+    """Files in `folder` for the tensors of `units`, which are kept together where they fit.
+
+    units: names and specs, in the order in which they are written (all that is outside the blocks,
+    then block by block).
+    """
+
+    folder: Path
+    units: Sequence[Mapping[str, Spec]]
+    limit_bytes: ClassVar[int] = 5 * 10**9  # of tensors in one file, as on the Hub
+
+    @cached_property
+    def files(self) -> dict[str, dict[str, Spec]]:
+        """Tensors by the name of their finished file."""
+        groups: list[dict[str, Spec]] = [{}]
+        size = 0
+        for unit in self.units:
+            whole = sum(spec.nbytes for spec in unit.values())
+            if groups[-1] and size + whole > self.limit_bytes and whole <= self.limit_bytes:
+                groups.append({})
+                size = 0
+            for name, spec in unit.items():
+                if groups[-1] and size + spec.nbytes > self.limit_bytes:
+                    groups.append({})
+                    size = 0
+                groups[-1][name] = spec
+                size += spec.nbytes
+        if len(groups) == 1:
+            return {SINGLE: groups[0]}
+        total = len(groups)
+        return {
+            f"model-{number:05d}-of-{total:05d}.safetensors": group
+            for number, group in enumerate(groups, start=1)
+        }
+
+    @cached_property
+    def _heads(self) -> dict[str, bytes]:
+        return {file: _head(tensors) for file, tensors in self.files.items()}
+
+    @cached_property
+    def _places(self) -> dict[str, _Place]:
+        places = {}
+        for file, tensors in self.files.items():
+            start = len(self._heads[file])
+            for name in _ordered(tensors):
+                places[name] = _Place(file, start, tensors[name])
+                start += tensors[name].nbytes
+        return places
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(spec.nbytes for unit in self.units for spec in unit.values())
+
+    def open(self, reserve: bool = True) -> None:
+        """Make the files, or take up those of an interrupted run; strangers among them go.
+
+        reserve: the room for all data, so that a full disk is an OSError now and not in the middle
+        of a run.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for file, tensors in self.files.items():
+            path, part = self.folder / file, self.folder / (file + PART)
+            if path.is_file():  # of a finished run, some of whose blocks are done again
+                os.replace(path, part)
+            had_data = part.is_file()
+            head = self._heads[file]
+            size = len(head) + sum(spec.nbytes for spec in tensors.values())
+            if not _begins_with(part, head):
+                part.write_bytes(head)
+                part.chmod(0o644)
+            try:
+                _resize(part, size, reserve)
+            except OSError:
+                if not had_data:
+                    part.unlink()
+                raise
+        known = {file + PART for file in self.files}
+        for stranger in self.folder.glob("model*.safetensors*"):
+            if stranger.name not in known:
+                stranger.unlink()
+
+    def write(self, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+        """Put tensors into their places, safely on disk on return; sha256 of each by name."""
+        digests = {}
+        by_file: dict[str, list[str]] = {}
+        for name in tensors:
+            by_file.setdefault(self._places[name].file, []).append(name)
+        for file, names in by_file.items():
+            with (self.folder / (file + PART)).open("r+b") as handle:
+                for name in sorted(names, key=lambda name: self._places[name].start):
+                    digests[name] = self._put(handle, name, tensors[name])
+                handle.flush()
+                os.fsync(handle.fileno())
+        return digests
+
+    def _put(self, handle: BinaryIO, name: str, tensor: Tensor) -> str:
+        place = self._places[name]
+        spec = Spec(tuple(tensor.shape), tensor.dtype)
+        if spec != place.spec:
+            raise AssertionError(f"{name} came out as {spec}, its layout says {place.spec}")
+        handle.seek(place.start)
+        handle.write(_bytes(tensor))
+        return digest_of(tensor)
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Copies of tensors that were written."""
+        by_file: dict[str, list[str]] = {}
+        for name in names:
+            by_file.setdefault(self._places[name].file, []).append(name)
+        tensors = {}
+        for file, wanted in by_file.items():
+            path = self.folder / (file + PART)
+            with safe_open(path if path.is_file() else self.folder / file, framework="pt") as found:
+                tensors.update({name: found.get_tensor(name).clone() for name in wanted})
+        return tensors
+
+    def finish(self) -> None:
+        """Give the files their names, and write the index of several."""
+        for file in self.files:
+            os.replace(self.folder / (file + PART), self.folder / file)
+        if len(self.files) == 1:
+            (self.folder / INDEX).unlink(missing_ok=True)
+            return
+        weight_map = {name: place.file for name, place in sorted(self._places.items())}
+        index = {"metadata": {"total_size": self.nbytes}, "weight_map": weight_map}
+        write_json(self.folder / INDEX, index)
+
+
+def gathered(parts: Sequence[Path], folder: Path) -> Shards:
+    """One file, or shards, in `folder` of the tensors of several files, which are deleted."""
+    shards = Shards(folder, [header(part) for part in parts])
+    shards.open(reserve=False)  # parts go as their tensors come: no second copy of all
+    for part in parts:
+        shards.write(load_file(part))
+        part.unlink()
+    shards.finish()
+    return shards
+
+
+def damaged_tensors(folder: Path, digests: Mapping[str, str]) -> list[str]:
+    """Names of tensors in `folder` (finished or not) that are missing or not as they were written.
+
+    digests: sha256 by name, as `write` returned them.
+    """
+    places: dict[str, Path] = {}
+    for file in [*folder.glob("*.safetensors"), *folder.glob("*.safetensors" + PART)]:
+        with suppress(LLQError):  # of a file that cannot be read, every tensor is missing
+            places.update(dict.fromkeys(header(file), file))
+    bad = [name for name in digests if name not in places]
+    by_file: dict[Path, list[str]] = {}
+    for name in digests:
+        if name in places:
+            by_file.setdefault(places[name], []).append(name)
+    for file, names in by_file.items():
+        with safe_open(file, framework="pt") as found:
+            bad += [name for name in names if digest_of(found.get_tensor(name)) != digests[name]]
+    return bad
+
+
+def digest_of(tensor: Tensor) -> str:
+    """sha256 of a tensor's shape, dtype and bytes, 64 hex digits."""
+    digest = hashlib.sha256(f"{list(tensor.shape)} {_NAMES[tensor.dtype]}\n".encode())
+    digest.update(_bytes(tensor))
+    return digest.hexdigest()
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    flat = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+    return flat.numpy().data
+
+
+def _ordered(tensors: Mapping[str, Spec]) -> list[str]:
+    """The order of save_file: larger elements first, which aligns all, then by name."""
+    return sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+
+
+def _head(tensors: Mapping[str, Spec]) -> bytes:
+    """The first bytes of a safetensors file: length, JSON, padding to a multiple of 8."""
+    content: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in _ordered(tensors):
+        spec = tensors[name]
+        start, end = end, end + spec.nbytes
+        content[name] = {
+            "dtype": _NAMES[spec.dtype],
+            "shape": list(spec.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _begins_with(path: Path, head: bytes) -> bool:
+    """Whether the file is there with this header."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as handle:
+        return handle.read(len(head)) == head
+
+
+def _resize(path: Path, size: int, reserve: bool) -> None:
+    """Give the file its length; what is new in it is zero."""
+    with path.open("r+b") as handle:
+        handle.truncate(size)
+        if reserve and hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(handle.fileno(), 0, size)
+
+
+def names_by_block(names: Iterable[str], prefixes: Sequence[str]) -> Iterator[list[str]]:
+    """Sorted tensor names outside all blocks, then those of each block."""
+    known = sorted(names)
+    inside = tuple(prefix + "." for prefix in prefixes)
+    yield [name for name in known if not name.startswith(inside)]
+    for prefix in inside:
+        yield [name for name in known if name.startswith(prefix)]

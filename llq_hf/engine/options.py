@@ -1,0 +1,25 @@
+"""How a run goes on, as opposed to what it computes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .team import Team
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Device, dtype and memory of a run, and the processes that share it.
+
+    dtype: of the calibration forward passes; None = the checkpoint's. offload: folder for the
+    activations; None = memory. revision: of the base model on the Hub. shards: runs of sequences
+    whose statistics are summed apart; they decide last bits, unlike all else here (see `team`).
+    """
+
+    device: str = "cpu"
+    dtype: str | None = None
+    offload: Path | None = None
+    revision: str | None = None
+    shards: int = 1
+    team: Team = field(default_factory=Team)
