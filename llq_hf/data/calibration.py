@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import random
 import warnings
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -27,11 +28,16 @@ from .windows import (
 )
 
 CALIBRATION_SOURCES = ("wikitext2", "c4", "ptb", "demo", "demo-vlm")
+BUNDLED_SEQLEN = 256  # what the bundled models were trained on
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Where the calibration windows come from; the defaults are those of the GPTQ repository."""
+    """Calibration data, fully specified; the defaults are those of the GPTQ repository.
+
+    Raises LLQError for a value that cannot be used. Messages name the options of
+    `CalibrationOptions`, which is how a user gives them.
+    """
 
     source: str = "wikitext2"  # a name of CALIBRATION_SOURCES or a path
     samples: int = 128
@@ -39,14 +45,14 @@ class Calibration:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_positive("samples", self.samples)
-        check_positive("seqlen", self.seqlen)
+        check_source(self.source)
+        check_positive("calibration_samples", self.samples)
+        check_positive("calibration_seqlen", self.seqlen)
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
             raise LLQError(
-                f"seed={self.seed!r} cannot seed the calibration draws; give an integer that is 0 or more."
+                f"calibration_seed={self.seed!r} cannot seed the calibration draws; give an integer"
+                " that is 0 or more."
             )
-        if not isinstance(self.source, str) or not self.source:
-            raise LLQError(f"source={self.source!r} names no calibration data; give {_sources()}.")
 
     @property
     def has_images(self) -> bool:
@@ -80,6 +86,86 @@ class Calibration:
         )
 
 
+@dataclass(frozen=True)
+class CalibrationOptions:
+    """What a user says about the calibration data; None where the user leaves it open.
+
+    Every place where a user can ask for a quantization takes these fields, under the names of
+    `option_names`: the command line, model_args, `quantization_config`, the model classes. A study
+    plan has them as a mapping. Raises LLQError for a value that no model could be calibrated with.
+    """
+
+    source: str | None = field(
+        default=None,
+        metadata={
+            "help": "wikitext2, c4, ptb, demo, demo-vlm; a .txt, .json, .jsonl, .parquet or .npy "
+            "file; a folder of image-text pairs.",
+            "default": "wikitext2; a bundled model's own text",
+        },
+    )
+    samples: int | None = field(
+        default=None, metadata={"help": "Sequences to calibrate on.", "default": "128"}
+    )
+    seqlen: int | None = field(
+        default=None,
+        metadata={"help": "Tokens in a sequence.", "default": "2048; for a bundled model 256"},
+    )
+    seed: int | None = field(
+        default=None, metadata={"help": "Seed of the draws from the text.", "default": "0"}
+    )
+
+    def __post_init__(self) -> None:
+        Calibration(**self.given)
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The fields that the user did not leave open."""
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        return {name: value for name, value in values.items() if value is not None}
+
+    @classmethod
+    def option_names(cls) -> dict[str, str]:
+        """Name of the option -> field: {"calibration": "source", "calibration_samples": "samples",
+        ...}.
+        """
+        return {
+            "calibration" if each.name == "source" else f"calibration_{each.name}": each.name
+            for each in fields(cls)
+        }
+
+    @classmethod
+    def split(cls, options: Mapping[str, Any]) -> tuple[Self, dict[str, Any]]:
+        """(the calibration options among `options`, the rest of `options`).
+
+        Raises LLQError for an option `calibration_...` that there is not.
+        """
+        names = cls.option_names()
+        own: dict[str, Any] = {}
+        rest: dict[str, Any] = {}
+        for name, value in options.items():
+            if name in names:
+                own[names[name]] = value
+            elif name.startswith("calibration"):
+                raise LLQError(
+                    f"unknown option {name!r}{nearest(name, names)}; the options of the"
+                    f" calibration are {', '.join(names)}"
+                )
+            else:
+                rest[name] = value
+        return cls(**own), rest
+
+    def for_model(self, model: str) -> Calibration:
+        """The calibration of `model` (a folder, a Hub id or a bundled model's name).
+
+        What was left open is the study's setting, 128 windows of 2048 tokens of wikitext2; for a
+        bundled model it is its own text, which is the source of that name, in windows of 256.
+        """
+        folder = Path(resolve(model))
+        bundled = next((name for name, own in MODELS.items() if own == folder), None)
+        defaults = {"source": bundled, "seqlen": BUNDLED_SEQLEN} if bundled else {}
+        return Calibration(**{**defaults, **self.given})
+
+
 def calibration_ids(
     source: str,
     tokenizer: Any,
@@ -96,24 +182,32 @@ def calibration_ids(
     it has fewer (a lack of rows is warned about). `tokenizer` is not touched then. Raises LLQError
     for an unknown source, unusable data, too few tokens, and ids outside `vocab_size`.
     """
+    check_source(source)
     check_positive("samples", samples)
     check_positive("seqlen", seqlen)
     if source in CALIBRATION_SOURCES:
         windows_NS = _sampled_source(source, tokenizer, samples, seqlen, seed)
-    elif _looks_like_path(source):
-        path = Path(source).expanduser()
-        if path.suffix.lower() == ".npy":
-            windows_NS = _stored_windows(path, samples, seqlen)
-        else:
-            text = "\n\n".join(read_texts(path))
-            windows_NS = random_windows(
-                tokens_of(text, tokenizer), samples, seqlen, random.Random(seed), str(path)
-            )
+        return check_ids(windows_NS, vocab_size, source)
+    path = Path(source).expanduser()
+    if path.suffix.lower() == ".npy":
+        windows_NS = _stored_windows(path, samples, seqlen)
     else:
-        raise LLQError(
-            f"Unknown calibration source {source!r}{nearest(source, CALIBRATION_SOURCES)}; give {_sources()}."
+        text = "\n\n".join(read_texts(path))
+        windows_NS = random_windows(
+            tokens_of(text, tokenizer), samples, seqlen, random.Random(seed), str(path)
         )
     return check_ids(windows_NS, vocab_size, source)
+
+
+def check_source(source: object) -> None:
+    """LLQError unless `source` is the name of a calibration source, or looks like a path."""
+    if not isinstance(source, str) or not source:
+        raise LLQError(f"calibration={source!r} names no calibration data; give {_sources()}.")
+    if source not in CALIBRATION_SOURCES and not _looks_like_path(source):
+        raise LLQError(
+            f"Unknown calibration source {source!r}{nearest(source, CALIBRATION_SOURCES)};"
+            f" give {_sources()}."
+        )
 
 
 def _sampled_source(source: str, tokenizer: Any, samples: int, seqlen: int, seed: int) -> Tensor:
@@ -153,20 +247,3 @@ def _looks_like_path(source: str) -> bool:
 def _sources() -> str:
     suffixes = either((*TEXT_SUFFIXES, ".npy"))
     return f"one of {', '.join(CALIBRATION_SOURCES)}, or the path of a file that ends in {suffixes}"
-
-
-def calibration_for(
-    model: str, source: str | None, samples: int | None, seqlen: int | None, seed: int = 0
-) -> Calibration:
-    """The calibration of a run; what the user left open is the study's setting, or the bundled
-    model's own text.
-
-    The text of a bundled model is the calibration source that has its name.
-    """
-    bundled = next((name for name, folder in MODELS.items() if resolve(model) == str(folder)), None)
-    return Calibration(
-        source=source or bundled or "wikitext2",
-        samples=128 if samples is None else samples,
-        seqlen=(256 if bundled else 2048) if seqlen is None else seqlen,
-        seed=seed,
-    )

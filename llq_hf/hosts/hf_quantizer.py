@@ -25,7 +25,7 @@ from ..checkpoints.dense import header
 from ..checkpoints.format import config_section, digest
 from ..common.errors import LLQError
 from ..common.progress import Progress
-from ..data.calibration import Calibration
+from ..data.calibration import Calibration, CalibrationOptions
 from ..engine.in_memory import quantize_model
 from ..engine.prepare import calibration_data
 from ..engine.whole_model import resolve_method
@@ -44,7 +44,6 @@ RUN_KEYS = (
     "format_version",
     "quantized_linears",
     "digest",
-    "calibration",
     "fingerprint",
 )
 
@@ -53,9 +52,10 @@ class LLQConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """Base of the `quantization_config` types. Use the one of a method: RTNConfig, GPTQConfig,
     QuIPConfig, ...
 
-    Fields of the method (bits, group_size, ...), `preset`, and for dense models the calibration:
-    `calibration` (a data set or a file), `calibration_samples`, `calibration_seqlen`,
-    `calibration_seed`, `tokenizer` (default: the model's).
+    Fields of the method (bits, group_size, ...) and `preset`. For dense models also the options of
+    the calibration: `calibration` (a data set or a file), `calibration_samples`,
+    `calibration_seqlen`, `calibration_seed` (defaults: `CalibrationOptions.for_model`), and
+    `tokenizer` (default: the model's).
     """
 
     method_type: ClassVar[type[Method]]
@@ -63,13 +63,15 @@ class LLQConfig(QuantizationConfigMixin):  # type: ignore[misc]
     def __init__(
         self,
         preset: str = "study",
-        calibration: str | dict[str, Any] | None = None,
-        calibration_samples: int = 128,
-        calibration_seqlen: int = 2048,
-        calibration_seed: int = 0,
         tokenizer: Any = None,
         **fields: Any,
     ) -> None:
+        # In a checkpoint `calibration` is a mapping: what the calibration was. For a dense model it
+        # is the name of what to calibrate on.
+        used = fields.get("calibration")
+        self.calibration_used = fields.pop("calibration") if isinstance(used, dict) else None
+        self.calibration_options, fields = CalibrationOptions.split(fields)
+        self.calibration: Calibration | None = None  # as drawn, where this process quantizes
         stored = {key: fields.pop(key) for key in RUN_KEYS if key in fields}
         self.quant_method = f"llq_{self.method_type.name}"
         self.method = self.method_type.build(preset, **fields)
@@ -79,12 +81,6 @@ class LLQConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.digest: str | None = stored.get("digest")
         self.fingerprint: str | None = stored.get("fingerprint")
         self.records: list[dict[str, Any]] = []  # per linear, where this process quantized them
-        # In a checkpoint this is what the calibration was; for a dense model, what to calibrate on.
-        self.calibration_used = calibration if isinstance(calibration, dict) else None
-        source = calibration if isinstance(calibration, str) else "wikitext2"
-        self.calibration = Calibration(
-            source, calibration_samples, calibration_seqlen, calibration_seed
-        )
 
     def to_dict(self) -> dict[str, Any]:
         """JSON of what a checkpoint's config.json holds."""
@@ -169,9 +165,16 @@ class LLQQuantizer(HfQuantizer):  # type: ignore[misc]
     ) -> PreTrainedModel:
         config = self.quantization_config
         if not self.pre_quantized:
-            config.method, path = config.method.bound_to(model), Path(str(model.name_or_path))
+            config.method = config.method.bound_to(model)
+            path = str(model.name_or_path)
+            config.calibration = config.calibration_options.for_model(path)
             data, config.calibration_used = calibration_data(
-                config.calibration, config.method, model.config, path, Progress(), config.tokenizer
+                config.calibration,
+                config.method,
+                model.config,
+                Path(path),
+                Progress(),
+                config.tokenizer,
             )
             config.method, learned = resolve_method(model, config.method, data)
             records = quantize_model(model, config.method, data, learned=learned)

@@ -17,14 +17,14 @@ from ..common.errors import LLQError
 from ..common.files import read_json
 from ..common.machine import usable_device
 from ..common.words import nearest
-from ..data.calibration import calibration_for
+from ..data.calibration import CalibrationOptions
 from ..demo import resolve
 from ..engine.cached import cached
 from ..engine.prepare import RunOptions
 from ..methods import METHODS, build, method_type
 
 
-class Scored(NamedTuple):
+class Loadable(NamedTuple):
     """What from_pretrained is to load (folder or Hub id, with its revision), and whether it has to
     be packed.
     """
@@ -35,16 +35,13 @@ class Scored(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Choice:
+class ModelArgs:
     """model_args of ours; `method_options` are those of the method, by name, as in `llq methods`."""
 
     pretrained: str
     method: str | None = None
     preset: str = "study"
-    calibration: str | None = None
-    calibration_samples: int | None = None
-    calibration_seqlen: int | None = None
-    calibration_seed: int = 0
+    calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
     offload: str | None = None
     cache_dir: str | None = None
     revision: str | None = None
@@ -57,7 +54,8 @@ class Choice:
         """(ours, the host's) of model_args; an option that neither knows is refused. default: the
         model.
         """
-        ours = {f.name for f in fields(cls)} - {"method_options"}
+        ours = {each.name for each in fields(cls)} - {"method_options"}
+        ours |= set(CalibrationOptions.option_names())
         of_methods = (
             {name for each in METHODS.values() for name in each.field_names()} - host - ours
         )
@@ -69,9 +67,10 @@ class Choice:
         own = {name: value for name, value in options.items() if name in ours}
         chosen = {name: value for name, value in options.items() if name in of_methods}
         rest = {name: value for name, value in options.items() if name in host - ours}
-        return cls(**{"pretrained": default, **own}, method_options=chosen), rest
+        calibration, own = CalibrationOptions.split({"pretrained": default, **own})
+        return cls(**own, calibration=calibration, method_options=chosen), rest
 
-    def scored(self, device: str | None, dtype: Any) -> Scored:
+    def loadable(self, device: str | None, dtype: Any) -> Loadable:
         """The model, quantized first where that is asked for. device, dtype: the host's."""
         model = resolve(self.pretrained)
         packed = _packed_config(model, self.revision)
@@ -88,19 +87,13 @@ class Choice:
                     f"method=none takes no options, but {', '.join(self.method_options)} was given"
                 )
         else:
-            return Scored(str(self._quantized(model, device, dtype)), "main", True)
-        return Scored(model, self.revision or "main", packed is not None)
+            return Loadable(str(self._quantized(model, device, dtype)), "main", True)
+        return Loadable(model, self.revision or "main", packed is not None)
 
     def _quantized(self, model: str, device: str | None, dtype: Any) -> Path:
         assert self.method is not None
         method = build(self.method, self.preset, **self.method_options)
-        data = calibration_for(
-            model,
-            self.calibration,
-            self.calibration_samples,
-            self.calibration_seqlen,
-            self.calibration_seed,
-        )
+        data = self.calibration.for_model(model)
         run = RunOptions(
             device=usable_device(device),
             dtype=dtype if isinstance(dtype, str) else None,
