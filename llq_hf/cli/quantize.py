@@ -75,7 +75,7 @@ def quantize(
     import torch
     from transformers import AutoConfig
 
-    from ..common.machine import check_device, peak_bytes
+    from ..common.machine import check_device, chosen_device, peak_bytes
     from ..common.progress import Progress
     from ..common.terminal import RichProgress
     from ..demo import resolve
@@ -86,10 +86,7 @@ def quantize(
 
     built = method_type(method).build(preset, **options)
     data = calibration.for_model(model)
-    local = os.environ.get("LOCAL_RANK", "0")
-    device = (
-        (f"cuda:{local}" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    )
+    device = chosen_device(device, f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
     check_device(device)
     team = Team.join(torch.device(device))
     run = RunOptions(

@@ -1,4 +1,24 @@
-"""Calibration: which data, how many windows of which length, drawn by which seed."""
+"""Calibration data: the options that choose it, and the token windows that are drawn from a text.
+
+Draws follow the GPTQ repository (IST-DASLab/gptq, `datautils.py`), which every method of the study
+copies, to the exact call of Python's `random`. Legend: N windows, S tokens in a window, T tokens of
+the whole text.
+
+calibration    | text                                             | window
+`wikitext2`    | WikiText-2 train rows joined by two newlines     | at `randint(0, T - S - 1)`, N times
+`ptb`          | Penn Treebank train sentences joined by a space  | the same
+`c4`           | first C4 train shard                             | a random place in a random
+               |                                                  | document of T > S
+`demo`         | the bundled small world                          | as wikitext2
+`demo-vlm`     | questions and answers about the bundled drawings | as wikitext2
+a text file    | its documents joined by two newlines             | as wikitext2
+a `.npy` file  | int token ids `[N, S]`                           | its rows, as they are
+
+A text is tokenized once as a whole, so it holds at most one BOS token. The original draws a C4
+document of at least S tokens and then fails on one of exactly S; here a document must be longer
+than S. Where the original does not fail, the draws are the same. Folders of image-text pairs are
+read by `pairs.py`.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +36,7 @@ from torch import Tensor
 from ..common.errors import LLQError
 from ..common.words import either, nearest
 from ..demo import MODELS, resolve
+from .pairs import HUB
 from .readers import TEXT_SUFFIXES, read_texts
 from .sources import c4, ptb, wikitext2
 from .windows import (
@@ -56,26 +77,25 @@ class Calibration:
 
     @property
     def has_images(self) -> bool:
-        """Whether it is image-text pairs (`pairs.py`) and not a text."""
+        """Whether the data are image-text pairs (`pairs.py`) and not a text."""
         path = Path(self.source).expanduser()
-        folder = path.is_dir() and path.suffix.lower() not in (
-            *TEXT_SUFFIXES,
-            ".npy",
-        )  # else a file by mistake
-        return folder or self.source.startswith("hub:")
+        # A folder that is called like a file is a mistake, of which the reader of files tells.
+        named_like_a_file = path.suffix.lower() in (*TEXT_SUFFIXES, ".npy")
+        return self.source.startswith(HUB) or (path.is_dir() and not named_like_a_file)
 
     @property
     def needs_tokenizer(self) -> bool:
+        """Whether the data are a text; a `.npy` file holds token ids already."""
         return Path(self.source).suffix.lower() != ".npy"
 
     @property
     def described(self) -> dict[str, Any]:
-        """The draw, as a card tells of it: a file by its name only."""
+        """The fields for a model card, which gives a file's name without its folder."""
         name = self.source if self.source in CALIBRATION_SOURCES else Path(self.source).name
         return {"source": name, "samples": self.samples, "seqlen": self.seqlen, "seed": self.seed}
 
     def ids(self, tokenizer: Any, vocab_size: int | None = None) -> Tensor:
-        """int64 `[N, S]`; see `calibration_ids`."""
+        """Token windows, int64 `[N, S]`; see `calibration_ids`."""
         return calibration_ids(
             self.source,
             tokenizer,
@@ -175,12 +195,11 @@ def calibration_ids(
     seed: int = 0,
     vocab_size: int | None = None,
 ) -> Tensor:
-    """Calibration windows, int64 `[samples, seqlen]`, drawn as in the GPTQ repository (see the
-    file's head).
+    """Calibration windows, int64 `[samples, seqlen]`, drawn as the head of this file says.
 
-    A `.npy` file is used as it is: its first `samples` rows and first `seqlen` columns, fewer where
-    it has fewer (a lack of rows is warned about). `tokenizer` is not touched then. Raises LLQError
-    for an unknown source, unusable data, too few tokens, and ids outside `vocab_size`.
+    A `.npy` file is used as it is: its first `samples` rows and first `seqlen` columns. Where it
+    has fewer rows, all are used, with a warning. `tokenizer` may be None then. Raises LLQError for
+    an unknown source, unusable data, too few tokens, and ids outside `vocab_size`.
     """
     check_source(source)
     check_positive("samples", samples)
@@ -211,7 +230,10 @@ def check_source(source: object) -> None:
 
 
 def _sampled_source(source: str, tokenizer: Any, samples: int, seqlen: int, seed: int) -> Tensor:
-    cure = "pass calibration=FILE with a local .txt, .json, .jsonl, .parquet or .npy file, or calibration=demo."
+    cure = (
+        "pass calibration=FILE with a local .txt, .json, .jsonl, .parquet or .npy file, or"
+        " calibration=demo."
+    )
     draw = random.Random(seed)
     if source == "c4":
         return document_windows(c4("train", cure), tokenizer, samples, seqlen, draw, source)
