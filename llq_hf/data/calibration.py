@@ -4,15 +4,15 @@ Draws follow the GPTQ repository (IST-DASLab/gptq, `datautils.py`), which every 
 copies, to the exact call of Python's `random`. Legend: N windows, S tokens in a window, T tokens of
 the whole text.
 
-calibration    | text                                             | window
-`wikitext2`    | WikiText-2 train rows joined by two newlines     | at `randint(0, T - S - 1)`, N times
-`ptb`          | Penn Treebank train sentences joined by a space  | the same
-`c4`           | first C4 train shard                             | a random place in a random
-               |                                                  | document of T > S
-`demo`         | the bundled small world                          | as wikitext2
-`demo-vlm`     | questions and answers about the bundled drawings | as wikitext2
-a text file    | its documents joined by two newlines             | as wikitext2
-a `.npy` file  | int token ids `[N, S]`                           | its rows, as they are
+calibration  | text                                             | window
+`wikitext2`  | WikiText-2 train rows joined by two newlines     | at `randint(0, T - S - 1)`
+`ptb`        | Penn Treebank train sentences joined by a space  | the same
+`c4`         | first C4 train shard                             | a random place in a random
+             |                                                  | document of T > S
+`demo`       | the bundled small world                          | as wikitext2
+`demo-vlm`   | questions and answers about the bundled drawings | as wikitext2
+a text file  | its documents joined by two newlines             | as wikitext2
+a .npy file  | int token ids `[N, S]`                           | its rows, as they are
 
 A text is tokenized once as a whole, so it holds at most one BOS token. The original draws a C4
 document of at least S tokens and then fails on one of exactly S; here a document must be longer
