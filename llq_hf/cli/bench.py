@@ -37,11 +37,12 @@ def bench(
     """
     import torch
 
+    from ..common.machine import chosen_device
     from ..common.terminal import RichProgress
     from ..demo import resolve
     from ..study.cost import Workload, measure
 
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    device = chosen_device(device)
     load = Workload(
         tuple(int(word) for word in batches.split(",")), prompt_tokens, new_tokens, rounds
     )

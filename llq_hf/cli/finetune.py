@@ -11,14 +11,17 @@ import typer
 from rich.table import Table
 
 from ..common.errors import LLQError
+from ..data.calibration import CalibrationOptions
 from ..methods import METHODS, build
 from ..methods.nf4 import NF4
 from .app import app, console
+from .options import with_calibration_options
 
 ADAPTERS = {"qlora": False, "ir_qlora": True}  # whether base and adapters are IR-QLoRA's
 
 
 @app.command()
+@with_calibration_options
 def finetune(
     model: Annotated[
         str,
@@ -27,6 +30,7 @@ def finetune(
     out: Annotated[
         Path, typer.Argument(help="Folder of the adapter; must not exist, or hold the same run.")
     ],
+    calibration: CalibrationOptions,
     method: Annotated[str, typer.Option(help=f"One of: {', '.join(ADAPTERS)}.")] = "qlora",
     data: Annotated[
         str,
@@ -38,7 +42,6 @@ def finetune(
         str, typer.Option(help=f"How a dense model is packed first: one of {', '.join(METHODS)}.")
     ] = NF4.name,
     bits: Annotated[float | None, typer.Option(help="Of that; default: the method's.")] = None,
-    calibration: Annotated[str | None, typer.Option(help="Of that, as in `llq quantize`.")] = None,
     rank: Annotated[int, typer.Option(help="Of the adapters.")] = 64,
     alpha: Annotated[int, typer.Option(help="Adapters count alpha / rank.")] = 16,
     dropout: Annotated[float, typer.Option(help="In front of the adapters.")] = 0.0,
@@ -128,7 +131,7 @@ def _packed(
     out: Path,
     base_method: str,
     bits: float | None,
-    calibration: str | None,
+    calibration: CalibrationOptions,
     calibrated: bool,
     device: str,
     progress: Any,
@@ -137,7 +140,6 @@ def _packed(
     from ..checkpoints.adapter import BASE
     from ..checkpoints.dense import fetch
     from ..common.files import read_json
-    from ..data.calibration import calibration_for
     from ..demo import resolve
     from ..engine.execute import execute
     from ..engine.options import RunOptions
@@ -152,7 +154,7 @@ def _packed(
     if calibrated and base_method == NF4.name:
         options["icq"] = True
     packing = build(base_method, **options)
-    data = calibration_for(model, calibration, None, None)
+    data = calibration.for_model(model)
     plan = prepare(model, packing, data, RunOptions(device=device), out / BASE, progress)
     execute(plan, out / BASE, progress)
     return str(out / BASE)

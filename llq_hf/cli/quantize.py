@@ -11,14 +11,16 @@ import typer
 from rich.table import Table
 
 from ..checkpoints.records import Report
+from ..data.calibration import CalibrationOptions
 from ..methods import METHODS, method_type
 from .app import app, console
 from .info import print_served
-from .options import with_method_options
+from .options import with_calibration_options, with_method_options
 
 
 @app.command()
 @with_method_options
+@with_calibration_options
 def quantize(
     model: Annotated[
         str, typer.Argument(help="Folder or Hub id of the full-precision model, or `demo`.")
@@ -33,23 +35,13 @@ def quantize(
         str, typer.Option(help=f"One of: {', '.join(METHODS)}. `llq methods` tells more.")
     ],
     options: dict[str, Any],
+    calibration: CalibrationOptions,
     preset: Annotated[
         str,
         typer.Option(
             help="`study` reproduces the paper; `best` stores no more bits, and is better."
         ),
     ] = "study",
-    calibration: Annotated[
-        str | None,
-        typer.Option(
-            help="wikitext2, c4, ptb, demo; a .txt .json .jsonl .parquet or .npy file; a folder of image-text pairs."
-        ),
-    ] = None,
-    calibration_samples: Annotated[int | None, typer.Option(help="Sequences; default 128.")] = None,
-    calibration_seqlen: Annotated[
-        int | None, typer.Option(help="Tokens per sequence; default 2048 (demo: 256).")
-    ] = None,
-    calibration_seed: Annotated[int, typer.Option(help="Seed of the windows drawn.")] = 0,
     device: Annotated[
         str, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes a GPU where there is one.")
     ] = "auto",
@@ -84,10 +76,9 @@ def quantize(
     import torch
     from transformers import AutoConfig
 
-    from ..common.machine import check_device, peak_bytes
+    from ..common.machine import check_device, chosen_device, peak_bytes
     from ..common.progress import Progress
     from ..common.terminal import RichProgress
-    from ..data.calibration import calibration_for
     from ..demo import resolve
     from ..engine.execute import quantize_checkpoint
     from ..engine.options import RunOptions
@@ -96,13 +87,8 @@ def quantize(
     from ..models.load import auto_class
 
     built = method_type(method).build(preset, **options)
-    data = calibration_for(
-        model, calibration, calibration_samples, calibration_seqlen, calibration_seed
-    )
-    local = os.environ.get("LOCAL_RANK", "0")
-    device = (
-        (f"cuda:{local}" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    )
+    data = calibration.for_model(model)
+    device = chosen_device(device, f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
     check_device(device)
     team = Team.join(torch.device(device))
     run = RunOptions(

@@ -73,11 +73,11 @@ def _asked(
     path: str, picture: Any, questions: list[str], max_new_tokens: int, device: str
 ) -> tuple[str, list[str]]:
     """(what the model is, its answers). One model is in memory at a time."""
-    from ..common.machine import usable_device
+    from ..common.machine import chosen_device, usable_device
     from ..hosts.hf_quantizer import check_quantized, described
     from ..models.vision import Prompt, VisionModel
 
-    seeing = VisionModel.load(path, device=usable_device("cuda" if device == "auto" else device))
+    seeing = VisionModel.load(path, device=usable_device(chosen_device(device)))
     told = described(seeing.model)
     if told["method"] == "none":
         label = f"full precision ({str(seeing.model.dtype).removeprefix('torch.')})"

@@ -88,8 +88,7 @@ def study(
 
     Example: **llq study --models demo --methods gptq,quip --bits 3,2 --tasks llq_demo --out runs**
     """
-    import torch
-
+    from ..common.machine import chosen_device
     from ..study.cell import Setup, run_cell
     from ..study.cost import Workload
     from ..study.launch import sweep
@@ -111,7 +110,7 @@ def study(
         for cell in cells:
             print(cell.name, cell.title)
         return
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    device = chosen_device(device)
     setup = Setup(
         device, _values(batch_size)[0], parallelize, cache_dir, load=Workload() if speed else None
     )

@@ -1,3 +1,3 @@
-"""What every folder may use and that knows no tensor of a model: errors, words, files, the machine,
-progress.
+"""Helpers that every folder may use and that know no model: errors, wording, files, the machine,
+progress reports.
 """

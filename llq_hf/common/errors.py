@@ -1,7 +1,7 @@
-"""The one exception that a user is meant to read: a sentence that names the cause and the cure."""
+"""LLQError, the exception whose text is written for the user: it names the cause and the cure."""
 
 
 class LLQError(ValueError):
-    """Bad input or a failed check. The command line prints its text and exits with status 1,
-    without a traceback.
+    """Bad input, or a check that failed. The command line prints its text, without a traceback, and
+    exits with status 1.
     """

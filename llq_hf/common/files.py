@@ -1,9 +1,11 @@
-"""Files are written whole or not at all: a draft, fsync, then a rename."""
+"""Write files whole or not at all (draft, fsync, rename), and read JSON with clear errors."""
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,40 +15,64 @@ from torch import Tensor
 from .errors import LLQError
 
 
+@contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """Give a path to write a draft to; the draft takes the place of `path` when the block ends.
+
+    If the block raises, `path` stays what it was, and the draft stays for a look at it.
+    """
+    draft = draft_of(path)
+    yield draft
+    commit_draft(draft, path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 file whole or not at all."""
+    with replaced(path) as draft:
+        draft.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON object whole or not at all, with sorted keys, so that equal content gives equal
+    bytes.
+    """
+    write_text(path, json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write a safetensors file whole or not at all: draft, fsync, rename."""
+    """Write a safetensors file whole or not at all."""
     commit_draft(write_draft(tensors, path), path)
 
 
 def write_draft(tensors: dict[str, Tensor], path: Path) -> Path:
-    draft = path.with_name(path.name + ".tmp")
-    save_file(
-        {name: tensors[name].contiguous() for name in sorted(tensors)},
-        draft,
-        metadata={"format": "pt"},
-    )
+    """Write the safetensors file that `commit_draft` will put at `path`; returns where it lies."""
+    draft = draft_of(path)
+    ordered = {name: tensors[name].contiguous() for name in sorted(tensors)}
+    save_file(ordered, draft, metadata={"format": "pt"})
     draft.chmod(0o644)
     return draft
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    draft = path.with_name(path.name + ".tmp")
-    draft.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
-    commit_draft(draft, path)
+def draft_of(path: Path) -> Path:
+    """Where a file lies while it is being written."""
+    return path.with_name(path.name + ".tmp")
 
 
 def commit_draft(draft: Path, path: Path) -> None:
+    """Put a finished draft in the place of `path`, after its bytes have reached the disk."""
     with draft.open("rb") as handle:
         os.fsync(handle.fileno())
     os.replace(draft, path)
 
 
 def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; LLQError where it is missing, broken or no object."""
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise LLQError(
-            f"{path} is missing: {path.parent} is not a Hugging Face checkpoint, or an unfinished one"
+            f"{path} is missing: {path.parent} is not a Hugging Face checkpoint, or an unfinished"
+            " one"
         ) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise LLQError(f"{path} is not valid JSON ({error})") from error

@@ -1,4 +1,4 @@
-"""This machine: where caches lie, what memory was used, which devices there are."""
+"""Facts about this machine: where caches lie, how much memory was used, which devices exist."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from .words import one_line
 
 
 def cache_root() -> Path:
-    """$LLQ_CACHE, else ~/.cache/llq: quantized models for the next evaluation, kernels compiled by
-    the user.
+    """The cache folder: $LLQ_CACHE, else ~/.cache/llq. It holds quantized models for the next
+    evaluation, and kernels that the user compiled.
     """
     return Path(os.environ.get("LLQ_CACHE") or Path.home() / ".cache" / "llq").expanduser()
 
@@ -26,8 +26,15 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def chosen_device(name: str, gpu: str = "cuda") -> str:
+    """The device that a user named; "auto" is `gpu` where there is one, else the CPU."""
+    if name != "auto":
+        return name
+    return gpu if torch.cuda.is_available() else "cpu"
+
+
 def check_device(name: str) -> None:
-    """LLQError unless a tensor can be put there."""
+    """Raise LLQError unless a tensor can be put on the device."""
     try:
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError) as error:
@@ -37,6 +44,8 @@ def check_device(name: str) -> None:
 
 
 def usable_device(device: str | None) -> str:
-    """The harnesses' default is cuda:0 wherever they run; without a GPU that means the CPU."""
+    """The device that a harness names; its default is cuda:0 on every machine, which without a GPU
+    means the CPU.
+    """
     wanted = device or "cuda"
     return "cpu" if wanted.startswith("cuda") and not torch.cuda.is_available() else wanted

@@ -1,17 +1,19 @@
-"""What a long computation tells while it goes on. The classes here are silent; `terminal` draws."""
+"""Receivers of progress reports. The classes here ignore them; `terminal` draws them."""
 
 from __future__ import annotations
 
 
 class PassListener:
-    """Told of everything that takes its time; this one does not care."""
+    """Receives progress events of single passes. This base class ignores them."""
 
     def stage(self, text: str, total: int = 0) -> None: ...
     def advance(self, count: int = 1) -> None: ...
 
 
 class Progress(PassListener):
-    """What a run tells while it goes on; this one is silent. `progress.RichProgress` draws it."""
+    """Receives progress events of a whole run. This one ignores them; `terminal.RichProgress` draws
+    them.
+    """
 
     def estimates(self, found: dict[str, float]) -> None: ...
     def blocks(self, done: int, total: int) -> None: ...

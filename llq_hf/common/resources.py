@@ -1,5 +1,5 @@
-"""Folders that lie beside the package in a checkout and inside it in a wheel: task files, the
-card's template.
+"""Find the files that lie beside the package in a checkout and inside it in a wheel: task files
+and the template of model cards.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parents[1]
 
 
 def tasks_folder(harness: str) -> Path:
-    """Folder of our task YAMLs for "lm_eval" or "lmms_eval"."""
+    """The folder of our task YAML files for "lm_eval" or "lmms_eval"."""
     return _folder("tasks") / harness
 
 

@@ -1,4 +1,4 @@
-"""Shape and dtype of a tensor that does not exist yet."""
+"""Spec: the shape and dtype of a stored tensor, known before the tensor exists."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 
 class Spec(NamedTuple):
-    """One stored tensor, before it exists."""
+    """Shape and dtype of one stored tensor."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype

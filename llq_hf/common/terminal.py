@@ -1,6 +1,4 @@
-"""What a person sees while a run goes on: stage, blocks done, the linear at work, time left, peak
-memory.
-"""
+"""Progress bars on the terminal: stage, blocks done, the linear at work, time left, peak memory."""
 
 from __future__ import annotations
 
@@ -20,7 +18,7 @@ from .progress import Progress as Listener
 
 
 class RichProgress(Listener):
-    """Two bars on stderr: the blocks of the model, and the sequences of the pass at work."""
+    """Draws two bars on stderr: blocks of the model, and sequences of the current pass."""
 
     def __init__(self, console: Console | None = None) -> None:
         self._bars = Progress(
@@ -36,7 +34,7 @@ class RichProgress(Listener):
         self._stage: TaskID | None = None
 
     def stage(self, text: str, total: int = 0) -> None:
-        """Begin a stage of `total` units (0: unknown); the bar of the last one goes away."""
+        """Begin a stage of `total` units (0: unknown); its bar replaces the last stage's."""
         self._bars.start()
         if self._stage is not None:
             self._bars.remove_task(self._stage)

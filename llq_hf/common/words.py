@@ -1,4 +1,4 @@
-"""Small pieces of error messages: lists, near misses, the first line of somebody else's exception."""
+"""Pieces of error messages: lists of words, near misses, the first line of an exception."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """', did you mean "x"?' or nothing."""
+    """ " (did you mean 'x'?)" with the known word that is most like `word`, or nothing."""
     match = difflib.get_close_matches(word.lower(), list(known), n=1, cutoff=0.5)
     return f" (did you mean {match[0]!r}?)" if match else ""
 

@@ -1,3 +1,1 @@
-"""Token windows and image-text pairs: what methods are calibrated on, and what perplexity is
-measured on.
-"""
+"""Calibration data (token windows, image-text pairs) and texts to measure perplexity on."""

@@ -1,12 +1,33 @@
-"""Calibration: which data, how many windows of which length, drawn by which seed."""
+"""Calibration data: the options that choose it, and the token windows that are drawn from a text.
+
+Draws follow the GPTQ repository (IST-DASLab/gptq, `datautils.py`), which every method of the study
+copies, to the exact call of Python's `random`. Legend: N windows, S tokens in a window, T tokens of
+the whole text.
+
+calibration  | text                                             | window
+`wikitext2`  | WikiText-2 train rows joined by two newlines     | at `randint(0, T - S - 1)`
+`ptb`        | Penn Treebank train sentences joined by a space  | the same
+`c4`         | first C4 train shard                             | a random place in a random
+             |                                                  | document of T > S
+`demo`       | the bundled small world                          | as wikitext2
+`demo-vlm`   | questions and answers about the bundled drawings | as wikitext2
+a text file  | its documents joined by two newlines             | as wikitext2
+a .npy file  | int token ids `[N, S]`                           | its rows, as they are
+
+A text is tokenized once as a whole, so it holds at most one BOS token. The original draws a C4
+document of at least S tokens and then fails on one of exactly S; here a document must be longer
+than S. Where the original does not fail, the draws are the same. Folders of image-text pairs are
+read by `pairs.py`.
+"""
 
 from __future__ import annotations
 
 import random
 import warnings
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -15,6 +36,7 @@ from torch import Tensor
 from ..common.errors import LLQError
 from ..common.words import either, nearest
 from ..demo import MODELS, resolve
+from .pairs import HUB
 from .readers import TEXT_SUFFIXES, read_texts
 from .sources import c4, ptb, wikitext2
 from .windows import (
@@ -27,11 +49,16 @@ from .windows import (
 )
 
 CALIBRATION_SOURCES = ("wikitext2", "c4", "ptb", "demo", "demo-vlm")
+BUNDLED_SEQLEN = 256  # what the bundled models were trained on
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Where the calibration windows come from; the defaults are those of the GPTQ repository."""
+    """Calibration data, fully specified; the defaults are those of the GPTQ repository.
+
+    Raises LLQError for a value that cannot be used. Messages name the options of
+    `CalibrationOptions`, which is how a user gives them.
+    """
 
     source: str = "wikitext2"  # a name of CALIBRATION_SOURCES or a path
     samples: int = 128
@@ -39,37 +66,36 @@ class Calibration:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_positive("samples", self.samples)
-        check_positive("seqlen", self.seqlen)
+        check_source(self.source)
+        check_positive("calibration_samples", self.samples)
+        check_positive("calibration_seqlen", self.seqlen)
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
             raise LLQError(
-                f"seed={self.seed!r} cannot seed the calibration draws; give an integer that is 0 or more."
+                f"calibration_seed={self.seed!r} cannot seed the calibration draws; give an integer"
+                " that is 0 or more."
             )
-        if not isinstance(self.source, str) or not self.source:
-            raise LLQError(f"source={self.source!r} names no calibration data; give {_sources()}.")
 
     @property
     def has_images(self) -> bool:
-        """Whether it is image-text pairs (`pairs.py`) and not a text."""
+        """Whether the data are image-text pairs (`pairs.py`) and not a text."""
         path = Path(self.source).expanduser()
-        folder = path.is_dir() and path.suffix.lower() not in (
-            *TEXT_SUFFIXES,
-            ".npy",
-        )  # else a file by mistake
-        return folder or self.source.startswith("hub:")
+        # A folder that is called like a file is a mistake, of which the reader of files tells.
+        named_like_a_file = path.suffix.lower() in (*TEXT_SUFFIXES, ".npy")
+        return self.source.startswith(HUB) or (path.is_dir() and not named_like_a_file)
 
     @property
     def needs_tokenizer(self) -> bool:
+        """Whether the data are a text; a `.npy` file holds token ids already."""
         return Path(self.source).suffix.lower() != ".npy"
 
     @property
     def described(self) -> dict[str, Any]:
-        """The draw, as a card tells of it: a file by its name only."""
+        """The fields for a model card, which gives a file's name without its folder."""
         name = self.source if self.source in CALIBRATION_SOURCES else Path(self.source).name
         return {"source": name, "samples": self.samples, "seqlen": self.seqlen, "seed": self.seed}
 
     def ids(self, tokenizer: Any, vocab_size: int | None = None) -> Tensor:
-        """int64 `[N, S]`; see `calibration_ids`."""
+        """Token windows, int64 `[N, S]`; see `calibration_ids`."""
         return calibration_ids(
             self.source,
             tokenizer,
@@ -78,6 +104,86 @@ class Calibration:
             seed=self.seed,
             vocab_size=vocab_size,
         )
+
+
+@dataclass(frozen=True)
+class CalibrationOptions:
+    """What a user says about the calibration data; None where the user leaves it open.
+
+    Every place where a user can ask for a quantization takes these fields, under the names of
+    `option_names`: the command line, model_args, `quantization_config`, the model classes. A study
+    plan has them as a mapping. Raises LLQError for a value that no model could be calibrated with.
+    """
+
+    source: str | None = field(
+        default=None,
+        metadata={
+            "help": "wikitext2, c4, ptb, demo, demo-vlm; a .txt, .json, .jsonl, .parquet or .npy "
+            "file; a folder of image-text pairs.",
+            "default": "wikitext2; a bundled model's own text",
+        },
+    )
+    samples: int | None = field(
+        default=None, metadata={"help": "Sequences to calibrate on.", "default": "128"}
+    )
+    seqlen: int | None = field(
+        default=None,
+        metadata={"help": "Tokens in a sequence.", "default": "2048; for a bundled model 256"},
+    )
+    seed: int | None = field(
+        default=None, metadata={"help": "Seed of the draws from the text.", "default": "0"}
+    )
+
+    def __post_init__(self) -> None:
+        Calibration(**self.given)
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The fields that the user did not leave open."""
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        return {name: value for name, value in values.items() if value is not None}
+
+    @classmethod
+    def option_names(cls) -> dict[str, str]:
+        """Name of the option -> field: {"calibration": "source", "calibration_samples": "samples",
+        ...}.
+        """
+        return {
+            "calibration" if each.name == "source" else f"calibration_{each.name}": each.name
+            for each in fields(cls)
+        }
+
+    @classmethod
+    def split(cls, options: Mapping[str, Any]) -> tuple[Self, dict[str, Any]]:
+        """(the calibration options among `options`, the rest of `options`).
+
+        Raises LLQError for an option `calibration_...` that there is not.
+        """
+        names = cls.option_names()
+        own: dict[str, Any] = {}
+        rest: dict[str, Any] = {}
+        for name, value in options.items():
+            if name in names:
+                own[names[name]] = value
+            elif name.startswith("calibration"):
+                raise LLQError(
+                    f"unknown option {name!r}{nearest(name, names)}; the options of the"
+                    f" calibration are {', '.join(names)}"
+                )
+            else:
+                rest[name] = value
+        return cls(**own), rest
+
+    def for_model(self, model: str) -> Calibration:
+        """The calibration of `model` (a folder, a Hub id or a bundled model's name).
+
+        What was left open is the study's setting, 128 windows of 2048 tokens of wikitext2; for a
+        bundled model it is its own text, which is the source of that name, in windows of 256.
+        """
+        folder = Path(resolve(model))
+        bundled = next((name for name, own in MODELS.items() if own == folder), None)
+        defaults = {"source": bundled, "seqlen": BUNDLED_SEQLEN} if bundled else {}
+        return Calibration(**{**defaults, **self.given})
 
 
 def calibration_ids(
@@ -89,35 +195,45 @@ def calibration_ids(
     seed: int = 0,
     vocab_size: int | None = None,
 ) -> Tensor:
-    """Calibration windows, int64 `[samples, seqlen]`, drawn as in the GPTQ repository (see the
-    file's head).
+    """Calibration windows, int64 `[samples, seqlen]`, drawn as the head of this file says.
 
-    A `.npy` file is used as it is: its first `samples` rows and first `seqlen` columns, fewer where
-    it has fewer (a lack of rows is warned about). `tokenizer` is not touched then. Raises LLQError
-    for an unknown source, unusable data, too few tokens, and ids outside `vocab_size`.
+    A `.npy` file is used as it is: its first `samples` rows and first `seqlen` columns. Where it
+    has fewer rows, all are used, with a warning. `tokenizer` may be None then. Raises LLQError for
+    an unknown source, unusable data, too few tokens, and ids outside `vocab_size`.
     """
+    check_source(source)
     check_positive("samples", samples)
     check_positive("seqlen", seqlen)
     if source in CALIBRATION_SOURCES:
         windows_NS = _sampled_source(source, tokenizer, samples, seqlen, seed)
-    elif _looks_like_path(source):
-        path = Path(source).expanduser()
-        if path.suffix.lower() == ".npy":
-            windows_NS = _stored_windows(path, samples, seqlen)
-        else:
-            text = "\n\n".join(read_texts(path))
-            windows_NS = random_windows(
-                tokens_of(text, tokenizer), samples, seqlen, random.Random(seed), str(path)
-            )
+        return check_ids(windows_NS, vocab_size, source)
+    path = Path(source).expanduser()
+    if path.suffix.lower() == ".npy":
+        windows_NS = _stored_windows(path, samples, seqlen)
     else:
-        raise LLQError(
-            f"Unknown calibration source {source!r}{nearest(source, CALIBRATION_SOURCES)}; give {_sources()}."
+        text = "\n\n".join(read_texts(path))
+        windows_NS = random_windows(
+            tokens_of(text, tokenizer), samples, seqlen, random.Random(seed), str(path)
         )
     return check_ids(windows_NS, vocab_size, source)
 
 
+def check_source(source: object) -> None:
+    """LLQError unless `source` is the name of a calibration source, or looks like a path."""
+    if not isinstance(source, str) or not source:
+        raise LLQError(f"calibration={source!r} names no calibration data; give {_sources()}.")
+    if source not in CALIBRATION_SOURCES and not _looks_like_path(source):
+        raise LLQError(
+            f"Unknown calibration source {source!r}{nearest(source, CALIBRATION_SOURCES)};"
+            f" give {_sources()}."
+        )
+
+
 def _sampled_source(source: str, tokenizer: Any, samples: int, seqlen: int, seed: int) -> Tensor:
-    cure = "pass calibration=FILE with a local .txt, .json, .jsonl, .parquet or .npy file, or calibration=demo."
+    cure = (
+        "pass calibration=FILE with a local .txt, .json, .jsonl, .parquet or .npy file, or"
+        " calibration=demo."
+    )
     draw = random.Random(seed)
     if source == "c4":
         return document_windows(c4("train", cure), tokenizer, samples, seqlen, draw, source)
@@ -153,20 +269,3 @@ def _looks_like_path(source: str) -> bool:
 def _sources() -> str:
     suffixes = either((*TEXT_SUFFIXES, ".npy"))
     return f"one of {', '.join(CALIBRATION_SOURCES)}, or the path of a file that ends in {suffixes}"
-
-
-def calibration_for(
-    model: str, source: str | None, samples: int | None, seqlen: int | None, seed: int = 0
-) -> Calibration:
-    """The calibration of a run; what the user left open is the study's setting, or the bundled
-    model's own text.
-
-    The text of a bundled model is the calibration source that has its name.
-    """
-    bundled = next((name for name, folder in MODELS.items() if resolve(model) == str(folder)), None)
-    return Calibration(
-        source=source or bundled or "wikitext2",
-        samples=128 if samples is None else samples,
-        seqlen=(256 if bundled else 2048) if seqlen is None else seqlen,
-        seed=seed,
-    )

@@ -1,4 +1,17 @@
-"""Texts of the perplexity protocol, and the windows that are cut from them."""
+"""The texts that perplexity is measured on, and the windows that are cut from them.
+
+Both follow the GPTQ repository (IST-DASLab/gptq, `datautils.py`). Legend: N windows, S tokens in a
+window.
+
+evaluation   | text                                              | windows
+`wikitext2`  | test rows joined by two newlines                  | all disjoint ones
+`ptb`        | validation sentences joined by two newlines       | the same
+`ptb_new`    | test sentences joined by a space                  | the same
+`c4_new`     | first 1100 documents of the first validation      | the first 256 disjoint ones
+             | shard, joined by a space                          |
+`c4`         | documents of the same shard                       | 256 random ones, seed 0
+`demo`       | the held-out text of the bundled small world      | all disjoint ones
+"""
 
 from __future__ import annotations
 
@@ -27,9 +40,7 @@ C4_NEW_DOCUMENTS = 1100
 
 @dataclass(frozen=True)
 class EvaluationText:
-    """A text of the perplexity protocol: its documents or ready windows, and how windows are cut
-    from it.
-    """
+    """One text of the table above: its documents or stored windows, and how windows are cut."""
 
     name: str
     source: str  # "hub", "demo" or the file's path
@@ -40,7 +51,8 @@ class EvaluationText:
         """The joined text. `c4` has none: it scores windows of single documents."""
         if self.name == "c4" or self.stored_NS is not None:
             raise LLQError(
-                f"The evaluation text {self.name!r} is a set of token windows; call windows() instead."
+                f"The evaluation text {self.name!r} is a set of token windows; call windows()"
+                " instead."
             )
         return (" " if self.name in ("ptb_new", "c4_new") else "\n\n").join(self.documents)
 
@@ -58,15 +70,15 @@ class EvaluationText:
         count = ids_T.numel() // seqlen
         if count == 0:
             raise LLQError(
-                f"{self._what()} has {ids_T.numel()} tokens, fewer than one window of {seqlen}; give a longer"
-                " text or a smaller seqlen."
+                f"{self._what()} has {ids_T.numel()} tokens, fewer than one window of {seqlen};"
+                " give a longer text or a smaller seqlen."
             )
         windows_NS = ids_T[: count * seqlen].view(count, seqlen)
         return windows_NS[:C4_WINDOWS] if self.name == "c4_new" else windows_NS
 
     @cached_property
     def sha256(self) -> str:
-        """Digest of the data and of the rule that cuts it (the name)."""
+        """Digest of the data and of the name, which stands for the rule that cuts it."""
         if self.stored_NS is not None:
             return ids_sha256(self.stored_NS)
         digest = hashlib.sha256(self.name.encode())
@@ -84,21 +96,22 @@ class EvaluationText:
 def load_evaluation(name: str, file: str | Path | None = None) -> EvaluationText:
     """The evaluation text `name`, from the Hub or, with the rules of that name, from a local file.
 
-    Files are those of `read_texts`; for `ptb` and `ptb_new` every line of a `.txt` file is a
-    sentence (the layout in which the treebank is handed round). A `.npy` file of ids `[N, S]` is
-    scored row by row.
+    Files are those of `read_texts`. For `ptb` and `ptb_new` every line of a `.txt` file is a
+    sentence, as in the usual copies of the treebank. A `.npy` file of ids `[N, S]` is scored row by
+    row.
     """
     if name not in EVALUATION_TEXTS:
         known = ", ".join(EVALUATION_TEXTS)
         raise LLQError(
-            f"Unknown evaluation text {name!r}{nearest(name, EVALUATION_TEXTS)}; give one of {known}."
+            f"Unknown evaluation text {name!r}{nearest(name, EVALUATION_TEXTS)}; give one of"
+            f" {known}."
         )
     if file is None:
         if name == "demo":
             from ..demo import world
 
             return EvaluationText(name, "demo", (world.heldout_text(),))
-        return _evaluation(name, "hub", _HUB_EVALUATION[name]())
+        return _of_documents(name, "hub", _HUB_EVALUATION[name]())
     path = Path(file).expanduser()
     if path.suffix.lower() == ".npy":
         return EvaluationText(
@@ -107,19 +120,17 @@ def load_evaluation(name: str, file: str | Path | None = None) -> EvaluationText
     documents = read_texts(path)
     if name in ("ptb", "ptb_new") and path.suffix.lower() == ".txt":
         documents = [line.strip() for line in documents[0].split("\n") if line.strip()]
-    return _evaluation(name, str(path), documents)
+    return _of_documents(name, str(path), documents)
 
 
-def _evaluation(name: str, source: str, documents: list[str]) -> EvaluationText:
+def _of_documents(name: str, source: str, documents: list[str]) -> EvaluationText:
     return EvaluationText(
         name, source, tuple(documents[:C4_NEW_DOCUMENTS] if name == "c4_new" else documents)
     )
 
 
 def evaluation_text(name: str, file: str | Path | None = None) -> str:
-    """The joined text of a name of EVALUATION_TEXTS, but not `c4`: that one has
-    `evaluation_windows` only.
-    """
+    """The joined text of a name of EVALUATION_TEXTS except `c4`, which is windows only."""
     return load_evaluation(name, file).text()
 
 

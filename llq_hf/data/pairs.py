@@ -1,14 +1,16 @@
-"""Image-text pairs: what a model that sees can be calibrated on, so that visual tokens take part in
-the statistics.
+"""Image-text pairs as calibration data of a vision-language model, whose visual tokens then take
+part in the statistics.
 
 calibration | pairs
-a folder    | its one `.jsonl` file, a line a pair: {"image": "a.png", "question": "...", "answer": "..."}, or, for a
-            | caption, {"image": "a.png", "text": "..."}; paths start at the folder, `file_name` is good for `image`
-`hub:NAME`  | the train split of a Hub dataset with columns of these names, `image` an image
+a folder    | its one `.jsonl` file, a pair a line
+`hub:NAME`  | the train split of a Hub dataset with columns of the same names, `image` an image
 
-Every pair is a sequence of its own, as the model's chat template renders question and answer, of
-the length it comes to: nothing is padded, cut or joined. Pairs are drawn at random, each once.
-Images are read when they are needed.
+A line is {"image": "a.png", "question": "...", "answer": "..."} or, for a caption, {"image":
+"a.png", "text": "..."}. Paths start at the folder. `file_name` may stand for `image`.
+
+Every pair is a sequence of its own: question and answer as the model's chat template renders them,
+neither padded nor cut nor joined with others. Pairs are drawn at random without replacement. Images
+are read when they are needed.
 """
 
 from __future__ import annotations
@@ -34,29 +36,30 @@ HUB = "hub:"
 
 @dataclass(frozen=True)
 class Pair:
-    """where: what errors call it."""
+    """A question about an image, and its answer; for a caption the question is empty."""
 
-    image: Callable[[], Any]  # reads it (PIL)
+    image: Callable[[], Any]  # reads the image (PIL)
     question: str
     answer: str
-    where: str
+    where: str  # what errors call the pair
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """`lengths` in tokens; `sha256` covers what the model gets of them: token ids and pixels."""
+    """The pairs that a model is calibrated on; `measured` fills in lengths and digest."""
 
     rows: Sequence[Pair]
-    processor: Any
-    lengths: Sequence[int] = ()
-    sha256: str = ""
+    processor: Any  # the model's
+    lengths: Sequence[int] = ()  # tokens of each pair
+    sha256: str = ""  # of what the model is given: token ids and pixels
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def inputs(self, index: int) -> dict[str, Tensor]:
-        """What the model is called with for one pair: token ids [1, S], pixels, sizes. LLQError
-        names a bad pair.
+        """The model's arguments for one pair: token ids [1, S], pixels, sizes.
+
+        Raises LLQError, which names the pair, where its image cannot be read.
         """
         pair = self.rows[index]
         try:
@@ -70,14 +73,18 @@ class Pairs:
         return {name: tensor for name, tensor in found.items() if name != "attention_mask"}
 
     def measured(self, longest: int, on_pair: Callable[[int], None] = lambda count: None) -> Pairs:
-        """The same, with lengths and digest. LLQError for a pair of more than `longest` tokens."""
-        lengths, digest = [], hashlib.sha256()
+        """The same pairs with lengths and digest; LLQError for a pair of more than `longest`
+        tokens.
+        """
+        lengths = []
+        digest = hashlib.sha256()
         for index, pair in enumerate(self.rows):
             inputs = self.inputs(index)
             lengths.append(inputs["input_ids"].shape[1])
             if lengths[-1] > longest:
                 raise LLQError(
-                    f"{pair.where} has {lengths[-1]} tokens, and the model takes {longest}; leave it out"
+                    f"{pair.where} has {lengths[-1]} tokens, and the model takes {longest}; leave"
+                    " it out"
                 )
             for name in sorted(inputs):
                 digest.update(f"{name} {tuple(inputs[name].shape)}".encode())
@@ -86,28 +93,27 @@ class Pairs:
         return Pairs(self.rows, self.processor, lengths, digest.hexdigest())
 
     def described(self) -> dict[str, Any]:
-        """What identifies them in a checkpoint."""
+        """What a checkpoint says about the pairs that it was calibrated on."""
         return {"pairs_sha256": self.sha256, "samples": len(self), "tokens": sum(self.lengths)}
 
 
 def read_pairs(source: str, processor: Any, samples: int, seed: int) -> Pairs:
-    """`samples` pairs of a folder or of `hub:NAME`, drawn with `seed`; all where there are fewer,
-    with a warning.
+    """`samples` pairs of a folder or of `hub:NAME`, drawn with `seed`.
+
+    Where there are fewer, all are used, with a warning.
     """
-    found = (
-        _hub(source.removeprefix(HUB))
-        if source.startswith(HUB)
-        else _folder(Path(source).expanduser())
-    )
+    if source.startswith(HUB):
+        found = _hub(source.removeprefix(HUB))
+    else:
+        found = _folder(Path(source).expanduser())
     if len(found) < samples:
         warnings.warn(
             f"{source} holds {len(found)} pairs, fewer than samples={samples}: all are used.",
             stacklevel=2,
         )
         samples = len(found)
-    return Pairs(
-        [found[i] for i in random.Random(seed).sample(range(len(found)), samples)], processor
-    )
+    drawn = random.Random(seed).sample(range(len(found)), samples)
+    return Pairs([found[index] for index in drawn], processor)
 
 
 def _folder(folder: Path) -> list[Pair]:
@@ -116,7 +122,8 @@ def _folder(folder: Path) -> list[Pair]:
     files = sorted(folder.glob("*.jsonl"))
     if len(files) != 1:
         raise LLQError(
-            f"{folder} holds {len(files)} .jsonl files; give a folder with images and one .jsonl about them"
+            f"{folder} holds {len(files)} .jsonl files; give a folder with images and one .jsonl"
+            " about them"
         )
     pairs = []
     for number, record in enumerate(read_records(files[0]), start=1):
@@ -124,7 +131,7 @@ def _folder(folder: Path) -> list[Pair]:
         name = record.get("image", record.get("file_name"))
         if not isinstance(name, str):
             raise LLQError(f"{where} has no path in a field `image` (fields: {', '.join(record)})")
-        pairs.append(Pair(partial(Image.open, folder / name), *_said(record, where), where))
+        pairs.append(Pair(partial(Image.open, folder / name), *_texts_of(record, where), where))
     return pairs
 
 
@@ -135,17 +142,22 @@ def _hub(name: str) -> list[Pair]:
     texts = rows.remove_columns("image") if "image" in rows.column_names else rows
     if texts is rows:
         raise LLQError(
-            f"The dataset {name} has no column `image` (columns: {', '.join(rows.column_names)})"
+            f"The dataset {name} has no column `image` (columns: {', '.join(rows.column_names)});"
+            " give one that has"
         )
     pairs = []
     for index, record in enumerate(texts):
         where = f"Row {index} of the dataset {name}"
-        pairs.append(Pair(lambda index=index: rows[index]["image"], *_said(record, where), where))  # type: ignore[misc]
+        pairs.append(Pair(partial(_image_of, rows, index), *_texts_of(record, where), where))
     return pairs
 
 
-def _said(record: dict[str, Any], where: str) -> tuple[str, str]:
-    """(question, answer); a caption answers no question."""
+def _image_of(rows: Any, index: int) -> Any:
+    return rows[index]["image"]
+
+
+def _texts_of(record: dict[str, Any], where: str) -> tuple[str, str]:
+    """(question, answer) of a record; a caption is the answer to an empty question."""
     for question, answer in (("question", "answer"), (None, "text")):
         asked = "" if question is None else record.get(question)
         if isinstance(asked, str) and isinstance(record.get(answer), str):
@@ -153,6 +165,3 @@ def _said(record: dict[str, Any], where: str) -> tuple[str, str]:
     raise LLQError(
         f"{where} has neither `question` and `answer` nor `text` (fields: {', '.join(record)})"
     )
-
-
-# --- what models are told, here and when they are asked -------------------------------------------

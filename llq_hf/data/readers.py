@@ -1,4 +1,4 @@
-"""Reading texts and records from local files: .txt, .json, .jsonl, .parquet."""
+"""Read texts and records from local files: .txt, .json, .jsonl, .parquet."""
 
 from __future__ import annotations
 
@@ -16,10 +16,13 @@ TEXT_SUFFIXES = (".txt", ".json", ".jsonl", ".parquet")
 def read_texts(path: Path) -> list[str]:
     """The documents of a local file, in order.
 
-    `.txt`: the whole file is one document. `.json`: a list of strings or of objects with a `text`
-    field. `.jsonl`: one such value a line. `.parquet`: the column `text`, else the only column of
-    strings. Raises LLQError for a missing, empty or broken file, and for one without texts (naming
-    the fields it has).
+    .txt      | the whole file is one document
+    .json     | a list of strings, or of objects with a field `text`
+    .jsonl    | one such value a line
+    .parquet  | the column `text`, or else the only column of strings
+
+    Raises LLQError for a missing, empty or broken file. Where a file holds no texts, the error
+    names the fields that it has.
     """
     path = existing_file(path, TEXT_SUFFIXES)
     suffix = path.suffix.lower()
@@ -33,7 +36,8 @@ def read_texts(path: Path) -> list[str]:
             for index, value in enumerate(read_json_list(path))
         ]
     else:
-        lines = json_lines(_read_utf8(path).split("\n"), path)  # splitlines() cuts at U+2028 too
+        # splitlines() would cut at U+2028 too
+        lines = json_lines(_read_utf8(path).split("\n"), path)
         texts = [_text_of(value, f"Line {line} of {path}") for line, value in lines]
     if not any(text.strip() for text in texts):
         raise LLQError(
@@ -54,7 +58,8 @@ def read_records(path: Path) -> list[dict[str, Any]]:
         for line, value in json_lines(_read_utf8(path).split("\n"), path):
             if not isinstance(value, dict):
                 raise LLQError(
-                    f"Line {line} of {path} is {type(value).__name__}, not a JSON object; write objects."
+                    f"Line {line} of {path} is {type(value).__name__}, not a JSON object; write"
+                    " objects."
                 )
             records.append(value)
     if not records:
@@ -63,10 +68,12 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 
 def existing_file(path: Path, suffixes: Sequence[str]) -> Path:
+    """The path of a file of one of these kinds; LLQError where it is of another, or not there."""
     path = Path(path).expanduser()
     if path.suffix.lower() not in suffixes:
         raise LLQError(
-            f"{path} is of a kind that cannot be read here; give a file that ends in {either(suffixes)}."
+            f"{path} is of a kind that cannot be read here; give a file that ends in"
+            f" {either(suffixes)}."
         )
     if path.is_dir():
         raise LLQError(f"{path} is a folder; give a file in it that ends in {either(suffixes)}.")
@@ -99,8 +106,8 @@ def read_json_list(path: Path) -> list[Any]:
         values = json.loads(content)
     except json.JSONDecodeError as error:
         raise LLQError(
-            f"{path} is not valid JSON at line {error.lineno} ({error.msg}); mend that line, or name the"
-            " file .jsonl if every line is a value of its own."
+            f"{path} is not valid JSON at line {error.lineno} ({error.msg}); mend that line, or"
+            " name the file .jsonl if every line is a value of its own."
         ) from error
     if not isinstance(values, list):
         raise LLQError(
@@ -136,13 +143,14 @@ def _text_of(value: Any, where: str) -> str:
     text = value.get("text")
     if not isinstance(text, str):
         raise LLQError(
-            f"{where} has no string in a field `text` (fields: {listed(value)}); name the field `text`."
+            f"{where} has no string in a field `text` (fields: {listed(value)}); name the field"
+            " `text`."
         )
     return text
 
 
 def open_parquet(path: Path) -> Any:
-    """A `pyarrow.parquet.ParquetFile`, from which rows can be read batch by batch."""
+    """The file as a `pyarrow.parquet.ParquetFile`, from which rows are read batch by batch."""
     import pyarrow.parquet  # type: ignore[import-untyped]
 
     try:

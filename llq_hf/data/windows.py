@@ -1,29 +1,6 @@
-"""Token windows: what a method is calibrated on, and what perplexity is measured on.
+"""Cut token windows out of texts, and check token ids.
 
-Both follow the GPTQ repository (IST-DASLab/gptq, `datautils.py`), which every method of the study
-copies, to the exact draw of Python's `random`. N = windows, S = tokens in a window, T = tokens of
-the whole text.
-
-calibration    | text                                             | window
-`wikitext2`    | WikiText-2 train rows joined by two newlines     | N draws of `randint(0, T - S - 1)`
-`ptb`          | Penn Treebank train sentences joined by a space  | the same
-`c4`           | first C4 train shard                             | a random document of T > S, a place in it
-`demo`         | the bundled small world                          | as wikitext2
-`demo-vlm`     | questions and answers about the bundled drawings | as wikitext2
-a text file    | its documents joined by two newlines             | as wikitext2
-a `.npy` file  | int token ids `[N, S]`                           | its rows, as they are
-
-evaluation     | text                                                         | windows
-`wikitext2`    | test rows joined by two newlines                             | all disjoint ones
-`ptb`          | validation sentences joined by two newlines                  | the same
-`ptb_new`      | test sentences joined by a space                             | the same
-`c4_new`       | first 1100 documents of a validation shard joined by a space | the first 256 disjoint ones
-`c4`           | documents of the same shard                                  | 256 random ones, seed 0
-`demo`         | the held-out text of the bundled small world                 | all disjoint ones
-
-A text is tokenised once as a whole, so it holds at most one BOS. The original draws a C4 document
-of `>= S` tokens and then fails on one of exactly S; here it must be longer than S. Where the
-original does not fail, the draws are the same.
+Legend: N windows, S tokens in a window, T tokens of the whole text.
 """
 
 from __future__ import annotations
@@ -45,17 +22,8 @@ from .readers import existing_file
 MAX_REJECTED_DRAWS = 20_000  # of C4 documents, in a row; the first shard needs about 30 at S = 2048
 
 
-# --- reading files --------------------------------------------------------------------------------
-
-
-# --- reading the Hub ------------------------------------------------------------------------------
-
-
-# --- calibration ----------------------------------------------------------------------------------
-
-
 def ids_sha256(ids: Tensor) -> str:
-    """Hex digest of token ids: their shape and their values as little-endian int64."""
+    """Hex digest of token ids: of their shape, and of their values as little-endian int64."""
     digest = hashlib.sha256(json.dumps(list(ids.shape)).encode())
     digest.update(ids.detach().cpu().contiguous().numpy().astype("<i8").tobytes())
     return digest.hexdigest()
@@ -64,11 +32,12 @@ def ids_sha256(ids: Tensor) -> str:
 def random_windows(
     ids_T: Tensor, samples: int, seqlen: int, draw: random.Random, what: str
 ) -> Tensor:
+    """`[samples, seqlen]`: windows of one text, each at a random place. `what`: for errors."""
     tokens = ids_T.numel()
     if tokens <= seqlen:
         raise LLQError(
-            f"{what} has {tokens} tokens, and a random window of {seqlen} needs at least {seqlen + 1}; give a"
-            " longer text or a smaller seqlen."
+            f"{what} has {tokens} tokens, and a random window of {seqlen} needs at least"
+            f" {seqlen + 1}; give a longer text or a smaller seqlen."
         )
     starts = [draw.randint(0, tokens - seqlen - 1) for _ in range(samples)]
     return torch.stack([ids_T[start : start + seqlen] for start in starts])
@@ -82,8 +51,8 @@ def document_windows(
     draw: random.Random,
     what: str,
 ) -> Tensor:
-    """`[samples, seqlen]`: each time a random document of more than seqlen tokens, a random place
-    in it.
+    """`[samples, seqlen]`: for each window a random document of more than seqlen tokens, and a
+    random place in it.
     """
     too_short: set[int] = set()
     windows: list[Tensor] = []
@@ -102,13 +71,15 @@ def document_windows(
         rejected += 1
         if len(too_short) == len(documents) or rejected >= MAX_REJECTED_DRAWS:
             raise LLQError(
-                f"No document of {what} with more than {seqlen} tokens was found among {len(too_short)}"
-                f" drawn (the longest has {longest}); give longer documents or a smaller seqlen."
+                f"No document of {what} with more than {seqlen} tokens was found among"
+                f" {len(too_short)} drawn (the longest has {longest}); give longer documents or a"
+                " smaller seqlen."
             )
     return torch.stack(windows)
 
 
 def load_ids(path: Path) -> np.ndarray[Any, np.dtype[Any]]:
+    """The token ids `[N, S]` of a `.npy` file; LLQError where it holds anything else."""
     path = existing_file(path, (".npy",))
     try:
         ids = np.load(path, allow_pickle=False)
@@ -122,7 +93,8 @@ def load_ids(path: Path) -> np.ndarray[Any, np.dtype[Any]]:
         )
     if ids.ndim != 2 or 0 in ids.shape:
         raise LLQError(
-            f"{path} has shape {list(ids.shape)}; give token ids of shape [windows, tokens], none of them 0."
+            f"{path} has shape {list(ids.shape)}; give token ids of shape [windows, tokens], none"
+            " of them 0."
         )
     return np.asarray(ids)
 
@@ -133,27 +105,25 @@ def check_ids(ids: Tensor, vocab_size: int | None, what: str) -> Tensor:
         raise LLQError(f"{what} holds the token id {smallest}; token ids are 0 or more.")
     if vocab_size is not None and (largest := int(ids.max())) >= vocab_size:
         raise LLQError(
-            f"{what} gives the token id {largest}, outside the model's vocabulary of {vocab_size}; use the"
-            " tokenizer that belongs to the model."
+            f"{what} gives the token id {largest}, outside the model's vocabulary of {vocab_size};"
+            " use the tokenizer that belongs to the model."
         )
     return ids
 
 
-# --- evaluation -----------------------------------------------------------------------------------
-
-
-# --- small helpers --------------------------------------------------------------------------------
-
-
 def tokens_of(text: str, tokenizer: Any) -> Tensor:
-    """int64 `[T]`, with the special tokens that the tokenizer adds by itself (a BOS for LLaMA)."""
+    """Token ids of a text, int64 `[T]`, with the special tokens that the tokenizer adds by itself
+    (a BOS for LLaMA).
+    """
     if tokenizer is None:
         raise LLQError(
-            "Texts need a tokenizer and none was given; pass the model's, or use a .npy file of token ids."
+            "Texts need a tokenizer and none was given; pass the model's, or use a .npy file of"
+            " token ids."
         )
     return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
 
 
 def check_positive(name: str, value: object) -> None:
+    """Raise LLQError unless `value` is an integer of 1 or more."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise LLQError(f"{name}={value!r} is not a positive integer; give 1 or more.")

@@ -18,6 +18,7 @@ from ..checkpoints.format import REPORT
 from ..checkpoints.packed import copy_small_files
 from ..common.errors import LLQError
 from ..common.files import write_json
+from ..data.calibration import CalibrationOptions
 from ..demo import resolve
 from ..methods import METHODS, method_type
 from ..publish.hub import prepare_upload, push
@@ -33,26 +34,31 @@ class _Quantized:
 
     @classmethod
     def from_pretrained(
-        cls, model: str, *args: Any, method: str | None = None, **kwargs: Any
+        cls, model: str | Path, *args: Any, method: str | None = None, **kwargs: Any
     ) -> Any:
-        """`method` and its options (those of the method's config type) quantize a dense model on
+        """Load `model`: a folder, a Hub id, or the name of a bundled model.
+
+        `method` and its options (those of the method's config type) quantize a dense model on
         loading.
         """
+        calibration = {key for key in kwargs if key.startswith("calibration")}
+        CalibrationOptions.split({key: kwargs[key] for key in calibration})
         owned = {key for each in METHODS.values() for key in each.field_names()} & set(kwargs)
-        if method is None and owned:
+        if method is None and (owned or calibration):
             raise LLQError(
-                f"{', '.join(sorted(owned))} is an option of a method: give method=... (llq methods lists them)"
+                f"{', '.join(sorted(owned | calibration))} is an option of a method: give"
+                " method=... (llq methods lists them)"
             )
         if method is not None:
             if kwargs.get("quantization_config") is not None:
                 raise LLQError(
                     "give either method=... with its options or quantization_config=..., not both"
                 )
-            keys = {*method_type(method).field_names(), "preset", "tokenizer"}
-            keys |= {"calibration", "calibration_samples", "calibration_seqlen", "calibration_seed"}
+            keys = {*method_type(method).field_names(), *calibration, "preset", "tokenizer"}
             options = {key: kwargs.pop(key) for key in list(kwargs) if key in keys}
             kwargs["quantization_config"] = CONFIGS[method](**options)
-        return super().from_pretrained(model, *args, **kwargs)  # type: ignore[misc]
+        folder = resolve(model) if isinstance(model, str) else model
+        return super().from_pretrained(folder, *args, **kwargs)  # type: ignore[misc]
 
     def save_pretrained(
         self, save_directory: Any, *args: Any, push_to_hub: bool = False, **kwargs: Any
@@ -94,7 +100,8 @@ class _Quantized:
             if (source / REPORT).is_file():  # it was loaded packed
                 shutil.copyfile(source / REPORT, folder / REPORT)
             else:
-                drawn = config.calibration.described if config.calibration_used else None
+                used = config.calibration if config.calibration_used else None
+                drawn = used.described if used else None
                 made_from = {**provenance(source), "calibration": drawn}
                 write_json(
                     folder / REPORT, {"made_from": made_from, "linears": config.records, "bits": {}}

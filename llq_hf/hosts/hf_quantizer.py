@@ -9,6 +9,7 @@ models: no model class may be imported here.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -22,11 +23,11 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..checkpoints.dense import header
-from ..checkpoints.format import FORMAT_VERSION, PackedConfig
+from ..checkpoints.format import PREFIX, RUN_KEYS, PackedConfig
 from ..checkpoints.records import LinearRecord
 from ..common.errors import LLQError
 from ..common.progress import Progress
-from ..data.calibration import Calibration
+from ..data.calibration import Calibration, CalibrationOptions
 from ..engine.in_memory import quantize_model
 from ..engine.prepare import calibration_data
 from ..engine.whole_model import resolve_method
@@ -40,64 +41,44 @@ from ..models.load import module_names
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-RUN_KEYS = (
-    "quant_method",
-    "format_version",
-    "quantized_linears",
-    "digest",
-    "calibration",
-    "fingerprint",
-)
-
 
 class LLQConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """Base of the `quantization_config` types. Use the one of a method: RTNConfig, GPTQConfig,
     QuIPConfig, ...
 
-    Fields of the method (bits, group_size, ...), `preset`, and for dense models the calibration:
-    `calibration` (a data set or a file), `calibration_samples`, `calibration_seqlen`,
-    `calibration_seed`, `tokenizer` (default: the model's).
+    Fields of the method (bits, group_size, ...) and `preset`. For dense models also the options of
+    the calibration: `calibration` (a data set or a file), `calibration_samples`,
+    `calibration_seqlen`, `calibration_seed` (defaults: `CalibrationOptions.for_model`), and
+    `tokenizer` (default: the model's).
     """
 
     method_type: ClassVar[type[Method]]
 
-    def __init__(
-        self,
-        preset: str = "study",
-        calibration: str | dict[str, Any] | None = None,
-        calibration_samples: int = 128,
-        calibration_seqlen: int = 2048,
-        calibration_seed: int = 0,
-        tokenizer: Any = None,
-        **fields: Any,
-    ) -> None:
-        stored = {key: fields.pop(key) for key in RUN_KEYS if key in fields}
-        self.quant_method = f"llq_{self.method_type.name}"
-        self.method = self.method_type.build(preset, **fields)
+    def __init__(self, preset: str = "study", tokenizer: Any = None, **options: Any) -> None:
+        stored = {key: options.pop(key) for key in RUN_KEYS if _is_stored(key, options)}
+        self.calibration_options, fields = CalibrationOptions.split(options)
+        self.quant_method = PREFIX + self.method_type.name
         self.tokenizer = tokenizer
-        self.format_version = stored.get("format_version", FORMAT_VERSION)
-        self.quantized_linears: int | None = stored.get("quantized_linears")
-        self.digest: str | None = stored.get("digest")
-        self.fingerprint: str | None = stored.get("fingerprint")
-        self.records: list[LinearRecord] = []  # per linear, where this process quantized them
-        # In a checkpoint this is what the calibration was; for a dense model, what to calibrate on.
-        self.calibration_used = calibration if isinstance(calibration, dict) else None
-        source = calibration if isinstance(calibration, str) else "wikitext2"
-        self.calibration = Calibration(
-            source, calibration_samples, calibration_seqlen, calibration_seed
-        )
+        self.packed = PackedConfig.of(self.method_type.build(preset, **fields), stored)
+        # Where this process quantizes: the calibration as drawn, and a record per linear.
+        self.calibration: Calibration | None = None
+        self.records: list[LinearRecord] = []
 
     @property
-    def packed(self) -> PackedConfig:
-        """What a checkpoint says about its weights."""
-        return PackedConfig(
-            self.method,
-            self.quantized_linears,
-            self.calibration_used,
-            self.fingerprint,
-            self.digest,
-            self.format_version,
-        )
+    def method(self) -> Method:
+        return self.packed.method
+
+    @property
+    def quantized_linears(self) -> int | None:
+        return self.packed.quantized_linears
+
+    @property
+    def calibration_used(self) -> dict[str, Any] | None:
+        return self.packed.calibration
+
+    @property
+    def fingerprint(self) -> str | None:
+        return self.packed.run
 
     def to_dict(self) -> dict[str, Any]:
         """JSON of what a checkpoint's config.json holds."""
@@ -105,6 +86,15 @@ class LLQConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     def to_diff_dict(self) -> dict[str, Any]:
         return self.to_dict()
+
+
+def _is_stored(key: str, options: Mapping[str, Any]) -> bool:
+    """Whether a key of a checkpoint's section is among the options.
+
+    In a checkpoint `calibration` is a mapping: what the calibration data were. For a dense model
+    it is the name of what to calibrate on.
+    """
+    return key in options and (key != "calibration" or not isinstance(options[key], str))
 
 
 def _config_type(method: type[Method]) -> type[LLQConfig]:
@@ -163,20 +153,25 @@ class LLQQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_after_weight_loading(
         self, model: PreTrainedModel, **kwargs: Any
     ) -> PreTrainedModel:
-        config = self.quantization_config
         if not self.pre_quantized:
-            config.method, path = config.method.bound_to(model), Path(str(model.name_or_path))
-            data, config.calibration_used = calibration_data(
-                config.calibration, config.method, model.config, path, Progress(), config.tokenizer
-            )
-            config.method, learned = resolve_method(model, config.method, data)
-            records = quantize_model(model, config.method, data, learned=learned)
-            config.quantized_linears, config.records = len(records), records
-            config.digest = config.packed.digest
+            self._quantize(model)
         for module in model.modules():
             if isinstance(module, QuantLinear):
                 module.weight.requires_grad_(False)
         return model
+
+    def _quantize(self, model: PreTrainedModel) -> None:
+        """Quantize a dense model in place, and note in the config what was done."""
+        config = self.quantization_config
+        path = str(model.name_or_path)
+        config.calibration = config.calibration_options.for_model(path)
+        method = config.method.bound_to(model)
+        data, used = calibration_data(
+            config.calibration, method, model.config, Path(path), Progress(), config.tokenizer
+        )
+        method, learned = resolve_method(model, method, data)
+        config.records = quantize_model(model, method, data, learned=learned)
+        config.packed = PackedConfig(method, len(config.records), used)
 
     def is_serializable(self, **kwargs: Any) -> bool:
         return True

@@ -21,33 +21,33 @@ from lm_eval.models.huggingface import HFLM
 from ..checkpoints.adapter import base_of, is_adapter
 from ..models.load import auto_class, takes_images
 from .hf_quantizer import check_quantized, described
-from .model_args import Choice
+from .model_args import ModelArgs
 
 DEFAULT_MODEL = "meta-llama/Meta-Llama-3-8B"
 HOST_OPTIONS = set(inspect.signature(HFLM).parameters) - {"kwargs"}
 
 
 class LLQLM(HFLM):  # type: ignore[misc]
-    """HFLM over a packed model. model_args are those of `scoring.Choice`, of the method, and of
+    """HFLM over a packed model. model_args are those of `model_args.ModelArgs`, of the method, and of
     HFLM.
     """
 
     def __init__(self, **options: Any) -> None:
-        choice, host = Choice.split(options, DEFAULT_MODEL, HOST_OPTIONS)
-        if is_adapter(choice.pretrained):
-            host["peft"], choice = (
-                choice.pretrained,
-                replace(choice, pretrained=base_of(choice.pretrained)),
+        asked, host = ModelArgs.split(options, DEFAULT_MODEL, HOST_OPTIONS)
+        if is_adapter(asked.pretrained):
+            host["peft"], asked = (
+                asked.pretrained,
+                replace(asked, pretrained=base_of(asked.pretrained)),
             )
-        scored = choice.scored(host.get("device"), host.get("dtype"))
+        loadable = asked.loadable(host.get("device"), host.get("dtype"))
         host.setdefault("softmax_dtype", "float32")  # log-softmax in bf16 shifts perplexities
-        super().__init__(pretrained=scored.path, revision=scored.revision, **host)
+        super().__init__(pretrained=loadable.path, revision=loadable.revision, **host)
         accelerator = getattr(
             self, "accelerator", None
         )  # HFLM takes ranks from it only where it sees several GPUs
         if accelerator is not None and accelerator.num_processes > 1 and self.world_size == 1:
             self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
-        if scored.quantized:
+        if loadable.quantized:
             check_quantized(self.model)
 
     def _get_backend(self, config: Any, backend: Any = "default", **kwargs: Any) -> None:

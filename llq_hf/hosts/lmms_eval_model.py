@@ -32,7 +32,7 @@ from ..common.machine import usable_device
 from ..common.words import one_line
 from ..models.vision import Prompt, VisionModel, truncated_images_refused
 from .hf_quantizer import check_quantized, described
-from .model_args import Choice
+from .model_args import ModelArgs
 
 DEFAULT_MODEL = "llava-hf/llama3-llava-next-8b-hf"
 HOST_OPTIONS = {"device", "dtype", "batch_size", "text_only"}
@@ -52,7 +52,7 @@ OTHER_MODELS = {
 
 
 class LLQ(lmms):  # type: ignore[misc]
-    """model_args: those of `scoring.Choice`, of the method, and dtype, device, batch_size,
+    """model_args: those of `model_args.ModelArgs`, of the method, and dtype, device, batch_size,
     text_only.
     """
 
@@ -60,7 +60,7 @@ class LLQ(lmms):  # type: ignore[misc]
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
-        choice, host = Choice.split(options, DEFAULT_MODEL, HOST_OPTIONS)
+        asked, host = ModelArgs.split(options, DEFAULT_MODEL, HOST_OPTIONS)
         self.accelerator = Accelerator()
         self._rank, self._world_size = (
             self.accelerator.process_index,
@@ -69,9 +69,9 @@ class LLQ(lmms):  # type: ignore[misc]
         several = self._world_size > 1
         device = str(self.accelerator.device) if several else usable_device(host.get("device"))
         dtype = host.get("dtype", "auto")
-        scored = choice.scored(device, dtype)
-        self.seeing = VisionModel.load(scored.path, scored.revision, device, dtype)
-        if scored.quantized:
+        loadable = asked.loadable(device, dtype)
+        self.seeing = VisionModel.load(loadable.path, loadable.revision, device, dtype)
+        if loadable.quantized:
             check_quantized(self.seeing.model)
         self.batch_size = _batch_size(host.get("batch_size"))
         self.text_only, self.asked_as_text = bool(host.get("text_only", False)), 0

@@ -13,18 +13,19 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from ..checkpoints.dense import fetch
+from ..checkpoints.format import CONFIG, PackedConfig
 from ..common.errors import LLQError
 from ..common.files import read_json
 from ..common.machine import usable_device
 from ..common.words import nearest
-from ..data.calibration import calibration_for
+from ..data.calibration import CalibrationOptions
 from ..demo import resolve
 from ..engine.cached import cached
 from ..engine.options import RunOptions
-from ..methods import METHODS, build, method_type
+from ..methods import METHODS, build
 
 
-class Scored(NamedTuple):
+class Loadable(NamedTuple):
     """What from_pretrained is to load (folder or Hub id, with its revision), and whether it has to
     be packed.
     """
@@ -35,16 +36,13 @@ class Scored(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Choice:
+class ModelArgs:
     """model_args of ours; `method_options` are those of the method, by name, as in `llq methods`."""
 
     pretrained: str
     method: str | None = None
     preset: str = "study"
-    calibration: str | None = None
-    calibration_samples: int | None = None
-    calibration_seqlen: int | None = None
-    calibration_seed: int = 0
+    calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
     offload: str | None = None
     cache_dir: str | None = None
     revision: str | None = None
@@ -57,7 +55,8 @@ class Choice:
         """(ours, the host's) of model_args; an option that neither knows is refused. default: the
         model.
         """
-        ours = {f.name for f in fields(cls)} - {"method_options"}
+        ours = {each.name for each in fields(cls)} - {"method_options"}
+        ours |= set(CalibrationOptions.option_names())
         of_methods = (
             {name for each in METHODS.values() for name in each.field_names()} - host - ours
         )
@@ -69,9 +68,10 @@ class Choice:
         own = {name: value for name, value in options.items() if name in ours}
         chosen = {name: value for name, value in options.items() if name in of_methods}
         rest = {name: value for name, value in options.items() if name in host - ours}
-        return cls(**{"pretrained": default, **own}, method_options=chosen), rest
+        calibration, own = CalibrationOptions.split({"pretrained": default, **own})
+        return cls(**own, calibration=calibration, method_options=chosen), rest
 
-    def scored(self, device: str | None, dtype: Any) -> Scored:
+    def loadable(self, device: str | None, dtype: Any) -> Loadable:
         """The model, quantized first where that is asked for. device, dtype: the host's."""
         model = resolve(self.pretrained)
         packed = _packed_config(model, self.revision)
@@ -88,19 +88,13 @@ class Choice:
                     f"method=none takes no options, but {', '.join(self.method_options)} was given"
                 )
         else:
-            return Scored(str(self._quantized(model, device, dtype)), "main", True)
-        return Scored(model, self.revision or "main", packed is not None)
+            return Loadable(str(self._quantized(model, device, dtype)), "main", True)
+        return Loadable(model, self.revision or "main", packed is not None)
 
     def _quantized(self, model: str, device: str | None, dtype: Any) -> Path:
         assert self.method is not None
         method = build(self.method, self.preset, **self.method_options)
-        data = calibration_for(
-            model,
-            self.calibration,
-            self.calibration_samples,
-            self.calibration_seqlen,
-            self.calibration_seed,
-        )
+        data = self.calibration.for_model(model)
         run = RunOptions(
             device=usable_device(device),
             dtype=dtype if isinstance(dtype, str) else None,
@@ -110,26 +104,29 @@ class Choice:
         return cached(model, method, data, run, Path(self.cache_dir) if self.cache_dir else None)
 
 
-def _packed_config(model: str, revision: str | None) -> dict[str, Any] | None:
-    """The quantization_config of a checkpoint of ours, else None; other people's quantized
-    checkpoints are refused.
+def _packed_config(model: str, revision: str | None) -> PackedConfig | None:
+    """What a checkpoint of ours says about its weights; None for a dense model.
+
+    LLQError for a checkpoint that another tool quantized.
     """
-    section = read_json(fetch(model, revision) / "config.json").get("quantization_config")
-    if section is not None and not str(section.get("quant_method", "")).startswith("llq_"):
+    section = read_json(fetch(model, revision) / CONFIG).get("quantization_config")
+    if section is None:
+        return None
+    if not PackedConfig.is_ours(section):
         raise LLQError(
-            f"{model} was quantized by {section.get('quant_method')}, not by llq-hf; score it with --model hf"
+            f"{model} was quantized by {section.get('quant_method')}, not by llq-hf; score it with "
+            "--model hf"
         )
-    return section
+    return PackedConfig.from_section(section)
 
 
-def _agree(model: str, packed: dict[str, Any], method: str | None, options: dict[str, Any]) -> None:
-    """A packed checkpoint is scored as it is; options that say otherwise are an error, not a wish."""
-    name = str(packed["quant_method"]).removeprefix("llq_")
+def _agree(model: str, packed: PackedConfig, method: str | None, options: dict[str, Any]) -> None:
+    """LLQError where options ask for something else than the packed checkpoint is."""
+    stored = {"method": packed.method.name, **packed.method.to_dict()}
     asked = {"method": method} if method is not None else {}
     for key, value in {**asked, **options}.items():
-        stored = name if key == "method" else packed.get(key)
-        if stored != value:
+        if stored.get(key) != value:
             raise LLQError(
-                f"{model} is a packed checkpoint with {key}={stored!r}, but {key}={value!r} was asked for"
+                f"{model} is a packed checkpoint with {key}={stored.get(key)!r}, but "
+                f"{key}={value!r} was asked for"
             )
-    method_type(name)

@@ -23,7 +23,7 @@ from ..checkpoints.packed import read_report
 from ..common.errors import LLQError
 from ..common.files import read_json, write_json
 from ..common.progress import Progress
-from ..data.calibration import calibration_for
+from ..data.calibration import CalibrationOptions
 from ..demo import resolve
 from ..engine.options import RunOptions
 from ..method import Method
@@ -94,8 +94,7 @@ def _quantize(cell: Cell, setup: Setup, progress: Progress) -> tuple[Path, dict[
     )  # imports transformers, which the parent of a sweep can do without
 
     method: Method = build(cell.method, cell.preset, **cell.options)
-    source, samples, seqlen = (cell.calibration.get(key) for key in ("source", "samples", "seqlen"))
-    data = calibration_for(cell.model, source, samples, seqlen, cell.seed)
+    data = CalibrationOptions(**cell.calibration, seed=cell.seed).for_model(cell.model)
     dtype = None if cell.dtype == "auto" else cell.dtype
     run = RunOptions(
         device=setup.device, dtype=dtype, offload=setup.offload, revision=cell.revision

@@ -32,6 +32,7 @@ import yaml
 from ..checkpoints.fingerprint import fingerprint
 from ..common.errors import LLQError
 from ..common.words import nearest
+from ..data.calibration import CalibrationOptions
 from ..methods import METHODS, build
 
 DENSE = "none"  # the method that leaves the model as it is
@@ -236,11 +237,15 @@ def _check(plan: Mapping[str, Any]) -> None:
     for key in ("calibration", "metadata"):
         if not isinstance(plan.get(key) or {}, Mapping):
             raise LLQError(f"{key}: {plan[key]!r} of a plan should be a mapping")
-    known = {"source", "samples", "seqlen"}
-    if unknown := set(plan.get("calibration") or {}) - known:
-        raise LLQError(
-            f"the calibration of a plan has no {unknown.pop()!r}; it has: {', '.join(sorted(known))}"
-        )
+    calibration = plan.get("calibration") or {}
+    known = [each.name for each in fields(CalibrationOptions) if each.name != "seed"]  # see `seeds`
+    for key in calibration:
+        if key not in known:
+            raise LLQError(
+                f"the calibration of a plan has no {key!r}{nearest(str(key), known)}; it has:"
+                f" {', '.join(known)} (and the plan itself has seeds)"
+            )
+    CalibrationOptions(**calibration)  # raises for a value that no cell could use
 
 
 def _list(plan: Mapping[str, Any], key: str, default: Any) -> Sequence[Any]:

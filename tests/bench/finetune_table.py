@@ -22,7 +22,7 @@ import lm_eval
 import torch
 from lm_eval.models import huggingface  # noqa: F401 (registers what the hook extends)
 
-from llq_hf.data.calibration import calibration_for
+from llq_hf.data.calibration import CalibrationOptions
 from llq_hf.demo import instructions, resolve
 from llq_hf.engine.execute import quantize_checkpoint
 from llq_hf.finetune import rows, trainer
@@ -91,7 +91,7 @@ def lines(row: Row, recipe: trainer.Recipe, machine: trainer.Machine, work: Path
     base, out = work / "base", work / "out"
     started = time.process_time()
     method = row.build()
-    quantize_checkpoint(resolve("demo"), base, method, calibration_for("demo", None, None, None))
+    quantize_checkpoint(resolve("demo"), base, method, CalibrationOptions().for_model("demo"))
     quantized = time.process_time() - started
     note = trainer.finetune(str(base), out, "demo", recipe, machine)
     trained = time.process_time() - started

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from llq_hf.checkpoints.packed import read_report
-from llq_hf.data.calibration import calibration_for
+from llq_hf.data.calibration import CalibrationOptions
 from llq_hf.demo import resolve, world
 from llq_hf.demo.train import ids_of
 from llq_hf.engine.cached import cached
@@ -115,7 +115,7 @@ def measured(model: nn.Module) -> tuple[float, float]:
 def line(name: str, options: dict[str, object], root: Path) -> str:
     """A row of the table."""
     method = build(**options)  # type: ignore[arg-type]
-    data = calibration_for("demo", None, None, None)
+    data = CalibrationOptions().for_model("demo")
     folder = cached(resolve("demo"), method, data, RunOptions(dtype="float32"), root)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     stored = read_report(folder)["bits"]["stored"]

@@ -294,7 +294,8 @@ def test_hub_addresses(monkeypatch):
     ],
 )
 def test_calibration_is_validated_where_it_is_built(field, value):
-    with pytest.raises(LLQError, match=re.escape(f"{field}={value!r}")):
+    named = "calibration" if field == "source" else f"calibration_{field}"
+    with pytest.raises(LLQError, match=re.escape(f"{named}={value!r}")):
         Calibration(**{field: value})
 
 

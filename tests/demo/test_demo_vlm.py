@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from llq_hf.data.calibration import calibration_for, calibration_ids
+from llq_hf.data.calibration import CalibrationOptions, calibration_ids
 from llq_hf.demo import MODELS, drawings, resolve
 from llq_hf.demo.world import seeded
 from llq_hf.engine.in_memory import quantize_model
@@ -77,10 +77,10 @@ def test_four_bits_keep_it_and_two_break_it(bits: int, least: float, most: float
 
 
 def test_calibration_text_is_its_own() -> None:
-    data = calibration_for("demo-vlm", None, None, None)
+    data = CalibrationOptions().for_model("demo-vlm")
     assert (data.source, data.samples, data.seqlen) == ("demo-vlm", 128, 256)
-    assert calibration_for(str(FOLDER), None, None, None) == data
-    assert calibration_for("demo-vlm", "wikitext2", None, None).source == "wikitext2"
+    assert CalibrationOptions().for_model(str(FOLDER)) == data
+    assert CalibrationOptions("wikitext2").for_model("demo-vlm").source == "wikitext2"
     tokenizer = VisionModel.load(str(FOLDER)).processor.tokenizer
     windows_NS = calibration_ids("demo-vlm", tokenizer, samples=4, seqlen=256)
     text = tokenizer.decode(windows_NS[0])
