@@ -40,12 +40,14 @@ from torch import Tensor, nn
 
 from ..common.errors import LLQError
 from ..common.spec import Spec
-from ..method import Flow, Job, Method, Packed, Step
+from ..method import Flow, Job, Packed, Step
 from ..models.decoder import hidden_of
-from ..numerics.cholesky import factorize, revive_dead
+from ..numerics.cholesky import largest_first, prepare_hessian
 from ..numerics.error_feedback import solve
-from ..numerics.grids import Affine, Grid, Uniform
+from ..numerics.grids import Grid, Uniform, grouped
 from ..numerics.stats import Samples, Stat
+from .options import check_choice, check_damp, check_least
+from .uniform import OnUniformGrid
 
 Weights = dict[str, Tensor]  # by name inside the block
 
@@ -54,7 +56,7 @@ ROWS = 1024  # rows whose ranges are searched together: bounds memory only
 
 
 @dataclass(frozen=True, kw_only=True)
-class AWQ(Method):
+class AWQ(OnUniformGrid):
     """group_size -1: one group per row; ratios: how many r; gqa: skip, tie or free; ranges: full,
     clip or search.
     """
@@ -78,19 +80,10 @@ class AWQ(Method):
 
     def check(self) -> None:
         _ = self.grid  # validates group_size and scale_bits
-        for option, least in (("ratios", 1), ("search_tokens", 1)):
-            if getattr(self, option) < least:
-                raise LLQError(f"{option}={getattr(self, option)} must be at least {least}")
-        for option, known in (
-            ("gqa", ("skip", "tie", "free")),
-            ("ranges", ("full", "clip", "search")),
-        ):
-            if getattr(self, option) not in known:
-                raise LLQError(f"{option}={getattr(self, option)!r} is none of {', '.join(known)}")
-        if not 0 <= self.damp <= 1:
-            raise LLQError(
-                f"damp={self.damp} must lie in 0..1, a share of the Hessian's mean diagonal"
-            )
+        check_least(self, 1, "ratios", "search_tokens")
+        check_choice(self, "gqa", ("skip", "tie", "free"))
+        check_choice(self, "ranges", ("full", "clip", "search"))
+        check_damp(self)
 
     @cached_property
     def grid(self) -> Uniform:
@@ -103,10 +96,9 @@ class AWQ(Method):
         )  # GPTQ repairs what earlier blocks did, too
 
     def layout(self, out_features: int, in_features: int) -> dict[str, Spec]:
-        return {
-            **self.grid.layout(out_features, in_features),
-            "in_scale": Spec((in_features,), self.grid.scale_dtype),
-        }
+        layout = super().layout(out_features, in_features)
+        layout["in_scale"] = Spec((in_features,), self.grid.scale_dtype)
+        return layout
 
     def quantize_block(self, step: Step) -> dict[str, Packed]:
         packed = {}
@@ -240,11 +232,8 @@ class AWQ(Method):
     # --- grids and codes --------------------------------------------------------------------------
 
     def _grouped(self, W_OI: Tensor) -> Tensor:
-        """[O, G, g]; a last group that is shorter is filled up with zeros, which no range minds:
-        all hold zero.
-        """
-        size = W_OI.shape[1] if self.group_size == -1 else self.group_size
-        return nn.functional.pad(W_OI, (0, -W_OI.shape[1] % size)).view(len(W_OI), -1, size)
+        """[O, G, g]; zeros that fill up the last group change no range: all hold zero."""
+        return grouped(W_OI, self.grid.size(W_OI.shape[1]))
 
     def _rounded(self, W_OI: Tensor) -> Tensor:
         """Nearest values on the plain grid."""
@@ -310,26 +299,21 @@ class AWQ(Method):
 
     def _fed_back(self, W_OI: Tensor, grid_OG: Grid, H_II: Tensor, job: Job) -> Tensor:
         """Codes [O, I] with the error of each column repaired by those after it; uses H_II up."""
-        revive_dead(H_II)
-        order_I = torch.argsort(torch.diagonal(H_II), descending=True, stable=True)
-        U_II = factorize(H_II[order_I][:, order_I], self.damp, job.notes, inverse=True)
-        if U_II is None:
-            job.notes["fallback"] = "rtn"
-        size = len(order_I) if self.group_size == -1 else self.group_size
-        solution = solve(W_OI[:, order_I], U_II, self.grid, order_I // size, grid_OG)
+        # Unlike GPTQ, dead columns keep their weights.
+        _, U_II, order_I, _ = prepare_hessian(H_II, self.damp, job.notes, largest_first)
+        group_I = order_I // self.grid.size(len(order_I))
+        solution = solve(W_OI[:, order_I], U_II, self.grid, group_I, grid_OG)
         return solution.codes_OI[:, torch.argsort(order_I)]
 
     # --- meaning ----------------------------------------------------------------------------------
 
     def dequantize(self, packed: Packed, out_features: int, in_features: int) -> Tensor:
-        return self.grid.unpack(packed, in_features) / packed["in_scale"].float()
-
-    def affine(self, packed: Packed, out_features: int, in_features: int) -> Affine:
-        return self.grid.affine(packed, in_features)
+        weight_OI = super().dequantize(packed, out_features, in_features)
+        return weight_OI / packed["in_scale"].float()
 
     def linear(self, x: Tensor, packed: Packed, bias: Tensor | None, out_features: int) -> Tensor:
         z = (x / packed["in_scale"].float()).to(x.dtype)
-        return self.grid.linear(z, packed, bias)
+        return super().linear(z, packed, bias, out_features)
 
 
 def _trace_loss(H_II: Tensor) -> Callable[[Weights, Weights], float]:

@@ -34,39 +34,37 @@ full-precision model's predictions (`distill`).
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..common.errors import LLQError
 from ..common.progress import PassListener
-from ..common.spec import Spec
 from ..kernels import bitpack
-from ..method import Flow, Job, Method, Packed, Rewrite, State, Step
+from ..method import Flow, Job, Packed, Rewrite, State, Step
 from ..models.decoder import replace_module
 from ..models.residual_stream import Turned, random_turns, residual_of
-from ..numerics.activations import round_through
-from ..numerics.cholesky import factorize, revive_dead
+from ..numerics.activations import pass_through, round_through
+from ..numerics.cholesky import prepare_hessian
 from ..numerics.coordinate_descent import Objective, refined
 from ..numerics.error_feedback import BLOCK, Solution, group_aware_order, solve
-from ..numerics.grids import Affine, Grid, Uniform
+from ..numerics.grids import Grid, Uniform, grouped
 from ..numerics.stats import PairedHessian, Stat
+from .options import check_least
 from .training import (
     ScaledLinear,
     Schedule,
     Trained,
     cosine,
-    grouped,
     run_block,
     scaled_linears,
     train_block,
 )
+from .uniform import OnUniformGrid
 
 TINY_SCALE = 2.0**-24  # the smallest fp16 above zero
 FLOOR = 1 / 20  # of Block-AP's learning rates, at its end
@@ -76,7 +74,7 @@ EDGE = 0.45  # how far from the middle of its code's cell a weight may start, in
 
 
 @dataclass(frozen=True, kw_only=True)
-class EfficientQAT(Method):
+class EfficientQAT(OnUniformGrid):
     """epochs, batch, weight_lr, grid_lr (of scales and zero points): of Block-AP; tune_*: of
     E2E-QP.
 
@@ -124,18 +122,9 @@ class EfficientQAT(Method):
 
     def check(self) -> None:
         _ = self.grid  # validates group_size
-        for option, least in (
-            ("epochs", 0),
-            ("batch", 1),
-            ("refine", 0),
-            ("tune_epochs", 0),
-            ("tune_batch", 1),
-        ):
-            if getattr(self, option) < least:
-                raise LLQError(f"{option}={getattr(self, option)} must be at least {least}")
-        for option in ("weight_lr", "grid_lr", "tune_lr"):
-            if not 0 <= getattr(self, option) < math.inf:
-                raise LLQError(f"{option}={getattr(self, option)} must be a number of at least 0")
+        check_least(self, 1, "batch", "tune_batch")
+        check_least(self, 0, "epochs", "refine", "tune_epochs")
+        check_least(self, 0, "weight_lr", "grid_lr", "tune_lr")
 
     @cached_property
     def grid(self) -> Uniform:
@@ -164,18 +153,6 @@ class EfficientQAT(Method):
         notes = {"rotations": "hadamard", "seed": self.seed, "untied": residual.tied}
         return Turned(residual, *random_turns(residual, self.seed), notes=notes)
 
-    def layout(self, out_features: int, in_features: int) -> dict[str, Spec]:
-        return self.grid.layout(out_features, in_features)
-
-    def dequantize(self, packed: Packed, out_features: int, in_features: int) -> Tensor:
-        return self.grid.unpack(packed, in_features)
-
-    def affine(self, packed: Packed, out_features: int, in_features: int) -> Affine:
-        return self.grid.affine(packed, in_features)
-
-    def linear(self, x: Tensor, packed: Packed, bias: Tensor | None, out_features: int) -> Tensor:
-        return self.grid.linear(x, packed, bias)
-
     # --- Block-AP ---------------------------------------------------------------------------------
 
     def quantize_block(self, step: Step) -> dict[str, Packed]:
@@ -203,23 +180,21 @@ class EfficientQAT(Method):
 
     def _solution(self, weight_OI: Tensor, stat: PairedHessian, job: Job) -> Solution:
         """What GPTQ's feedback finds on searched grids, refined; columns in their own order."""
-        H_II, W_OI = stat.H_II, weight_OI.clone()
-        diagonal_I = torch.diagonal(H_II).clone()
-        W_OI[:, revive_dead(H_II)] = 0
-        size = len(diagonal_I) if self.group_size == -1 else self.group_size
-        order_I = group_aware_order(torch.diagonal(H_II), size)
-        W_OI, H_II, diagonal_I = W_OI[:, order_I], H_II[order_I][:, order_I], diagonal_I[order_I]
-        U_II = factorize(H_II, DAMP, job.notes, inverse=True, quick=True)
-        places_I = torch.arange(len(order_I), device=order_I.device)
+        size = self.grid.size(weight_OI.shape[1])
+        order = partial(group_aware_order, size=size)
+        H_II, U_II, order_I, dead_I = prepare_hessian(stat.H_II, DAMP, job.notes, order, quick=True)
+        W_OI = weight_OI.masked_fill(dead_I, 0)[:, order_I]
+        importance_I = stat.diagonal_I[order_I]
+        group_I = torch.arange(len(order_I), device=order_I.device) // size
         block = size if size < BLOCK or size % BLOCK else BLOCK
-        solution = solve(W_OI.clone(), U_II, self.grid, places_I // size, None, diagonal_I, block)
+        solution = solve(W_OI.clone(), U_II, self.grid, group_I, None, importance_I, block)
         if self.refine and U_II is not None:
             C_II = stat.C_II[order_I][:, order_I]
             objective = Objective.of(H_II, job.notes["damp"], C_II.T, weight_OI[:, order_I], W_OI)
             solution = refined(objective, solution, self.grid, self.refine)
         back_G = torch.argsort(order_I[::size] // size)
         grid_OG = Grid(*(part[:, back_G] for part in solution.grid_OG))
-        return Solution(solution.codes_OI[:, torch.argsort(order_I)], grid_OG, places_I // size)
+        return Solution(solution.codes_OI[:, torch.argsort(order_I)], grid_OG, group_I)
 
     def _train(self, step: Step, twin: nn.Module, parts: list[_Linear]) -> list[float]:
         assert step.data is not None
@@ -324,7 +299,7 @@ class _Linear(nn.Module):
     ) -> None:
         super().__init__()
         self.method, self.bias, self.levels = method, bias, 2**method.bits - 1
-        self.size = weight_OI.shape[1] if method.group_size == -1 else method.group_size
+        self.size = method.grid.size(weight_OI.shape[1])
         # Parameters are weights and scales in units of the scales they start with, or of 1.
         start_OG1 = grid_OG.scale[..., None].clone()
         self.unit_OG1 = start_OG1 if method.relative else torch.ones_like(start_OG1)
@@ -348,7 +323,7 @@ class _Linear(nn.Module):
         stored_OG1 = (scale_OG1.detach() * self.unit_OG1).half().clamp_min(
             TINY_SCALE
         ).float() / self.unit_OG1
-        scale_OG1 = scale_OG1 + (stored_OG1 - scale_OG1).detach()
+        scale_OG1 = pass_through(scale_OG1, stored_OG1)
         zero_OG1 = round_through(self.zero_OG1).clamp(0, self.levels)
         codes_OGg = (round_through(self.weight_OGg / scale_OG1) + zero_OG1).clamp(0, self.levels)
         return codes_OGg, Grid(scale_OG1, zero_OG1)
@@ -367,7 +342,7 @@ class UniformLinear(ScaledLinear):
     """A linear packed on uniform grids, of which only the scales are trained."""
 
     def __init__(self, packed: Any, method: EfficientQAT) -> None:
-        size = packed.in_features if method.group_size == -1 else method.group_size
+        size = method.grid.size(packed.in_features)
         start_OG1 = packed.scale.float()[..., None]
         super().__init__(
             packed, size, start_OG1, start_OG1 if method.relative else torch.ones_like(start_OG1)

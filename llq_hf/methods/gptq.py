@@ -44,16 +44,18 @@ from torch import Tensor
 
 from ..common.errors import LLQError
 from ..common.spec import Spec
-from ..method import Flow, Job, Method, Packed
-from ..numerics.cholesky import factorize, revive_dead
+from ..method import Flow, Job, Packed
+from ..numerics.cholesky import largest_first, prepare_hessian
 from ..numerics.coordinate_descent import Objective, refined
 from ..numerics.error_feedback import BLOCK, Solution, drift, group_aware_order, solve
-from ..numerics.grids import Affine, Grid, Uniform
+from ..numerics.grids import Grid, Uniform
 from ..numerics.stats import PairedHessian, Stat
+from .options import check_damp, check_gptaq, check_refine
+from .uniform import OnUniformGrid
 
 
 @dataclass(frozen=True, kw_only=True)
-class GPTQ(Method):
+class GPTQ(OnUniformGrid):
     """group_size -1: one group per row; damp: a share of mean(diag H); gptaq: its share, 0 is off;
     refine: rounds.
     """
@@ -84,14 +86,9 @@ class GPTQ(Method):
 
     def check(self) -> None:
         _ = self.grid  # validates group_size and scale_bits
-        if not 0 <= self.damp <= 1:
-            raise LLQError(
-                f"damp={self.damp} must lie in 0..1, a share of the Hessian's mean diagonal"
-            )
-        if not 0 <= self.gptaq <= 1:
-            raise LLQError(f"gptaq={self.gptaq} must lie in 0..1, the share of GPTAQ's correction")
-        if not 0 <= self.refine <= 100:
-            raise LLQError(f"refine={self.refine} must lie in 0..100 rounds")
+        check_damp(self)
+        check_gptaq(self)
+        check_refine(self)
         if self.act_group_aware and (self.act_order or self.static_groups):
             raise LLQError(
                 "act_group_aware is another order of columns: it goes without act_order and static_groups"
@@ -116,52 +113,46 @@ class GPTQ(Method):
         return self.act_order and not self.static_groups and self.group_size != -1
 
     def layout(self, out_features: int, in_features: int) -> dict[str, Spec]:
-        layout = self.grid.layout(out_features, in_features)
+        layout = super().layout(out_features, in_features)
         if self._keeps_order:
-            layout["order"] = Spec(
-                (in_features,), torch.int16 if in_features < 1 << 15 else torch.int32
-            )
+            layout["order"] = Spec((in_features,), _order_dtype(in_features))
         return layout
 
     def quantize(self, weight_OI: Tensor, stat: Stat | None, job: Job) -> Packed:
         assert isinstance(stat, PairedHessian)
-        H_II, W_OI = stat.H_II, weight_OI.clone()
-        diagonal_I = torch.diagonal(H_II).clone()
-        whole_row = (
-            self.grid.grid(W_OI, diagonal_I) if self.group_size == -1 else None
-        )  # before dead ones are zeroed
-        dead_I = revive_dead(H_II)
-        W_OI[:, dead_I] = 0
-        job.notes["dead_columns"] = int(dead_I.sum())
-        # Grids that do not depend on the repair; None: found when a group is reached.
-        static_OG = (
-            self.grid.grids(W_OI, diagonal_I)
-            if self.static_groups and whole_row is None
-            else whole_row
+        order = self._order if self.act_order or self.act_group_aware else None
+        H_II, U_II, order_I, dead_I = prepare_hessian(
+            stat.H_II, self.damp, job.notes, order, quick=True
         )
-
-        order_I = self._order(torch.diagonal(H_II))
-        if self.act_order or self.act_group_aware:
-            W_OI, H_II, diagonal_I = (
-                W_OI[:, order_I],
-                H_II[order_I][:, order_I],
-                diagonal_I[order_I],
-            )
-        U_II = factorize(H_II, self.damp, job.notes, inverse=True, quick=True)
-        if (
-            U_II is None
-        ):  # nothing made H positive definite: no repair, which is rounding to nearest
-            job.notes["fallback"] = "rtn"
         aims_at_dense = U_II is not None and self.flow is Flow.BOTH
         if not aims_at_dense:
             del H_II  # 3.3 GB of a 70B model's down projection
+
+        # Grids that do not depend on the repair; None: found when a group is reached.
+        W_OI = weight_OI.masked_fill(dead_I, 0)
+        importance_I = stat.diagonal_I
+        static_OG = None
+        if self.group_size == -1:
+            static_OG = self.grid.grid(weight_OI, importance_I)  # dead columns widen it, too
+        elif self.static_groups:
+            static_OG = self.grid.grids(W_OI, importance_I)
+        W_OI = W_OI[:, order_I]
+        importance_I = importance_I[order_I]
+
         C_II = stat.C_II[order_I][:, order_I] if aims_at_dense else None
         drift_II = None
         if self.gptaq and C_II is not None and U_II is not None:
             drift_II = drift(H_II, C_II, U_II, self.gptaq)
-        used_OI, groups_I = W_OI.clone() if self.refine else W_OI, self._groups(order_I)
+        used_OI = W_OI.clone() if self.refine else W_OI
         solution = solve(
-            used_OI, U_II, self.grid, groups_I, static_OG, diagonal_I, self._block, drift_II
+            used_OI,
+            U_II,
+            self.grid,
+            self._groups(order_I),
+            static_OG,
+            importance_I,
+            self._block,
+            drift_II,
         )
         if self.refine and C_II is not None:
             objective = Objective.of(H_II, job.notes["damp"], C_II.T, weight_OI[:, order_I], W_OI)
@@ -170,24 +161,18 @@ class GPTQ(Method):
 
     def _order(self, diagonal_I: Tensor) -> Tensor:
         """Input channels in the order of solving."""
-        columns = len(diagonal_I)
-        size = columns if self.group_size == -1 else self.group_size
-        if self.act_order or (self.act_group_aware and size >= columns):
-            return torch.argsort(diagonal_I, descending=True, stable=True)
-        if not self.act_group_aware:
-            return torch.arange(columns, device=diagonal_I.device)
+        size = self.grid.size(len(diagonal_I))
+        if self.act_order or size >= len(diagonal_I):
+            return largest_first(diagonal_I)
         return group_aware_order(diagonal_I, size)
 
     def _groups(self, order_I: Tensor) -> Tensor:
         """Group [I] of each column in the order of solving: groups of original columns, or of the
         order's.
         """
-        places_I = (
-            order_I if self.static_groups else torch.arange(len(order_I), device=order_I.device)
-        )
-        return places_I.div(
-            len(order_I) if self.group_size == -1 else self.group_size, rounding_mode="floor"
-        )
+        columns = len(order_I)
+        places_I = order_I if self.static_groups else torch.arange(columns, device=order_I.device)
+        return places_I // self.grid.size(columns)
 
     @property
     def _block(self) -> int:
@@ -202,27 +187,25 @@ class GPTQ(Method):
     def _packed(self, solution: Solution, order_I: Tensor) -> Packed:
         codes_OI, grid_OG, _ = solution
         if self._keeps_order:
-            dtype = torch.int16 if len(order_I) < 1 << 15 else torch.int32
-            return {**self.grid.pack(codes_OI, grid_OG), "order": order_I.to(dtype)}
-        if (
-            self.act_group_aware and self.group_size != -1
-        ):  # groups were found in the order of solving
-            back_G = torch.argsort(
-                order_I[:: self.group_size].div(self.group_size, rounding_mode="floor")
-            )
+            order_I = order_I.to(_order_dtype(len(order_I)))
+            return {**self.grid.pack(codes_OI, grid_OG), "order": order_I}
+        if self.act_group_aware:  # groups were found in the order of solving
+            size = self.grid.size(len(order_I))
+            back_G = torch.argsort(order_I[::size] // size)
             grid_OG = Grid(*(part[:, back_G] for part in grid_OG))
         if self.act_order or self.act_group_aware:
             codes_OI = codes_OI[:, torch.argsort(order_I)]
         return self.grid.pack(codes_OI, grid_OG)
 
     def dequantize(self, packed: Packed, out_features: int, in_features: int) -> Tensor:
-        weight_OI = self.grid.unpack(packed, in_features)
+        weight_OI = super().dequantize(packed, out_features, in_features)
         return weight_OI[:, torch.argsort(packed["order"])] if self._keeps_order else weight_OI
-
-    def affine(self, packed: Packed, out_features: int, in_features: int) -> Affine:
-        return self.grid.affine(packed, in_features)
 
     def linear(self, x: Tensor, packed: Packed, bias: Tensor | None, out_features: int) -> Tensor:
         if self._keeps_order:
             x = x[..., packed["order"].long()]  # gather x, not the weight
-        return self.grid.linear(x, packed, bias)
+        return super().linear(x, packed, bias, out_features)
+
+
+def _order_dtype(in_features: int) -> torch.dtype:
+    return torch.int16 if in_features < 1 << 15 else torch.int32

@@ -26,14 +26,14 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from ..common.spec import Spec
-from ..method import Job, Method, Packed
-from ..numerics.grids import Affine, Uniform
+from ..method import Job, Packed
+from ..numerics.grids import Uniform
 from ..numerics.stats import Stat
+from .uniform import OnUniformGrid
 
 
 @dataclass(frozen=True, kw_only=True)
-class RTN(Method):
+class RTN(OnUniformGrid):
     """group_size -1: one group per row; sym: no zero points; search_range: shrink each range;
     scale_bits: 16 or 32.
     """
@@ -55,19 +55,7 @@ class RTN(Method):
     def grid(self) -> Uniform:
         return Uniform(self.bits, self.group_size, self.sym, self.search_range, self.scale_bits)
 
-    def layout(self, out_features: int, in_features: int) -> dict[str, Spec]:
-        return self.grid.layout(out_features, in_features)
-
     def quantize(self, weight_OI: Tensor, stat: Stat | None, job: Job) -> Packed:
         grid_OG = self.grid.grids(weight_OI)
         codes_OI = self.grid.spread(grid_OG, weight_OI.shape[1]).codes(weight_OI, self.bits)
         return self.grid.pack(codes_OI, grid_OG)
-
-    def dequantize(self, packed: Packed, out_features: int, in_features: int) -> Tensor:
-        return self.grid.unpack(packed, in_features)
-
-    def affine(self, packed: Packed, out_features: int, in_features: int) -> Affine:
-        return self.grid.affine(packed, in_features)
-
-    def linear(self, x: Tensor, packed: Packed, bias: Tensor | None, out_features: int) -> Tensor:
-        return self.grid.linear(x, packed, bias)

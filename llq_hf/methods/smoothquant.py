@@ -38,21 +38,22 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..common.errors import LLQError
 from ..common.spec import Spec
 from ..kernels import choose, once
 from ..kernels.bitpack import unpack
 from ..method import Flow, Method, Packed, Step
 from ..numerics.activations import TokenQuant
-from ..numerics.grids import Affine, Grid, Uniform
+from ..numerics.grids import Grid, Uniform
 from ..numerics.stats import AbsMax, Stat
+from .options import check_range
+from .uniform import OnUniformGrid
 
 BMM_INPUTS = ("q_proj", "k_proj", "v_proj")
 CUDA_ROWS = 32  # CUDA's integer product wants more than 16
 
 
 @dataclass(frozen=True, kw_only=True)
-class SmoothQuant(Method):
+class SmoothQuant(OnUniformGrid):
     """a_bits: of activations, 0 as bits, 16 not quantized; alpha: how much of the difficulty moves
     into the weights.
     """
@@ -73,8 +74,7 @@ class SmoothQuant(Method):
 
     def check(self) -> None:
         _ = self.grid, self.tokens  # validate scale_bits and a_bits
-        if not 0 <= self.alpha <= 1:
-            raise LLQError(f"alpha={self.alpha} must lie in 0..1")
+        check_range(self, "alpha", 0, 1)
 
     @cached_property
     def grid(self) -> Uniform:
@@ -98,7 +98,7 @@ class SmoothQuant(Method):
         return BmmInput(**self.to_dict()) if quantized else self
 
     def layout(self, out_features: int, in_features: int) -> dict[str, Spec]:
-        layout = self.grid.layout(out_features, in_features)
+        layout = super().layout(out_features, in_features)
         if self.smooth:
             layout["in_scale"] = Spec((in_features,), self.grid.scale_dtype)
         return layout
@@ -138,16 +138,13 @@ class SmoothQuant(Method):
         return self.grid.pack(grid.codes(W_OI, self.bits), grid)
 
     def dequantize(self, packed: Packed, out_features: int, in_features: int) -> Tensor:
-        weight_OI = self.grid.unpack(packed, in_features)
+        weight_OI = super().dequantize(packed, out_features, in_features)
         return weight_OI / packed["in_scale"].float() if self.smooth else weight_OI
-
-    def affine(self, packed: Packed, out_features: int, in_features: int) -> Affine:
-        return self.grid.affine(packed, in_features)
 
     def linear(self, x: Tensor, packed: Packed, bias: Tensor | None, out_features: int) -> Tensor:
         z = x / packed["in_scale"].float() if self.smooth else x
         if not self.tokens.on:
-            return self.grid.linear(z.to(x.dtype), packed, bias)
+            return super().linear(z.to(x.dtype), packed, bias, out_features)
         if self._integers(x, out_features):
             y = self._integer_product(z, packed)
         else:  # products and sums of codes, in fp32 whatever the model's dtype

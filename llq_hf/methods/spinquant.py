@@ -36,23 +36,24 @@ from torch import Tensor, nn
 
 from ..common.errors import LLQError
 from ..common.progress import PassListener
-from ..common.spec import Spec
 from ..method import Job, Method, Packed, Rewrite
 from ..models.decoder import decoder_of, quantizable
 from ..models.residual_stream import Residual, Turn, Turned, random_turns, residual_of
-from ..numerics.activations import OFF, Attention, TokenQuant
-from ..numerics.cholesky import factorize, revive_dead
+from ..numerics.activations import OFF, Attention, TokenQuant, pass_through
+from ..numerics.cholesky import largest_first, prepare_hessian
 from ..numerics.error_feedback import solve
 from ..numerics.grids import Affine, Uniform
 from ..numerics.rotations import cayley_step, hadamard, nearest_orthogonal
 from ..numerics.stats import Hessian, Stat
+from .options import check_choice, check_damp, check_least, check_positive
+from .uniform import OnUniformGrid
 
 ROTATIONS, SOLVERS = ("hadamard", "learned"), ("gptq", "rtn")
 BATCH = 8  # sequences per learning step
 
 
 @dataclass(frozen=True, kw_only=True)
-class SpinQuant(Method):
+class SpinQuant(OnUniformGrid):
     """a_bits, kv_bits 16: not quantized; key_heads: a grid per head of a key, as values have;
     solver gptq, rtn; levels absmax, full, halves (see `Uniform`); w_clip: search each range;
     rotations hadamard, learned; r4: turn down_proj's input; head_dim 0: filled in from the model.
@@ -84,24 +85,11 @@ class SpinQuant(Method):
 
     def check(self) -> None:
         _ = self.grid, self.attention, self.token_quant  # validate their fields
-        for name, value, known in (
-            ("rotations", self.rotations, ROTATIONS),
-            ("solver", self.solver, SOLVERS),
-        ):
-            if value not in known:
-                raise LLQError(f"{name}={value!r} is unknown; there are {' and '.join(known)}")
-        if not 0 <= self.damp <= 1:
-            raise LLQError(
-                f"damp={self.damp} must lie in 0..1, a share of the Hessian's mean diagonal"
-            )
-        if self.learn_steps < 1 or not 0 < self.learn_rate < math.inf:
-            raise LLQError(
-                f"learn_steps={self.learn_steps} and learn_rate={self.learn_rate} must be positive"
-            )
-        if self.head_dim < 0:
-            raise LLQError(
-                f"head_dim={self.head_dim} must not be negative (0: to be read from the model)"
-            )
+        check_choice(self, "rotations", ROTATIONS)
+        check_choice(self, "solver", SOLVERS)
+        check_damp(self)
+        check_positive(self, "learn_steps", "learn_rate")
+        check_least(self, 0, "head_dim")
 
     @cached_property
     def grid(self) -> Uniform:
@@ -153,41 +141,31 @@ class SpinQuant(Method):
     def calibrated(self) -> bool:
         return self.solver == "gptq"
 
-    def layout(self, out_features: int, in_features: int) -> dict[str, Spec]:
-        return self.grid.layout(out_features, in_features)
-
     def quantize(self, weight_OI: Tensor, stat: Stat | None, job: Job) -> Packed:
-        W_OI = weight_OI.clone()
-        turn = hadamard(W_OI.shape[1], W_OI.device)
-        if self.turns:
-            W_OI = turn.apply(W_OI)
-        order_I, U_II = torch.arange(W_OI.shape[1], device=W_OI.device), None
-        whole_row = (
-            self.grid.grid(W_OI) if self.group_size == -1 else None
-        )  # before dead columns are zeroed
+        turn = hadamard(weight_OI.shape[1], weight_OI.device)
+        W_OI = turn.apply(weight_OI) if self.turns else weight_OI
+        # Of whole rows, the grids are found before dead columns are zeroed.
+        static_OG = self.grid.grid(W_OI) if self.group_size == -1 else None
+        order_I = torch.arange(W_OI.shape[1], device=W_OI.device)
+        U_II = None
         if self.solver == "gptq":
             assert isinstance(stat, Hessian)
             H_II = turn.apply(turn.apply(stat.H_II).T) if self.turns else stat.H_II
-            dead_I = revive_dead(H_II)
-            W_OI[:, dead_I] = 0
-            job.notes["dead_columns"] = int(dead_I.sum())
-            if self.act_order:
-                order_I = torch.argsort(torch.diagonal(H_II), descending=True, stable=True)
-                H_II = H_II[order_I][:, order_I]
-            U_II = factorize(H_II, self.damp, job.notes, inverse=True)
-            if U_II is None:
-                job.notes["fallback"] = "rtn"
-        # With an order of columns, groups of them are those of the weight as it was.
-        static = self.grid.grids(W_OI) if self.act_order and whole_row is None else whole_row
-        size = len(order_I) if self.group_size == -1 else self.group_size
-        codes_OI, grid_OG, _ = solve(W_OI[:, order_I], U_II, self.grid, order_I // size, static)
+            order = largest_first if self.act_order else None
+            _, U_II, order_I, dead_I = prepare_hessian(H_II, self.damp, job.notes, order)
+            W_OI = W_OI.masked_fill(dead_I, 0)
+        if self.act_order and static_OG is None:
+            # With an order of columns, groups of them are those of the weight as it was.
+            static_OG = self.grid.grids(W_OI)
+        group_I = order_I // self.grid.size(len(order_I))
+        codes_OI, grid_OG, _ = solve(W_OI[:, order_I], U_II, self.grid, group_I, static_OG)
         packed = self.grid.pack(codes_OI[:, torch.argsort(order_I)], grid_OG)
         if self.levels == "halves":  # no level is zero: rows that are have no step
             packed["scale"] *= weight_OI.any(1, keepdim=True)
         return packed
 
     def dequantize(self, packed: Packed, out_features: int, in_features: int) -> Tensor:
-        weight_OI = self.grid.unpack(packed, in_features)
+        weight_OI = super().dequantize(packed, out_features, in_features)
         return (
             hadamard(in_features, weight_OI.device).invert(weight_OI) if self.turns else weight_OI
         )
@@ -197,10 +175,10 @@ class SpinQuant(Method):
             raise LLQError(
                 f"{self.name} turns the input of down_proj while the model runs; quantize with r4=False"
             )
-        return self.grid.affine(packed, in_features)
+        return super().affine(packed, out_features, in_features)
 
     def linear(self, x: Tensor, packed: Packed, bias: Tensor | None, out_features: int) -> Tensor:
-        return self.grid.linear(self._input(x), packed, bias)
+        return super().linear(self._input(x), packed, bias, out_features)
 
     # --- the whole model --------------------------------------------------------------------------
 
@@ -348,19 +326,14 @@ class _Student:
         if role.a_bits < OFF:
             return weight  # GPTQ will do better than rounding here would tell
         spread = role.grid.spread(role.grid.grids(weight.detach().float()), weight.shape[1])
-        return _through(weight, spread.values(spread.codes(weight.detach().float(), role.bits)))
+        return pass_through(weight, spread.values(spread.codes(weight.detach().float(), role.bits)))
 
 
 def _read_rounded(role: SpinQuant, module: nn.Module, args: tuple[Tensor, ...]) -> Tensor:
     x = args[0]
     if role.turns:
         x = hadamard(x.shape[-1], x.device).apply(x).to(x.dtype)
-    return _through(x, role.token_quant(x.detach()))
-
-
-def _through(x: Tensor, rounded: Tensor) -> Tensor:
-    """`rounded`, with the gradient of x."""
-    return x + (rounded.to(x.dtype) - x).detach()
+    return pass_through(x, role.token_quant(x.detach()))
 
 
 def _matrices(rotations: list[Tensor]) -> tuple[Turn, list[Turn]]:

@@ -27,6 +27,7 @@ from ..common.progress import PassListener
 from ..method import BlockData, Method, State, Step
 from ..models.decoder import hidden_of as first_output
 from ..models.decoder import replace_module
+from ..numerics.grids import grouped
 
 MODEL_TOKENS = 2048  # of a forward pass of the whole model: logits of a whole batch may not fit
 SAVED_EVERY = 32  # steps of the whole model
@@ -271,11 +272,6 @@ class _Scaled(torch.autograd.Function):
             for basis_OI in linear.bases(x.shape[-1])
         ]
         return gradients[0] @ weight_OI, torch.stack(by_scale, dim=-1), None
-
-
-def grouped(matrix_OI: Tensor, size: int) -> Tensor:
-    """[O, I] -> [O, G, g]; a last group that is shorter is filled up with zeros."""
-    return F.pad(matrix_OI, (0, -matrix_OI.shape[1] % size)).view(len(matrix_OI), -1, size)
 
 
 Kind = TypeVar("Kind", bound=ScaledLinear)

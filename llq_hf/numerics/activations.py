@@ -24,11 +24,14 @@ OFF = 16  # bits from which on activations are left as they are
 _TINY_SCALE = 1e-5  # of a token that is all zeros; the value of all three papers' codes
 
 
+def pass_through(x: Tensor, value: Tensor) -> Tensor:
+    """`value` in the dtype of x, with the gradient of x (straight-through estimator)."""
+    return x + (value.to(x.dtype) - x).detach()
+
+
 def round_through(x: Tensor) -> Tensor:
-    """Round half to even; the gradient passes as if nothing had happened (straight-through
-    estimator).
-    """
-    return x + (torch.round(x) - x).detach() if x.requires_grad else torch.round(x)
+    """Round half to even; the gradient passes as if nothing had happened."""
+    return pass_through(x, torch.round(x)) if x.requires_grad else torch.round(x)
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +13,51 @@ from torch import Tensor
 # MKL's fp32 kernels for AVX-512 sum 192 products at a time: leaving out multiples of that, and no
 # fewer than 384 in, changes no bit.
 STRIP = 384
+
+
+class PreparedHessian(NamedTuple):
+    """A Hessian and its factor, columns in the order of solving."""
+
+    H_II: Tensor  # undamped, dead channels revived
+    factor_II: Tensor | None  # of the damped H: U, or L; None: nothing made it positive definite
+    order_I: Tensor  # the input channel of each column
+    dead_I: Tensor  # mask of the channels that never fired, in the model's order
+
+
+def prepare_hessian(
+    H_II: Tensor,
+    damp: float,
+    notes: dict[str, Any],
+    order: Callable[[Tensor], Tensor] | None = None,
+    *,
+    inverse: bool = True,
+    quick: bool = False,
+    ridge: float = 0.0,
+    fallback: str = "rtn",
+) -> PreparedHessian:
+    """Revive dead channels, put the columns in the order of solving, and factorize.
+
+    `H_II` is changed in place. order(diagonal [I]) gives the order [I]; None: as they are. damp,
+    inverse, quick: see `factorize`. ridge: added to the diagonal first. Notes "dead_columns", and
+    `fallback` as "fallback" where there is no factor; what that means is up to the caller.
+    """
+    dead_I = revive_dead(H_II)
+    notes["dead_columns"] = int(dead_I.sum())
+    if ridge:
+        torch.diagonal(H_II).add_(ridge)
+    order_I = torch.arange(len(H_II), device=H_II.device)
+    if order is not None:
+        order_I = order(torch.diagonal(H_II))
+        H_II = H_II[order_I][:, order_I]
+    factor_II = factorize(H_II, damp, notes, inverse=inverse, quick=quick)
+    if factor_II is None:
+        notes["fallback"] = fallback
+    return PreparedHessian(H_II, factor_II, order_I, dead_I)
+
+
+def largest_first(diagonal_I: Tensor) -> Tensor:
+    """Columns [I] by falling H_ii: an `order` of `prepare_hessian`."""
+    return torch.argsort(diagonal_I, descending=True, stable=True)
 
 
 def revive_dead(H_II: Tensor) -> Tensor:

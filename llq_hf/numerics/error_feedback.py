@@ -131,7 +131,7 @@ def solve(
     its first column is reached, from W_OI as finished blocks left it; importance_I weights errors
     where ranges are searched.
     """
-    size = W_OI.shape[1] if uniform.group_size == -1 else uniform.group_size
+    size = uniform.size(W_OI.shape[1])
     codes_IO = W_OI.new_empty(W_OI.shape[::-1], dtype=torch.uint8)
     groups: list[int] = group_I.tolist()
     grids_O: list[Grid] = [] if grid_OG is None else grid_OG.per_group()

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..common.errors import LLQError
 from ..common.spec import Spec
@@ -93,6 +93,33 @@ class Affine(NamedTuple):
         return weight_OI if self.in_scale_I is None else weight_OI / self.in_scale_I
 
 
+def grouped(x: Tensor, size: int, mode: str = "constant") -> Tensor:
+    """[..., I] -> [..., G, size]. A last group that is shorter is filled up with zeros; with mode
+    "replicate" (of a matrix) with its last column.
+    """
+    missing = -x.shape[-1] % size
+    if missing:
+        x = nn.functional.pad(x, (0, missing), mode=mode)
+    return x.reshape(*x.shape[:-1], -1, size)
+
+
+def check_group_size(group_size: int, whole: str = "one group per row") -> None:
+    if group_size != -1 and group_size < 1:
+        raise LLQError(f"group_size={group_size} must be -1 ({whole}) or at least 1")
+
+
+def columns_per_group(group_size: int, in_features: int) -> int:
+    """`group_size`, where -1 means all columns."""
+    return in_features if group_size == -1 else group_size
+
+
+def scale_dtype(scale_bits: int) -> torch.dtype:
+    """How scales are stored; LLQError for widths other than 16 and 32."""
+    if scale_bits not in (16, 32):
+        raise LLQError(f"scale_bits={scale_bits} must be 16 (stored as fp16) or 32 (fp32)")
+    return torch.float16 if scale_bits == 16 else torch.float32
+
+
 SYMMETRIC = ("full", "absmax", "halves")
 
 
@@ -117,12 +144,12 @@ class Uniform:
     def __post_init__(self) -> None:
         if self.levels not in SYMMETRIC:
             raise LLQError(f"levels={self.levels!r} is unknown; there are {', '.join(SYMMETRIC)}")
-        if self.group_size != -1 and self.group_size < 1:
-            raise LLQError(
-                f"group_size={self.group_size} must be -1 (one group per row) or at least 1"
-            )
-        if self.scale_bits not in (16, 32):
-            raise LLQError(f"scale_bits={self.scale_bits} must be 16 (stored as fp16) or 32 (fp32)")
+        check_group_size(self.group_size)
+        _ = self.scale_dtype  # validates scale_bits
+
+    def size(self, in_features: int) -> int:
+        """Columns of a group."""
+        return columns_per_group(self.group_size, in_features)
 
     # --- finding grids ----------------------------------------------------------------------------
 
@@ -145,10 +172,9 @@ class Uniform:
 
     def grids(self, weight_OI: Tensor, importance_I: Tensor | None = None) -> Grid:
         """One grid per row and group of consecutive columns: scale and zero [O, G]."""
-        size = weight_OI.shape[1] if self.group_size == -1 else self.group_size
-        importance_I = (
-            weight_OI.new_ones(weight_OI.shape[1]) if importance_I is None else importance_I
-        )
+        size = self.size(weight_OI.shape[1])
+        if importance_I is None:
+            importance_I = weight_OI.new_ones(weight_OI.shape[1])
         parts = zip(
             torch.split(weight_OI, size, dim=1), torch.split(importance_I, size), strict=True
         )
@@ -227,13 +253,13 @@ class Uniform:
 
     @property
     def scale_dtype(self) -> torch.dtype:
-        return torch.float16 if self.scale_bits == 16 else torch.float32
+        return scale_dtype(self.scale_bits)
 
     def layout(self, out_features: int, in_features: int) -> dict[str, Spec]:
         """weight: codes; scale: one per group; zero: b bits per group, packed over the whole matrix
         (none if sym).
         """
-        groups = 1 if self.group_size == -1 else -(-in_features // self.group_size)
+        groups = -(-in_features // self.size(in_features))
         layout = {
             "weight": Spec(
                 (out_features, bitpack.packed_words(in_features, self.bits)), torch.int32
@@ -277,8 +303,7 @@ class Uniform:
         """
         order_I, in_scale_I = packed.get("order"), packed.get("in_scale")
         codes_OI = bitpack.unpack(packed["weight"], self.bits, in_features)
-        size = in_features if self.group_size == -1 else self.group_size
-        groups_I = torch.arange(in_features, device=codes_OI.device) // size
+        groups_I = torch.arange(in_features, device=codes_OI.device) // self.size(in_features)
         if order_I is not None:
             back_I = torch.argsort(order_I)
             codes_OI, groups_I = codes_OI[:, back_I], groups_I[back_I]
@@ -299,7 +324,7 @@ class Uniform:
 
     def readable(self, packed: dict[str, Tensor], in_features: int) -> UniformCodes:
         """The tensors of `layout` as kernels read them."""
-        size = in_features if self.group_size == -1 else self.group_size
+        size = self.size(in_features)
         zero = self._centre if self.sym else packed["zero"]
         parts = (Part(self.bits, in_features),)
         return UniformCodes(

@@ -112,6 +112,11 @@ class Hessian(Stat):
         """A fresh copy, fp32: solvers change it in place."""
         return self.sum_II * (2.0 / self.sequences)
 
+    @property
+    def diagonal_I(self) -> Tensor:
+        """The diagonal of `H_II`, without a copy of the rest."""
+        return torch.diagonal(self.sum_II) * (2.0 / self.sequences)
+
     def check(self, name: str) -> None:
         if self.sequences == 0:
             raise LLQError(f"{name} saw no calibration data")

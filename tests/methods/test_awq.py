@@ -305,7 +305,7 @@ def test_each_step_of_best_lowers_the_loss(bits: int, group_size: int):
 def test_feedback_sees_the_quantized_stream_and_notes_when_it_cannot_factorize(monkeypatch):
     assert build("awq").flow is Flow.DENSE
     assert build("awq", feedback=True).flow is Flow.QUANTIZED
-    monkeypatch.setattr("llq_hf.methods.awq.factorize", lambda *args, **options: None)
+    monkeypatch.setattr("llq_hf.numerics.cholesky.factorize", lambda *args, **options: None)
     given = checks.step(build("awq", bits=3, feedback=True), checks.weight())
     with torch.no_grad():
         packed = build("awq", bits=3, feedback=True).quantize_block(given)["test"]

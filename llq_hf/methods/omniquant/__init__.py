@@ -41,7 +41,6 @@ nothing stored.
 from __future__ import annotations
 
 import copy
-import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
@@ -49,18 +48,19 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ...common.errors import LLQError
 from ...common.spec import Spec
 from ...method import Flow, Method, Packed, Step
 from ...numerics.activations import OFF, Attention, TokenQuant
-from ...numerics.grids import Affine, Uniform
+from ...numerics.grids import Uniform
+from ..options import check_least, check_range
+from ..uniform import OnUniformGrid
 from .block_training import BlockTraining
 from .equivalence import BAKED, _observed, equivalences
 from .rounding import TrainedLinear
 
 
 @dataclass(frozen=True, kw_only=True)
-class OmniQuant(Method):
+class OmniQuant(OnUniformGrid):
     """a_bits 16: activations stay as they are, and `let` means nothing; alpha: LET starts at
     x**alpha / w**(1 - alpha).
 
@@ -97,13 +97,8 @@ class OmniQuant(Method):
 
     def check(self) -> None:
         _ = self.grid, self.tokens  # validate group_size and a_bits
-        if self.epochs < 0:
-            raise LLQError(f"epochs={self.epochs} must not be negative")
-        for option in ("lwc_lr", "let_lr", "rounding_lr"):
-            if not 0 <= getattr(self, option) < math.inf:
-                raise LLQError(f"{option}={getattr(self, option)} must be a number of at least 0")
-        if not 0 <= self.alpha <= 1:
-            raise LLQError(f"alpha={self.alpha} must lie in 0..1")
+        check_least(self, 0, "epochs", "lwc_lr", "let_lr", "rounding_lr")
+        check_range(self, "alpha", 0, 1)
 
     @cached_property
     def grid(self) -> Uniform:
@@ -139,23 +134,20 @@ class OmniQuant(Method):
     # --- what is stored ---------------------------------------------------------------------------
 
     def layout(self, out_features: int, in_features: int) -> dict[str, Spec]:
-        layout = self.grid.layout(out_features, in_features)
+        layout = super().layout(out_features, in_features)
         if self.transforms and self.divides_input:
             layout["in_scale"] = Spec((in_features,), torch.float16)
         return layout
 
     def dequantize(self, packed: Packed, out_features: int, in_features: int) -> Tensor:
-        weight_OI = self.grid.unpack(packed, in_features)
+        weight_OI = super().dequantize(packed, out_features, in_features)
         return weight_OI / packed["in_scale"].float() if "in_scale" in packed else weight_OI
-
-    def affine(self, packed: Packed, out_features: int, in_features: int) -> Affine:
-        return self.grid.affine(packed, in_features)
 
     def linear(self, x: Tensor, packed: Packed, bias: Tensor | None, out_features: int) -> Tensor:
         if not self.tokens.on:
-            return self.grid.linear(x, packed, bias)
+            return super().linear(x, packed, bias, out_features)
         z = x / packed["in_scale"].float() if "in_scale" in packed else x
-        return self.grid.linear(self.tokens(z).to(x.dtype), packed, bias)
+        return super().linear(self.tokens(z).to(x.dtype), packed, bias, out_features)
 
     # --- training ---------------------------------------------------------------------------------
 
@@ -194,12 +186,3 @@ class _Baked(OmniQuant):
     """OmniQuant for a linear whose input nobody divides."""
 
     divides_input: ClassVar[bool] = False
-
-
-# --- one linear under training --------------------------------------------------------------------
-
-
-# --- the equivalent transformation ----------------------------------------------------------------
-
-
-# --- training -------------------------------------------------------------------------------------

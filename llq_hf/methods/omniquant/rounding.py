@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 from ...common.spec import Spec
 from ...method import Packed
-from ...numerics.activations import round_through
-from ...numerics.grids import Grid
+from ...numerics.activations import pass_through, round_through
+from ...numerics.grids import Grid, grouped
 
 if TYPE_CHECKING:
     from . import OmniQuant
@@ -44,7 +44,7 @@ class TrainedLinear(nn.Module):
         super().__init__()
         self.method, self.levels = method, 2**method.bits - 1
         self.out_features, self.in_features = linear.weight.shape
-        self.size = self.in_features if method.group_size == -1 else method.group_size
+        self.size = method.grid.size(self.in_features)
         groups = -(-self.in_features // self.size)
         self.weight_OI = linear.weight.detach().float()
         self.bias = None if linear.bias is None else linear.bias.detach().float()
@@ -86,7 +86,7 @@ class TrainedLinear(nn.Module):
         weight_OGg, low_OG1, high_OG1 = self._grouped()
         if self.columns is not None:
             squares_I = squares_I / self.columns().square()
-        squares_Gg = F.pad(squares_I, (0, -self.in_features % self.size)).view(-1, self.size)
+        squares_Gg = grouped(squares_I, self.size)
         best_2OG, least_OG = self.clip_2OG.clone(), torch.full_like(self.clip_2OG[0], torch.inf)
         for up, down in itertools.product(SEARCHED, repeat=2):
             self.clip_2OG[0], self.clip_2OG[1] = (
@@ -117,9 +117,7 @@ class TrainedLinear(nn.Module):
             weight_OI = weight_OI * self.rows()[:, None]
         if self.columns is not None:
             weight_OI = weight_OI * self.columns()
-        missing = -self.in_features % self.size
-        padded_OI = F.pad(weight_OI, (0, missing), mode="replicate") if missing else weight_OI
-        weight_OGg = padded_OI.view(self.out_features, -1, self.size)
+        weight_OGg = grouped(weight_OI, self.size, mode="replicate")
         low_OG1 = weight_OGg.amin(-1, keepdim=True).clamp_max(0)
         high_OG1 = weight_OGg.amax(-1, keepdim=True).clamp_min(0)
         found = weight_OGg, low_OG1, high_OG1
@@ -140,8 +138,7 @@ class TrainedLinear(nn.Module):
             high_OG1 = torch.maximum(high_OG1, -low_OG1)
             low_OG1 = -high_OG1
         scale = ((high_OG1 - low_OG1) / self.levels).clamp_min(TINY_SCALE)
-        stored = scale.detach().half().float()
-        scale = scale + (stored - scale).detach() if scale.requires_grad else stored
+        scale = pass_through(scale, scale.detach().half().float())
         if self.method.sym:
             return Grid(scale, torch.full_like(scale, float(2 ** (self.method.bits - 1))))
         return Grid(scale, round_through(-low_OG1 / scale).clamp(0, self.levels))
