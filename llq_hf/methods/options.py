@@ -1,4 +1,4 @@
-"""Checks of options that several methods have, with one wording for all."""
+"""Checks of options that several methods have, so that errors read alike."""
 
 from __future__ import annotations
 
@@ -11,21 +11,24 @@ from ..method import Method
 
 
 def check_range(method: Method, option: str, low: float, high: float, what: str = "") -> None:
-    """LLQError unless low <= value <= high. what: ends the sentence, ", a share of ..."."""
+    """LLQError unless low <= value <= high. what: the end of the sentence, ", a share of ..."."""
     value = _value(method, option)
     if not low <= value <= high:
         raise LLQError(f"{option}={value} must lie in {low}..{high}{what}")
 
 
 def check_damp(method: Method) -> None:
+    """LLQError unless `damp` is a share of the Hessian's mean diagonal."""
     check_range(method, "damp", 0, 1, ", a share of the Hessian's mean diagonal")
 
 
 def check_gptaq(method: Method) -> None:
+    """LLQError unless `gptaq` is a share."""
     check_range(method, "gptaq", 0, 1, ", the share of GPTAQ's correction")
 
 
 def check_refine(method: Method) -> None:
+    """LLQError unless `refine` is a sensible number of rounds."""
     check_range(method, "refine", 0, 100, " rounds")
 
 
@@ -46,6 +49,7 @@ def check_positive(method: Method, *options: str) -> None:
 
 
 def check_choice(method: Method, option: str, choices: Sequence[str]) -> None:
+    """LLQError unless the option is one of `choices`."""
     value = _value(method, option)
     if value not in choices:
         raise LLQError(f"{option}={value!r} must be one of {', '.join(choices)}")

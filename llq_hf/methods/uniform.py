@@ -1,6 +1,4 @@
-"""Base of the methods that store codes on a uniform grid per group: what `Uniform` does for all of
-them.
-"""
+"""Base of the methods that store codes on a uniform grid per group."""
 
 from __future__ import annotations
 
@@ -16,13 +14,14 @@ from ..numerics.grids import Affine, Uniform
 
 @dataclass(frozen=True, kw_only=True)
 class OnUniformGrid(Method):
-    """A method whose stored tensors are those of `grid`. One that stores more, or changes inputs,
-    extends what differs.
+    """A method that stores the tensors of `grid`. Where it stores more, or transforms the input of
+    the linear, it extends the method below that differs.
     """
 
     @property
     @abstractmethod
-    def grid(self) -> Uniform: ...
+    def grid(self) -> Uniform:
+        """The kind of grid, and how it is stored."""
 
     def layout(self, out_features: int, in_features: int) -> dict[str, Spec]:
         return self.grid.layout(out_features, in_features)

@@ -1,4 +1,4 @@
-"""Token grids against loops over single values, and attention that is quantized inside real models."""
+"""Token grids against loops over single values, and quantized attention inside real models."""
 
 from __future__ import annotations
 
