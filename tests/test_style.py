@@ -49,7 +49,7 @@ DOORS = {
 SCRIPTS = {
     "demo/train_vlm.py"
 }  # nobody imports it; it tries the model that it made by means of higher rows
-HELPERS = {"__init__", "training"}  # files in methods/ that are no method
+HELPERS = {"__init__", "options", "training", "uniform"}  # files in methods/ that are no method
 IMPORT_NAMES = {"pyyaml": "yaml"}  # where a distribution is not imported by its own name
 
 

@@ -47,10 +47,12 @@ from ..common.spec import Spec
 from ..kernels import LevelCodes, once, product
 from ..kernels.bitpack import pack, packed_words, unpack
 from ..method import Flow, Job, Method, Packed
-from ..numerics.cholesky import factorize, revive_dead
+from ..numerics.cholesky import prepare_hessian
 from ..numerics.coordinate_descent import Objective, descend, refit_levels
 from ..numerics.error_feedback import by_blocks
+from ..numerics.grids import scale_dtype
 from ..numerics.stats import PairedHessian, Stat
+from .options import check_choice, check_damp, check_least, check_range, check_refine
 
 SALIENCES = ("hessian", "magnitude")
 SEARCHES = ("salience", "weight")
@@ -83,24 +85,14 @@ class BiLLM(Method):
     scale_bits: int = 16
 
     def check(self) -> None:
-        if self.block_size < 1:
-            raise LLQError(f"block_size={self.block_size} must be at least 1")
-        if self.salience not in SALIENCES:
-            raise LLQError(f"salience={self.salience!r} must be one of {', '.join(SALIENCES)}")
-        if self.search_on not in SEARCHES:
-            raise LLQError(f"search_on={self.search_on!r} must be one of {', '.join(SEARCHES)}")
-        if self.arb_rounds < 0:
-            raise LLQError(f"arb_rounds={self.arb_rounds} must not be negative")
-        if not 0 <= self.refine <= 100:
-            raise LLQError(f"refine={self.refine} must lie in 0..100 rounds")
-        if not 0 <= self.dense_share <= 1:
-            raise LLQError(f"dense_share={self.dense_share} must lie in 0..1")
-        if self.scale_bits not in (16, 32):
-            raise LLQError(f"scale_bits={self.scale_bits} must be 16 (stored as fp16) or 32 (fp32)")
-        if not 0 <= self.damp <= 1:
-            raise LLQError(
-                f"damp={self.damp} must lie in 0..1, a share of the Hessian's mean diagonal"
-            )
+        _ = self._scale_dtype  # validates scale_bits
+        check_least(self, 1, "block_size")
+        check_least(self, 0, "arb_rounds")
+        check_choice(self, "salience", SALIENCES)
+        check_choice(self, "search_on", SEARCHES)
+        check_refine(self)
+        check_range(self, "dense_share", 0, 1)
+        check_damp(self)
 
     @property
     def flow(self) -> Flow:
@@ -108,7 +100,7 @@ class BiLLM(Method):
 
     @property
     def _scale_dtype(self) -> torch.dtype:
-        return torch.float16 if self.scale_bits == 16 else torch.float32
+        return scale_dtype(self.scale_bits)
 
     def layout(self, out_features: int, in_features: int) -> dict[str, Spec]:
         blocks = -(-in_features // self.block_size)
@@ -123,13 +115,9 @@ class BiLLM(Method):
 
     def quantize(self, weight_OI: Tensor, stat: Stat | None, job: Job) -> Packed:
         assert isinstance(stat, PairedHessian)
-        W_OI, H_II = weight_OI.clone(), stat.H_II
-        dead_I = revive_dead(H_II)
-        W_OI[:, dead_I] = 0
-        job.notes["dead_columns"] = int(dead_I.sum())
-        U_II = factorize(H_II, self.damp, job.notes, inverse=True)
-        if U_II is None:  # nothing made H positive definite: salience w^2, no repair
-            job.notes["fallback"] = "rtn"
+        # Without a factor: salience w^2, no repair.
+        H_II, U_II, _, dead_I = prepare_hessian(stat.H_II, self.damp, job.notes)
+        W_OI = weight_OI.masked_fill(dead_I, 0)
         d_I = torch.ones_like(W_OI[0]) if U_II is None else torch.diagonal(U_II)
         code = Code(
             [],

@@ -26,7 +26,6 @@ Storage (G = ceil(I / group_size) groups)
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -40,10 +39,12 @@ from ..common.spec import Spec
 from ..kernels import LevelCodes, once, product
 from ..kernels.bitpack import pack, packed_words, unpack
 from ..method import Job, Method, Packed, State
-from ..numerics.cholesky import factorize, revive_dead
+from ..numerics.cholesky import prepare_hessian
 from ..numerics.error_feedback import by_columns
+from ..numerics.grids import check_group_size, columns_per_group, grouped, scale_dtype
 from ..numerics.stats import Hessian, Stat
-from .training import ScaledLinear, Schedule, grouped, scaled_linears
+from .options import check_least
+from .training import ScaledLinear, Schedule, scaled_linears
 
 _TINY = 2.0**-14  # the smallest normal fp16: scales below it are stored with less than 11 bits
 
@@ -77,22 +78,10 @@ class DBLLM(Method):
     scale_bits: int = 16
 
     def check(self) -> None:
-        if self.group_size != -1 and self.group_size < 1:
-            raise LLQError(
-                f"group_size={self.group_size} must be -1 (one group per row) or at least 1"
-            )
-        if self.scale_bits not in (16, 32):
-            raise LLQError(f"scale_bits={self.scale_bits} must be 16 (stored as fp16) or 32 (fp32)")
-        for option, least in (
-            ("steps", 0),
-            ("batch", 1),
-            ("dad", 0),
-            ("gamma", 0),
-            ("generated", 0),
-            ("damp", 0),
-        ):
-            if not least <= getattr(self, option) < math.inf:
-                raise LLQError(f"{option}={getattr(self, option)} must be at least {least}")
+        check_group_size(self.group_size)
+        _ = self._scale_dtype  # validates scale_bits
+        check_least(self, 1, "batch")
+        check_least(self, 0, "steps", "dad", "gamma", "generated", "damp")
         if not 0 < self.lr <= 1:
             raise LLQError(f"lr={self.lr} must lie in 0..1, a share of the scales")
         if self.steps and not self.labels and not self.dad:
@@ -108,12 +97,15 @@ class DBLLM(Method):
     def calibrated(self) -> bool:
         return self.feedback
 
+    @property
+    def _scale_dtype(self) -> torch.dtype:
+        return scale_dtype(self.scale_bits)
+
     def layout(self, out_features: int, in_features: int) -> dict[str, Spec]:
-        groups = 1 if self.group_size == -1 else -(-in_features // self.group_size)
-        dtype = torch.float16 if self.scale_bits == 16 else torch.float32
+        groups = -(-in_features // self._size(in_features))
         return {
             "weight": Spec((out_features, packed_words(in_features, 2)), torch.int32),
-            "scale": Spec((out_features, groups, 2), dtype),
+            "scale": Spec((out_features, groups, 2), self._scale_dtype),
         }
 
     # --- quantizing -------------------------------------------------------------------------------
@@ -123,16 +115,16 @@ class DBLLM(Method):
         handed on.
         """
         scale_OG2 = self._start(weight_OI)
-        U_II, W_OI = None, weight_OI.clone()
+        U_II = None
+        W_OI = weight_OI.clone()
         if self.feedback:
             assert isinstance(stat, Hessian)
-            H_II = stat.H_II
-            dead_I = revive_dead(H_II)
-            W_OI[:, dead_I] = 0
-            U_II = factorize(H_II, self.damp, job.notes, inverse=True, quick=True)
-            if U_II is None:
-                job.notes["fallback"] = "nearest level"
-        codes_IO, size = torch.empty_like(W_OI.T), self._size(W_OI.shape[1])
+            _, U_II, _, dead_I = prepare_hessian(
+                stat.H_II, self.damp, job.notes, quick=True, fallback="nearest level"
+            )
+            W_OI.masked_fill_(dead_I, 0)
+        codes_IO = torch.empty_like(W_OI.T)
+        size = self._size(W_OI.shape[1])
 
         def rounded(i: int, w_O: Tensor) -> Tensor:
             scale_O2 = scale_OG2[:, i // size]
@@ -141,8 +133,10 @@ class DBLLM(Method):
             return first_O * scale_O2[:, 0] + second_O * scale_O2[:, 1]
 
         by_columns(W_OI, U_II, rounded)
-        dtype = torch.float16 if self.scale_bits == 16 else torch.float32
-        return {"weight": pack(codes_IO.T.contiguous(), 2), "scale": scale_OG2.to(dtype)}
+        return {
+            "weight": pack(codes_IO.T.contiguous(), 2),
+            "scale": scale_OG2.to(self._scale_dtype),
+        }
 
     def dequantize(self, packed: Packed, out_features: int, in_features: int) -> Tensor:
         return restored(
@@ -160,7 +154,7 @@ class DBLLM(Method):
         return product(x, stored, lambda: self.dequantize(packed, out_features, in_features), bias)
 
     def _size(self, in_features: int) -> int:
-        return in_features if self.group_size == -1 else self.group_size
+        return columns_per_group(self.group_size, in_features)
 
     def _start(self, weight_OI: Tensor) -> Tensor:
         """(a1, a2) [O, G, 2], as stored: of the levels -s, 0, s, 2s, or their mirror, nearest in
@@ -185,7 +179,7 @@ class DBLLM(Method):
 
     def _stored(self, scale_OG2: Tensor) -> Tensor:
         """Scales as the file will hold them, in fp32. LLQError where fp16 cannot."""
-        stored = scale_OG2.half().float() if self.scale_bits == 16 else scale_OG2
+        stored = scale_OG2.to(self._scale_dtype).float()
         if not torch.isfinite(stored).all():
             raise LLQError(
                 f"a scale of {float(scale_OG2.abs().max()):g} does not fit fp16: the weights are too large"
@@ -215,9 +209,8 @@ class DBLLM(Method):
             listener,
             state,
         )
-        dtype = torch.float16 if self.scale_bits == 16 else torch.float32
         return {
-            f"{name}.scale": self._stored(m.scale().detach()).to(dtype).cpu()
+            f"{name}.scale": self._stored(m.scale().detach()).to(self._scale_dtype).cpu()
             for name, m in duals.items()
         }
 

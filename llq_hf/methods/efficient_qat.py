@@ -1,12 +1,22 @@
 """EfficientQAT (Chen et al., ACL 2025, arXiv 2407.11062), after OpenGVLab/EfficientQAT at 78fd3fb.
 
-Quantization-aware training in two phases that both fit small memories. *Block-AP*: block by block,
-all parameters are trained (weights, scales s, zero points z), so that the quantized block on
-quantized inputs makes what the full-precision block makes of its own: mean squared error, AdamW
-without decay, 2 epochs of 4096 sequences, 2 a step. In every forward pass a weight is w^ = s (c -
-z), c = clamp(round(w / s) + z, 0, 2**bits - 1), gradients straight through the roundings but not
-through the clamp: a clipped weight stands still, and moves z instead. *E2E-QP*: codes and zero
-points are frozen and packed, and the scales of the whole model are trained on the next token.
+Idea
+    Quantization-aware training in two phases that both need little memory.
+
+    Block-AP trains all parameters of one block after the other (weights, scales s, zero points z),
+    so that the quantized block on quantized inputs reproduces the outputs of the full-precision
+    block on full-precision inputs. The loss is the mean squared error, the optimizer AdamW without
+    decay; the authors train 2 epochs of 4096 sequences, 2 per step. In every forward pass a weight
+    is w^ = s (c - z) with c = clamp(round(w / s) + z, 0, 2**bits - 1). Gradients pass straight
+    through the roundings, but not through the clamp: a clipped weight stays, and moves z instead.
+
+    E2E-QP freezes codes and zero points, and trains the scales of the whole model on the next
+    token.
+
+Steps of `quantize_block` (Block-AP)
+    1. Start: each linear gets its weights and its grids.
+    2. Train.
+    3. Pack: codes are chosen.
 
 Storage (uniform grid; G = ceil(I / group_size) groups)
     name    shape                 dtype   bits per weight
@@ -14,85 +24,86 @@ Storage (uniform grid; G = ceil(I / group_size) groups)
     scale   [O, G]                fp16    16 / group_size
     zero    [O * G * bits / 32]   int32   bits / group_size
 
-Departures: the gains of a block's norms, which Block-AP trains too, stay the base's, as everything
-does here that is no linear. Ranges start with zero inside and zero points are codes (theirs may
-leave the code range while packing clamps nothing). Training is fp32 and sees scales as stored in
-fp16; codes are decided from fp32 weights, not from weights cast to half. Scales down to the
-smallest fp16 are kept (theirs: 1e-4). Gradients of E2E-QP are clipped to a norm of 0.3 as theirs
-are, those of Block-AP, as theirs, not at all.
+Departures
+    Everything that is not a linear stays as in the base model, also the norm gains, which the
+    authors' Block-AP trains. Ranges contain zero at the start, and zero points are codes (theirs
+    may leave the range of codes, and packing does not clamp them). Training is in fp32 with scales
+    as stored in fp16, and codes are chosen from fp32 weights, not from weights cast to half. Scales
+    down to the smallest fp16 are kept (theirs: 1e-4). As in theirs, gradients of E2E-QP are clipped
+    to a norm of 0.3, and those of Block-AP are not clipped.
 
-preset="best" is for the few hundred sequences of a calibration. The model is rotated first
-(`rotated`): its stream and the values of its heads by random Hadamards merged into the weights, as
-SpinQuant does, so that no outlier channel is left for the grids to fail on; a tied head gets a
-matrix of its own. Block-AP starts at codes and scales that GPTQ's feedback with searched ranges and
-`refine` rounds of descent and refit found (`solved`): each weight at the point of its code's cell
-nearest to where it was. Learning rates are relative to the scales a group starts with (`relative`),
-so that one suits every layer, and larger, as there are fewer steps. E2E-QP learns the
-full-precision model's predictions (`distill`).
+Presets
+    "best" is for a calibration set of a few hundred sequences.
+    rotated: the model is rotated first. Random Hadamard transforms of the residual stream and of
+        the values of each head are merged into the weights, as in SpinQuant, so that the grids
+        meet no outlier channels. A tied head gets a matrix of its own.
+    solved: Block-AP starts at the codes and scales of GPTQ's error feedback with searched ranges
+        and `refine` rounds of coordinate descent and refit. Each weight starts at the point of its
+        code's cell that is nearest to its value.
+    relative: learning rates are relative to the scales at the start, so that one rate suits every
+        layer. They are also larger, because there are fewer steps.
+    distill: E2E-QP learns the predictions of the full-precision model.
 """
 
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..common.errors import LLQError
 from ..common.progress import PassListener
-from ..common.spec import Spec
 from ..kernels import bitpack
-from ..method import Flow, Job, Method, Packed, Rewrite, State, Step
+from ..method import Flow, Job, Packed, Rewrite, State, Step
 from ..models.decoder import replace_module
 from ..models.residual_stream import Turned, random_turns, residual_of
-from ..numerics.activations import round_through
-from ..numerics.cholesky import factorize, revive_dead
+from ..numerics.activations import pass_through, round_through
+from ..numerics.cholesky import prepare_hessian
 from ..numerics.coordinate_descent import Objective, refined
 from ..numerics.error_feedback import BLOCK, Solution, group_aware_order, solve
-from ..numerics.grids import Affine, Grid, Uniform
+from ..numerics.grids import Grid, Uniform, grouped
 from ..numerics.stats import PairedHessian, Stat
+from .options import check_least
 from .training import (
     ScaledLinear,
     Schedule,
     Trained,
     cosine,
-    grouped,
     run_block,
     scaled_linears,
     train_block,
 )
+from .uniform import OnUniformGrid
 
 TINY_SCALE = 2.0**-24  # the smallest fp16 above zero
-FLOOR = 1 / 20  # of Block-AP's learning rates, at its end
-WARMUP, CLIP = 0.03, 0.3  # of E2E-QP
+FLOOR = 1 / 20  # the share of Block-AP's learning rates that is left at its end
+WARMUP = 0.03  # share of the steps of E2E-QP
+CLIP = 0.3  # largest norm of E2E-QP's gradients
 DAMP = 0.01  # of the Hessian, a share of its mean diagonal
-EDGE = 0.45  # how far from the middle of its code's cell a weight may start, in steps
+EDGE = 0.45  # a weight starts at most this far from the middle of its code's cell, in steps
 
 
 @dataclass(frozen=True, kw_only=True)
-class EfficientQAT(Method):
-    """epochs, batch, weight_lr, grid_lr (of scales and zero points): of Block-AP; tune_*: of
-    E2E-QP.
+class EfficientQAT(OnUniformGrid):
+    """epochs, batch, weight_lr, grid_lr (of scales and zero points): Block-AP. tune_*: E2E-QP.
 
-    weight_lr, tune_lr 0: the authors', 2e-5 at 2 bits and 1e-5 above. tune_epochs 0: no E2E-QP.
-    rotated: turn the model first, by the rotations of `seed`.
+    weight_lr, tune_lr: 0 is the authors' value, 2e-5 at 2 bits and 1e-5 above. tune_epochs: 0 is no
+    E2E-QP. seed: of the rotations and of the order of E2E-QP's sequences. The others: see the head
+    of this file.
     """
 
     name: ClassVar[str] = "efficient_qat"
     title: ClassVar[str] = "EfficientQAT (Chen et al. 2025)"
-    bits_range: ClassVar[range] = range(
-        2, 5
-    )  # with more, their learning rates are larger than a step of the grid
+    # With more bits, their learning rates are larger than a step of the grid.
+    bits_range: ClassVar[range] = range(2, 5)
     observes: ClassVar[type[Stat] | None] = PairedHessian
-    training_copies: ClassVar[int] = (
-        7  # twin, weights, gradients, two moments, two in the forward pass
-    )
+    # twin, weights, gradients, two moments, two in the forward pass
+    training_copies: ClassVar[int] = 7
     best: ClassVar[dict[str, Any]] = {
         "rotated": True,
         "solved": True,
@@ -124,18 +135,9 @@ class EfficientQAT(Method):
 
     def check(self) -> None:
         _ = self.grid  # validates group_size
-        for option, least in (
-            ("epochs", 0),
-            ("batch", 1),
-            ("refine", 0),
-            ("tune_epochs", 0),
-            ("tune_batch", 1),
-        ):
-            if getattr(self, option) < least:
-                raise LLQError(f"{option}={getattr(self, option)} must be at least {least}")
-        for option in ("weight_lr", "grid_lr", "tune_lr"):
-            if not 0 <= getattr(self, option) < math.inf:
-                raise LLQError(f"{option}={getattr(self, option)} must be a number of at least 0")
+        check_least(self, 1, "batch", "tune_batch")
+        check_least(self, 0, "epochs", "refine", "tune_epochs")
+        check_least(self, 0, "weight_lr", "grid_lr", "tune_lr")
 
     @cached_property
     def grid(self) -> Uniform:
@@ -151,6 +153,7 @@ class EfficientQAT(Method):
 
     @property
     def published_lr(self) -> float:
+        """The authors' learning rate of weights, and of scales in E2E-QP."""
         return 2e-5 if self.bits == 2 else 1e-5
 
     @property
@@ -160,25 +163,14 @@ class EfficientQAT(Method):
     def rewrite(self, model: nn.Module, learned: Mapping[str, Tensor]) -> Rewrite | None:
         if not self.rotated:
             return None
-        residual = residual_of(model)  # refuses models that cannot be turned
+        residual = residual_of(model)  # refuses models that cannot be rotated
         notes = {"rotations": "hadamard", "seed": self.seed, "untied": residual.tied}
         return Turned(residual, *random_turns(residual, self.seed), notes=notes)
-
-    def layout(self, out_features: int, in_features: int) -> dict[str, Spec]:
-        return self.grid.layout(out_features, in_features)
-
-    def dequantize(self, packed: Packed, out_features: int, in_features: int) -> Tensor:
-        return self.grid.unpack(packed, in_features)
-
-    def affine(self, packed: Packed, out_features: int, in_features: int) -> Affine:
-        return self.grid.affine(packed, in_features)
-
-    def linear(self, x: Tensor, packed: Packed, bias: Tensor | None, out_features: int) -> Tensor:
-        return self.grid.linear(x, packed, bias)
 
     # --- Block-AP ---------------------------------------------------------------------------------
 
     def quantize_block(self, step: Step) -> dict[str, Packed]:
+        # 1. start
         jobs = {name: step.job(name) for name in step.linears}
         twin = copy.deepcopy(step.block).float().requires_grad_(False)
         parts = {
@@ -187,12 +179,15 @@ class EfficientQAT(Method):
         }
         for name, part in parts.items():
             replace_module(twin, name, part)
+        # 2. train
         losses = self._train(step, twin, list(parts.values()))
+        # 3. pack
         for job in jobs.values():
             job.notes.update({"first_loss": losses[0], "last_loss": losses[-1]} if losses else {})
         return {name: part.packed() for name, part in parts.items()}
 
     def _started(self, linear: nn.Linear, stat: Stat, job: Job) -> _Linear:
+        """The linear with the weights and grids that training starts from."""
         weight_OI = linear.weight.detach().float()
         bias = None if linear.bias is None else linear.bias.detach().float()
         if not self.solved:
@@ -202,36 +197,31 @@ class EfficientQAT(Method):
         return _Linear(nearest_of_cells(weight_OI, solution), solution.grid_OG, bias, self)
 
     def _solution(self, weight_OI: Tensor, stat: PairedHessian, job: Job) -> Solution:
-        """What GPTQ's feedback finds on searched grids, refined; columns in their own order."""
-        H_II, W_OI = stat.H_II, weight_OI.clone()
-        diagonal_I = torch.diagonal(H_II).clone()
-        W_OI[:, revive_dead(H_II)] = 0
-        size = len(diagonal_I) if self.group_size == -1 else self.group_size
-        order_I = group_aware_order(torch.diagonal(H_II), size)
-        W_OI, H_II, diagonal_I = W_OI[:, order_I], H_II[order_I][:, order_I], diagonal_I[order_I]
-        U_II = factorize(H_II, DAMP, job.notes, inverse=True, quick=True)
-        places_I = torch.arange(len(order_I), device=order_I.device)
+        """GPTQ's solution on searched grids, refined; columns in the model's order."""
+        size = self.grid.size(weight_OI.shape[1])
+        order = partial(group_aware_order, size=size)
+        H_II, U_II, order_I, dead_I = prepare_hessian(stat.H_II, DAMP, job.notes, order, quick=True)
+        W_OI = weight_OI.masked_fill(dead_I, 0)[:, order_I]
+        importance_I = stat.diagonal_I[order_I]
+        group_I = torch.arange(len(order_I), device=order_I.device) // size
         block = size if size < BLOCK or size % BLOCK else BLOCK
-        solution = solve(W_OI.clone(), U_II, self.grid, places_I // size, None, diagonal_I, block)
+        solution = solve(W_OI.clone(), U_II, self.grid, group_I, None, importance_I, block)
         if self.refine and U_II is not None:
             C_II = stat.C_II[order_I][:, order_I]
             objective = Objective.of(H_II, job.notes["damp"], C_II.T, weight_OI[:, order_I], W_OI)
             solution = refined(objective, solution, self.grid, self.refine)
         back_G = torch.argsort(order_I[::size] // size)
         grid_OG = Grid(*(part[:, back_G] for part in solution.grid_OG))
-        return Solution(solution.codes_OI[:, torch.argsort(order_I)], grid_OG, places_I // size)
+        return Solution(solution.codes_OI[:, torch.argsort(order_I)], grid_OG, group_I)
 
     def _train(self, step: Step, twin: nn.Module, parts: list[_Linear]) -> list[float]:
+        """Train `parts`, which are linears of `twin`. Returns the mean loss of each epoch."""
         assert step.data is not None
         data = step.data
-        weights, grids = (
-            [part.weight_OGg for part in parts],
-            [p for part in parts for p in part.grid_parameters],
-        )
+        weights = [part.weight_OGg for part in parts]
+        grids = [p for part in parts for p in part.grid_parameters]
         rates = self.weight_lr or self.published_lr, self.grid_lr
-        groups = [
-            {"params": p, "lr": rate} for p, rate in zip((weights, grids), rates, strict=True)
-        ]
+        groups = [{"params": weights, "lr": rates[0]}, {"params": grids, "lr": rates[1]}]
         optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
 
         def descend(rows: slice, done: float) -> Tensor:
@@ -239,13 +229,13 @@ class EfficientQAT(Method):
                 group["lr"] = rate * cosine(done, floor=FLOOR)
             optimizer.zero_grad()
             total = torch.zeros((), device=weights[0].device)
-            for i in range(rows.start, rows.stop):  # one by one: image-text pairs differ in length
+            # One by one, because image-text pairs differ in length.
+            for i in range(rows.start, rows.stop):
                 one = slice(i, i + 1)
                 with torch.enable_grad():
                     out_BSD = run_block(twin, data, one)
-                    loss = F.mse_loss(out_BSD, data.targets(one).to(out_BSD)) / (
-                        rows.stop - rows.start
-                    )
+                    loss = F.mse_loss(out_BSD, data.targets(one).to(out_BSD))
+                    loss = loss / (rows.stop - rows.start)
                     loss.backward()
                 total += loss.detach()
             optimizer.step()
@@ -289,13 +279,13 @@ class EfficientQAT(Method):
 
 
 def logits(model: Any, ids_BS: Tensor) -> Tensor:
-    """fp32 [B, S, V]"""
+    """fp32 logits [B, S, V]."""
     found: Tensor = model(input_ids=ids_BS, use_cache=False).logits.float()
     return found
 
 
 def divergence(student_BSV: Tensor, teacher_BSV: Tensor) -> Tensor:
-    """Mean KL of the student's predictions from the teacher's, in nats per token."""
+    """Mean KL divergence of the student's predictions from the teacher's, in nats per token."""
     student_TV, teacher_TV = (
         part.log_softmax(-1).flatten(0, 1) for part in (student_BSV, teacher_BSV)
     )
@@ -306,26 +296,25 @@ def divergence(student_BSV: Tensor, teacher_BSV: Tensor) -> Tensor:
 
 
 def nearest_of_cells(weight_OI: Tensor, solution: Solution) -> Tensor:
-    """The weights nearest to these that round to the solution's codes (those of the outermost
-    cells: as they are, if beyond).
-    """
+    """The weights nearest to `weight_OI` that round to the codes of the solution."""
     grid_OI = solution.columns()
-    steps_OI, middle_OI = weight_OI / grid_OI.scale, solution.codes_OI - grid_OI.zero
+    steps_OI = weight_OI / grid_OI.scale
+    middle_OI = solution.codes_OI - grid_OI.zero
     return steps_OI.clamp(middle_OI - EDGE, middle_OI + EDGE) * grid_OI.scale
 
 
 class _Linear(nn.Module):
-    """A linear that rounds its weight anew at every forward pass, on grids that are trained along
-    with it.
-    """
+    """A linear that quantizes its weight in every forward pass, on grids trained with it."""
 
     def __init__(
         self, weight_OI: Tensor, grid_OG: Grid, bias: Tensor | None, method: EfficientQAT
     ) -> None:
         super().__init__()
-        self.method, self.bias, self.levels = method, bias, 2**method.bits - 1
-        self.size = weight_OI.shape[1] if method.group_size == -1 else method.group_size
-        # Parameters are weights and scales in units of the scales they start with, or of 1.
+        self.method = method
+        self.bias = bias
+        self.levels = 2**method.bits - 1
+        self.size = method.grid.size(weight_OI.shape[1])
+        # Parameters are weights and scales in units of the scales at the start, or of 1.
         start_OG1 = grid_OG.scale[..., None].clone()
         self.unit_OG1 = start_OG1 if method.relative else torch.ones_like(start_OG1)
         self.shape = weight_OI.shape
@@ -343,46 +332,41 @@ class _Linear(nn.Module):
         return F.linear(x, weight_OGg.flatten(1)[:, : self.shape[1]], self.bias)
 
     def _rounded(self) -> tuple[Tensor, Grid]:
-        """Codes [O, G, g], and the grid as it is stored, both differentiable."""
+        """Codes [O, G, g], and the grid rounded to what is stored, both differentiable."""
         scale_OG1 = self.scale_OG1.clamp_min(TINY_SCALE)
-        stored_OG1 = (scale_OG1.detach() * self.unit_OG1).half().clamp_min(
-            TINY_SCALE
-        ).float() / self.unit_OG1
-        scale_OG1 = scale_OG1 + (stored_OG1 - scale_OG1).detach()
+        stored_OG1 = (scale_OG1.detach() * self.unit_OG1).half().clamp_min(TINY_SCALE).float()
+        stored_OG1 = stored_OG1 / self.unit_OG1
+        scale_OG1 = pass_through(scale_OG1, stored_OG1)
         zero_OG1 = round_through(self.zero_OG1).clamp(0, self.levels)
         codes_OGg = (round_through(self.weight_OGg / scale_OG1) + zero_OG1).clamp(0, self.levels)
         return codes_OGg, Grid(scale_OG1, zero_OG1)
 
     @torch.no_grad()
     def packed(self) -> Packed:
-        """The tensors of the layout. Codes are decided here."""
+        """The tensors of the layout. Codes are chosen here."""
         codes_OGg, grid = self._rounded()
         codes_OI = codes_OGg.flatten(1)[:, : self.shape[1]]
-        return self.method.grid.pack(
-            codes_OI, Grid((grid.scale * self.unit_OG1)[..., 0], grid.zero[..., 0])
-        )
+        grid_OG = Grid((grid.scale * self.unit_OG1)[..., 0], grid.zero[..., 0])
+        return self.method.grid.pack(codes_OI, grid_OG)
 
 
 class UniformLinear(ScaledLinear):
-    """A linear packed on uniform grids, of which only the scales are trained."""
+    """A linear packed on uniform grids whose scales are trained."""
 
     def __init__(self, packed: Any, method: EfficientQAT) -> None:
-        size = packed.in_features if method.group_size == -1 else method.group_size
+        size = method.grid.size(packed.in_features)
         start_OG1 = packed.scale.float()[..., None]
-        super().__init__(
-            packed, size, start_OG1, start_OG1 if method.relative else torch.ones_like(start_OG1)
-        )
+        unit_OG1 = start_OG1 if method.relative else torch.ones_like(start_OG1)
+        super().__init__(packed, size, start_OG1, unit_OG1)
         self.method = method
-        self.zero_OG1 = (
-            bitpack.unpack(packed.zero, method.bits, start_OG1.numel()).view_as(start_OG1).float()
-        )
+        zeros_N = bitpack.unpack(packed.zero, method.bits, start_OG1.numel())
+        self.zero_OG1 = zeros_N.view_as(start_OG1).float()
 
     def bases(self, in_features: int) -> list[Tensor]:
-        codes_OGg = grouped(
-            bitpack.unpack(self.words, self.method.bits, in_features).float(), self.size
-        )
+        codes_OI = bitpack.unpack(self.words, self.method.bits, in_features).float()
+        codes_OGg = grouped(codes_OI, self.size)
         return [(codes_OGg - self.zero_OG1).flatten(1)[:, :in_features]]
 
     def stored(self) -> Tensor:
-        """fp16 scales [O, G] as the file will hold them."""
+        """fp16 scales [O, G], as they are stored."""
         return self.method.grid.stored(self.scale().detach()[..., 0]).half().cpu()

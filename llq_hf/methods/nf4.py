@@ -49,7 +49,9 @@ from ..common.spec import Spec
 from ..kernels import Numbers, TableCodes, once, product
 from ..kernels.bitpack import pack, packed_words, unpack
 from ..method import Job, Method, Packed
+from ..numerics.grids import grouped
 from ..numerics.stats import Stat
+from .options import check_least, check_range
 
 SUPER = 256  # blocks whose scales (or shifts) share an fp32 number
 CHUNK = 2**21  # weights whose shifts are searched at a time: bounds memory
@@ -126,7 +128,7 @@ class DynamicInt8:
     @staticmethod
     def encode(values_B: Tensor) -> tuple[Tensor, Tensor]:
         """Codes uint8 [B] and absmax fp32 [S]."""
-        padded_SK = _rows(values_B, SUPER)
+        padded_SK = grouped(values_B, SUPER)
         absmax_S = padded_SK.abs().amax(1)
         bounds = dynamic_levels()[1].to(values_B.device)
         codes_SK = torch.bucketize(padded_SK * _inverse(absmax_S)[:, None], bounds)
@@ -161,12 +163,10 @@ class NF4(Method):
     nearest_shift: bool = False
 
     def check(self) -> None:
-        if self.block_size < 2:
-            raise LLQError(f"block_size={self.block_size} must be at least 2 weights")
+        check_least(self, 2, "block_size")
         if not 0 < self.tau_range < 1:
             raise LLQError(f"tau_range={self.tau_range} must lie between 0 and 1")
-        if not 1 <= self.tau_steps <= 10_000:
-            raise LLQError(f"tau_steps={self.tau_steps} must lie in 1..10000")
+        check_range(self, "tau_steps", 1, 10_000)
 
     def layout(self, out_features: int, in_features: int) -> dict[str, Spec]:
         weights = out_features * in_features
@@ -188,7 +188,7 @@ class NF4(Method):
     # --- quantizing -------------------------------------------------------------------------------
 
     def quantize(self, weight_OI: Tensor, stat: Stat | None, job: Job) -> Packed:
-        weight_BK = _rows(weight_OI.flatten(), self.block_size)
+        weight_BK = grouped(weight_OI.flatten(), self.block_size)
         packed: Packed = {}
         if self.icq:
             weight_BK, packed = self._shifted(weight_OI.flatten(), weight_BK)
@@ -263,7 +263,7 @@ class NF4(Method):
         if self.search_range:
             tau_B = DynamicInt8.decode(codes_B, absmax_S)
         shifted_N = (weight_BK - tau_B[:, None]).flatten()[: len(weight_N)]
-        return _rows(shifted_N, self.block_size), {"tau": codes_B, "tau_absmax": absmax_S}
+        return grouped(shifted_N, self.block_size), {"tau": codes_B, "tau_absmax": absmax_S}
 
     def _taus(self, weight_BK: Tensor) -> Tensor:
         """tau [B] of the most entropy. Sorted weights stay sorted when shifted: codes are counted
@@ -312,7 +312,7 @@ class NF4(Method):
     def dequantize(self, packed: Packed, out_features: int, in_features: int) -> Tensor:
         weights = out_features * in_features
         values = _on(packed["weight"].device, levels, self.bits)
-        weight_BK = _rows(values[self._unpack_codes(packed["weight"], weights)], self.block_size)
+        weight_BK = grouped(values[self._unpack_codes(packed["weight"], weights)], self.block_size)
         weight_BK *= self._scales(packed)[:, None]
         if self.icq:
             weight_BK += DynamicInt8.decode(packed["tau"], packed["tau_absmax"])[:, None]
@@ -382,13 +382,6 @@ def _bitsandbytes() -> Any:
         if importlib.util.find_spec("bitsandbytes")
         else None
     )
-
-
-def _rows(values_N: Tensor, size: int) -> Tensor:
-    """[ceil(N / size), size], the last row filled up with zeros."""
-    if len(values_N) % size == 0:
-        return values_N.reshape(-1, size)
-    return torch.nn.functional.pad(values_N, (0, -len(values_N) % size)).view(-1, size)
 
 
 def _inverse(scale_B: Tensor) -> Tensor:

@@ -53,11 +53,12 @@ from ..common.spec import Spec
 from ..kernels import SalientCodes, once, product
 from ..kernels.bitpack import count_ones, pack, packed_words, unpack
 from ..method import Flow, Job, Method, Packed
-from ..numerics.cholesky import factorize, revive_dead
+from ..numerics.cholesky import prepare_hessian
 from ..numerics.coordinate_descent import Objective, descend, refit_levels
 from ..numerics.error_feedback import by_columns
-from ..numerics.grids import Grid, Uniform
+from ..numerics.grids import Grid, Uniform, check_group_size, columns_per_group, scale_dtype
 from ..numerics.stats import PairedHessian, Stat
+from .options import check_choice, check_damp, check_range, check_refine
 
 SALIENCES = ("hessian", "magnitude")
 MEANS = ("group", "binarized")
@@ -222,20 +223,12 @@ class PBLLM(Method):
 
     def check(self) -> None:
         _ = self.salient_grid  # validates scale_bits
-        if self.group_size != -1 and self.group_size < 1:
-            raise LLQError(f"group_size={self.group_size} must be -1 (one group) or at least 1")
-        if self.salience not in SALIENCES:
-            raise LLQError(f"salience={self.salience!r} must be one of {', '.join(SALIENCES)}")
-        if self.mean_over not in MEANS:
-            raise LLQError(f"mean_over={self.mean_over!r} must be one of {', '.join(MEANS)}")
-        if not 0 <= self.refine <= 100:
-            raise LLQError(f"refine={self.refine} must lie in 0..100 rounds")
-        if not 0 <= self.dense_share <= 1:
-            raise LLQError(f"dense_share={self.dense_share} must lie in 0..1")
-        if not 0 <= self.damp <= 1:
-            raise LLQError(
-                f"damp={self.damp} must lie in 0..1, a share of the Hessian's mean diagonal"
-            )
+        check_group_size(self.group_size, whole="one group")
+        check_choice(self, "salience", SALIENCES)
+        check_choice(self, "mean_over", MEANS)
+        check_refine(self)
+        check_range(self, "dense_share", 0, 1)
+        check_damp(self)
 
     @property
     def flow(self) -> Flow:
@@ -248,11 +241,11 @@ class PBLLM(Method):
 
     @property
     def _scale_dtype(self) -> torch.dtype:
-        return torch.float16 if self.scale_bits == 16 else torch.float32
+        return scale_dtype(self.scale_bits)
 
     def _sizes(self, in_features: int) -> list[int]:
         """Columns of each group."""
-        size = in_features if self.group_size == -1 else self.group_size
+        size = columns_per_group(self.group_size, in_features)
         return [min(size, in_features - start) for start in range(0, in_features, size)]
 
     def _binarized(self, weights: int) -> int:
@@ -286,14 +279,10 @@ class PBLLM(Method):
 
     def quantize(self, weight_OI: Tensor, stat: Stat | None, job: Job) -> Packed:
         assert isinstance(stat, PairedHessian)
-        W_OI, H_II = weight_OI.clone(), stat.H_II
-        salient_grid = self.salient_grid.grid(W_OI)  # before dead columns are zeroed
-        dead_I = revive_dead(H_II)
-        W_OI[:, dead_I] = 0
-        job.notes["dead_columns"] = int(dead_I.sum())
-        U_II = factorize(H_II, self.damp, job.notes, inverse=True)
-        if U_II is None:  # nothing made H positive definite: salience by magnitude, no repair
-            job.notes["fallback"] = "rtn"
+        salient_grid = self.salient_grid.grid(weight_OI)  # before dead columns are zeroed
+        # Without a factor: salience by magnitude, no repair.
+        H_II, U_II, _, dead_I = prepare_hessian(stat.H_II, self.damp, job.notes)
+        W_OI = weight_OI.masked_fill(dead_I, 0)
         salient_OI = self._salient(W_OI, U_II)
         scale_OG, mean_OG = self._levels(W_OI, salient_OI)
         coder = Coder(

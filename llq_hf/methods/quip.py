@@ -39,10 +39,11 @@ from ..common.spec import Spec
 from ..kernels import Part, UniformCodes, once, product, turned
 from ..kernels.bitpack import pack, packed_words, unpack
 from ..method import Job, Method, Packed
-from ..numerics.cholesky import factorize, revive_dead
+from ..numerics.cholesky import prepare_hessian
 from ..numerics.grids import Affine, Uniform
 from ..numerics.rotations import Rotation, rotation
 from ..numerics.stats import Hessian, Stat
+from .options import check_damp, check_least, check_positive
 
 BLOCK = 128  # columns fed back together: speed only
 SEARCH_STEPS = 6
@@ -82,14 +83,9 @@ class QuIP(Method):
     seed: int = 0
 
     def check(self) -> None:
-        if not 0 < self.range_sigma < float("inf"):
-            raise LLQError(f"range_sigma={self.range_sigma} must be positive")
-        if self.greedy_passes < 0:
-            raise LLQError(f"greedy_passes={self.greedy_passes} must not be negative")
-        if not 0 <= self.damp <= 1:
-            raise LLQError(
-                f"damp={self.damp} must lie in 0..1, a share of the Hessian's mean diagonal"
-            )
+        check_positive(self, "range_sigma")
+        check_least(self, 0, "greedy_passes")
+        check_damp(self)
 
     @cached_property
     def row_grid(self) -> Uniform:
@@ -142,10 +138,8 @@ class QuIP(Method):
         """Hessian with dead channels revived, and the strictly lower feedback matrix of its LDL
         decomposition.
         """
-        job.notes["dead_columns"] = int(revive_dead(H_II).sum())
-        L_II = factorize(H_II, self.damp, job.notes, inverse=False)
+        H_II, L_II, _, _ = prepare_hessian(H_II, self.damp, job.notes, inverse=False)
         if L_II is None:  # no feedback, which is rounding to nearest
-            job.notes["fallback"] = "rtn"
             return H_II, torch.zeros_like(H_II)
         return H_II, (L_II / torch.diagonal(L_II)).tril_(-1)
 

@@ -1,12 +1,13 @@
 """RTN: round to nearest, the baseline of every study.
 
-Each group of `group_size` consecutive weights of a row spans its own uniform grid (zero always
-inside), and every weight takes the nearest of the 2**bits levels. No data, no compensation: what
-remains is exactly what calibration can win.
+Idea
+    Each group of `group_size` consecutive weights of a row has its own uniform grid, whose range
+    always contains zero. Each weight is rounded to the nearest of the 2**bits levels. There is no
+    calibration data and no error compensation, so RTN shows what the other methods gain by them.
 
-The study's rows are IST-DASLab/gptq's `--nearest` (per channel, asymmetric: `group_size=-1`) and
-the same grid on groups of 128. Its 8.5 at 4 bits, group 128, is worse than this grid gives on most
-models; which grid they used is unknown.
+    The study's rows are IST-DASLab/gptq's `--nearest` (per channel, asymmetric: `group_size=-1`)
+    and the same grid on groups of 128. Its 8.5 at 4 bits and group 128 is worse than what this grid
+    gives on most models; which grid the authors used is unknown.
 
 Storage (uniform grid; G = ceil(I / group_size) groups)
     name    shape                 dtype   bits per weight
@@ -14,8 +15,13 @@ Storage (uniform grid; G = ceil(I / group_size) groups)
     scale   [O, G]                fp16    16 / group_size (fp32, twice that, with scale_bits=32)
     zero    [O * G * bits / 32]   int32   bits / group_size (absent if sym)
 
-Departure: scales are rounded to the stored fp16 before codes are chosen (the authors keep fp32 and cast later).
-`preset="best"` searches the range of each group for the least |error|**2.4: same bits, less error.
+Departures
+    Scales are rounded to the stored fp16 before codes are chosen. (The authors keep fp32 and cast
+    later.)
+
+Presets
+    "best" searches the range of each group for the least sum of |error|**2.4. It stores the same
+    bits.
 """
 
 from __future__ import annotations
@@ -26,16 +32,16 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from ..common.spec import Spec
-from ..method import Job, Method, Packed
-from ..numerics.grids import Affine, Uniform
+from ..method import Job, Packed
+from ..numerics.grids import Uniform
 from ..numerics.stats import Stat
+from .uniform import OnUniformGrid
 
 
 @dataclass(frozen=True, kw_only=True)
-class RTN(Method):
-    """group_size -1: one group per row; sym: no zero points; search_range: shrink each range;
-    scale_bits: 16 or 32.
+class RTN(OnUniformGrid):
+    """group_size: -1 is one group per row. sym: symmetric grids, no zero points. search_range:
+    shrink each range to the least error. scale_bits: 16 or 32.
     """
 
     name: ClassVar[str] = "rtn"
@@ -55,19 +61,7 @@ class RTN(Method):
     def grid(self) -> Uniform:
         return Uniform(self.bits, self.group_size, self.sym, self.search_range, self.scale_bits)
 
-    def layout(self, out_features: int, in_features: int) -> dict[str, Spec]:
-        return self.grid.layout(out_features, in_features)
-
     def quantize(self, weight_OI: Tensor, stat: Stat | None, job: Job) -> Packed:
         grid_OG = self.grid.grids(weight_OI)
         codes_OI = self.grid.spread(grid_OG, weight_OI.shape[1]).codes(weight_OI, self.bits)
         return self.grid.pack(codes_OI, grid_OG)
-
-    def dequantize(self, packed: Packed, out_features: int, in_features: int) -> Tensor:
-        return self.grid.unpack(packed, in_features)
-
-    def affine(self, packed: Packed, out_features: int, in_features: int) -> Affine:
-        return self.grid.affine(packed, in_features)
-
-    def linear(self, x: Tensor, packed: Packed, bias: Tensor | None, out_features: int) -> Tensor:
-        return self.grid.linear(x, packed, bias)

@@ -1,26 +1,41 @@
 """SpinQuant (Liu et al., ICLR 2025, arXiv 2405.16406), after facebookresearch/SpinQuant at 8f47aa3.
 
-Outlier channels are what low-bit grids fail on, and a rotation spreads them. R1 turns the residual
-stream and R2 the values of every head: both are merged into the weights (see `residual`), norm
-gains folded first. R4, a Hadamard, turns the input of down_proj and R3, another, queries and keys
-after the rotary embedding: these run with the model. R1 and R2 are random Hadamards, or learned
-from there on the calibration data by Cayley SGD. The rotated weights are then rounded by GPTQ (or
-to nearest) on symmetric grids; with a_bits < 16 the inputs of all linears, with kv_bits < 16 keys
-and values are rounded token by token while the model runs.
+Idea
+    Low-bit grids fail on outlier channels, and a rotation spreads outliers over all channels. R1
+    rotates the residual stream and R2 the values of each head. Both are merged into the weights
+    (models/residual_stream.py), after the norm gains. R4, a Hadamard transform, rotates the input
+    of down_proj, and R3, another, queries and keys after the rotary embedding; these two are
+    computed at run time. R1 and R2 are random Hadamard transforms, or are learned from there on the
+    calibration data by Cayley SGD.
 
-Storage: rotations are merged or computed, none is stored. Tied heads get a matrix of their own.
+Steps of `quantize`, on the rotated weights
+    1. Rotate the weight and the Hessian by R4 (down_proj only).
+    2. Order: as in the model, or by `act_order` largest H_ii first.
+    3. Factor the damped Hessian (solver "gptq" only).
+    4. Grids that do not depend on the error feedback: of whole rows, or with `act_order` of all
+       groups. Grids are symmetric.
+    5. Solve: GPTQ's error feedback, or rounding to nearest (solver "rtn").
+
+    With a_bits < 16 the inputs of all linears are quantized token by token at run time, with
+    kv_bits < 16 also keys and values.
+
+Storage (no rotation is stored; tied heads get a matrix of their own)
     name    shape                 dtype   bits per weight
     weight  [O, I * bits / 32]    int32   bits
     scale   [O, G]                fp16    16 / I (per row), 16 / group_size
 
-Departures: no mean is taken out of the embedding, which RMSNorm would not do either (theirs changes
-the model); a bias of v_proj is turned, too; while a Hessian is gathered all linears before already
-round their inputs, though not yet the one it is for (theirs puts activation rounding in after
-GPTQ); the step on the orthogonal matrices is the exact Cayley transform (theirs five fixed-point
-iterations of it), and what is learned is projected back in fp64; where activations stay 16 bits,
-rotations are learned with rounded weights. R1 and R2 are drawn from `seed` (theirs ignores its
-own). preset="best" has no level at zero but as many on either side: four useful levels at 2 bits
-instead of three.
+Departures
+    No mean is subtracted from the embedding (theirs does, which changes a model with RMSNorm). A
+    bias of v_proj is rotated, too. While a Hessian is gathered, all linears before already quantize
+    their inputs, but the linear it is for does not yet (theirs starts to quantize activations after
+    GPTQ). The step on the orthogonal matrices is the exact Cayley transform (theirs iterates five
+    times towards it), and the result is projected back in fp64. Where activations stay at 16 bits,
+    rotations are learned with quantized weights. R1 and R2 are drawn from `seed` (theirs ignores
+    its seed).
+
+Presets
+    "best" uses levels="halves": as many levels above zero as below, and none at zero, which makes
+    four useful levels at 2 bits instead of three. It also uses `act_order` and `key_heads`.
 """
 
 from __future__ import annotations
@@ -36,26 +51,29 @@ from torch import Tensor, nn
 
 from ..common.errors import LLQError
 from ..common.progress import PassListener
-from ..common.spec import Spec
 from ..method import Job, Method, Packed, Rewrite
 from ..models.decoder import decoder_of, quantizable
 from ..models.residual_stream import Residual, Turn, Turned, random_turns, residual_of
-from ..numerics.activations import OFF, Attention, TokenQuant
-from ..numerics.cholesky import factorize, revive_dead
+from ..numerics.activations import OFF, Attention, TokenQuant, pass_through
+from ..numerics.cholesky import largest_first, prepare_hessian
 from ..numerics.error_feedback import solve
 from ..numerics.grids import Affine, Uniform
 from ..numerics.rotations import cayley_step, hadamard, nearest_orthogonal
 from ..numerics.stats import Hessian, Stat
+from .options import check_choice, check_damp, check_least, check_positive
+from .uniform import OnUniformGrid
 
-ROTATIONS, SOLVERS = ("hadamard", "learned"), ("gptq", "rtn")
+ROTATIONS = ("hadamard", "learned")
+SOLVERS = ("gptq", "rtn")
 BATCH = 8  # sequences per learning step
 
 
 @dataclass(frozen=True, kw_only=True)
-class SpinQuant(Method):
-    """a_bits, kv_bits 16: not quantized; key_heads: a grid per head of a key, as values have;
-    solver gptq, rtn; levels absmax, full, halves (see `Uniform`); w_clip: search each range;
-    rotations hadamard, learned; r4: turn down_proj's input; head_dim 0: filled in from the model.
+class SpinQuant(OnUniformGrid):
+    """a_bits, kv_bits: 16 is not quantized. key_heads: a grid per head of a key, as values have.
+    solver: gptq or rtn. levels: absmax, full or halves (see `Uniform`). w_clip: search each range.
+    rotations: hadamard or learned. r4: rotate the input of down_proj. head_dim: 0 is filled in from
+    the model.
     """
 
     name: ClassVar[str] = "spinquant"
@@ -84,30 +102,17 @@ class SpinQuant(Method):
 
     def check(self) -> None:
         _ = self.grid, self.attention, self.token_quant  # validate their fields
-        for name, value, known in (
-            ("rotations", self.rotations, ROTATIONS),
-            ("solver", self.solver, SOLVERS),
-        ):
-            if value not in known:
-                raise LLQError(f"{name}={value!r} is unknown; there are {' and '.join(known)}")
-        if not 0 <= self.damp <= 1:
-            raise LLQError(
-                f"damp={self.damp} must lie in 0..1, a share of the Hessian's mean diagonal"
-            )
-        if self.learn_steps < 1 or not 0 < self.learn_rate < math.inf:
-            raise LLQError(
-                f"learn_steps={self.learn_steps} and learn_rate={self.learn_rate} must be positive"
-            )
-        if self.head_dim < 0:
-            raise LLQError(
-                f"head_dim={self.head_dim} must not be negative (0: to be read from the model)"
-            )
+        check_choice(self, "rotations", ROTATIONS)
+        check_choice(self, "solver", SOLVERS)
+        check_damp(self)
+        check_positive(self, "learn_steps", "learn_rate")
+        check_least(self, 0, "head_dim")
 
     @cached_property
     def grid(self) -> Uniform:
         return Uniform(self.bits, self.group_size, True, self.w_clip, self.scale_bits, self.levels)
 
-    # --- roles: o_proj is rounded in heads, down_proj reads a turned input ------------------------
+    # --- roles: o_proj has a grid per head, down_proj a rotated input -----------------------------
 
     turns: ClassVar[bool] = False
     heads: ClassVar[bool] = False
@@ -117,9 +122,8 @@ class SpinQuant(Method):
 
     @property
     def token_quant(self) -> TokenQuant:
-        if (
-            self.heads and self.head_dim
-        ):  # a grid of its own for every head, which need not hold zero
+        """How the input of this linear is quantized."""
+        if self.heads and self.head_dim:  # one grid per head, whose range need not contain zero
             return TokenQuant(self.a_bits, self.a_sym, self.head_dim)
         return TokenQuant(self.a_bits, self.a_sym, zero_inside=True)
 
@@ -127,10 +131,8 @@ class SpinQuant(Method):
     def attention(self) -> Attention | None:
         if self.kv_bits == OFF:
             return None
-        key, value = (
-            TokenQuant(self.kv_bits, False, zero_inside=True),
-            TokenQuant(self.kv_bits, False),
-        )
+        key = TokenQuant(self.kv_bits, False, zero_inside=True)
+        value = TokenQuant(self.kv_bits, False)
         return Attention(key=key, value=value, joint_key=not self.key_heads, hadamard=True)
 
     @property
@@ -138,7 +140,7 @@ class SpinQuant(Method):
         return not self.token_quant.on and self.attention is None
 
     def _input(self, x: Tensor) -> Tensor:
-        """What the stored weight is multiplied with."""
+        """x as the stored weight should get it: rotated and quantized."""
         if self.turns:
             x = hadamard(x.shape[-1], x.device).apply(x).to(x.dtype)
         return self.token_quant(x)
@@ -153,59 +155,57 @@ class SpinQuant(Method):
     def calibrated(self) -> bool:
         return self.solver == "gptq"
 
-    def layout(self, out_features: int, in_features: int) -> dict[str, Spec]:
-        return self.grid.layout(out_features, in_features)
-
     def quantize(self, weight_OI: Tensor, stat: Stat | None, job: Job) -> Packed:
-        W_OI = weight_OI.clone()
-        turn = hadamard(W_OI.shape[1], W_OI.device)
-        if self.turns:
-            W_OI = turn.apply(W_OI)
-        order_I, U_II = torch.arange(W_OI.shape[1], device=W_OI.device), None
-        whole_row = (
-            self.grid.grid(W_OI) if self.group_size == -1 else None
-        )  # before dead columns are zeroed
+        # 1. rotate
+        turn = hadamard(weight_OI.shape[1], weight_OI.device)
+        rotated_OI = turn.apply(weight_OI) if self.turns else weight_OI
+
+        # 2. order, 3. factor
+        W_OI = rotated_OI
+        order_I = torch.arange(W_OI.shape[1], device=W_OI.device)
+        U_II = None
         if self.solver == "gptq":
             assert isinstance(stat, Hessian)
             H_II = turn.apply(turn.apply(stat.H_II).T) if self.turns else stat.H_II
-            dead_I = revive_dead(H_II)
-            W_OI[:, dead_I] = 0
-            job.notes["dead_columns"] = int(dead_I.sum())
-            if self.act_order:
-                order_I = torch.argsort(torch.diagonal(H_II), descending=True, stable=True)
-                H_II = H_II[order_I][:, order_I]
-            U_II = factorize(H_II, self.damp, job.notes, inverse=True)
-            if U_II is None:
-                job.notes["fallback"] = "rtn"
-        # With an order of columns, groups of them are those of the weight as it was.
-        static = self.grid.grids(W_OI) if self.act_order and whole_row is None else whole_row
-        size = len(order_I) if self.group_size == -1 else self.group_size
-        codes_OI, grid_OG, _ = solve(W_OI[:, order_I], U_II, self.grid, order_I // size, static)
+            order = largest_first if self.act_order else None
+            _, U_II, order_I, dead_I = prepare_hessian(H_II, self.damp, job.notes, order)
+            W_OI = rotated_OI.masked_fill(dead_I, 0)
+
+        # 4. grids that do not depend on the feedback; None: found when a group is reached
+        static_OG = None
+        if self.group_size == -1:
+            static_OG = self.grid.grid(rotated_OI)  # with dead columns, as theirs
+        elif self.act_order:
+            static_OG = self.grid.grids(W_OI)  # groups are of the model's columns
+
+        # 5. solve
+        group_I = order_I // self.grid.size(len(order_I))
+        codes_OI, grid_OG, _ = solve(W_OI[:, order_I], U_II, self.grid, group_I, static_OG)
         packed = self.grid.pack(codes_OI[:, torch.argsort(order_I)], grid_OG)
-        if self.levels == "halves":  # no level is zero: rows that are have no step
+        if self.levels == "halves":  # no level is zero, so rows of zeros get the scale 0
             packed["scale"] *= weight_OI.any(1, keepdim=True)
         return packed
 
     def dequantize(self, packed: Packed, out_features: int, in_features: int) -> Tensor:
-        weight_OI = self.grid.unpack(packed, in_features)
-        return (
-            hadamard(in_features, weight_OI.device).invert(weight_OI) if self.turns else weight_OI
-        )
+        weight_OI = super().dequantize(packed, out_features, in_features)
+        if not self.turns:
+            return weight_OI
+        return hadamard(in_features, weight_OI.device).invert(weight_OI)
 
     def affine(self, packed: Packed, out_features: int, in_features: int) -> Affine:
         if self.turns:
             raise LLQError(
-                f"{self.name} turns the input of down_proj while the model runs; quantize with r4=False"
+                f"{self.name} rotates the input of down_proj at run time; quantize with r4=False"
             )
-        return self.grid.affine(packed, in_features)
+        return super().affine(packed, out_features, in_features)
 
     def linear(self, x: Tensor, packed: Packed, bias: Tensor | None, out_features: int) -> Tensor:
-        return self.grid.linear(self._input(x), packed, bias)
+        return super().linear(self._input(x), packed, bias, out_features)
 
     # --- the whole model --------------------------------------------------------------------------
 
     def bound_to(self, model: nn.Module) -> Self:
-        residual = residual_of(model)  # refuses models that cannot be turned
+        residual = residual_of(model)  # refuses models that cannot be rotated
         if self.head_dim not in (0, residual.head_dim):
             raise LLQError(f"head_dim={self.head_dim}, but the model's is {residual.head_dim}")
         return replace(self, head_dim=residual.head_dim) if self.a_bits < OFF else self
@@ -241,11 +241,11 @@ class SpinQuant(Method):
         attend: Callable[[nn.Module], Any],
         listener: PassListener,
     ) -> dict[str, Tensor]:
-        """R1 and R2 of least next-token loss, in fp64, with activations (or else weights) rounded
-        as they will be.
+        """R1 and R2 with the least next-token loss, in fp64. Activations, or else weights, are
+        quantized meanwhile.
 
-        Needs four times the model's memory: its tensors, the turned ones, their gradients, and room
-        to turn in.
+        This needs four times the model's memory: its tensors, the rotated ones, their gradients,
+        and room for rotating.
         """
         residual = residual_of(model)
         stream, heads = random_turns(residual, self.seed)
@@ -262,7 +262,7 @@ class SpinQuant(Method):
             loss, gradients = student.gradients(rotations, ids_NS[rows])
             size = math.sqrt(sum(float(g.square().sum()) for g in gradients))
             rate = self.learn_rate * (1 + math.cos(math.pi * step / self.learn_steps)) / 2
-            shrink = min(1.0, 1 / (size + 1e-6))  # the authors' trainer clips gradients to norm 1
+            shrink = min(1.0, 1 / (size + 1e-6))  # as the authors' trainer, to norm 1
             rotations = [
                 cayley_step(R, g * shrink, rate) for R, g in zip(rotations, gradients, strict=True)
             ]
@@ -273,10 +273,14 @@ class SpinQuant(Method):
 
 
 class _Outputs(SpinQuant):
+    """SpinQuant of o_proj."""
+
     heads: ClassVar[bool] = True
 
 
 class _Down(SpinQuant):
+    """SpinQuant of down_proj, with R4."""
+
     turns: ClassVar[bool] = True
 
 
@@ -291,7 +295,7 @@ def _times(R: Tensor, x: Tensor) -> Tensor:
 
 
 class _Student:
-    """The model with rotations as its only parameters; everything else is held as it was."""
+    """The model with rotations as its only parameters; all other tensors stay."""
 
     def __init__(
         self,
@@ -300,7 +304,9 @@ class _Student:
         model: nn.Module,
         attend: Callable[[nn.Module], Any],
     ) -> None:
-        self.method, self.residual, self.model = method, residual, model
+        self.method = method
+        self.residual = residual
+        self.model = model
         self.dense = {name: p.detach() for name, p in model.named_parameters()}
         self.dense |= {name: self.dense[source] for name, source in Turned(residual).untied.items()}
         self.roles = {name: _role(method, name.rpartition(".")[2]) for name in quantizable(model)}
@@ -310,16 +316,15 @@ class _Student:
         attend(decoder_of(model)[1])
 
     def gradients(self, rotations: list[Tensor], ids_BS: Tensor) -> tuple[float, list[Tensor]]:
-        """(mean next-token loss, its gradients)."""
+        """The mean next-token loss, and its gradient in each rotation."""
         leaves = [R.detach().requires_grad_() for R in rotations]
         turned = Turned(self.residual, *_matrices(leaves), dtype=leaves[0].dtype)
         with torch.no_grad():
             weights = {name: self._weight(name, turned) for name in self.dense}
         weights = {name: weight.detach().requires_grad_() for name, weight in weights.items()}
         total = 0.0
-        for ids_1S in torch.split(
-            ids_BS, 1
-        ):  # one sequence at a time: the logits are the largest tensor
+        # One sequence at a time, because the logits are the largest tensor.
+        for ids_1S in torch.split(ids_BS, 1):
             options = {"input_ids": ids_1S, "use_cache": False}
             logits = torch.func.functional_call(
                 self.model, weights, (), options, tie_weights=False
@@ -327,10 +332,8 @@ class _Student:
             loss = nn.functional.cross_entropy(logits[0, :-1].float(), ids_1S[0, 1:]) / len(ids_BS)
             torch.autograd.backward(loss)
             total += loss.item()
-        for (
-            name,
-            weight,
-        ) in weights.items():  # turned once more, with a graph: one tensor's at a time
+        # Rotate once more, now with a graph: that of one tensor at a time fits into memory.
+        for name, weight in weights.items():
             again = self._weight(name, turned)
             if again.requires_grad and weight.grad is not None:
                 torch.autograd.backward(again, weight.grad)
@@ -339,6 +342,7 @@ class _Student:
         ]
 
     def _weight(self, name: str, turned: Turned) -> Tensor:
+        """The tensor of this name, rotated and, where activations are not, quantized."""
         weight = turned(name, self.dense[name], self.dense.__getitem__)
         role = self.roles.get(name.removesuffix(".weight"))
         if role is None or not name.endswith(".weight"):
@@ -346,21 +350,18 @@ class _Student:
         if role.turns:
             weight = hadamard(weight.shape[1], weight.device).apply(weight).to(weight.dtype)
         if role.a_bits < OFF:
-            return weight  # GPTQ will do better than rounding here would tell
-        spread = role.grid.spread(role.grid.grids(weight.detach().float()), weight.shape[1])
-        return _through(weight, spread.values(spread.codes(weight.detach().float(), role.bits)))
+            return weight  # rounding to nearest here would be worse than GPTQ will be
+        weight_OI = weight.detach().float()
+        spread = role.grid.spread(role.grid.grids(weight_OI), weight.shape[1])
+        return pass_through(weight, spread.values(spread.codes(weight_OI, role.bits)))
 
 
 def _read_rounded(role: SpinQuant, module: nn.Module, args: tuple[Tensor, ...]) -> Tensor:
+    """Forward pre-hook: rotates and quantizes the input, and passes its gradient through."""
     x = args[0]
     if role.turns:
         x = hadamard(x.shape[-1], x.device).apply(x).to(x.dtype)
-    return _through(x, role.token_quant(x.detach()))
-
-
-def _through(x: Tensor, rounded: Tensor) -> Tensor:
-    """`rounded`, with the gradient of x."""
-    return x + (rounded.to(x.dtype) - x).detach()
+    return pass_through(x, role.token_quant(x.detach()))
 
 
 def _matrices(rotations: list[Tensor]) -> tuple[Turn, list[Turn]]:

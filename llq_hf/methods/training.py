@@ -1,13 +1,12 @@
-"""What trainings inside methods share: epochs over a block, steps over a whole model, progress that
-survives a kill.
+"""Training loops that methods share: epochs over one block, and steps over a whole model.
 
 Legend: B sequences of a step, S tokens each, D hidden size, O out_features, I in_features, g group
 size, G groups, K basis matrices.
 
-Two kinds. A *block* is trained against what the full-precision one makes of the full-precision
-stream, epoch after epoch over the calibration sequences in their order. The packed *model* is
-trained as a whole, and only in the scales of its linears: codes stay as they were chosen. Both go
-on, after a kill, from what their `State` kept.
+A block is trained to reproduce the outputs of the full-precision block on the full-precision
+model's activations, for several epochs over the calibration sequences in their order. The packed
+model is trained as a whole, but only in the scales of its linears; codes stay. After a kill, both
+resume from what their `State` saved.
 """
 
 from __future__ import annotations
@@ -27,19 +26,20 @@ from ..common.progress import PassListener
 from ..method import BlockData, Method, State, Step
 from ..models.decoder import hidden_of as first_output
 from ..models.decoder import replace_module
+from ..numerics.grids import grouped
 
-MODEL_TOKENS = 2048  # of a forward pass of the whole model: logits of a whole batch may not fit
-SAVED_EVERY = 32  # steps of the whole model
+MODEL_TOKENS = 2048  # of one forward pass of the whole model, to bound the memory of its logits
+SAVED_EVERY = 32  # steps of whole-model training between two saved states
 
 
 class Trained(NamedTuple):
-    """Parameters and the optimizer that moves them, to be written down and put back."""
+    """Parameters and their optimizer, which can be saved and restored."""
 
     parameters: Sequence[Tensor]
     optimizer: torch.optim.Optimizer
 
     def snapshot(self) -> dict[str, Tensor]:
-        """Everything that the training goes on from, on the CPU."""
+        """All tensors that are needed to resume, on the CPU."""
         tensors = {}
         for i, parameter in enumerate(self.parameters):
             tensors[f"{i}"] = parameter.detach().cpu()
@@ -49,19 +49,17 @@ class Trained(NamedTuple):
 
     @torch.no_grad()
     def restore(self, saved: dict[str, Tensor]) -> None:
+        """Take over the tensors of a `snapshot`."""
         for i, parameter in enumerate(self.parameters):
             parameter.copy_(saved[f"{i}"])
             own = {
                 key.removeprefix(f"{i}."): t for key, t in saved.items() if key.startswith(f"{i}.")
             }
-            # load_state_dict would cast; fused optimizers want their step counter beside the
-            # parameter
+            # load_state_dict would cast. A fused optimizer wants its step counter on the device of
+            # the parameter, others want it on the CPU.
             if own:
-                place = (
-                    parameter.device
-                    if self.optimizer.defaults.get("fused")
-                    else torch.device("cpu")
-                )
+                fused = self.optimizer.defaults.get("fused")
+                place = parameter.device if fused else torch.device("cpu")
                 self.optimizer.state[parameter] = {
                     key: tensor.to(place if key == "step" else parameter.device)
                     for key, tensor in own.items()
@@ -69,8 +67,8 @@ class Trained(NamedTuple):
 
 
 def cosine(done: float, floor: float = 0.0, warmup: float = 0.0) -> float:
-    """Share of a learning rate when `done` of 0..1 is done: linearly up over `warmup`, then down to
-    `floor`.
+    """Factor of the learning rate when `done` (0..1) of the steps are done: linearly up during
+    `warmup`, then along a cosine down to `floor`.
     """
     if done < warmup:
         return done / warmup
@@ -81,15 +79,15 @@ def cosine(done: float, floor: float = 0.0, warmup: float = 0.0) -> float:
 
 
 def run_block(block: nn.Module, data: BlockData, rows: slice) -> Tensor:
-    """fp32 output [B, S, D] of an fp32 block on the quantized inputs of `rows`: of image-text
-    pairs, one.
+    """fp32 output [B, S, D] of an fp32 block on the quantized inputs of `rows` (one row, if the
+    sequences are image-text pairs).
     """
     hidden_BSD, kwargs = data.inputs(rows)
     return first_output(block(hidden_BSD.float(), **in_fp32(kwargs)))
 
 
 def in_fp32(value: Any) -> Any:
-    """Masks and rotary tables, wherever they are, in fp32."""
+    """`value` with all floating-point tensors in it (masks, rotary tables) in fp32."""
     if isinstance(value, Tensor):
         return value.float() if value.is_floating_point() else value
     if isinstance(value, dict):
@@ -105,10 +103,11 @@ def train_block(
     descend: Callable[[slice, float], Tensor],
     cure: str,
 ) -> list[float]:
-    """Train, or go on where an interrupted run was; the mean loss of each epoch.
+    """Train, or resume an interrupted training. Returns the mean loss of each epoch.
 
-    descend(rows, done): one step on these sequences, `done` of 0..1 before it; gives the loss, a
-    scalar on any device. LLQError, which `cure` ends, where a loss is not finite.
+    descend(rows, done): makes one step on these sequences, when `done` (0..1) of the training is
+        done, and returns the loss, a scalar on any device.
+    cure: the end of the LLQError that is raised where a loss is not finite.
     """
     assert step.data is not None
     count = step.data.count
@@ -126,9 +125,8 @@ def train_block(
             total += descend(rows, (epoch * len(parts) + i) / (epochs * len(parts))) * size
             step.listener.advance(size)
         losses.append(float(total) / count)
-        if not math.isfinite(
-            losses[-1]
-        ):  # looked at once an epoch: every look would make a GPU wait
+        # Only once per epoch, because reading a loss makes a GPU wait.
+        if not math.isfinite(losses[-1]):
             raise LLQError(
                 f"the training loss of {step.prefix} is not finite in epoch {epoch + 1}; {cure}"
             )
@@ -141,9 +139,10 @@ def train_block(
 
 @dataclass(frozen=True)
 class Schedule:
-    """steps of `batch` sequences each, all drawn before any comes again; seed: of their order.
+    """How the scales of a whole model are trained.
 
-    floor, warmup: of `cosine`; clip: largest norm of a gradient, 0: any.
+    steps: of `batch` sequences each; every sequence is used before any comes again. seed: of their
+    order. warmup: see `cosine`. clip: largest norm of the gradients; 0: no limit.
     """
 
     steps: int
@@ -154,8 +153,9 @@ class Schedule:
     clip: float = 0.0
 
     def batches(self, ids_NS: Tensor) -> Iterator[Tensor]:
-        """Rows [B, S]: every epoch in an order of its own, the same in every run."""
-        random, rows = torch.Generator().manual_seed(self.seed), torch.empty(0, dtype=torch.long)
+        """Rows [B, S]. Each epoch has an order of its own, which is the same in every run."""
+        random = torch.Generator().manual_seed(self.seed)
+        rows = torch.empty(0, dtype=torch.long)
         for _ in range(self.steps):
             while len(rows) < self.batch:
                 rows = torch.cat([rows, torch.randperm(len(ids_NS), generator=random)])
@@ -170,12 +170,13 @@ class Schedule:
         listener: PassListener,
         state: State,
     ) -> None:
-        """Train the factors of `linears` by AdamW against loss_of(ids_BS), or go on where an
-        interrupted run was.
+        """Train the factors of `linears` by AdamW on loss_of(ids_BS), or resume an interrupted
+        training. LLQError where a loss is not finite.
         """
         factors = [linear.factor.requires_grad_(True) for linear in linears]
         optimizer = torch.optim.AdamW(factors, lr=self.lr, weight_decay=0.0)
-        trained, saved = Trained(factors, optimizer), state.load()
+        trained = Trained(factors, optimizer)
+        saved = state.load()
         if saved is not None:
             trained.restore(saved)
         done = 0 if saved is None else int(saved["step"])
@@ -203,36 +204,39 @@ class Schedule:
             loss = loss_of(part_BS) * len(part_BS) / len(rows_BS)
             if not torch.isfinite(loss):
                 raise LLQError(
-                    f"the training loss is {float(loss)} in step {step}; give a smaller lr than {self.lr}"
+                    f"the training loss is {float(loss)} in step {step}; give a smaller lr than "
+                    f"{self.lr}"
                 )
             loss.backward()  # type: ignore[no-untyped-call]
 
 
 class ScaledLinear(nn.Module, ABC):
-    """A packed linear of which only the scales are trained: W^ = sum_k scale_k * basis_k, group by
-    group of a row.
+    """A packed linear whose scales are trained: W^ = sum_k scale_k * basis_k, per group of a row.
 
-    The factor that is trained is the scale in units of `unit_OGK`: of the scale it began with (one
-    learning rate then suits every layer), or of 1.
+    The parameter is `factor`, the scale in units of `unit_OGK`. The unit is the scale at the start,
+    so that one learning rate suits all layers, or 1.
     """
 
     def __init__(self, packed: nn.Linear, size: int, start_OGK: Tensor, unit_OGK: Tensor) -> None:
         super().__init__()
-        self.words, self.bias, self.size = packed.weight, packed.bias, size
-        self.start_OGK, self.unit_OGK = start_OGK, unit_OGK
+        self.words = packed.weight
+        self.bias = packed.bias
+        self.size = size
+        self.start_OGK = start_OGK
+        self.unit_OGK = unit_OGK
         self.factor = nn.Parameter(start_OGK / unit_OGK)
 
     @abstractmethod
     def bases(self, in_features: int) -> list[Tensor]:
-        """The K integer matrices [O, I] that the stored codes mean."""
+        """The K integer matrices [O, I] of the stored codes."""
 
     def scale(self) -> Tensor:
-        """[O, G, K]"""
+        """Scales [O, G, K] as trained so far."""
         return self.unit_OGK * self.factor
 
     @torch.no_grad()
     def confine(self) -> None:
-        """Keep every scale within 16 times, and a 16th, of what it began as."""
+        """Clamp every scale to between 1/16 and 16 times its start."""
         ends = self.start_OGK / self.unit_OGK / 16, self.start_OGK / self.unit_OGK * 16
         self.factor.clamp_(torch.minimum(*ends), torch.maximum(*ends))
 
@@ -241,7 +245,7 @@ class ScaledLinear(nn.Module, ABC):
         return y if self.bias is None else y + self.bias
 
     def restored(self, scale_OGK: Tensor, in_features: int) -> Tensor:
-        """fp32 weight [O, I] on these scales."""
+        """fp32 weight [O, I] with these scales."""
         weight_OGg: Any = 0.0
         for basis_OI, scale_OG in zip(self.bases(in_features), scale_OGK.unbind(-1), strict=True):
             weight_OGg = weight_OGg + grouped(basis_OI, self.size) * scale_OG[..., None]
@@ -250,7 +254,7 @@ class ScaledLinear(nn.Module, ABC):
 
 
 class _Scaled(torch.autograd.Function):
-    """x W^^T with the gradient of x and of the scales; W^ is made again for the way back, not kept."""
+    """x W^^T with gradients of x and of the scales. The backward pass computes W^ again."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale_OGK: Tensor, linear: ScaledLinear) -> Tensor:
@@ -273,19 +277,15 @@ class _Scaled(torch.autograd.Function):
         return gradients[0] @ weight_OI, torch.stack(by_scale, dim=-1), None
 
 
-def grouped(matrix_OI: Tensor, size: int) -> Tensor:
-    """[O, I] -> [O, G, g]; a last group that is shorter is filled up with zeros."""
-    return F.pad(matrix_OI, (0, -matrix_OI.shape[1] % size)).view(len(matrix_OI), -1, size)
-
-
 Kind = TypeVar("Kind", bound=ScaledLinear)
 
 
 def scaled_linears(
     student: nn.Module, method: Method, wrap: Callable[[nn.Linear], Kind]
 ) -> dict[str, Kind]:
-    """Put a ScaledLinear in place of every linear that `method` packed; by name. All else is
-    frozen.
+    """Replace every linear that `method` packed by the ScaledLinear that `wrap` makes of it.
+
+    Returns them by name. All other parameters are frozen.
     """
     found = {}
     for name, module in list(student.named_modules()):

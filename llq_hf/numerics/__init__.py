@@ -1,1 +1,1 @@
-"""The mathematics that methods share: number grids, statistics, factorizations, solvers, rotations."""
+"""Mathematics that the methods share: grids, statistics, factorizations, solvers, rotations."""

@@ -1,13 +1,16 @@
-"""Dynamic quantization of activations: every token finds its own grid while the model runs.
+"""Dynamic quantization of activations: each token gets its own grid at run time.
 
 Legend: g values that share a scale, M = 2**(bits - 1) - 1.
 
-sym:  s = max|x| / M,                x^ = s * clamp(round(x / s), -M - 1, M)        (SmoothQuant, QuaRot)
-asym: s = (max - min) / (2**b - 1),  x^ = s * (clamp(round(x / s) + z, 0, 2**b - 1) - z),  z = round(-min / s)
-      (OmniQuant; with zero always inside the range: SpinQuant)
+sym:  s  = max|x| / M
+      x^ = s * clamp(round(x / s), -M - 1, M)                     (SmoothQuant, QuaRot)
+asym: s  = (max - min) / (2**b - 1)
+      z  = round(-min / s)
+      x^ = s * (clamp(round(x / s) + z, 0, 2**b - 1) - z)         (OmniQuant)
+      SpinQuant's asymmetric range always contains zero.
 
-Computed in fp32 whatever the model's dtype: a bf16 code of 8 bits would not survive its own
-arithmetic.
+Everything is computed in fp32, whatever the dtype of the model: arithmetic in bf16 is too coarse
+for codes of 8 bits.
 """
 
 from __future__ import annotations
@@ -20,23 +23,26 @@ from torch import Tensor
 from ..common.errors import LLQError
 from .rotations import hadamard
 
-OFF = 16  # bits from which on activations are left as they are
-_TINY_SCALE = 1e-5  # of a token that is all zeros; the value of all three papers' codes
+OFF = 16  # this many bits or more mean: do not quantize activations
+_TINY_SCALE = 1e-5  # scale of an all-zero token, as in the code of all three papers
+
+
+def pass_through(x: Tensor, value: Tensor) -> Tensor:
+    """`value` in the dtype of x, with the gradient of x (straight-through estimator)."""
+    return x + (value.to(x.dtype) - x).detach()
 
 
 def round_through(x: Tensor) -> Tensor:
-    """Round half to even; the gradient passes as if nothing had happened (straight-through
-    estimator).
-    """
-    return x + (torch.round(x) - x).detach() if x.requires_grad else torch.round(x)
+    """Round half to even, with the gradient of x."""
+    return pass_through(x, torch.round(x)) if x.requires_grad else torch.round(x)
 
 
 @dataclass(frozen=True)
 class TokenQuant:
-    """A family of grids along the last axis. bits >= 16: off. group_size -1: the whole axis shares
-    a grid.
+    """How values along the last axis are quantized.
 
-    zero_inside: an asymmetric range always holds zero, so its zero point is a code too.
+    bits 16: not at all. group_size -1: one grid for the whole axis. zero_inside: an asymmetric
+    range always contains zero, so that its zero point is one of the codes.
     """
 
     bits: int = OFF
@@ -51,7 +57,8 @@ class TokenQuant:
             )
         if self.group_size != -1 and self.group_size < 1:
             raise LLQError(
-                f"activation group_size={self.group_size} must be -1 (the whole token) or at least 1"
+                f"activation group_size={self.group_size} must be -1 (the whole token) "
+                "or at least 1"
             )
 
     @property
@@ -59,7 +66,9 @@ class TokenQuant:
         return self.bits < OFF
 
     def __call__(self, x: Tensor) -> Tensor:
-        """What x [..., n] becomes, in its dtype; differentiable with rounding passed through."""
+        """x [..., n] quantized and dequantized, in its dtype. Gradients pass straight through the
+        rounding. LLQError where n does not divide into groups.
+        """
         if not self.on:
             return x
         groups = self._grouped(x.float())
@@ -77,8 +86,8 @@ class TokenQuant:
         return ((codes - zero) * scale).reshape(x.shape).to(x.dtype)
 
     def codes(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(int8 codes [..., n], fp32 scale [..., 1]) of whole tokens on the symmetric grid: for
-        integer matmuls.
+        """int8 codes [..., n] and fp32 scales [..., 1] of whole tokens on the symmetric grid, for
+        integer matrix products.
         """
         assert self.sym
         assert self.bits <= 8
@@ -88,7 +97,7 @@ class TokenQuant:
         return torch.round(x / scale).clamp_(-(self._top + 1), self._top).to(torch.int8), scale
 
     def scale(self, x: Tensor) -> Tensor:
-        """Symmetric step of each group [..., 1]."""
+        """Scale [..., 1] of each group on the symmetric grid."""
         return (x.abs().amax(-1, keepdim=True) / self._top).clamp_min(_TINY_SCALE)
 
     @property
@@ -100,33 +109,33 @@ class TokenQuant:
             return x
         if x.shape[-1] % self.group_size:
             raise LLQError(
-                f"activations of {x.shape[-1]} channels do not divide into groups of {self.group_size}"
+                f"activations of {x.shape[-1]} channels do not divide into groups of "
+                f"{self.group_size}"
             )
         return x.reshape(*x.shape[:-1], -1, self.group_size)
 
 
 @dataclass(frozen=True)
 class Attention:
-    """What happens to queries, keys and values after the rotary embedding; None: nothing. Groups go
-    along head_dim.
+    """How queries, keys and values are quantized after the rotary embedding; None: not at all.
 
-    Keys and values are quantized where attention reads them, cached or not: the numbers are those
-    of a low-bit cache, the cache itself keeps the model's dtype.
+    Groups run along head_dim. Keys and values are quantized where attention reads them, cached or
+    not. So results are those of a low-bit cache, but the cache itself keeps the model's dtype.
     """
 
     query: TokenQuant | None = None
     key: TokenQuant | None = None
     value: TokenQuant | None = None
-    joint_key: bool = False  # all heads of a key token share one grid, instead of one each
-    hadamard: bool = (
-        False  # queries and keys are turned first: no score changes, no channel of a key stands out
-    )
+    joint_key: bool = False  # the heads of a key token share one grid, instead of one each
+    # Queries and keys are rotated first. Scores stay the same, and keys lose their outliers.
+    hadamard: bool = False
 
     def transform(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[B, heads, S, head_dim] each, as they go into the attention function."""
+        """The three tensors [B, heads, S, head_dim] as the attention function should get them."""
         if self.hadamard:
             turn = hadamard(query.shape[-1], query.device)
-            query, key = turn.apply(query).to(query.dtype), turn.apply(key).to(key.dtype)
+            query = turn.apply(query).to(query.dtype)
+            key = turn.apply(key).to(key.dtype)
         if self.query is not None:
             query = self.query(query)
         if self.key is not None:

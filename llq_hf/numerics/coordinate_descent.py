@@ -1,11 +1,12 @@
-"""Second thoughts about codes and levels: coordinate descent and scale refit, both monotone, no
-bits stored.
+"""Improve codes and scales after rounding: coordinate descent, then a least-squares refit.
 
 Legend: O out_features, I in_features, B columns of a block, G groups, K levels, R rows handled
 together.
 
-A row w^ is judged by |X w^ - X~ w|^2 = w^ H w^T - 2 w^ b + const, with X what the linear sees in the quantized model
-and X~ what it sees in the full-precision one: H = X^T X, b = X^T X~ w. So it also repairs what earlier linears broke.
+The loss of a row w^ is |X w^ - X~ w|^2 = w^ H w^T - 2 w^ b + const. X is the input of the linear in
+the quantized model and X~ in the full-precision model: H = X^T X, b = X^T X~ w. So errors of
+earlier linears are corrected, too. Neither step increases the loss of any row, and neither stores
+more bits.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ from .error_feedback import BLOCK, Solution
 from .grids import Grid, Uniform
 
 ROWS = 1024  # rows whose G x G systems are solved together
-REACH = 4.0  # a refitted scale stays within this factor of the old one
+REACH = 4.0  # a refitted scale that changes by a larger factor is not used
 
 
 class Objective(NamedTuple):
-    """H_II damped, symmetric, with positive diagonal; B_OI = the rows b."""
+    """The loss of all rows: H_II damped, symmetric, with a positive diagonal; B_OI the rows b."""
 
     H_II: Tensor
     B_OI: Tensor
@@ -33,15 +34,17 @@ class Objective(NamedTuple):
     def of(
         cls, H_II: Tensor, damp: float, target_II: Tensor, weight_OI: Tensor, W_OI: Tensor
     ) -> Objective:
-        """b = weight_OI @ target_II, target_II = X~^T X. H_II is damped in place by `damp` of its
-        mean diagonal, which pulls to W_OI, the weight as it was solved, not to zero.
+        """b = weight_OI @ target_II, where target_II = X~^T X.
+
+        H_II is damped in place by `damp` times its mean diagonal. The damping pulls towards W_OI,
+        the weight that was solved for, instead of towards zero.
         """
         pull = damp * float(torch.diagonal(H_II).mean())
         torch.diagonal(H_II).add_(pull)
         return cls(H_II, (weight_OI @ target_II).add_(W_OI, alpha=pull))
 
     def loss(self, values_OI: Tensor) -> Tensor:
-        """[O] up to a constant of each row; fp64, for the terms nearly cancel."""
+        """[O], up to a constant per row; in fp64, because the terms nearly cancel."""
         values_OI = values_OI.double()
         return ((values_OI @ self.H_II.double() - 2 * self.B_OI.double()) * values_OI).sum(1)
 
@@ -49,12 +52,13 @@ class Objective(NamedTuple):
 def descend(
     objective: Objective, values_OI: Tensor, nearest: Callable[[int, Tensor], Tensor]
 ) -> Tensor:
-    """Values [O, I] after one pass of coordinate descent over the columns.
+    """Values [O, I] after one pass of coordinate descent, from the first column to the last.
 
-    nearest(j, w_O) gives what of the values that column j may take lies nearest to w_O, and
-    remembers its code. First to last column (QuIP's greedy pass goes the other way).
+    nearest(j, w_O): gives the values nearest to w_O that column j can take, and remembers their
+    codes. (QuIP's greedy pass goes from the last column to the first.)
     """
-    H_II, columns = objective.H_II, values_OI.shape[1]
+    H_II = objective.H_II
+    columns = values_OI.shape[1]
     values_IO = values_OI.T.clone(memory_format=torch.contiguous_format)
     gradient_IO = (H_II @ values_IO).sub_(objective.B_OI.T)  # half of it
     for start in range(0, columns, BLOCK):
@@ -70,10 +74,9 @@ def descend(
 
 
 def refined(objective: Objective, solution: Solution, uniform: Uniform, rounds: int) -> Solution:
-    """`rounds` times: every code to its best level given all others, then every scale to its best
-    given the codes.
+    """`rounds` times: set each code to the best level given all others, then refit the scales.
 
-    The loss of no row ever grows.
+    The loss of no row grows.
     """
     for _ in range(rounds):
         solution = solution._replace(codes_OI=descended(objective, solution, uniform.bits))
@@ -96,11 +99,10 @@ def descended(objective: Objective, solution: Solution, bits: int) -> Tensor:
 
 
 def refitted(objective: Objective, solution: Solution, uniform: Uniform) -> Grid:
-    """Scales [O, G] that minimize the loss of each row with codes and zeros as they are, as they
-    will be stored.
+    """Grid [O, G] with the scales that minimize the loss of each row, rounded to what is stored.
 
-    One G x G system per row: A_kl = v_k H v_l, A s = v_k b, v_k the integers of group k (0
-    elsewhere).
+    Codes and zero points stay. Each row is one G x G system: A_kl = v_k H v_l, A s = v_k b, where
+    v_k holds the integers (code - zero) of group k, and 0 elsewhere.
     """
     scale_OG, zero_OG = solution.grid_OG
     units_OI = solution.codes_OI - zero_OG[:, solution.group_I]
@@ -129,8 +131,8 @@ def _refitted_rows(
         members = (group_I == k).nonzero().flatten()
         A_RGG[:, k] = by_group((units_RI[:, members] @ H_II[members]).mul_(units_RI))
     b_RG = by_group(units_RI * B_RI)
-    # A weak pull to the old scale: groups of all zeros have no other, and rounding can make A
-    # singular.
+    # A weak pull towards the old scale: nothing else determines the scale of an all-zero group, and
+    # rounding can make A singular.
     diagonal_RG = torch.diagonal(A_RGG, dim1=1, dim2=2)
     pull_RG = (1e-6 * diagonal_RG.mean(1, keepdim=True)).clamp_min(1e-20).expand_as(scale_RG)
     best_RG = torch.linalg.solve(A_RGG + torch.diag_embed(pull_RG), b_RG + pull_RG * scale_RG)
@@ -155,23 +157,22 @@ def refit_levels(
     levels_OK: Tensor,
     stored: Callable[[Tensor], Tensor],
 ) -> Tensor:
-    """Levels [O, K] that minimize the loss of each row, as `stored` rounds them; the loss of no row
-    grows.
+    """Levels [O, K] of a block that minimize the loss of each row, rounded by `stored`.
 
-    Columns start .. start + B of `values_OI` are sum_k levels_k * basis_k.
+    Columns start .. start + B of `values_OI` are sum_k levels_k * basis_k. Rows whose loss would
+    grow keep their levels.
     """
     stop = start + basis_OKB.shape[2]
     slope_OB = objective.B_OI[:, start:stop] - values_OI @ objective.H_II[:, start:stop]
     A_OKK = basis_OKB @ objective.H_II[start:stop, start:stop] @ basis_OKB.mT
     b_OK1 = basis_OKB @ slope_OB[..., None]
-    # A weak pull to the old levels: those that no weight takes have no other, and rounding can make
-    # A singular.
+    # A weak pull towards the old levels: nothing else determines a level that no weight takes, and
+    # rounding can make A singular.
     diagonal_OK = torch.diagonal(A_OKK, dim1=1, dim2=2)
     pull_OK = (1e-6 * diagonal_OK.mean(1, keepdim=True)).clamp_min(1e-20).expand_as(levels_OK)
     change_OK = torch.linalg.solve(A_OKK + torch.diag_embed(pull_OK), b_OK1)[..., 0]
     found_OK = stored(levels_OK + change_OK)
     step_OK1 = (found_OK - levels_OK)[..., None].double()
     growth_O1 = (step_OK1 * (A_OKK.double() @ step_OK1 - 2 * b_OK1.double())).sum(1)
-    return torch.where(
-        growth_O1 < 0, found_OK, levels_OK
-    )  # also keeps the old where the new are not finite
+    # The comparison is false, and the old levels stay, where the new ones are not finite.
+    return torch.where(growth_O1 < 0, found_OK, levels_OK)

@@ -1,9 +1,9 @@
-"""GPTQ's feedback: the error of a column, once rounded, is spread over the columns still to come.
+"""GPTQ's error feedback: the error of a rounded column is compensated in the columns after it.
 
 Legend: O out_features, I in_features, B columns of a block, L later ones of it, G groups.
 
-With U the upper Cholesky factor of H^-1 (`stats.factorize(..., inverse=True)`), rounding column j
-of W to q_j costs ((w_j - q_j) / U_jj)^2 on the calibration outputs, and the best repair of the
+U is the upper Cholesky factor of H^-1 (`cholesky.factorize` with `inverse`). Rounding column j of
+W to q_j costs ((w_j - q_j) / U_jj)^2 on the calibration outputs, and the best compensation of the
 later columns is -(w_j - q_j) / U_jj * U_j,later (Frantar et al. 2023).
 """
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from ..common.errors import LLQError
 from .grids import Grid, Uniform, concatenated
 
-BLOCK = 128  # columns repaired together
+BLOCK = 128  # columns of a block: later columns get its errors all at once
 
 
 def _begin_nothing(start: int, stop: int) -> None: ...
@@ -33,24 +33,28 @@ def by_columns(
     drift_II: Tensor | None = None,
     fused: bool = True,
 ) -> None:
-    """Round the columns of W_OI from first to last, each repairing all later ones; W_OI is used up.
+    """Round the columns of W_OI from first to last, and compensate the error of each in all later
+    ones. W_OI is overwritten.
 
-    rounded(j, w_O) gives the value that column j, now w_O, is rounded to. begin(start, stop) is
-    called when a block of columns is reached: W_OI[:, start:stop] holds them as repaired by all
-    earlier blocks. U_II None: no repair. drift_II (strictly upper): column j, as it is before it is
-    rounded, also adds w_O * drift[j, later] (GPTAQ). fused: a product and its sum in one operation,
-    of one rounding; False rounds twice, as the authors' codes do.
+    rounded(j, w_O): gives the value that column j, by now w_O, is rounded to.
+    begin(start, stop): called when a block of columns is reached. W_OI[:, start:stop] then holds
+        the errors of all earlier blocks.
+    U_II: None for no compensation.
+    drift_II: strictly upper; the later columns also get w_O * drift[j, later], with w_O column j
+        before it is rounded (GPTAQ).
+    fused: multiply and add in one operation, with one rounding. False rounds twice, as the
+        authors' code does.
 
-    A block is held transposed, so that a column is contiguous: half the time, the same codes.
+    LLQError where the compensation overflows. A block is kept transposed, so that each column is
+    contiguous: that takes half the time for the same codes.
     """
     columns = W_OI.shape[1]
     errors_BO = W_OI.new_empty(min(block, columns), len(W_OI))
     for start in range(0, columns, block):
         stop = min(start + block, columns)
         begin(start, stop)
-        block_BO = (
-            W_OI[:, start:stop].contiguous().T.contiguous()
-        )  # torch transposes fast only what is in one piece
+        # torch transposes fast only what is contiguous.
+        block_BO = W_OI[:, start:stop].contiguous().T.contiguous()
         if U_II is None:
             for j, w_O in enumerate(block_BO, start):
                 rounded(j, w_O)
@@ -59,7 +63,8 @@ def by_columns(
         steps = zip(block_BO, errors_BO, U_BB[..., None], torch.diagonal(U_BB), strict=False)
         for i, (w_O, error_O, u_B1, pivot) in enumerate(steps):
             torch.sub(w_O, rounded(start + i, w_O), out=error_O).div_(pivot)
-            later_LO, u_L1 = block_BO[i + 1 :], u_B1[i + 1 :]
+            later_LO = block_BO[i + 1 :]
+            u_L1 = u_B1[i + 1 :]
             if drift_II is not None:
                 later_LO.addcmul_(drift_II[start + i, start + i + 1 : stop, None], w_O)
             if fused:
@@ -67,15 +72,13 @@ def by_columns(
             else:
                 later_LO.sub_(u_L1 * error_O)
         W_OI[:, stop:].addmm_(errors_BO[: stop - start].T, U_II[start:stop, stop:], alpha=-1)
-        if (
-            drift_II is not None
-        ):  # each column of the block is still what it was before it was rounded
+        if drift_II is not None:
+            # Each column of the block still holds what it was before it was rounded.
             W_OI[:, stop:].addmm_(block_BO.T, drift_II[start:stop, stop:])
-    if U_II is not None and bool(
-        block_BO[-1].isnan().any()
-    ):  # NaN spreads: the last column tells of all
+    # NaN spreads to all later columns, so the last column shows it.
+    if U_II is not None and bool(block_BO[-1].isnan().any()):
         raise LLQError(
-            "repairing columns overflows fp32: the weights or the calibration inputs are not usable"
+            "error feedback overflows fp32: the weights or the calibration inputs are not usable"
         )
 
 
@@ -85,8 +88,9 @@ def by_blocks(
     rounded: Callable[[int, int, Tensor], Tensor],
     block: int = BLOCK,
 ) -> None:
-    """Round whole blocks of columns at once: rounded(start, stop, w_OB) gives values [O, B]. Only
-    later blocks are repaired; W_OI is used up.
+    """Round whole blocks of columns at once: rounded(start, stop, w_OB) gives values [O, B].
+
+    Errors are compensated in later blocks only. W_OI is overwritten.
     """
     columns = W_OI.shape[1]
     for start in range(0, columns, block):
@@ -98,7 +102,7 @@ def by_blocks(
 
 
 class Solution(NamedTuple):
-    """Codes [O, I] (uint8 of `solve`), the grids [O, G] they lie on, and the group [I] of each
+    """Codes [O, I] (from `solve`: uint8), the grids [O, G] of the groups, the group [I] of each
     column.
     """
 
@@ -125,13 +129,13 @@ def solve(
     block: int = BLOCK,
     drift_II: Tensor | None = None,
 ) -> Solution:
-    """Round the columns of W_OI on grids of `uniform`, as `by_columns` does.
+    """Round the columns of W_OI on grids of `uniform`, with the feedback of `by_columns`.
 
-    grid_OG: the grids of the groups. None: a group, of consecutive columns then, gets its grid when
-    its first column is reached, from W_OI as finished blocks left it; importance_I weights errors
-    where ranges are searched.
+    grid_OG: the grids of the groups. None: groups are consecutive columns, and each gets its grid
+        when its first column is reached, from W_OI with the errors of finished blocks.
+    importance_I: weights the errors of columns where ranges are searched.
     """
-    size = W_OI.shape[1] if uniform.group_size == -1 else uniform.group_size
+    size = uniform.size(W_OI.shape[1])
     codes_IO = W_OI.new_empty(W_OI.shape[::-1], dtype=torch.uint8)
     groups: list[int] = group_I.tolist()
     grids_O: list[Grid] = [] if grid_OG is None else grid_OG.per_group()
@@ -151,20 +155,20 @@ def solve(
 
 
 def drift(H_II: Tensor, C_II: Tensor, U_II: Tensor, share: float) -> Tensor:
-    """`drift_II` of `by_columns`: a share of what aims at the full-precision model's outputs
-    (GPTAQ, Li et al. 2025).
+    """`drift_II` of `by_columns`, which aims at the outputs of the full-precision model (GPTAQ, Li
+    et al. 2025).
 
-    H_II undamped, C_II as `PairedHessian` has it, U_II of the damped H_II; all in the order of
-    solving.
+    H_II: undamped. C_II: of `PairedHessian`. U_II: of the damped H_II. All are in the order of
+    solving. share: 0..1, how much of the correction is applied.
     """
     return share * torch.triu((C_II.T - H_II) @ U_II.T, 1) @ U_II
 
 
 def group_aware_order(diagonal_I: Tensor, size: int) -> Tensor:
-    """Columns [I] by falling H_ii inside each group of `size`, groups by their largest (GAR, Gafni
-    et al. 2025).
+    """Columns [I] with the largest H_ii first inside each group of `size`, and groups with the
+    largest first (GAR, Gafni et al. 2025).
 
-    Groups stay what they were, so nothing is stored; a short group stays last.
+    Groups keep their columns, so no order is stored. A short group stays last.
     """
     whole = len(diagonal_I) // size * size
     diagonal_GS = diagonal_I[:whole].view(-1, size)

@@ -1,11 +1,10 @@
-"""Uniform affine grids: where the 2**b levels of a group of weights lie, and how codes on them are
-stored.
+"""Uniform affine grids: the 2**b levels of each group of weights, and how they are stored.
 
 Legend: O out_features, I in_features, g group size, G = ceil(I / g) groups, R any leading shape.
 
-value = scale * (code - zero), code in 0..2**b - 1. Scales are solved in fp32 and rounded to the
-stored dtype *before* any code is chosen, so codes are final with the scales as stored. Grid 1.1 of
-the spec (IST-DASLab/gptq `Quantizer`).
+value = scale * (code - zero), code in 0..2**b - 1. Scales are found in fp32 and rounded to the
+stored dtype *before* any code is chosen, so codes are optimal for the scales as stored. The grid
+is that of IST-DASLab/gptq's `Quantizer`.
 """
 
 from __future__ import annotations
@@ -15,27 +14,26 @@ from dataclasses import dataclass
 from typing import NamedTuple, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..common.errors import LLQError
 from ..common.spec import Spec
 from ..kernels import Part, UniformCodes, bitpack, once, product
 
-_TINY_SCALE = (
-    2.0**-24
-)  # the smallest fp16 above zero: a smaller scale would be stored as 0 and divide by zero
+# The smallest fp16 above zero: a smaller scale would be stored as 0 and divide by zero.
+_TINY_SCALE = 2.0**-24
 
 
 class Grid(NamedTuple):
-    """Scale and zero point of groups of weights, both fp32 [..., 1] or [O, G] (zero holds an
-    integer).
+    """Scale and zero point of groups of weights, both fp32 [..., 1] or [O, G]; zero points are
+    integers.
     """
 
     scale: Tensor
     zero: Tensor
 
     def codes(self, weight: Tensor, bits: int) -> Tensor:
-        """Nearest code of every weight, fp32 of integers; rounds half to even, before the zero
+        """Nearest code of each weight, as an fp32 integer. Rounds half to even, before the zero
         point is added.
         """
         return (weight / self.scale).round_().add_(self.zero).clamp_(0, 2**bits - 1)
@@ -44,14 +42,14 @@ class Grid(NamedTuple):
         return self.scale * (codes - self.zero)
 
     def per_group(self) -> list[Self]:
-        """Grids [O] of the groups of one [O, G]."""
+        """Split a grid [O, G] into one grid [O] per group."""
         parts = (part.T.contiguous() for part in self)
         return [self._replace(scale=scale, zero=zero) for scale, zero in zip(*parts, strict=True)]
 
 
 class HalfGrid(Grid):
-    """A grid whose zero point lies between two codes: as many levels on either side of zero, none
-    on it.
+    """A grid whose zero point lies between two codes: as many levels below zero as above it, and
+    none at zero.
     """
 
     def codes(self, weight: Tensor, bits: int) -> Tensor:
@@ -59,10 +57,10 @@ class HalfGrid(Grid):
 
 
 class Affine(NamedTuple):
-    """A packed linear as others' formats know it: weight = scale * (code - zero) / in_scale, each
-    of its group.
+    """A packed linear in the form that other formats use: weight = scale * (code - zero) /
+    in_scale, with the scale and zero point of its group.
 
-    zero holds whole numbers, or (levels "halves") numbers between two codes.
+    Zero points are integers, or lie between two codes (levels "halves").
     """
 
     bits: int
@@ -70,12 +68,12 @@ class Affine(NamedTuple):
     scale_OG: Tensor  # fp32, as stored
     zero_OG: Tensor  # fp32
     groups_I: Tensor  # int64: group of each column
-    sym: bool  # every zero is the middle code, by the method
-    in_scale_I: Tensor | None = None  # fp32: what the input is divided by first
+    sym: bool  # the method makes every zero point the middle code
+    in_scale_I: Tensor | None = None  # fp32; the input is divided by it first
 
     @property
     def group_size(self) -> int:
-        """Columns per group, -1 where a row is one."""
+        """Columns per group; -1 where a whole row is one group."""
         groups = self.scale_OG.shape[1]
         return -1 if groups == 1 else int((self.groups_I == 0).sum())
 
@@ -86,11 +84,40 @@ class Affine(NamedTuple):
 
     @property
     def weight_OI(self) -> Tensor:
-        """fp32, what `dequantize` gives."""
-        weight_OI = (self.codes_OI - self.zero_OG[:, self.groups_I]) * self.scale_OG[
-            :, self.groups_I
-        ]
+        """fp32, the result of `dequantize`."""
+        zero_OI = self.zero_OG[:, self.groups_I]
+        weight_OI = (self.codes_OI - zero_OI) * self.scale_OG[:, self.groups_I]
         return weight_OI if self.in_scale_I is None else weight_OI / self.in_scale_I
+
+
+def grouped(x: Tensor, size: int, mode: str = "constant") -> Tensor:
+    """[..., I] -> [..., G, size].
+
+    A last group that is shorter is padded with zeros, or with its last column (mode "replicate",
+    for matrices only).
+    """
+    missing = -x.shape[-1] % size
+    if missing:
+        x = nn.functional.pad(x, (0, missing), mode=mode)
+    return x.reshape(*x.shape[:-1], -1, size)
+
+
+def check_group_size(group_size: int, whole: str = "one group per row") -> None:
+    """LLQError unless it is -1 or at least 1. whole: what -1 means, in words."""
+    if group_size != -1 and group_size < 1:
+        raise LLQError(f"group_size={group_size} must be -1 ({whole}) or at least 1")
+
+
+def columns_per_group(group_size: int, in_features: int) -> int:
+    """`group_size`; where it is -1, all columns."""
+    return in_features if group_size == -1 else group_size
+
+
+def scale_dtype(scale_bits: int) -> torch.dtype:
+    """The dtype that scales are stored in. LLQError for widths other than 16 and 32."""
+    if scale_bits not in (16, 32):
+        raise LLQError(f"scale_bits={scale_bits} must be 16 (stored as fp16) or 32 (fp32)")
+    return torch.float16 if scale_bits == 16 else torch.float32
 
 
 SYMMETRIC = ("full", "absmax", "halves")
@@ -98,13 +125,16 @@ SYMMETRIC = ("full", "absmax", "halves")
 
 @dataclass(frozen=True)
 class Uniform:
-    """A family of uniform grids and its storage. group_size -1: one group per row; a last group may
-    be shorter.
+    """A kind of uniform grid, and how it is stored.
 
-    search: shrink each range to where sum |error|**2.4 is least. scale_bits: 16 or 32 stored bits per scale.
-    levels, if sym: "full" has the step 2 max|w| / (2**b - 1) and zero at 2**(b-1), so that the largest weight may lie
-    half a step outside; "absmax" has the step max|w| / (2**(b-1) - 1), so that it lies on the last level (SpinQuant);
-    "halves" has the step of "full" and its levels at odd multiples of half of it.
+    group_size: -1 is one group per row; a last group may be shorter.
+    search: shrink each range to where sum |error|**2.4 is least.
+    scale_bits: 16 or 32 stored bits per scale.
+    levels: of symmetric grids.
+        "full": step 2 max|w| / (2**b - 1), zero at 2**(b-1). The largest weight may lie half a
+            step outside.
+        "absmax": step max|w| / (2**(b-1) - 1). The largest weight is the last level (SpinQuant).
+        "halves": step of "full", levels at odd multiples of half a step.
     """
 
     bits: int
@@ -117,45 +147,41 @@ class Uniform:
     def __post_init__(self) -> None:
         if self.levels not in SYMMETRIC:
             raise LLQError(f"levels={self.levels!r} is unknown; there are {', '.join(SYMMETRIC)}")
-        if self.group_size != -1 and self.group_size < 1:
-            raise LLQError(
-                f"group_size={self.group_size} must be -1 (one group per row) or at least 1"
-            )
-        if self.scale_bits not in (16, 32):
-            raise LLQError(f"scale_bits={self.scale_bits} must be 16 (stored as fp16) or 32 (fp32)")
+        check_group_size(self.group_size)
+        _ = self.scale_dtype  # validates scale_bits
+
+    def size(self, in_features: int) -> int:
+        """Columns of a group."""
+        return columns_per_group(self.group_size, in_features)
 
     # --- finding grids ----------------------------------------------------------------------------
 
     def grid(self, weight_Rg: Tensor, importance_g: Tensor | None = None) -> Grid:
-        """The grid of each row of weights, fp32 [R, 1]; zero lies inside the range always.
+        """The grid of each row of weights, fp32 [R, 1]. Its range always contains zero.
 
-        importance_g: what an error in each column costs, where ranges are searched; None: all the
-        same.
+        importance_g: the cost of an error in each column, where ranges are searched; None: equal.
 
-        sym: scale = 2 max|w| / (2**b - 1), zero = 2**(b-1). The authors' code leaves the lower end at 0 where a row
-        has no negative entry, which halves the scale and clips the upper half; here the range is symmetric always.
+        sym: the range is always symmetric. (The authors' code leaves its lower end at 0 where a
+        row has no negative weight, which halves the scale and clips the upper half.)
         """
         low = weight_Rg.amin(-1, keepdim=True).clamp_max(0)
         high = weight_Rg.amax(-1, keepdim=True).clamp_min(0)
-        return (
-            self._searched(weight_Rg, low, high, importance_g)
-            if self.search
-            else self._spanning(low, high)
-        )
+        if self.search:
+            return self._searched(weight_Rg, low, high, importance_g)
+        return self._spanning(low, high)
 
     def grids(self, weight_OI: Tensor, importance_I: Tensor | None = None) -> Grid:
-        """One grid per row and group of consecutive columns: scale and zero [O, G]."""
-        size = weight_OI.shape[1] if self.group_size == -1 else self.group_size
-        importance_I = (
-            weight_OI.new_ones(weight_OI.shape[1]) if importance_I is None else importance_I
-        )
+        """One grid per row and group of consecutive columns: scale and zero point [O, G]."""
+        size = self.size(weight_OI.shape[1])
+        if importance_I is None:
+            importance_I = weight_OI.new_ones(weight_OI.shape[1])
         parts = zip(
             torch.split(weight_OI, size, dim=1), torch.split(importance_I, size), strict=True
         )
         return concatenated([self.grid(part, importance_g) for part, importance_g in parts])
 
     def spread(self, grid_OG: Grid, in_features: int) -> Grid:
-        """[O, G] -> [O, I]: every column gets its group's scale and zero."""
+        """[O, G] -> [O, I]: each column gets the scale and zero point of its group."""
         if grid_OG.scale.shape[1] == 1:
             return grid_OG
         return Grid(
@@ -166,8 +192,9 @@ class Uniform:
         if self.sym:
             high = torch.maximum(high, -low)
             low = -high
-        empty = low == high  # all-zero row: any range does, as long as the scale is not 0
-        low, high = torch.where(empty, -1.0, low), torch.where(empty, 1.0, high)
+        empty = low == high  # an all-zero row: any range will do, as long as the scale is not 0
+        low = torch.where(empty, -1.0, low)
+        high = torch.where(empty, 1.0, high)
         scale = self.stored((high - low) / self._steps)
         if self.sym:
             zero = torch.full_like(scale, self._centre)
@@ -183,16 +210,16 @@ class Uniform:
 
     @property
     def _centre(self) -> float:
-        """The code of zero on symmetric grids."""
+        """The zero point of symmetric grids."""
         return 2.0 ** (self.bits - 1) - (0.5 if self.levels == "halves" else 0.0)
 
     def _searched(
         self, weight_Rg: Tensor, low: Tensor, high: Tensor, importance_g: Tensor | None
     ) -> Grid:
-        """The best, per row, of 80 shrunken ranges (1.00 .. 0.21): option `mse` of IST-DASLab/gptq.
+        """The best grid of each row among 80 shrunken ranges (1.00 to 0.21 of the full one).
 
-        Asymmetric grids also try both neighbours of the rounded zero point (GPTQModel does that at
-        2 bits).
+        This is the option `mse` of IST-DASLab/gptq. Asymmetric grids also try the zero point one
+        code lower and higher (as GPTQModel does at 2 bits).
         """
         best = self._spanning(low, high)
         best_error = self._error(best, weight_Rg, importance_g)
@@ -215,7 +242,7 @@ class Uniform:
         return (error_Rg if importance_g is None else error_Rg * importance_g).sum(-1, keepdim=True)
 
     def stored(self, scale: Tensor) -> Tensor:
-        """`scale` as the file will hold it, in fp32. LLQError where fp16 cannot."""
+        """`scale` rounded to what is stored, in fp32. LLQError where fp16 overflows."""
         stored = scale.clamp_min(_TINY_SCALE).to(self.scale_dtype).float()
         if not torch.isfinite(stored).all():
             raise LLQError(
@@ -227,13 +254,13 @@ class Uniform:
 
     @property
     def scale_dtype(self) -> torch.dtype:
-        return torch.float16 if self.scale_bits == 16 else torch.float32
+        return scale_dtype(self.scale_bits)
 
     def layout(self, out_features: int, in_features: int) -> dict[str, Spec]:
-        """weight: codes; scale: one per group; zero: b bits per group, packed over the whole matrix
-        (none if sym).
+        """ "weight": codes. "scale": one per group. "zero": b bits per group, packed over the whole
+        matrix (absent if sym).
         """
-        groups = 1 if self.group_size == -1 else -(-in_features // self.group_size)
+        groups = -(-in_features // self.size(in_features))
         layout = {
             "weight": Spec(
                 (out_features, bitpack.packed_words(in_features, self.bits)), torch.int32
@@ -247,7 +274,7 @@ class Uniform:
         return layout
 
     def pack(self, codes_OI: Tensor, grid_OG: Grid) -> dict[str, Tensor]:
-        """Integer codes and grids -> the tensors of `layout`. Nothing is rounded here."""
+        """Tensors of `layout` from integer codes and grids. Nothing is rounded here."""
         packed = {
             "weight": bitpack.pack(codes_OI, self.bits),
             "scale": grid_OG.scale.to(self.scale_dtype).contiguous(),
@@ -257,38 +284,39 @@ class Uniform:
         return packed
 
     def unpack(self, packed: dict[str, Tensor], in_features: int) -> Tensor:
-        """The fp32 weight_OI that the stored tensors mean."""
+        """fp32 weight [O, I] of the stored tensors."""
         scale_OG, zero_OG = self._stored_grid(packed)
         weight_OI = bitpack.unpack(packed["weight"], self.bits, in_features).float()
         groups = scale_OG.shape[1]
-        if (
-            groups > 1 and in_features == groups * self.group_size
-        ):  # views instead of two [O, I] temporaries
-            weight_OI.view(-1, groups, self.group_size).sub_(zero_OG[..., None]).mul_(
-                scale_OG[..., None]
-            )
+        if groups > 1 and in_features == groups * self.group_size:
+            # A view instead of two temporary matrices [O, I].
+            weight_OGg = weight_OI.view(-1, groups, self.group_size)
+            weight_OGg.sub_(zero_OG[..., None]).mul_(scale_OG[..., None])
             return weight_OI
         grid = self.spread(Grid(scale_OG, zero_OG), in_features)
         return weight_OI.sub_(grid.zero).mul_(grid.scale)
 
     def affine(self, packed: dict[str, Tensor], in_features: int) -> Affine:
-        """The stored tensors for other formats. "order": the columns that stored ones are;
-        "in_scale" as in Affine.
+        """The stored tensors for other formats.
+
+        `packed` may also hold "order", the input channel of each stored column, and "in_scale" (see
+        `Affine`).
         """
-        order_I, in_scale_I = packed.get("order"), packed.get("in_scale")
+        order_I = packed.get("order")
+        in_scale_I = packed.get("in_scale")
         codes_OI = bitpack.unpack(packed["weight"], self.bits, in_features)
-        size = in_features if self.group_size == -1 else self.group_size
-        groups_I = torch.arange(in_features, device=codes_OI.device) // size
+        groups_I = torch.arange(in_features, device=codes_OI.device) // self.size(in_features)
         if order_I is not None:
             back_I = torch.argsort(order_I)
-            codes_OI, groups_I = codes_OI[:, back_I], groups_I[back_I]
+            codes_OI = codes_OI[:, back_I]
+            groups_I = groups_I[back_I]
         in_scale_I = in_scale_I.float() if in_scale_I is not None else None
         return Affine(
             self.bits, codes_OI, *self._stored_grid(packed), groups_I, self.sym, in_scale_I
         )
 
     def _stored_grid(self, packed: dict[str, Tensor]) -> Grid:
-        """fp32 scale and zero [O, G]."""
+        """fp32 scale and zero point [O, G]."""
         scale_OG = packed["scale"].float()
         if self.sym:
             return Grid(scale_OG, torch.full_like(scale_OG, self._centre))
@@ -298,8 +326,8 @@ class Uniform:
     # --- multiplying ------------------------------------------------------------------------------
 
     def readable(self, packed: dict[str, Tensor], in_features: int) -> UniformCodes:
-        """The tensors of `layout` as kernels read them."""
-        size = in_features if self.group_size == -1 else self.group_size
+        """The tensors of `layout` in the form that kernels read."""
+        size = self.size(in_features)
         zero = self._centre if self.sym else packed["zero"]
         parts = (Part(self.bits, in_features),)
         return UniformCodes(
@@ -307,13 +335,13 @@ class Uniform:
         )
 
     def linear(self, x: Tensor, packed: dict[str, Tensor], bias: Tensor | None) -> Tensor:
-        """F.linear with the weight that `unpack` gives."""
+        """F.linear with the weight of `unpack`."""
         in_features = x.shape[-1]
         stored = once(packed, lambda: self.readable(packed, in_features))
         return product(x, stored, lambda: self.unpack(packed, in_features), bias)
 
 
 def concatenated(grids: Sequence[Grid]) -> Grid:
-    """Grids [O] or [O, 1] of consecutive groups as one [O, G]."""
+    """Join grids [O] or [O, 1] of consecutive groups into one [O, G]."""
     scale, zero = (torch.column_stack(parts) for parts in zip(*grids, strict=True))
     return grids[0]._replace(scale=scale, zero=zero)

@@ -1,18 +1,17 @@
-"""Orthogonal transforms that are computed, not stored: random ones from a seed, Hadamards of any
-size from nothing.
+"""Orthogonal transforms that are computed, not stored: random ones from a seed, and Hadamards.
 
 Legend: n size, A x B = n with A and B near sqrt(n), K x P = n with P a power of two, ... any
 leading shape.
 
-Q = permute_out . (Q0 x Q1) . permute_in: a vector is permuted, seen as an [A, B] matrix, multiplied
-along its first axis by an A x A and along its second by a B x B random orthogonal matrix, and
-permuted again (QuIP, Chee et al. 2023, section 4). Randomness comes from numpy's RandomState, whose
-streams numpy has promised never to change (NEP 19): a checkpoint must mean the same weights in ten
-years. Factors are kept in fp32, and transposed for kernels: 8 (A^2 + B^2) bytes, beside 16 n of the
-permutations.
+Random (QuIP, Chee et al. 2023, section 4)
+    Q = permute_out . (Q0 x Q1) . permute_in. A vector is permuted and viewed as a matrix [A, B].
+    Its first axis is multiplied by a random orthogonal A x A matrix, its second by a B x B one, and
+    the result is permuted again. The factors are kept in fp32, also transposed for kernels: 8 (A^2
+    + B^2) bytes, beside 16 n of the permutations. Random numbers come from numpy's RandomState,
+    whose streams never change (NEP 19), so that a checkpoint keeps its meaning.
 
-Hadamards are H_K x H_P: a fast Walsh-Hadamard transform along P, a small K x K matrix across (see
-`hadamard`).
+Hadamard (see `hadamard`)
+    H_K x H_P: a fast Walsh-Hadamard transform along P, and a small K x K matrix across.
 """
 
 from __future__ import annotations
@@ -30,17 +29,18 @@ from ..kernels import Turn
 
 
 class Rotation(NamedTuple):
-    """An orthogonal n x n transform in factors. `first` [A, A] or [B, A, A], `second` [B, B] or [A,
-    B, B] (blocked).
+    """An orthogonal n x n transform in factors.
+
+    first [A, A], second [B, B]; or blocked: first [B, A, A], second [A, B, B].
     """
 
     permute_in: Tensor
     first: Tensor
     second: Tensor
     permute_out: Tensor
-    unpermute_in: Tensor  # inverse permutations: found once, used at every call
+    unpermute_in: Tensor  # the inverse permutations
     unpermute_out: Tensor
-    forth: Turn | None  # `apply` and `invert` as kernels read them; None: blocked
+    forth: Turn | None  # `apply` and `invert` in the form that kernels read; None: blocked
     back: Turn | None
 
     def apply(self, x: Tensor) -> Tensor:
@@ -80,10 +80,10 @@ class Rotation(NamedTuple):
 
 
 def factor_sizes(n: int) -> tuple[int, int]:
-    """(A, B), A * B = n: products of the even- and of the odd-indexed prime factors. 14336 -> (64,
-    224).
-    """
-    primes, rest, p = [], n, 2
+    """(A, B) with A * B = n: products of every other prime factor. 14336 -> (64, 224)."""
+    primes = []
+    rest = n
+    p = 2
     while rest > 1:
         while rest % p == 0:
             primes.append(p)
@@ -93,12 +93,10 @@ def factor_sizes(n: int) -> tuple[int, int]:
 
 
 @lru_cache(maxsize=8192)
-@torch.inference_mode(
-    False
-)  # what is cached under inference mode could never be trained through again
+@torch.inference_mode(False)  # tensors cached under inference mode could not be trained through
 def rotation(seed: int, n: int, blocked: bool, device: torch.device) -> Rotation:
-    """The transform of `seed`. blocked: an own matrix for every slice (B of size A, A of size B)
-    instead of one.
+    """The transform of `seed`. blocked: each slice has a matrix of its own (B of size A, A of size
+    B) instead of all sharing one.
     """
     random = np.random.RandomState(seed)
     a, b = factor_sizes(n)
@@ -127,8 +125,8 @@ def rotation(seed: int, n: int, blocked: bool, device: torch.device) -> Rotation
 def _orthogonal(
     random: np.random.RandomState, count: int, size: int, dtype: type = np.float32
 ) -> Tensor:
-    """[count, size, size] Haar-distributed: QR of a Gaussian with the signs of R's diagonal taken
-    out.
+    """Haar-distributed matrices [count, size, size]: Q of the QR of a Gaussian matrix, times the
+    signs of R's diagonal.
     """
     q, r = np.linalg.qr(random.standard_normal((count, size, size)))
     signs = np.sign(np.diagonal(r, axis1=-2, axis2=-1))[:, None, :]
@@ -136,15 +134,16 @@ def _orthogonal(
 
 
 class Hadamard(NamedTuple):
-    """The orthogonal n x n transform H = (head x Walsh) / sqrt(n): `head` [K, K], n = K * `power`,
-    power 2**a.
+    """The orthogonal n x n transform H = head x Walsh / sqrt(power), with n = K * power.
+
+    head: an orthogonal [K, K] matrix. power: 2**a, the size of the Walsh-Hadamard transform.
     """
 
     head: Tensor
     power: int
 
     def apply(self, x: Tensor) -> Tensor:
-        """x H for every vector x [..., n]; in fp64 where x is, else in fp32."""
+        """x H for every vector x [..., n]; in fp64 if x is fp64, else in fp32."""
         return self._turn(x, self.head)
 
     def invert(self, x: Tensor) -> Tensor:
@@ -161,12 +160,12 @@ class Hadamard(NamedTuple):
 
 
 def hadamard(n: int, device: torch.device) -> Hadamard:
-    """The Hadamard transform of size n = 2**a * k, k odd: the same for ever, for checkpoints hold
-    only its results.
+    """The Hadamard transform of size n = 2**a * k, k odd.
 
-    K is k times the least power of two for which Paley's construction gives a K x K matrix of
-    signs: 4096 = 1 * 4096, 14336 = 28 * 512, 896 = 28 * 32. Where there is none up to K = 256 (172
-    = 4 * 43), a fixed random orthogonal k x k matrix stands for it.
+    It must never change, because checkpoints depend on it and do not store it. K is k times the
+    least power of two for which Paley's construction gives a K x K matrix of signs: 4096 = 1 *
+    4096, 14336 = 28 * 512, 896 = 28 * 32. Where none exists up to K = 256 (172 = 4 * 43), a fixed
+    random orthogonal k x k matrix takes its place.
     """
     return _hadamard(n, device)
 
@@ -186,14 +185,15 @@ def _hadamard(n: int, device: torch.device) -> Hadamard:
     return Hadamard(_orthogonal(random, 1, odd, np.float64)[0].to(device), n // odd)
 
 
-torch.compiler.assume_constant_result(hadamard)  # type: ignore[no-untyped-call]  # graphs hold it, not how it is found
+# Compiled graphs contain the matrix, not the search for it.
+torch.compiler.assume_constant_result(hadamard)  # type: ignore[no-untyped-call]
 
-MOST_PALEY = 256  # beyond, its K x K matrix would cost more than the linear gains
+MOST_PALEY = 256  # with a larger K, the K x K matrix would cost more than the rotation gains
 
 
 def _paley(size: int) -> np.ndarray | None:
-    """Matrix of +-1 with orthogonal rows [size, size], fp64: from quadratic residues modulo a prime
-    (Paley 1933).
+    """fp64 matrix of +-1 with orthogonal rows [size, size], made from quadratic residues modulo a
+    prime (Paley 1933). None: the construction has none of this size.
     """
     if size == 1:
         return np.ones((1, 1))
@@ -231,7 +231,8 @@ def _is_prime(n: int) -> bool:
 
 def _walsh(x: Tensor) -> Tensor:
     """Unscaled Walsh-Hadamard transform along the last axis, whose size is a power of two."""
-    size, half = x.shape[-1], 1
+    size = x.shape[-1]
+    half = 1
     while half < size:
         pairs = x.reshape(*x.shape[:-1], size // (2 * half), 2, half)
         even, odd = pairs.unbind(-2)
@@ -244,11 +245,11 @@ def _walsh(x: Tensor) -> Tensor:
 
 
 def cayley_step(R: Tensor, gradient: Tensor, rate: float) -> Tensor:
-    """A step of Cayley SGD (Li et al. 2020) on the orthogonal matrices: R [n, n] moved against the
-    loss's gradient.
+    """Move the orthogonal matrix R [n, n] against the gradient; the result is orthogonal, too.
 
-    A = What - What^T is the descent direction in the tangent space; the step along it is at most 1 / |A|_1, and stays
-    on the manifold: Y = (I - t/2 A)^-1 (I + t/2 A) R^T.
+    This is one step of Cayley SGD (Li et al. 2020). A = What - What^T is the descent direction in
+    the tangent space. The step t is `rate`, or 1 / |A|_1 where that is less: Y = (I - t/2 A)^-1
+    (I + t/2 A) R^T.
     """
     mixed = -gradient.T @ R
     half = mixed - 0.5 * R.T @ (R @ mixed)
@@ -260,8 +261,9 @@ def cayley_step(R: Tensor, gradient: Tensor, rate: float) -> Tensor:
 
 
 def nearest_orthogonal(R: Tensor) -> Tensor:
-    """The orthogonal matrix nearest to an almost orthogonal one, fp64: its polar factor, by
-    Newton's iteration.
+    """The orthogonal matrix nearest to an almost orthogonal one, in fp64.
+
+    It is the polar factor, found by Newton's iteration. LLQError where it does not converge.
     """
     R = R.double()
     eye = torch.eye(len(R), dtype=R.dtype, device=R.device)

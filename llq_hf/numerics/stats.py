@@ -1,5 +1,4 @@
-"""What calibration gathers about the input of a linear, and the factorization that solvers make of
-it.
+"""Statistics of the inputs of a linear, gathered from the calibration data.
 
 Legend: T tokens, I in_features, H_II = (2 / sequences) * sum over tokens of x x^T (IST-DASLab/gptq
 `add_batch`).
@@ -19,50 +18,48 @@ PANEL = 1024  # columns of a Hessian that are summed in one product
 
 
 class Stat(ABC):
-    """A statistic of the inputs of one linear (or of several that share their input).
+    """A statistic of the inputs of one linear, or of several that share their input.
 
-    paired: under Flow.BOTH it also takes in what the same linear sees in the full-precision model.
+    paired: under Flow.BOTH it also gets the inputs of the same linear in the full-precision model.
     """
 
     paired: ClassVar[bool] = False
 
     def __init__(self, in_features: int, device: torch.device) -> None:
-        self.in_features, self.device = in_features, device
+        self.in_features = in_features
+        self.device = device
 
     @abstractmethod
     def update(self, x_TI: Tensor, sequences: int) -> None:
-        """Take in the tokens of `sequences` calibration sequences."""
+        """Add the tokens of `sequences` calibration sequences."""
 
-    def pair(self, x_TI: Tensor, dense_TI: Tensor) -> None:  # noqa: B027 (most look at one stream)
-        """Take in the same tokens as seen here and in the full-precision model, after `update`."""
+    def pair(self, x_TI: Tensor, dense_TI: Tensor) -> None:  # noqa: B027 (most need one stream)
+        """Add the inputs in the quantized and in the full-precision model, of the same tokens as
+        the `update` before.
+        """
 
     @abstractmethod
     def merge(self, later: Self) -> None:
-        """Take in what another one saw of the same input in the sequences that follow."""
+        """Add the statistic of the same input over the sequences that follow."""
 
     def fresh(self) -> Self:
-        """One that has seen nothing."""
+        """A new, empty statistic of the same input."""
         return type(self)(self.in_features, self.device)
 
     def state(self) -> dict[str, Tensor]:
-        """Everything it holds, to be sent to another process."""
+        """All its numbers as tensors, to be sent to another process."""
         held = {key: value for key, value in vars(self).items() if isinstance(value, Tensor | int)}
         return {key: torch.as_tensor(value) for key, value in held.items()}
 
     def load(self, state: dict[str, Tensor]) -> None:
-        """Hold what another one's `state` says."""
+        """Take over the numbers of another statistic's `state`."""
         for key, tensor in state.items():
-            setattr(
-                self,
-                key,
-                int(tensor) if isinstance(getattr(self, key), int) else tensor.to(self.device),
-            )
+            is_int = isinstance(getattr(self, key), int)
+            setattr(self, key, int(tensor) if is_int else tensor.to(self.device))
 
     @abstractmethod
     def check(self, name: str) -> None:
-        """Raise LLQError, naming the linear, where the statistic cannot be used (nothing seen, not
-        finite).
-        """
+        """LLQError, with the name of the linear, where the statistic is empty or not finite."""
 
 
 class Hessian(Stat):
@@ -72,16 +69,15 @@ class Hessian(Stat):
 
     def __init__(self, in_features: int, device: torch.device) -> None:
         super().__init__(in_features, device)
-        # While sums are taken, only panels of columns down to the diagonal: half the products of a
-        # symmetric matrix.
+        # `update` sums only panels of columns down to the diagonal: half the work, because the
+        # matrix is symmetric. `sum_II` mirrors them when it is needed.
         self.upper_II = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
         self.mirrored = True
         self.sequences = 0
 
     def update(self, x_TI: Tensor, sequences: int) -> None:
-        x_TI = (
-            x_TI.float()
-        )  # before squaring: LLaMA-3's massive activations overflow fp16 and blunt bf16
+        # Squares of LLaMA-3's massive activations overflow fp16, and bf16 is too coarse for them.
+        x_TI = x_TI.float()
         for start in range(0, self.in_features, PANEL):
             stop = min(start + PANEL, self.in_features)
             self.upper_II[:stop, start:stop].addmm_(x_TI[:, :stop].T, x_TI[:, start:stop])
@@ -105,27 +101,33 @@ class Hessian(Stat):
 
     @sum_II.setter
     def sum_II(self, sum_II: Tensor) -> None:
-        self.upper_II, self.mirrored = sum_II, True
+        self.upper_II = sum_II
+        self.mirrored = True
 
     @property
     def H_II(self) -> Tensor:
-        """A fresh copy, fp32: solvers change it in place."""
+        """fp32, a new copy each time, because solvers change it in place."""
         return self.sum_II * (2.0 / self.sequences)
+
+    @property
+    def diagonal_I(self) -> Tensor:
+        """The diagonal of `H_II`, without a copy of the rest."""
+        return torch.diagonal(self.sum_II) * (2.0 / self.sequences)
 
     def check(self, name: str) -> None:
         if self.sequences == 0:
             raise LLQError(f"{name} saw no calibration data")
         if not torch.isfinite(torch.diagonal(self.sum_II)).all():
             raise LLQError(
-                f"the Hessian of {name} is not finite: the calibration activations overflow; use dtype float32"
+                f"the Hessian of {name} is not finite: the calibration activations overflow; "
+                "use dtype float32"
             )
 
 
 class PairedHessian(Hessian):
-    """Second moments, and those across streams: cross_II = sum x x~^T, x~ what the full-precision
-    model sees.
+    """A Hessian, and cross_II = sum x x~^T, where x~ is the same input in the full-precision model.
 
-    Without a full-precision stream (no Flow.BOTH) it is a Hessian, and costs no more.
+    Without Flow.BOTH there is no x~, and it costs no more than a Hessian.
     """
 
     paired: ClassVar[bool] = True
@@ -146,12 +148,12 @@ class PairedHessian(Hessian):
 
     @property
     def C_II(self) -> Tensor:
-        """A fresh copy, on the scale of H_II; H_II itself where both streams are one."""
+        """cross_II on the scale of H_II, a new copy each time; H_II where there is no x~."""
         return self.H_II if self.cross_II is None else self.cross_II * (2.0 / self.sequences)
 
 
 class AbsMax(Stat):
-    """The largest magnitude that each input channel ever has."""
+    """The largest magnitude of each input channel."""
 
     def __init__(self, in_features: int, device: torch.device) -> None:
         super().__init__(in_features, device)
@@ -177,7 +179,7 @@ class AbsMax(Stat):
 
 
 class Samples(Hessian):
-    """Second moments, mean magnitudes, and an evenly spaced sample of 512 to 1023 tokens (all, if
+    """A Hessian, mean magnitudes, and an evenly spaced sample of 512 to 1023 tokens (all tokens, if
     there are fewer).
     """
 
@@ -186,7 +188,8 @@ class Samples(Hessian):
     def __init__(self, in_features: int, device: torch.device) -> None:
         super().__init__(in_features, device)
         self.abs_sum_I = torch.zeros(in_features, dtype=torch.float32, device=device)
-        self.tokens, self.stride = 0, 1
+        self.tokens = 0
+        self.stride = 1
         self.rows_TI = torch.empty(0, in_features, dtype=torch.float32, device=device)
 
     def update(self, x_TI: Tensor, sequences: int) -> None:
@@ -198,7 +201,7 @@ class Samples(Hessian):
         self._thin(1)
 
     def merge(self, later: Self) -> None:
-        """The sample stays evenly spaced but for the seam."""
+        """See `Stat`. The sample stays evenly spaced, except where the two parts meet."""
         super().merge(later)
         self.abs_sum_I += later.abs_sum_I
         self.tokens += later.tokens
@@ -207,11 +210,12 @@ class Samples(Hessian):
         self._thin(1)
 
     def _thin(self, stride: int) -> None:
-        """Drop every second row while there are too many, or while they lie closer than `stride`."""
+        """Drop every second row while there are too many or their stride is below `stride`."""
         while len(self.rows_TI) >= self.LIMIT or self.stride < stride:
-            self.rows_TI, self.stride = self.rows_TI[::2].clone(), self.stride * 2
+            self.rows_TI = self.rows_TI[::2].clone()
+            self.stride *= 2
 
     @property
     def mean_I(self) -> Tensor:
-        """Mean |x| per channel over all tokens."""
+        """Mean |x| per channel, over all tokens."""
         return self.abs_sum_I / max(self.tokens, 1)

@@ -1,4 +1,4 @@
-"""Rewrites scaled.json from the reference results that the authors' own code gave (shared/golden)."""
+"""Rewrites scaled.json from reference results of the authors' own code (shared/golden)."""
 
 from __future__ import annotations
 
@@ -37,10 +37,11 @@ def main(shared: Path) -> None:
     results = json.loads((shared / "golden" / "reference_results_a.json").read_text())
     model = results["models"]["stories260K"]
     golden = {
-        "what": "Perplexity, weight error and chosen ratios (q/k/v, gate/up, down, block by block) of stories260K "
-        "quantized by the authors' own code on a CPU in fp32. ppl: 200 windows of 256, fp32 logits; weight_error: "
-        "sum (W - What)^2 / sum W^2 over the linears of all blocks; calibration: 128 windows of 256. AWQ's clip search "
-        "is patched to work with one group a row.",
+        "what": "Perplexity, weight error and chosen ratios (q/k/v, gate/up, down, block by block) "
+        "of stories260K quantized by the authors' own code on a CPU in fp32. ppl: 200 windows of "
+        "256, fp32 logits; weight_error: sum (W - What)^2 / sum W^2 over the linears of all "
+        "blocks; calibration: 128 windows of 256. AWQ's clip search is patched to work with one "
+        "group a row.",
         "code": {
             name: {"repository": repository, "commit": results["commits"][key]}
             for name, (repository, key) in REPOSITORIES.items()

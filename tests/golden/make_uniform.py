@@ -1,4 +1,4 @@
-"""Rewrites uniform.json from the reference results that the authors' own code gave (shared/golden)."""
+"""Rewrites uniform.json from reference results of the authors' own code (shared/golden)."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ def main(shared: Path) -> None:
         r for r in model["runs"] if r["method"] in REPOSITORIES and r.get("quant", "ldlq") == "ldlq"
     ]
     golden = {
-        "what": "Perplexity and weight error of stories260K quantized by the authors' own code on a CPU in fp32. ppl: "
-        "200 windows of 256, fp32 logits; weight_error: sum (W - What)^2 / sum W^2 over the linears of all blocks; "
-        "calibration: 128 windows of 256.",
+        "what": "Perplexity and weight error of stories260K quantized by the authors' own code on "
+        "a CPU in fp32. ppl: 200 windows of 256, fp32 logits; weight_error: sum (W - What)^2 / sum "
+        "W^2 over the linears of all blocks; calibration: 128 windows of 256.",
         "code": {
             name: {"repository": repository, "commit": results["commits"][COMMIT_OF[name]]}
             for name, repository in REPOSITORIES.items()

@@ -148,7 +148,9 @@ W6A6 = {"bits": 6, "a_bits": 6, "group_size": -1}
 
 
 def test_what_is_stored_where():
-    """LET stores one fp16 per input channel, but for o and down; weights alone store a plain grid."""
+    """LET stores one fp16 per input channel, except for o and down. Without quantized activations
+    only the grid is stored.
+    """
     method = build("omniquant", **W6A6)
     grid = 6 + 22 / 4096
     for name, bits in (

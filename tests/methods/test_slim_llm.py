@@ -265,10 +265,8 @@ def test_options_that_make_no_sense_are_refused():
 
 
 def test_without_a_factor_it_rounds_to_nearest_and_says_so(monkeypatch):
-    from llq_hf.methods import slim_llm as module
-
     weight_OI, x_TI = checks.weight(8, 64), inputs(64)
-    monkeypatch.setattr(module, "factorize", lambda *args, **options: None)
+    monkeypatch.setattr("llq_hf.numerics.cholesky.factorize", lambda *args, **options: None)
     for preset in ({}, {"search_range": True, "act_group_aware": True, "gptaq": 0.25, "refine": 2}):
         _, restored_OI, notes = solved(weight_OI, x_TI, bits=4, group_size=16, pairs=0, **preset)
         assert notes["fallback"] == "rtn"

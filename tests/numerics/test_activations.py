@@ -1,4 +1,4 @@
-"""Token grids against loops over single values, and attention that is quantized inside real models."""
+"""Token grids against loops over single values, and quantized attention inside real models."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from llq_hf.common.errors import LLQError
 from llq_hf.layers import attention
-from llq_hf.numerics.activations import Attention, TokenQuant
+from llq_hf.numerics.activations import Attention, TokenQuant, pass_through, round_through
 
 
 def slow(quant: TokenQuant, x_TI: Tensor) -> Tensor:
@@ -170,3 +170,13 @@ def test_turned_queries_and_keys_give_the_same_scores(model: LlamaForCausalLM):
     after = model(IDS).logits
     assert torch.allclose(after, before, atol=1e-4)
     assert not torch.equal(after, before)  # they were turned
+
+
+def test_a_value_passes_the_gradient_through():
+    x = torch.tensor([0.2, 1.7, -2.6], requires_grad=True)
+    y = pass_through(x, torch.tensor([1.0, 2.0, -2.0], dtype=torch.float64))
+    (y * torch.tensor([1.0, 2.0, 3.0])).sum().backward()
+    assert y.dtype == x.dtype
+    assert torch.allclose(y.detach(), torch.tensor([1.0, 2.0, -2.0]))
+    assert x.grad.tolist() == [1.0, 2.0, 3.0]
+    assert round_through(torch.tensor([0.5, 1.5, -2.6])).tolist() == [0.0, 2.0, -3.0]

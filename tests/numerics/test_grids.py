@@ -8,7 +8,7 @@ from reference.grid import code_of, grid_of, searched, value_of
 
 from llq_hf.common.errors import LLQError
 from llq_hf.common.spec import Spec
-from llq_hf.numerics.grids import Grid, Uniform
+from llq_hf.numerics.grids import Grid, Uniform, grouped, scale_dtype
 
 RANDOM = torch.Generator().manual_seed(5)
 SLICES = {
@@ -181,3 +181,34 @@ def test_other_symmetric_levels(bits: int, levels: str, search: bool):
 def test_unknown_levels_are_refused():
     with pytest.raises(LLQError, match="'odd'"):
         Uniform(4, sym=True, levels="odd")
+
+
+# --- groups ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("mode", "last"), [("constant", [5.0, 0.0, 0.0]), ("replicate", [5.0, 5.0, 5.0])]
+)
+def test_a_short_group_is_filled_up(mode: str, last: list[float]):
+    x_OI = torch.arange(12.0).view(2, 6)[:, :4] + 2
+    groups_OGg = grouped(x_OI, 3, mode)
+    assert groups_OGg.shape == (2, 2, 3)
+    assert groups_OGg[0].tolist() == [[2.0, 3.0, 4.0], last]
+
+
+def test_groups_of_a_vector_and_of_whole_groups():
+    assert grouped(torch.arange(4.0), 3).tolist() == [[0.0, 1.0, 2.0], [3.0, 0.0, 0.0]]
+    x_OI = torch.randn(3, 8)
+    assert torch.equal(grouped(x_OI, 4).flatten(1), x_OI)
+
+
+def test_the_group_of_a_whole_row():
+    assert Uniform(4, -1).size(70) == 70
+    assert Uniform(4, 32).size(70) == 32
+
+
+def test_scales_are_stored_in_16_or_32_bits():
+    assert scale_dtype(16) == torch.float16
+    assert scale_dtype(32) == torch.float32
+    with pytest.raises(LLQError, match="scale_bits=8 must be 16"):
+        scale_dtype(8)

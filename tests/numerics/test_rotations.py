@@ -25,9 +25,19 @@ blocked_or_not = pytest.mark.parametrize("blocked", [False, True], ids=["kroneck
 
 @pytest.mark.parametrize(
     ("n", "sizes"),
-    [(4096, (64, 64)), (14336, (64, 224)), (1024, (32, 32)), (8192, (128, 64)), (28672, (448, 64)), (896, (16, 56)),
-     (768, (48, 16)), (172, (86, 2)), (97, (97, 1)), (1, (1, 1))],
-)  # fmt: skip
+    [
+        (4096, (64, 64)),
+        (14336, (64, 224)),
+        (1024, (32, 32)),
+        (8192, (128, 64)),
+        (28672, (448, 64)),
+        (896, (16, 56)),
+        (768, (48, 16)),
+        (172, (86, 2)),
+        (97, (97, 1)),
+        (1, (1, 1)),
+    ],
+)
 def test_factors_are_products_of_every_other_prime(n: int, sizes: tuple[int, int]):
     a, b = factor_sizes(n)
     assert a * b == n

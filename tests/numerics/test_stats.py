@@ -7,7 +7,13 @@ import torch
 
 from llq_hf.common.errors import LLQError
 from llq_hf.numerics import stats
-from llq_hf.numerics.cholesky import _reverse, factorize, revive_dead
+from llq_hf.numerics.cholesky import (
+    _reverse,
+    factorize,
+    largest_first,
+    prepare_hessian,
+    revive_dead,
+)
 from llq_hf.numerics.stats import Hessian, PairedHessian
 
 CPU = torch.device("cpu")
@@ -155,3 +161,43 @@ def test_a_pair_costs_nothing_until_there_is_a_second_stream():
     assert torch.equal(stat.C_II, stat.H_II)
     stat.pair(x_TI, 2 * x_TI)
     assert torch.allclose(stat.C_II, 2 * stat.H_II)
+
+
+# --- prepared for a solver ------------------------------------------------------------------------
+
+
+def test_a_prepared_hessian_is_the_three_steps_one_by_one():
+    x_TI = tokens(40, 16)
+    x_TI[:, 3] = 0
+    H_II = hessian(x_TI).H_II
+    by_hand_II, notes, own_notes = H_II.clone(), {}, {}
+    dead_I = revive_dead(by_hand_II)
+    order_I = torch.argsort(torch.diagonal(by_hand_II), descending=True, stable=True)
+    by_hand_II = by_hand_II[order_I][:, order_I]
+    U_II = factorize(by_hand_II, 0.01, notes, inverse=True)
+    prepared = prepare_hessian(H_II, 0.01, own_notes, largest_first)
+    assert torch.equal(prepared.H_II, by_hand_II)
+    assert torch.equal(prepared.factor_II, U_II)
+    assert torch.equal(prepared.order_I, order_I)
+    assert torch.equal(prepared.dead_I, dead_I)
+    assert own_notes == {"dead_columns": 1, **notes}
+
+
+def test_a_prepared_hessian_keeps_its_order_and_says_when_it_has_no_factor():
+    notes = {}
+    prepared = prepare_hessian(-torch.eye(4), 0.01, notes, fallback="nearest level")
+    assert prepared.factor_II is None
+    assert prepared.order_I.tolist() == [0, 1, 2, 3]
+    assert notes == {"dead_columns": 0, "fallback": "nearest level"}
+
+
+def test_a_ridge_comes_after_dead_channels_are_revived():
+    H_II = torch.diag(torch.tensor([2.0, 0.0]))
+    prepared = prepare_hessian(H_II, 0.0, {}, ridge=0.5)
+    assert torch.diagonal(prepared.H_II).tolist() == [2.5, 1.5]
+    assert prepared.dead_I.tolist() == [False, True]
+
+
+def test_the_diagonal_alone_is_the_hessians():
+    stat = hessian(tokens(40, 5), 3)
+    assert torch.equal(stat.diagonal_I, torch.diagonal(stat.H_II))

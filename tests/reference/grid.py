@@ -58,7 +58,9 @@ def value_of(code: int, scale: float, zero: int) -> float:
 
 
 def searched(slice_: list[float], bits: int, sym: bool, scale_bits: int = 32):
-    """The option `mse`: 80 shrunken ranges, error |q - x| ** 2.4, and the neighbours of an asymmetric zero."""
+    """The option `mse`: 80 shrunken ranges, error |q - x| ** 2.4, and the neighbours of an
+    asymmetric zero point.
+    """
     best, best_error = None, math.inf
     for step in range(80):
         scale, zero = grid_of(slice_, bits, sym, scale_bits, 1 - step / 100)

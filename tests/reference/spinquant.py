@@ -20,7 +20,7 @@ def step_of(slice_: list[float], bits: int, levels: str, shrink: float = 1.0) ->
 
 
 def nearest(x: float, step: float, bits: int, levels: str) -> float:
-    """The level nearest to x: k * step, or (k + 1/2) * step, for k from -2**(b-1) to 2**(b-1) - 1."""
+    """The level nearest to x: k * step, or (k + 1/2) * step, k in -2**(b-1) .. 2**(b-1) - 1."""
     shift = 0.5 if levels == "halves" else 0.0
     k = round(x / step - shift)
     return step * (min(max(k, -(2 ** (bits - 1))), 2 ** (bits - 1) - 1) + shift)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class BlockTraining:
-    """The training of one block: clips and s by AdamW, drifts by the signs of their gradients."""
+    """Trains clips and s by AdamW, and drifts (of the rounding) by the signs of their gradients."""
 
     def __init__(
         self,
@@ -30,24 +30,23 @@ class BlockTraining:
         scales: list[nn.Parameter],
     ) -> None:
         assert step.data is not None
-        self.method, self.step, self.data, self.twin, self.scales = (
-            method,
-            step,
-            step.data,
-            twin,
-            scales,
-        )
+        self.method = method
+        self.step = step
+        self.data = step.data
+        self.twin = twin
+        self.scales = scales
         clips = [part.clip_2OG for part in parts]
         self.drifts = [part.drift_OGg for part in parts if part.drift_OGg is not None]
         self.parameters = clips + scales + self.drifts
         self.rates = method.lwc_lr, method.let_lr
         groups = [
-            {"params": p, "lr": rate} for p, rate in zip((clips, scales), self.rates, strict=True)
+            {"params": clips, "lr": method.lwc_lr},
+            {"params": scales, "lr": method.let_lr},
         ]
         self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
 
     def run(self) -> list[float]:
-        """Train, or go on where an interrupted run was; the mean loss of each epoch."""
+        """Train, or resume an interrupted training. Returns the mean loss of each epoch."""
         dense = _dense_outputs(self.step) if self.method.aug_loss and self.method.epochs else []
 
         def descend(rows: slice, done: float) -> Tensor:
@@ -64,8 +63,8 @@ class BlockTraining:
         )
 
     def _descend(self, i: int, dense_BSD: Tensor | None, left: float) -> Tensor:
-        """A step against the gradients on sequence i; the loss before it. left: falls from 1 to 0
-        over the training.
+        """Make one step on sequence i. Returns the loss before it. left: the share of the training
+        that is left, from 1 to 0.
         """
         with torch.enable_grad():
             out_BSD = run_sequence(self.twin, self.data, i)
@@ -88,7 +87,7 @@ class BlockTraining:
 
 
 def _dense_outputs(step: Step) -> list[Tensor]:
-    """What the full-precision block makes of the quantized inputs, per sequence [1, S, D] on the
+    """Outputs of the full-precision block on the quantized inputs, [1, S, D] per sequence, on the
     CPU.
     """
     assert step.data is not None

@@ -1,4 +1,4 @@
-"""OmniQuant's learnable equivalent transformation: factors that move between neighbours."""
+"""OmniQuant's learnable equivalent transformation (LET): factors that move between linears."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from ...numerics.stats import AbsMax
 from ..training import run_block
 from .rounding import Factor, TrainedLinear
 
-BAKED = ("o_proj", "down_proj")  # whose LET, if any, is in the weights on both sides
-SMALLEST, LARGEST = 0.01, 6e4  # |s| of LET: the authors' floor; what fp16 holds
+BAKED = ("o_proj", "down_proj")  # their inputs are not divided; LET, if any, is in the weights
+SMALLEST, LARGEST = 0.01, 6e4  # |s|: the authors' least value, and about the largest fp16
 
 
 class ScalePair(NamedTuple):
-    """Two linears of an attention between which channels can be scaled: s divides rows of one,
-    multiplies the other.
+    """Two linears of an attention module between which channels can be scaled: s divides the rows
+    of one, and multiplies rows or columns of the other.
     """
 
-    divided: str
-    rows: Tensor  # which s each row of it takes
+    divided: str  # name inside the block
+    rows: Tensor  # index into s of each row of it
     multiplied: str
-    others: Tensor  # which s each row, or column, of the other takes
-    by_columns: bool
+    others: Tensor  # index into s of each row, or column, of it
+    by_columns: bool  # columns of `multiplied`, else rows
 
     @property
     def width(self) -> int:
-        """How many s there are."""
+        """Number of entries of s."""
         return int(self.rows.max()) + 1
 
 
@@ -38,20 +38,23 @@ def equivalences(
     step: Step,
     twin: nn.Module,
     parts: dict[str, TrainedLinear],
-    inputs: dict[str, _Channels],
+    inputs: dict[str, Channels],
     alpha: float,
 ) -> tuple[list[nn.Parameter], list[str]]:
-    """Give `parts` their factors; every s there is, and the pairs left out. `twin` is the block as
-    it was, in fp32.
+    """Set the factors of `parts`. Returns every s, and the pairs that are left out.
+
+    twin: the original block in fp32. inputs: observed at each linear, by name.
     """
-    scales, left_out = [], []
+    scales = []
+    left_out = []
     for group in step.groups:
         members = [parts[name] for name in group if not name.endswith(BAKED)]
         if members:
             weights_I = torch.stack([part.weight_OI.abs().amax(0) for part in members]).amax(0)
             scales.append(s := _start(inputs[group[0]].max_I, weights_I, alpha))
             for part in members:
-                part.divisor, part.columns = s, Factor(s, torch.arange(len(s), device=s.device))
+                part.divisor = s
+                part.columns = Factor(s, torch.arange(len(s), device=s.device))
     for name, module in twin.named_modules():
         for pair in _pairs(name, module, parts):
             if not _preserves(step, twin, module, pair):
@@ -59,10 +62,8 @@ def equivalences(
                 continue
             ones = torch.ones(pair.width, device=pair.rows.device)
             if pair.by_columns:
-                x_I, w_I = (
-                    inputs[pair.multiplied].max_I,
-                    parts[pair.multiplied].weight_OI.abs().amax(0),
-                )
+                x_I = inputs[pair.multiplied].max_I
+                w_I = parts[pair.multiplied].weight_OI.abs().amax(0)
                 x, w = (
                     torch.zeros_like(ones).scatter_reduce(0, pair.others, t_I, "amax")
                     for t_I in (x_I, w_I)
@@ -78,8 +79,8 @@ def equivalences(
 
 
 def _pairs(name: str, module: nn.Module, parts: dict[str, TrainedLinear]) -> list[ScalePair]:
-    """q and k, v and o of an attention module with heads of `head_dim` channels; [] where `module`
-    is none.
+    """The pairs (q, k) and (v, o) of an attention module with heads of `head_dim` channels; [] for
+    any other module.
     """
     q, k, v, o = (f"{name}.{letter}_proj".lstrip(".") for letter in "qkvo")
     width: Any = getattr(module, "head_dim", None)
@@ -87,7 +88,7 @@ def _pairs(name: str, module: nn.Module, parts: dict[str, TrainedLinear]) -> lis
         return []
     heads, shared = parts[q].out_features // width, parts[k].out_features // width
     channel_KD = torch.arange(shared * width, device=parts[q].weight_OI.device).view(shared, width)
-    # RoPE rotates channels i and i + width / 2 of a head into each other.
+    # RoPE rotates channels i and i + width / 2 of a head together.
     turning_KD = channel_KD[:, : width // 2].repeat(1, 2) - channel_KD[:, :1] // 2
     found = []
     for divided, multiplied, index_KD, by_columns in (
@@ -101,21 +102,21 @@ def _pairs(name: str, module: nn.Module, parts: dict[str, TrainedLinear]) -> lis
 
 
 def _preserves(step: Step, twin: nn.Module, module: nn.Module, pair: ScalePair) -> bool:
-    """Whether the attention `module` inside `twin` gives the same with the pair scaled: a trial on
-    one sequence.
+    """Whether the attention `module` inside `twin` gives the same outputs when the pair is scaled,
+    tried on one sequence.
     """
     assert step.data is not None
     outputs: list[Tensor] = []
     hook = module.register_forward_hook(
         lambda module, args, output: outputs.append(first_output(output))
     )
-    first, second = twin.get_submodule(pair.divided), twin.get_submodule(pair.multiplied)
+    first = twin.get_submodule(pair.divided)
+    second = twin.get_submodule(pair.multiplied)
     assert isinstance(first, nn.Linear)
     assert isinstance(second, nn.Linear)
     before = first.weight.data, second.weight.data
-    s = (
-        0.5 + torch.arange(pair.width, device=pair.rows.device) * 0.618 % 1
-    )  # any numbers that differ
+    # Any numbers that differ.
+    s = 0.5 + torch.arange(pair.width, device=pair.rows.device) * 0.618 % 1
     try:
         run_sequence(twin, step.data, 0)
         first.weight.data = first.weight.data / s[pair.rows, None]
@@ -130,18 +131,20 @@ def _preserves(step: Step, twin: nn.Module, module: nn.Module, pair: ScalePair) 
 
 
 def _start(inputs: Tensor, weights: Tensor, alpha: float) -> nn.Parameter:
-    """s of SmoothQuant's form, from the largest magnitudes of each channel's inputs and weights."""
+    """s in the form of SmoothQuant, from the largest magnitude of each channel's inputs and
+    weights.
+    """
     return nn.Parameter(
         usable(inputs.clamp_min(1e-5).pow(alpha) / weights.clamp_min(1e-5).pow(1 - alpha))
     )
 
 
 def usable(s: Tensor) -> Tensor:
-    """s kept away from zero and inside fp16; its sign is its own."""
+    """s with its magnitude clamped to SMALLEST..LARGEST; the sign stays."""
     return torch.where(s < 0, -1.0, 1.0) * s.abs().clamp(SMALLEST, LARGEST)
 
 
-class _Channels(AbsMax):
+class Channels(AbsMax):
     """The largest magnitude of every input channel, and the sum of its squares."""
 
     def __init__(self, in_features: int, device: torch.device) -> None:
@@ -153,17 +156,17 @@ class _Channels(AbsMax):
         self.square_I += x_TI.float().square().sum(0)
 
 
-def _observed(step: Step) -> dict[str, _Channels]:
-    """What every linear of the full-precision block sees of the quantized stream."""
+def observe_inputs(step: Step) -> dict[str, Channels]:
+    """Statistics of the inputs of each linear of the full-precision block, on quantized inputs."""
     assert step.data is not None
-    found: dict[str, _Channels] = {}
+    found: dict[str, Channels] = {}
     hooks = []
     for names in step.groups:
         first = step.linears[names[0]]
-        stat = _Channels(first.in_features, first.weight.device)
+        stat = Channels(first.in_features, first.weight.device)
         found.update(dict.fromkeys(names, stat))
 
-        def watch(module: nn.Module, args: tuple[Tensor, ...], stat: _Channels = stat) -> None:
+        def watch(module: nn.Module, args: tuple[Tensor, ...], stat: Channels = stat) -> None:
             stat.update(args[0].flatten(0, -2), 1)
 
         hooks.append(first.register_forward_pre_hook(watch))

@@ -48,6 +48,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -59,11 +60,18 @@ from ...common.spec import Spec
 from ...kernels import Part, UniformCodes, once, product
 from ...kernels.bitpack import BLOCK, pack, packed_words, unpack
 from ...method import Flow, Job, Method, Packed, Step
-from ...numerics.cholesky import factorize, revive_dead
+from ...numerics.cholesky import prepare_hessian
 from ...numerics.coordinate_descent import Objective, descend, refitted
 from ...numerics.error_feedback import Solution, by_columns, drift, group_aware_order
 from ...numerics.grids import Grid, Uniform
 from ...numerics.stats import PairedHessian, Stat
+from ..options import (
+    check_damp,
+    check_gptaq,
+    check_least,
+    check_positive,
+    check_refine,
+)
 from .allocation import Search
 from .levels import Factor, Levels, ends_of, most_salient
 from .plus import Clipping, train
@@ -120,22 +128,14 @@ class SliMLLM(Method):
             raise LLQError(
                 f"group_size={self.group_size} must be at least 1: widths are allotted by group"
             )
-        if not 0 <= self.damp <= 1:
-            raise LLQError(
-                f"damp={self.damp} must lie in 0..1, a share of the Hessian's mean diagonal"
-            )
+        check_damp(self)
         if self.pairs < -1:
             raise LLQError(f"pairs={self.pairs} must be a count of groups, or -1 (searched for)")
-        if not 0 <= self.lambda_salience < math.inf:
-            raise LLQError(f"lambda_salience={self.lambda_salience} must not be negative")
-        if not 0 <= self.gptaq <= 1:
-            raise LLQError(f"gptaq={self.gptaq} must lie in 0..1, the share of GPTAQ's correction")
-        if not 0 <= self.refine <= 100:
-            raise LLQError(f"refine={self.refine} must lie in 0..100 rounds")
-        if self.epochs < 1:
-            raise LLQError(f"epochs={self.epochs} must be at least 1")
-        if not 0 < self.learning_rate < math.inf:
-            raise LLQError(f"learning_rate={self.learning_rate} must be positive")
+        check_least(self, 0, "lambda_salience")
+        check_gptaq(self)
+        check_refine(self)
+        check_least(self, 1, "epochs")
+        check_positive(self, "learning_rate")
         feedback = (
             "as_published",
             "search_range",
@@ -327,22 +327,21 @@ class SliMLLM(Method):
     def _factor(
         self, stat: PairedHessian, notes: dict[str, Any], allocating: bool = False
     ) -> Factor:
-        H_II, damp = stat.H_II, self.damp
-        revive_dead(H_II)
-        if self.as_published:
-            torch.diagonal(H_II).add_(0.01)
-            damp = 0.0 if allocating else damp
-        columns, size = len(H_II), self.group_size
-        order_I = torch.arange(columns, device=H_II.device)
-        if self.act_group_aware:
-            order_I = group_aware_order(torch.diagonal(H_II), size)
-            H_II = H_II[order_I][:, order_I]
-        U_II = factorize(H_II, damp, notes, inverse=True, quick=not self.as_published)
+        size = self.group_size
+        H_II, U_II, order_I, dead_I = prepare_hessian(
+            stat.H_II,
+            0.0 if self.as_published and allocating else self.damp,
+            notes,
+            partial(group_aware_order, size=size) if self.act_group_aware else None,
+            quick=not self.as_published,
+            ridge=0.01 if self.as_published else 0.0,
+        )
         spread_I = torch.diagonal(H_II).rsqrt() if U_II is None else torch.diagonal(U_II)
         return Factor(
             H_II,
             U_II,
             order_I,
+            dead_I,
             (order_I[::size] // size).tolist(),
             spread_I[torch.argsort(order_I)],
         )
@@ -479,14 +478,8 @@ class SliMLLM(Method):
     # --- rounding ---------------------------------------------------------------------------------
 
     def _quantized(self, weight_OI: Tensor, stat: PairedHessian, pairs: int, job: Job) -> Packed:
-        dead_I = torch.diagonal(stat.sum_II) == 0
-        job.notes["dead_columns"] = int(dead_I.sum())
-        W_OI = weight_OI if self.as_published else weight_OI.masked_fill(dead_I, 0.0)
         factor = self._factor(stat, job.notes)
-        if (
-            factor.U_II is None
-        ):  # nothing made H positive definite: no repair, which is rounding to nearest
-            job.notes["fallback"] = "rtn"
+        W_OI = weight_OI if self.as_published else weight_OI.masked_fill(factor.dead_I, 0)
         widths = self._widths(W_OI, factor.spread_I, pairs)
         self._note(widths, job)
         solved = [widths[group] for group in factor.groups]

@@ -44,6 +44,7 @@ class Factor(NamedTuple):
     H_II: Tensor
     U_II: Tensor | None
     order_I: Tensor
+    dead_I: Tensor  # mask of the columns that never fired, in the model's order
     groups: list[int]  # in the order of solving
     spread_I: Tensor
 

@@ -12,6 +12,8 @@ from torch.nn import functional as F
 from ...common.errors import LLQError
 from ...method import Packed, Step
 from ...models.decoder import hidden_of
+from ...numerics.activations import round_through
+from ...numerics.grids import grouped
 from .levels import Levels, ends_of
 
 if TYPE_CHECKING:
@@ -24,11 +26,7 @@ class Clipping:
     def __init__(self, method: SliMLLM, linear: nn.Linear, widths: list[int]) -> None:
         self.method, self.linear, self.widths = method, linear, widths
         W_OI, groups = linear.weight.detach().float(), len(widths)
-        extra = groups * method.group_size - W_OI.shape[1]
-        W_OI = torch.cat(
-            [W_OI, W_OI[:, -1:].expand(-1, extra)], dim=1
-        )  # a short group repeats its last column
-        self.W_OGg = W_OI.view(len(W_OI), groups, method.group_size)
+        self.W_OGg = grouped(W_OI, method.group_size, mode="replicate")
         low, high = ends_of(self.W_OGg.flatten(0, 1))
         self.low_OG, self.high_OG = low.view(-1, groups), high.view(-1, groups)
         self.mean_OG, self.size_OG = self.W_OGg.mean(2), self.W_OGg.abs().mean(2)
@@ -61,8 +59,8 @@ class Clipping:
         """The weight [O, I] as rounded now; gradients pass through the rounding."""
         levels_OG1 = self.levels().through(lambda t: t[..., None])
         position_OGg = (self.W_OGg - levels_OG1.mean) / levels_OG1.scale + levels_OG1.zero
-        straight_OGg = position_OGg + (torch.round(position_OGg) - position_OGg).detach()
-        codes_OGg = torch.minimum(straight_OGg.clamp_min(0), self.top_G[:, None])
+        codes_OGg = round_through(position_OGg).clamp_min(0)
+        codes_OGg = torch.minimum(codes_OGg, self.top_G[:, None])
         return self._columns(levels_OG1.values(codes_OGg))
 
     def _columns(self, x_OGg: Tensor) -> Tensor:
