@@ -27,7 +27,7 @@ from typing import Any
 from torch import Tensor
 
 from ..common.errors import LLQError
-from ..models.vision import rendered, tokenized, truncated_images_refused
+from ..models.vision import render_chat, tokenize_chats, truncated_images_refused
 from .readers import read_records
 from .sources import hub_rows
 
@@ -67,8 +67,8 @@ class Pairs:
                 image = pair.image().convert("RGB")
         except Exception as error:  # of Pillow, of datasets, of the file system
             raise LLQError(f"{pair.where}: its image is missing or damaged ({error})") from error
-        found = tokenized(
-            self.processor, [rendered(self.processor, pair.question, 1, pair.answer)], [image]
+        found = tokenize_chats(
+            self.processor, [render_chat(self.processor, pair.question, 1, pair.answer)], [image]
         )
         return {name: tensor for name, tensor in found.items() if name != "attention_mask"}
 

@@ -1,12 +1,17 @@
-"""The bundled demo models: a Llama of 3.7 million parameters and a small LLaVA-Next, and the code
+"""The bundled demo models, a Llama of 3.7 million parameters and a small LLaVA-Next, and the code
 that made them.
 
-Every feature of this package can be tried in seconds, offline, on a model whose best possible score
-is known: ``world.py`` invents a small world and reports the exact entropy of what it tells;
-``train.py`` trains a tokenizer and a Llama-3-style model on it; ``llama/`` is the result, an
-ordinary Hugging Face folder. In the same way ``drawings.py`` draws pictures and asks questions
-about them, ``train_vlm.py`` trains a model that sees, and ``vlm/`` is the result. Random weights
-would not do: they survive any rounding, as there is nothing in them to lose.
+They let one try every feature of this package in seconds, offline, on a model whose best possible
+score is known. Random weights would not do: nothing is lost when they are rounded.
+
+    world.py         writes documents about an invented world, and reports their exact entropy
+    train.py         trains a tokenizer and a Llama-3-style model on them
+    llama/           the result, an ordinary Hugging Face folder
+    instructions.py  questions about the same world, for fine-tuning
+    drawings.py      draws pictures and asks questions about them
+    vlm_data.py      turns them into batches for a vision-language model
+    train_vlm.py     trains that model
+    vlm/             the result
 
 Importing this module imports nothing heavy.
 """
@@ -20,5 +25,5 @@ MODELS: dict[str, Path] = {
 
 
 def resolve(model: str) -> str:
-    """The folder of a bundled model if `model` names one ("demo"), else `model` itself."""
+    """The folder of a bundled model if `model` is its name ("demo"), else `model` itself."""
     return str(MODELS[model]) if model in MODELS else model

@@ -1,30 +1,33 @@
-"""Small pictures that this project draws itself, and questions about them: the world of the demo
-VLM.
+"""Draws small pictures and asks questions about them: the data of the demo vision-language model.
 
-A picture is a board of 4 x 4 cells of 12 pixels with a few marks on it: coloured shapes, digits, or
-the letters of a word. It is described before it is drawn, so that every question has a certain
-answer. There are four themes:
+Pictures
+    A picture is a board of 4 x 4 cells of 12 pixels with a few marks on it: coloured shapes,
+    digits, or the letters of a word. Its description exists before it is drawn, so every question
+    has a certain answer. There are four themes:
 
     scene    one to five shapes, no two alike in both shape and colour
     digits   three different digits in three colours
-    sign     a word of three letters in one row, and a shape beside it
-    sum      two digits and a plus sign in one row, and a shape beside it
+    sign     a word of three letters in one row, and a shape in another row
+    sum      two digits and a plus sign in one row, and a shape in another row
 
-Questions come in the two forms of the study's benchmarks, over the same facts:
+Questions
+    They have the two forms of the study's benchmarks, and both forms ask about the same facts:
 
-    MME        "Is the circle red? Please answer yes or no."    two to each picture, one to be answered yes, one no
-    MMBench    "What colour is the circle?" and four options    answered with a letter from A to D
+    MME        "Is the circle red? Please answer yes or no."; two for each fact, one yes and one no
+    MMBench    "What colour is the circle?" and four options, answered with a letter from A to D
 
-A question is answered by saying what one sees, then the verdict: "blue no", "blue C". A small model
-can look up, and it can find the word that it has just said in the question, but it does not learn
-to do both in one step.
+    An answer says what is in the picture, then the verdict: "blue no", "blue C". A small model can
+    look up a fact, and it can find the word that it has just written in the question, but it does
+    not learn to do both in one step.
 
-Categories follow MME's two halves. Perception: existence, count, position, colour, text. Cognition,
-where what is seen must still be worked with: sum (of two digits), largest (of three digits), most
-(the most frequent shape).
+Categories
+    They follow the two halves of MME. Perception: existence, count, position, colour, text.
+    Cognition, where the content must also be worked with: sum (of two digits), largest (of three
+    digits), most (the most frequent shape).
 
-A picture belongs to the split that the hash of its description names (`world.of_split`), whatever
-its jitter and background: no description occurs in two splits.
+Splits
+    The hash of its description decides the split of a picture (`world.of_split`), whatever its
+    jitter and background. So no description occurs in two splits.
 """
 
 from __future__ import annotations
@@ -56,39 +59,28 @@ COLOURS = {
     "white": (245, 245, 245),
 }
 WORDS = (
-    "BED",
-    "CAR",
-    "CUP",
-    "DOG",
-    "FOX",
-    "HAT",
-    "INK",
-    "JAM",
-    "KEY",
-    "MAP",
-    "OWL",
-    "PIG",
-    "RUG",
-    "SUN",
-    "TEA",
-    "VAN",
-)
+    "BED", "CAR", "CUP", "DOG", "FOX", "HAT", "INK", "JAM",
+    "KEY", "MAP", "OWL", "PIG", "RUG", "SUN", "TEA", "VAN",
+)  # fmt: skip
 PERCEPTION = ("existence", "count", "position", "colour", "text")
 COGNITION = ("sum", "largest", "most")
 YES_NO = "Please answer yes or no."
 LETTER = "Answer with a letter."
 
-# Five rows of five pixels each, a bit a pixel, the leftmost one highest.
+# Characters as five rows of five pixels; each pixel is a bit, the leftmost the highest.
 GLYPHS = {
-    "0": (14, 19, 21, 25, 14), "1": (4, 12, 4, 4, 14), "2": (30, 1, 14, 16, 31), "3": (30, 1, 14, 1, 30),
-    "4": (18, 18, 31, 2, 2), "5": (31, 16, 30, 1, 30), "6": (14, 16, 30, 17, 14), "7": (31, 1, 2, 4, 4),
-    "8": (14, 17, 14, 17, 14), "9": (14, 17, 15, 1, 14), "+": (4, 4, 31, 4, 4),
-    "A": (14, 17, 31, 17, 17), "B": (30, 17, 30, 17, 30), "C": (15, 16, 16, 16, 15), "D": (30, 17, 17, 17, 30),
-    "E": (31, 16, 30, 16, 31), "F": (31, 16, 30, 16, 16), "G": (15, 16, 19, 17, 15), "H": (17, 17, 31, 17, 17),
-    "I": (31, 4, 4, 4, 31), "J": (7, 2, 2, 18, 12), "K": (17, 18, 28, 18, 17), "L": (16, 16, 16, 16, 31),
-    "M": (17, 27, 21, 17, 17), "N": (17, 25, 21, 19, 17), "O": (14, 17, 17, 17, 14), "P": (30, 17, 30, 16, 16),
-    "R": (30, 17, 30, 18, 17), "S": (15, 16, 14, 1, 30), "T": (31, 4, 4, 4, 4), "U": (17, 17, 17, 17, 14),
-    "V": (17, 17, 10, 10, 4), "W": (17, 17, 21, 27, 17), "X": (17, 10, 4, 10, 17), "Y": (17, 10, 4, 4, 4),
+    "0": (14, 19, 21, 25, 14), "1": (4, 12, 4, 4, 14), "2": (30, 1, 14, 16, 31),
+    "3": (30, 1, 14, 1, 30), "4": (18, 18, 31, 2, 2), "5": (31, 16, 30, 1, 30),
+    "6": (14, 16, 30, 17, 14), "7": (31, 1, 2, 4, 4), "8": (14, 17, 14, 17, 14),
+    "9": (14, 17, 15, 1, 14), "+": (4, 4, 31, 4, 4), "A": (14, 17, 31, 17, 17),
+    "B": (30, 17, 30, 17, 30), "C": (15, 16, 16, 16, 15), "D": (30, 17, 17, 17, 30),
+    "E": (31, 16, 30, 16, 31), "F": (31, 16, 30, 16, 16), "G": (15, 16, 19, 17, 15),
+    "H": (17, 17, 31, 17, 17), "I": (31, 4, 4, 4, 31), "J": (7, 2, 2, 18, 12),
+    "K": (17, 18, 28, 18, 17), "L": (16, 16, 16, 16, 31), "M": (17, 27, 21, 17, 17),
+    "N": (17, 25, 21, 19, 17), "O": (14, 17, 17, 17, 14), "P": (30, 17, 30, 16, 16),
+    "R": (30, 17, 30, 18, 17), "S": (15, 16, 14, 1, 30), "T": (31, 4, 4, 4, 4),
+    "U": (17, 17, 17, 17, 14), "V": (17, 17, 10, 10, 4), "W": (17, 17, 21, 27, 17),
+    "X": (17, 10, 4, 10, 17), "Y": (17, 10, 4, 4, 4),
 }  # fmt: skip
 KINDS = (*SHAPES, *GLYPHS)
 
@@ -106,8 +98,9 @@ class Mark(NamedTuple):
 
 
 class Picture(NamedTuple):
-    """What is on a board, in reading order. `seed` decides jitter and background, which no question
-    asks about.
+    """What is on a board, in reading order.
+
+    seed: decides jitter and background, which no question asks about.
     """
 
     theme: str
@@ -124,10 +117,9 @@ class Picture(NamedTuple):
 
 
 class Fact(NamedTuple):
-    """Something true of a picture, as an open question and as a claim with a gap, and what is false
-    instead.
+    """A fact about a picture: an open question, and a claim with a gap for the answer.
 
-    marks: those that one must look at to know it.
+    true, false: the right answer, and wrong ones. marks: those that the fact is about.
     """
 
     category: str
@@ -139,11 +131,11 @@ class Fact(NamedTuple):
 
 
 class Item(NamedTuple):
-    """A question as a model gets it, and the answer it should give.
+    """A question as a model gets it, and the answer that it should give.
 
-    said: what one sees, which comes before the answer and is all of the answer to an open question.
-    marks: what one must look at. claimed: of a claim, the question as far as the word that makes it
-    true or false.
+    said: what is in the picture; it comes before the answer, and is the whole answer to an open
+    question. marks: those that the question is about. claimed: of a claim, the question up to the
+    word that makes it true or false.
     """
 
     category: str
@@ -155,9 +147,8 @@ class Item(NamedTuple):
 
     @property
     def full_answer(self) -> str:
-        """What a model learns to say. A word keeps the space that it has in the question, so that
-        it is one token.
-        """
+        """What a model learns to answer: `said`, then `answer`."""
+        # A word keeps the space before it that it has in the question, so that it is one token.
         space = " " if self.said[:1].islower() else ""
         return f"{space}{self.said} {self.answer}".rstrip() if self.said else self.answer
 
@@ -167,11 +158,10 @@ class Item(NamedTuple):
 
 def _scene(rng: Random) -> list[Mark]:
     looks = [(shape, colour) for shape in SHAPES for colour in COLOURS]
-    # One shape tends to come several times: counts above one are then no rarity.
+    # One shape tends to occur several times, so that counts above one are not rare.
     frequent = one_of(rng, SHAPES)
-    first = [look for look in shuffled(rng, looks) if look[0] == frequent][
-        : 1 + int(rng.random() * 3)
-    ]
+    alike = [look for look in shuffled(rng, looks) if look[0] == frequent]
+    first = alike[: 1 + int(rng.random() * 3)]
     rest = [look for look in shuffled(rng, looks) if look not in first]
     chosen = (first + rest)[: 1 + int(rng.random() * 5)]
     cells = shuffled(rng, [(row, column) for row in range(CELLS) for column in range(CELLS)])
@@ -180,17 +170,17 @@ def _scene(rng: Random) -> list[Mark]:
 
 def _digits(rng: Random) -> list[Mark]:
     cells = shuffled(rng, [(row, column) for row in range(CELLS) for column in range(CELLS)])
-    found = zip(shuffled(rng, "0123456789")[:3], shuffled(rng, list(COLOURS)), cells, strict=False)
-    return [Mark(digit, colour, *cell) for digit, colour, cell in found]
+    digits = shuffled(rng, "0123456789")[:3]
+    colours = shuffled(rng, list(COLOURS))
+    marks = zip(digits, colours, cells, strict=False)
+    return [Mark(digit, colour, *cell) for digit, colour, cell in marks]
 
 
 def _line(rng: Random, text: str) -> list[Mark]:
     """A text in one row and colour, and a shape in another row."""
-    row, column, colour = (
-        int(rng.random() * CELLS),
-        int(rng.random() * (CELLS - len(text) + 1)),
-        _colour(rng),
-    )
+    row = int(rng.random() * CELLS)
+    column = int(rng.random() * (CELLS - len(text) + 1))
+    colour = _colour(rng)
     other = (row + 1 + int(rng.random() * (CELLS - 1))) % CELLS
     letters = [Mark(letter, colour, row, column + i) for i, letter in enumerate(text)]
     return [*letters, Mark(one_of(rng, SHAPES), _colour(rng), other, int(rng.random() * CELLS))]
@@ -215,14 +205,7 @@ THEMES: dict[str, Callable[[Random], list[Mark]]] = {
     "sign": _sign,
     "sum": _sum,
 }
-THEME_DRAWS = (
-    "scene",
-    "scene",
-    "scene",
-    "digits",
-    "sign",
-    "sum",
-)  # half of all pictures are scenes
+THEME_DRAWS = ("scene", "scene", "scene", "digits", "sign", "sum")  # half of them are scenes
 
 
 def stream(split: str, seed: int = 0) -> Iterator[Picture]:
@@ -236,8 +219,9 @@ def stream(split: str, seed: int = 0) -> Iterator[Picture]:
 
 
 def draw(picture: Picture) -> Image.Image:
-    """The picture in RGB, 48 x 48 pixels: marks of 8 to 10 pixels, up to a pixel off the middle of
-    their cell.
+    """The picture in RGB, 48 x 48 pixels.
+
+    Marks have 8 to 10 pixels and lie up to a pixel off the middle of their cell.
     """
     from PIL import Image, ImageDraw
 
@@ -252,19 +236,13 @@ def draw(picture: Picture) -> Image.Image:
             for cell in (mark.column, mark.row)
         )
         shade = 0.85 + 0.15 * rng.random()
-        _draw_mark(
-            pen,
-            mark.kind,
-            left,
-            top,
-            size,
-            tuple(int(shade * channel) for channel in COLOURS[mark.colour]),
-        )
+        fill = tuple(int(shade * channel) for channel in COLOURS[mark.colour])
+        _draw_mark(pen, mark.kind, left, top, size, fill)
     return image
 
 
 def _draw_mark(pen: object, kind: str, x: int, y: int, size: int, fill: tuple[int, ...]) -> None:
-    """One mark into the square of `size` pixels whose upper left corner is (x, y)."""
+    """Draw one mark into the square of `size` pixels whose upper left corner is (x, y)."""
     from PIL import ImageDraw
 
     assert isinstance(pen, ImageDraw.ImageDraw)
@@ -296,38 +274,32 @@ def _draw_mark(pen: object, kind: str, x: int, y: int, size: int, fill: tuple[in
 
 
 def facts(picture: Picture, rng: Random) -> list[Fact]:
-    """One fact of every category that this picture has something to say about."""
-    found = {
+    """One fact of each category that this picture has one for."""
+    makers = {
         "scene": (_existence, _count, _position, _colour_of, _most),
         "digits": (_digit, _largest, _position),
         "sign": (_word, _existence, _position, _colour_of),
         "sum": (_sum_of, _existence, _position),
     }[picture.theme]
-    return [fact for ask in found if (fact := ask(picture, rng)) is not None]
+    return [fact for make in makers if (fact := make(picture, rng)) is not None]
 
 
 def _existence(picture: Picture, rng: Random) -> Fact | None:
     here = {(mark.kind, mark.colour) for mark in picture.shapes}
-    # Shapes that come once at most: the answer says the colour of the one that is asked for.
+    # Only shapes that occur at most once: the answer says the colour of the one in question.
     asked_for = [shape for shape in SHAPES if sum(kind == shape for kind, _ in here) <= 1]
     single = sorted(look for look in here if look[0] in asked_for)
     if not single:
         return None
     shape, colour = one_of(rng, single)
     absent = [(s, c) for s in asked_for for c in COLOURS if (s, c) not in here]
-    # What shares one half with something present is easily taken for it: such ones come first.
+    # What shares shape or colour with something present is easily mistaken for it: such ones first.
     near = {(s, c) for s, c in absent if any(s == kind or c == hue for kind, hue in here)}
     false = sorted(shuffled(rng, absent), key=lambda look: look not in near)
+    question = "Which of these is in the image?"
     claim = "Is there a {} in the image?"
     names = tuple(f"{c} {s}" for s, c in false[:3])
-    return Fact(
-        "existence",
-        "Which of these is in the image?",
-        claim,
-        f"{colour} {shape}",
-        names,
-        picture.shapes,
-    )
+    return Fact("existence", question, claim, f"{colour} {shape}", names, picture.shapes)
 
 
 def _count(picture: Picture, rng: Random) -> Fact:
@@ -337,30 +309,22 @@ def _count(picture: Picture, rng: Random) -> Fact:
     others = sorted(
         (n for n in range(6) if n != number), key=lambda n: (abs(n - number), rng.random())
     )
+    question = f"How many {_plural(kind)} are in the image?"
     claim = f"Is the number of {_plural(kind)} in the image {{}}?"
     false = tuple(str(n) for n in others[:3])
-    return Fact(
-        "count", f"How many {_plural(kind)} are in the image?", claim, str(number), false, marks
-    )
+    return Fact("count", question, claim, str(number), false, marks)
 
 
 def _position(picture: Picture, rng: Random) -> Fact:
     mark = one_of(rng, picture.characters if picture.theme == "digits" else picture.shapes)
-    places = [f"{'top' if row < 2 else 'bottom'} {'left' if column < 2 else 'right'}" for row, column in
-              ((0, 0), (0, 2), (2, 0), (2, 2))]  # fmt: skip
+    places = ["top left", "top right", "bottom left", "bottom right"]
     true = places[2 * (mark.row // 2) + mark.column // 2]
-    # One on the other side comes first: the second word alone then tells a true claim from the
-    # false one.
+    # One on the other side comes first, so that the second word alone makes a claim true or false.
     wrong = shuffled(rng, [place for place in places if place != true])
     false = tuple(sorted(wrong, key=lambda place: place.split()[1] == true.split()[1]))
-    return Fact(
-        "position",
-        f"Where is the {mark} in the image?",
-        f"Is the {mark} at the {{}}?",
-        true,
-        false,
-        (mark,),
-    )
+    question = f"Where is the {mark} in the image?"
+    claim = f"Is the {mark} at the {{}}?"
+    return Fact("position", question, claim, true, false, (mark,))
 
 
 def _colour_of(picture: Picture, rng: Random) -> Fact | None:
@@ -371,14 +335,9 @@ def _colour_of(picture: Picture, rng: Random) -> Fact | None:
     mark = one_of(rng, single)
     present = [m.colour for m in shuffled(rng, picture.marks)]
     false = _distinct([*present, *shuffled(rng, list(COLOURS))], mark.colour)
-    return Fact(
-        "colour",
-        f"What colour is the {mark.kind}?",
-        f"Is the {mark.kind} {{}}?",
-        mark.colour,
-        false,
-        (mark,),
-    )
+    question = f"What colour is the {mark.kind}?"
+    claim = f"Is the {mark.kind} {{}}?"
+    return Fact("colour", question, claim, mark.colour, false, (mark,))
 
 
 def _most(picture: Picture, rng: Random) -> Fact | None:
@@ -387,38 +346,27 @@ def _most(picture: Picture, rng: Random) -> Fact | None:
     if rest and rest[0][1] == top[1]:
         return None
     false = _distinct([*shuffled(rng, [kind for kind, _ in rest]), *shuffled(rng, SHAPES)], top[0])
+    question = "Which shape is there most often in the image?"
     claim = "Are there more {} than any other shape in the image?"
     plurals = tuple(map(_plural, false))
     marks = tuple(mark for mark in picture.shapes if mark.kind == top[0])
-    return Fact(
-        "most",
-        "Which shape is there most often in the image?",
-        claim,
-        _plural(top[0]),
-        plurals,
-        marks,
-    )
+    return Fact("most", question, claim, _plural(top[0]), plurals, marks)
 
 
 def _word(picture: Picture, rng: Random) -> Fact:
     word = "".join(mark.kind for mark in picture.characters)
     false = tuple(shuffled(rng, [other for other in WORDS if other != word])[:3])
-    return Fact(
-        "text",
-        "Which word is in the image?",
-        "Is the word in the image {}?",
-        word,
-        false,
-        picture.characters,
-    )
+    question = "Which word is in the image?"
+    claim = "Is the word in the image {}?"
+    return Fact("text", question, claim, word, false, picture.characters)
 
 
 def _digit(picture: Picture, rng: Random) -> Fact:
     mark = one_of(rng, picture.characters)
     present = shuffled(rng, [other.kind for other in picture.characters])
     false = _distinct([*present, *shuffled(rng, "0123456789")], mark.kind)
-    colour = mark.colour
-    question, claim = f"Which digit is {colour}?", f"Is the {colour} digit in the image {{}}?"
+    question = f"Which digit is {mark.colour}?"
+    claim = f"Is the {mark.colour} digit in the image {{}}?"
     return Fact("text", question, claim, mark.kind, false, (mark,))
 
 
@@ -426,10 +374,8 @@ def _largest(picture: Picture, rng: Random) -> Fact:
     digits = [mark.kind for mark in picture.characters]
     top = max(picture.characters, key=lambda mark: mark.kind)
     false = _distinct([*shuffled(rng, digits), *shuffled(rng, "0123456789")], top.kind)
-    question, claim = (
-        "Which digit in the image is the largest?",
-        "Is the largest digit in the image {}?",
-    )
+    question = "Which digit in the image is the largest?"
+    claim = "Is the largest digit in the image {}?"
     return Fact("largest", question, claim, top.kind, false, (top,))
 
 
@@ -439,10 +385,10 @@ def _sum_of(picture: Picture, rng: Random) -> Fact:
     others = sorted(
         (n for n in range(10) if n != total), key=lambda n: (abs(n - total) > 2, rng.random())
     )
-    question, claim = "What is the sum in the image?", "Is the sum in the image {}?"
-    return Fact(
-        "sum", question, claim, str(total), tuple(str(n) for n in others[:3]), (first, second)
-    )
+    question = "What is the sum in the image?"
+    claim = "Is the sum in the image {}?"
+    false = tuple(str(n) for n in others[:3])
+    return Fact("sum", question, claim, str(total), false, (first, second))
 
 
 def _distinct(options: Sequence[str], true: str) -> tuple[str, ...]:
@@ -458,13 +404,13 @@ def _plural(kind: str) -> str:
 
 
 def yes_no(fact: Fact) -> tuple[Item, Item]:
-    """The two questions of MME's form: what is true is asked first."""
+    """The two questions of MME's form, first the one whose answer is yes."""
     return _claim(fact, fact.true, "yes"), _claim(fact, fact.false[0], "no")
 
 
 def _claim(fact: Fact, value: str, answer: str) -> Item:
     marks, upto, said = fact.marks, value, fact.true
-    if fact.category == "existence":  # "red circle": the circle is looked at, and "red" decides
+    if fact.category == "existence":  # of "red circle", the circle is looked up and "red" decides
         upto, shape = value.split()
         marks = tuple(mark for mark in fact.marks if mark.kind == shape)
         said = marks[0].colour if marks else "none"
@@ -475,52 +421,51 @@ def _claim(fact: Fact, value: str, answer: str) -> Item:
 def choice(fact: Fact, rng: Random) -> Item:
     """The question of MMBench's form."""
     options = shuffled(rng, [fact.true, *fact.false])
-    listed = "\n".join(
-        f"{letter}. {option}" for letter, option in zip("ABCD", options, strict=True)
-    )
+    lines = [f"{letter}. {option}" for letter, option in zip("ABCD", options, strict=True)]
+    question = "\n".join([fact.question, *lines, LETTER])
     letter = "ABCD"[options.index(fact.true)]
-    return Item(
-        fact.category, f"{fact.question}\n{listed}\n{LETTER}", letter, fact.true, fact.marks
-    )
+    return Item(fact.category, question, letter, fact.true, fact.marks)
 
 
 def is_right(answer: str, said: str) -> bool:
-    """Whether a model's words give the answer: the last yes or no in any case, or the last letter
-    from A to D.
+    """Whether the last verdict in a model's text is the answer.
+
+    A verdict is yes or no in any case, or a letter from A to D.
     """
-    claim = answer in ("yes", "no")
-    verdicts = (
-        re.findall(r"\b(?:yes|no)\b", said.lower()) if claim else re.findall(r"\b[A-D]\b", said)
-    )
+    if answer in ("yes", "no"):
+        verdicts = re.findall(r"\b(?:yes|no)\b", said.lower())
+    else:
+        verdicts = re.findall(r"\b[A-D]\b", said)
     return bool(verdicts) and verdicts[-1] == answer
 
 
 def description(picture: Picture) -> Item:
-    """Everything that is on the board, in reading order; a model learns to look by telling it."""
+    """Everything on the board in reading order. It teaches a model to find its way in a picture."""
     return Item("description", "Describe the image.", ", ".join(map(str, picture.marks)))
 
 
 def asked(picture: Picture, rng: Random) -> list[Item]:
-    """What a held-out picture is asked: of every fact both questions of MME's form, and MMBench's."""
+    """The questions about a held-out picture: for each fact both of MME's form and MMBench's."""
     return [item for fact in facts(picture, rng) for item in (*yes_no(fact), choice(fact, rng))]
 
 
 def benchmark(categories: Sequence[str], facts_each: int) -> list[tuple[Picture, list[Item]]]:
-    """Held-out pictures with their questions, until every category has `facts_each` facts: three
-    questions each.
+    """Held-out pictures with their questions.
+
+    Every category has `facts_each` facts, and every fact three questions.
     """
-    rng, missing = seeded("benchmark", *categories), dict.fromkeys(categories, facts_each)
-    found = []
+    rng = seeded("benchmark", *categories)
+    missing = dict.fromkeys(categories, facts_each)
+    chosen = []
     for picture in stream("heldout"):
         wanted = [fact for fact in facts(picture, rng) if missing.get(fact.category, 0) > 0]
         for fact in wanted:
             missing[fact.category] -= 1
         if wanted:
-            found.append(
-                (picture, [item for fact in wanted for item in (*yes_no(fact), choice(fact, rng))])
-            )
+            items = [item for fact in wanted for item in (*yes_no(fact), choice(fact, rng))]
+            chosen.append((picture, items))
         if not any(missing.values()):
-            return found
+            return chosen
     raise AssertionError("the stream has no end")
 
 
@@ -528,7 +473,7 @@ def benchmark(categories: Sequence[str], facts_each: int) -> list[tuple[Picture,
 
 
 def calibration_items(count: int) -> Iterator[tuple[Picture, Item]]:
-    """`count` pictures of the calibration split, each with one question of one of the two forms."""
+    """`count` pictures of the calibration split, each with one question of either form."""
     rng = seeded("calibration")
     for picture, _ in zip(stream("calibration"), range(count), strict=False):
         yield picture, one_of(rng, asked(picture, rng))
@@ -536,8 +481,9 @@ def calibration_items(count: int) -> Iterator[tuple[Picture, Item]]:
 
 @cache
 def calibration_text() -> str:
-    """Questions and answers in the chat template of the demo VLM, without pictures: over 128
-    windows of 256 tokens.
+    """Questions and answers in the demo VLM's chat template, without pictures.
+
+    They are enough for 128 windows of 256 tokens.
     """
     turns = (
         f"<|user|>{item.question}<|assistant|>{item.full_answer}<|end_of_text|>"
@@ -547,8 +493,9 @@ def calibration_text() -> str:
 
 
 def write_pairs(folder: Path, count: int) -> Path:
-    """`count` calibration pictures as PNG, and pairs.jsonl beside them: image (file name),
-    question, answer.
+    """Write `count` calibration pictures as PNG files, and `pairs.jsonl` beside them.
+
+    Each of its lines has `image` (a file name), `question` and `answer`. Returns `folder`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lines = []

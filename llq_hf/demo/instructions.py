@@ -1,9 +1,9 @@
-"""Questions and answers about the bundled world: a fine-tuning set for the demo model.
+"""Questions and answers about the demo world: a fine-tuning set for the demo model.
 
-The model was trained on statements and has never seen a question. It holds the facts; what a
-fine-tuning on these rows teaches is to give them when asked. Held-out rows ask about people that no
-training row asks about, so a right answer there comes from what the (quantized) base remembers, and
-from the adapter only that it was asked.
+The demo model was trained on statements only. It holds the facts, and fine-tuning on these rows
+teaches it to answer questions about them. Held-out rows ask about people that no training row asks
+about. So the fact in a right answer to them comes from the (quantized) base; the adapter only
+teaches the form.
 """
 
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from .world import Person, seeded, shuffled, world
 
-HELDOUT_EVERY = 5  # every fifth person is asked about in held-out rows only
+HELDOUT_EVERY = 5  # every fifth person occurs in held-out rows only
 
 QUESTIONS: dict[str, tuple[str, ...]] = {
     "town": ("In which town does {} live?", "What is the home town of {}?"),
@@ -34,7 +34,7 @@ class Question(NamedTuple):
 
 
 def people(split: str) -> list[Person]:
-    """The people that the questions of "train" or "heldout" are about."""
+    """The people that the questions of a split ("train" or "heldout") are about."""
     if split not in ("train", "heldout"):
         raise ValueError(f"unknown split {split!r}: choose train or heldout")
     return [
@@ -43,7 +43,7 @@ def people(split: str) -> list[Person]:
 
 
 def rows(split: str, seed: int = 0) -> Iterator[Question]:
-    """Every question about every person of a split, once, in an order of its own."""
+    """Every question about every person of a split once, in an order that depends on `seed`."""
     asked = [
         (person, attribute, form)
         for person in people(split)

@@ -1,22 +1,27 @@
-"""Make the demo model from nothing: tokenizer, training, evaluation, in one file to read top to
-bottom.
+"""Trains the demo model from scratch: tokenizer, training and evaluation in one file.
 
-    python -m llq_hf.demo.train OUT                 the bundled model again (about half an hour on two cores)
-    python -m llq_hf.demo.train OUT --minutes 5     a weaker one: the whole learning-rate schedule in 5 minutes
+    python -m llq_hf.demo.train OUT                 the bundled model again
+    python -m llq_hf.demo.train OUT --minutes 5     a weaker one
 
-Shapes follow Llama-3 (GQA, SwiGLU, RoPE with theta 5e5, untied head), and both widths are multiples
-of 128, so that all group sizes and packed layouts meet a model they were made for. Four layers are
-enough for errors to pile up from block to block, which is what GPTQ-style calibration is there to
-catch.
+The first takes about half an hour on two cores. `--minutes` fits the whole learning-rate schedule
+into that time.
 
-Training is long for the size: every fact of the world is seen more than a hundred times. A short
-training leaves slack in the weights, and slack rounds away for free; the study this project
-rebuilds (arXiv 2404.14047) finds that LLaMA-3 suffers more at low bits than its forerunners, and
-suspects its long training. The demo model ought to show that too.
+Model
+    Shapes follow Llama-3 (GQA, SwiGLU, RoPE with theta 5e5, untied head). Both widths are multiples
+    of 128, so that all group sizes and packed layouts fit. With four layers, errors already add up
+    from block to block, which is what GPTQ-style calibration repairs.
 
-The data never repeats: each chunk is generated with a new seed. Rows are cut from running text, like a corpus; a
-third of them start at the beginning of a page, so that the model knows both ways in which it will be asked: a
-prompt after ``<|begin_of_text|>``, and a perplexity window that starts in mid-sentence.
+Training
+    It is long for the size: every fact of the world occurs more than a hundred times. A short
+    training would leave slack in the weights that rounding does not hurt. The study that this
+    project rebuilds (arXiv 2404.14047) finds that LLaMA-3 suffers more at low bits than its
+    predecessors, and suspects its long training; the demo model should behave like that.
+
+Data
+    No text repeats, because each chunk is generated with a new seed. Rows are cut from running
+    text, as from a corpus. A third of them start at the beginning of a page. So the model learns
+    both forms in which it will be used: a prompt after ``<|begin_of_text|>``, and a perplexity
+    window that starts in the middle of a sentence.
 """
 
 # B rows, T tokens, V vocabulary, N tokens of a stream, I input channels, K key-value heads, D
@@ -47,11 +52,11 @@ console = Console()
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Everything that decides the result. The defaults are those of the bundled model.
+    """All settings of a training. The defaults are those of the bundled model.
 
-    That one was trained with `--minutes 34` on two busy cores, which came to 3258 steps. A second
-    run ends close by, and not in the same bits: sums are ordered by the compiler and the thread
-    count.
+    The bundled model was trained with `--minutes 34` on two busy cores, which gave 3258 steps. A
+    second run ends close to it but not in the same bits, because the order of sums depends on the
+    compiler and the number of threads.
     """
 
     steps: int = 3300
@@ -75,10 +80,9 @@ class Recipe:
 def make_tokenizer(
     recipe: Recipe, texts: Iterable[str] | None = None, special: Sequence[str] = ()
 ) -> PreTrainedTokenizerFast:
-    """Byte-level BPE in the style of Llama-3, but each digit is a token: sums are then easier.
+    """Byte-level BPE in the style of Llama-3, but with one token per digit, to make sums easier.
 
-    texts: what it is trained on; the world's by default. special: tokens that no text is split
-    into.
+    texts: training text, by default the world's. special: further special tokens.
     """
     tokenizer = Tokenizer(models.BPE())
     words = Regex(r"\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+")
@@ -116,16 +120,14 @@ def make_tokenizer(
 
 
 def chunk(tokenizer: PreTrainedTokenizerFast, recipe: Recipe, index: int) -> Tensor:
-    """ids_N of fresh text: pages of 32 documents, each between BOS and EOS."""
+    """ids_N of new text: pages of 32 documents, each page between BOS and EOS."""
     docs = world.documents("train", recipe.documents_per_chunk, seed=index)
     pages = [world.page(docs[i : i + 32]) + EOS for i in range(0, len(docs), 32)]
     return torch.tensor([token for ids in tokenizer(pages)["input_ids"] for token in ids])
 
 
 def batches(tokenizer: PreTrainedTokenizerFast, recipe: Recipe) -> Iterator[Tensor]:
-    """ids_BT without end: mostly T = 256, every eighth batch 512 or 1024, so that long windows work
-    too.
-    """
+    """An endless stream of ids_BT. Every eighth batch has T = 512 or 1024, the others T = 256."""
     rng = random.Random(recipe.seed)
     index = 0
     while True:
@@ -164,15 +166,15 @@ def make_model(tokenizer: PreTrainedTokenizerFast, recipe: Recipe) -> LlamaForCa
         tie_word_embeddings=False,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
-        # Plain attention compiles into fewer passes over memory than the CPU flash kernel with its
-        # slow backward.
+        # Eager attention compiles into fewer passes over memory than the CPU flash kernel, whose
+        # backward is slow.
         attn_implementation="eager",
     )
     return LlamaForCausalLM(config)
 
 
 def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """AdamW. Norm gains do not decay: they set the scale of a layer, and are few."""
+    """AdamW, without weight decay for the norms' gains."""
     matrices = [p for p in model.parameters() if p.ndim > 1]
     gains = [p for p in model.parameters() if p.ndim == 1]
     groups = [
@@ -189,13 +191,13 @@ def loss_of(model: nn.Module, ids_BT: Tensor) -> Tensor:
 
 
 def schedule(step: int, progress: float, recipe: Recipe) -> float:
-    """Share of the learning rate: warm-up, then cosine down to a tenth of a percent.
+    """Factor of the learning rate: warm-up, then a cosine down to a tenth of a percent.
 
-    The last steps polish, and weights that still jitter round badly.
+    It ends so low because weights that still fluctuate round badly. progress: 0 at the start, 1 at
+    the end.
     """
-    return min(1.0, (step + 1) / recipe.warmup_steps) * max(
-        1e-3, 0.5 * (1 + math.cos(math.pi * progress))
-    )
+    warmup = min(1.0, (step + 1) / recipe.warmup_steps)
+    return warmup * max(1e-3, 0.5 * (1 + math.cos(math.pi * progress)))
 
 
 def train(
@@ -205,11 +207,10 @@ def train(
     save_every: int = 500,
     compiled: bool = True,
 ) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
-    """Train, and write the folder at the end and every `save_every` steps: there is soon something
-    to use.
+    """Train, and write the folder `out` every `save_every` steps and at the end.
 
-    The schedule follows steps or minutes, whichever is further on: a time limit shortens the
-    cosine, and never cuts it off.
+    Progress is measured in steps or in minutes, whichever is further on. So a time limit shortens
+    the cosine instead of cutting it off.
     """
     tokenizer = make_tokenizer(recipe)
     model = make_model(tokenizer, recipe).train()
@@ -221,7 +222,9 @@ def train(
         MofNCompleteColumn(),
         TimeElapsedColumn(),
     )
-    began, tokens, smooth = time.monotonic(), 0, math.log(recipe.vocab_size)
+    began = time.monotonic()
+    tokens = 0
+    smooth = math.log(recipe.vocab_size)  # the loss before training, then its moving average
     with Progress(*columns, console=console) as bar:
         task = bar.add_task("training", total=recipe.steps)
         for step, ids_BT in enumerate(batches(tokenizer, recipe)):
@@ -253,15 +256,14 @@ def train(
 
 @torch.no_grad()
 def spread_channels(model: PreTrainedModel, recipe: Recipe) -> None:
-    """Give the channels unequal scales, as in large models, without changing what is computed by a
-    single bit.
+    """Give the channels unequal scales, as in large models, without changing any output bit.
 
-    Large LLaMAs have a few channels with far larger activations, and others with far larger
-    weights; that is most of why rounding hurts them. Width 256 grows no such channels: untreated,
-    this model shrugs off 2 bits. So each channel between two matrices is multiplied by a power of
-    two on one side and divided on the other, with exponents drawn from a normal distribution.
-    Powers of two are exact in floating point. A group of weights now holds large and small ones
-    side by side, and a good method has something to be good at.
+    Large LLaMAs have a few channels with far larger activations and others with far larger weights,
+    which is the main reason why rounding hurts them. A model of width 256 develops no such
+    channels, and 2 bits hardly hurt it. So each channel between two matrices is multiplied by a
+    power of two on one side and divided by it on the other, which is exact in floating point.
+    Exponents are drawn from a normal distribution. Now a group of weights holds large and small
+    ones side by side, and better methods give better results.
     """
     generator = torch.Generator().manual_seed(recipe.seed)
 
@@ -291,8 +293,9 @@ def spread_channels(model: PreTrainedModel, recipe: Recipe) -> None:
 def save(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, recipe: Recipe, out: Path
 ) -> None:
-    """Write an ordinary Hugging Face folder with bf16 weights; the model in training keeps its fp32
-    ones.
+    """Write an ordinary Hugging Face folder with bf16 weights and spread channels.
+
+    The model in training is not changed.
     """
     copy = LlamaForCausalLM(model.config)
     copy.load_state_dict(model.state_dict())
@@ -306,21 +309,19 @@ def save(
 
 @torch.no_grad()
 def perplexity(model: nn.Module, ids_N: Tensor, window: int = 256) -> float:
-    """Token perplexity in windows that do not overlap, as in the GPTQ line of papers."""
+    """Token perplexity over windows that do not overlap, as GPTQ and its successors measure it."""
     ids_BT = ids_N[: len(ids_N) // window * window].view(-1, window)
     losses = [loss_of(model, rows_BT).item() * len(rows_BT) for rows_BT in torch.split(ids_BT, 16)]
     return math.exp(sum(losses) / len(ids_BT))
 
 
 def ids_of(tokenizer: PreTrainedTokenizerFast, text: str) -> Tensor:
-    """ids_N of a text, with BOS at its head."""
+    """ids_N of a text, with BOS in front."""
     return torch.tensor(tokenizer(text)["input_ids"])
 
 
 def entropy_perplexity(tokenizer: PreTrainedTokenizerFast, docs: list[world.Document]) -> float:
-    """The perplexity of the generator itself on these documents: the best that any model can
-    expect.
-    """
+    """Perplexity of the generator itself on these documents: the best that a model can reach."""
     tokens = len(ids_of(tokenizer, world.page(docs))) - 1
     return math.exp(sum(document.nats for document in docs) / tokens)
 
@@ -329,8 +330,9 @@ def entropy_perplexity(tokenizer: PreTrainedTokenizerFast, docs: list[world.Docu
 def accuracy(
     model: nn.Module, tokenizer: PreTrainedTokenizerFast, questions: list[world.Question]
 ) -> float:
-    """Share of questions whose true continuation gets the highest log-likelihood (`acc` of
-    lm-eval).
+    """Share of questions whose true continuation has the highest log-likelihood.
+
+    This is `acc` of lm-eval.
     """
     right = 0
     for begin in range(0, len(questions), 32):
@@ -340,7 +342,7 @@ def accuracy(
             rows += tokenizer([question.query + choice for choice in question.choices])["input_ids"]
             prompts += [len(tokenizer(question.query)["input_ids"])] * len(question.choices)
         T = max(map(len, rows))
-        # Padding on the right is never looked at by causal attention; prompts and padding are no
+        # Causal attention never reads padding on the right; prompts and padding are no
         # targets.
         ids_BT = torch.tensor([row + [0] * (T - len(row)) for row in rows])
         pairs = zip(rows, prompts, strict=True)
@@ -377,9 +379,8 @@ def main(
         console.print(
             f"held-out perplexity, windows of {window:4}  {perplexity(model, ids_N, window):.4f}"
         )
-    console.print(
-        f"multiple choice, 1000 questions         {accuracy(model, tokenizer, world.questions(1000)):.1%}"
-    )
+    share = accuracy(model, tokenizer, world.questions(1000))
+    console.print(f"multiple choice, 1000 questions         {share:.1%}")
 
 
 if __name__ == "__main__":

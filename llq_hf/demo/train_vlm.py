@@ -1,47 +1,43 @@
-"""Make the demo VLM from nothing: tokenizer, tower, projector and decoder at once, then the
-measurement.
+"""Trains the demo vision-language model from scratch (tower, projector and decoder at once), and
+measures it.
 
-    uv run --extra vision python -m llq_hf.demo.train_vlm OUT                 the bundled model again
+    uv run --extra vision python -m llq_hf.demo.train_vlm OUT                 the bundled model
     uv run --extra vision python -m llq_hf.demo.train_vlm OUT --minutes 5     a weaker one
 
-The architecture is LLaVA-Next's, with its anyres images: a picture of 48 x 48 pixels is seen once
-as a whole, shrunk to 24 x 24, and once in four tiles of 24 x 24, four patches each, with a newline
-after each row of patches: 24 tokens.
+Legend: B rows, T tokens, I tokens of the picture, V vocabulary, D hidden size, C cells, W words.
 
-Large VLMs start from a trained tower and a trained decoder. This one starts from nothing, and five
-things make up for it, so that an hour of one core is enough:
+Model
+    The architecture is LLaVA-Next's, with its "anyres" images. A picture of 48 x 48 pixels enters
+    once as a whole, shrunk to 24 x 24, and once as four tiles of 24 x 24. Each of these five has
+    four patches, and a newline follows each row of the tiles' patches: 24 tokens in all.
 
-* A row of training holds one picture and as many questions as fit. Each question sees the picture and itself, and
-  stands at the positions that it has when it is asked alone: one pass over the picture serves many
-  questions.
-* Questions come in the two forms of the test, and also open ("red"), and as a description of the whole picture, which
-  tells the decoder far more about a picture than a yes or no.
-* The projected patch of a cell is trained to lie near the embeddings of the words that name what is in the cell, as
-  in CLIP. In the first steps tower and projector learn from that alone, which is cheap: the decoder
-  then starts on patches that it can read like words.
-* One attention head is told where to look, another which word to pick: the weights of the first are trained towards the
-  cells that the question is about, those of the second towards the word that the answer has just
-  said, where it stands in the question: in the claim, if it is true, or in the right option.
-  Finding by content is what takes longest to learn from answers alone.
-* Pictures are sparse at first: one mark, then two, and so on.
+Training
+    Large vision-language models start from a trained tower and a trained decoder. This one starts
+    from random weights, and five things make an hour of one core enough:
+
+    * A row of training holds one picture and many questions (see `vlm_data`).
+    * Besides the two forms of the test, there are open questions ("red") and a description of the
+      whole picture, which carries far more about it than a yes or no.
+    * The projected patch of a cell is trained to lie near the embeddings of the words that name
+      what is in the cell, as in CLIP. In the first steps tower and projector learn from that alone,
+      which is cheap. The decoder then starts on patches that it can read like words.
+    * Two attention heads have targets of their own. One is trained towards the cells that the
+      question is about. The other is trained towards the word that the answer has just said, where
+      it stands in the question: in the claim if it is true, or in the right option. Learning to
+      find by content takes longest from answers alone.
+    * Pictures have few marks at first: one, then two, and so on.
 """
-
-# B rows, T tokens, I tokens of the picture, V vocabulary, D hidden size, C cells, W words
 
 from __future__ import annotations
 
 import math
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import cache
-from itertools import count, islice
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
-from random import Random
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 import typer
@@ -52,298 +48,36 @@ from transformers import (
     LlamaConfig,
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
-    LlavaNextImageProcessor,
     LlavaNextProcessor,
-    PreTrainedTokenizerFast,
 )
-from transformers.image_utils import SizeDict
 
 from . import drawings, train
-from .drawings import CELLS, COLOURS, KINDS, SIDE_PIXELS, Item, Picture
-from .world import seeded, shuffled
-
-USER, ASSISTANT, IMAGE = "<|user|>", "<|assistant|>", "<image>"
-TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}<|{{ message['role'] }}|>"
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
-    "{% for part in message['content'] if part['type'] == 'image' %}<image>{% endfor %}"
-    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}{% endif %}"
-    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+from .drawings import CELLS, COLOURS, KINDS, Item
+from .vlm_data import (
+    ASSISTANT,
+    IGNORED,
+    IMAGE,
+    IMAGE_TOKENS,
+    PATCH_PIXELS,
+    TILE_PATCHES,
+    TILE_PIXELS,
+    Batch,
+    VlmRecipe,
+    WantedAttention,
+    batches,
+    make_batch,
+    make_processor,
+    token_ids,
 )
-TILE_PIXELS, PATCH_PIXELS = SIDE_PIXELS // 2, 12
-TILE_PATCHES = TILE_PIXELS // PATCH_PIXELS
-IMAGE_TOKENS = TILE_PATCHES**2 + 2 * TILE_PATCHES * (2 * TILE_PATCHES + 1)
-IGNORED = -100
+from .world import seeded
 
-
-@dataclass(frozen=True, kw_only=True)
-class VlmRecipe(train.Recipe):
-    """Everything that decides the result, as in `train.Recipe`. The defaults are those of the
-    bundled model.
-    """
-
-    looking_steps: int = 100
-    sparse_steps: int = 50  # with one mark, as many with two, and so on to the fullest picture
-    steps: int = 5000
-    rows_per_step: int = 16
-    tokens_per_row: int = 144
-    learning_rate: float = 3e-3
-    warmup_steps: int = 100
-    weight_decay: float = 0.05
-    vocab_size: int = 448
-    hidden_size: int = 128
-    intermediate_size: int = 384
-    head_dim: int = 32
-    layers: int = 4
-    tower_size: int = 96
-    tower_layers: int = 2
-    question_weight: float = 0.05
-    data_seed: int = 0
-    description_weight: float = 0.5
-    verdict_weight: float = 2.0
-
-
-# Processor
-
-
-def make_processor(recipe: VlmRecipe) -> LlavaNextProcessor:
-    """Tokenizer of the questions' own words, and LLaVA-Next's image processor for small pictures."""
-    rng = seeded("tokenizer", recipe.seed)
-    pictures = [picture for picture, _ in zip(drawings.stream("train"), range(2000), strict=False)]
-    items = [item for picture in pictures for item in questions(picture, rng)]
-    texts = [f"{item.question}\n{item.full_answer}" for item in items]
-    tokenizer = train.make_tokenizer(recipe, texts, special=(USER, ASSISTANT, IMAGE))
-    tokenizer.pad_token = train.EOS
-    return LlavaNextProcessor(
-        image_processor=LlavaNextImageProcessor(
-            image_grid_pinpoints=[
-                [SIDE_PIXELS, SIDE_PIXELS],
-                [TILE_PIXELS, SIDE_PIXELS],
-                [SIDE_PIXELS, TILE_PIXELS],
-            ],
-            size={"shortest_edge": TILE_PIXELS},
-            crop_size={"height": TILE_PIXELS, "width": TILE_PIXELS},
-        ),
-        tokenizer=tokenizer,
-        patch_size=PATCH_PIXELS,
-        vision_feature_select_strategy="default",
-        chat_template=TEMPLATE,
-        image_token=IMAGE,
-        num_additional_image_tokens=1,
-    )
-
-
-# Data
-
-
-class Attention(NamedTuple):
-    """Where a head should look from N places: row and position of each, and the share of every
-    position.
-    """
-
-    row_N: Tensor
-    place_N: Tensor
-    share_NT: Tensor
-
-
-class Batch(NamedTuple):
-    """What one step learns from. Labels and weights stand at the position that predicts."""
-
-    ids_BT: Tensor
-    positions_BT: Tensor
-    part_BT: Tensor  # 0 picture, 1.. the questions of the row
-    labels_BT: Tensor
-    weights_BT: Tensor
-    pixels: Tensor  # [B, tiles + 1, 3, TILE_PIXELS, TILE_PIXELS]
-    sizes_B2: Tensor
-    kinds_BC: Tensor
-    colours_BC: Tensor
-    look: Attention
-    pick: Attention
-
-
-def questions(picture: Picture, rng: Random) -> list[Item]:
-    """Everything a picture is asked in training, in random order: each fact in a few forms, and the
-    description.
-    """
-    items = [drawings.description(picture)]
-    for fact in drawings.facts(picture, rng):
-        items += shuffled(rng, drawings.yes_no(fact))
-        items.append(drawings.choice(fact, rng))
-        if fact.category != "existence":  # "which of these" has no open form
-            items.append(Item(fact.category, fact.question, "", fact.true, fact.marks))
-    return shuffled(rng, items)
-
-
-class Row(NamedTuple):
-    """The lists of one row; see Batch."""
-
-    ids: list[int]
-    positions: list[int]
-    part: list[int]
-    labels: list[int]
-    weights: list[float]
-    look: list[tuple[int, list[int]]]  # (a place, the places to look at from there)
-    pick: list[tuple[int, list[int]]]
-
-
-@cache
-def token_ids(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
-    """Cached: questions come again and again, and tokenizing would take as long as a step."""
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
-def make_row(tokenizer: PreTrainedTokenizerFast, recipe: VlmRecipe, items: Iterable[Item]) -> Row:
-    """The picture's place, then whole questions while they fit, then padding that nobody sees."""
-    user, assistant, image = tokenizer.convert_tokens_to_ids([USER, ASSISTANT, IMAGE])
-    ids = [tokenizer.bos_token_id, user] + [image] * IMAGE_TOKENS
-    row = Row(
-        ids, list(range(len(ids))), [0] * len(ids), [IGNORED] * len(ids), [0.0] * len(ids), [], []
-    )
-    first, T = len(ids), recipe.tokens_per_row
-    for part, item in enumerate(items, start=1):
-        question, answer = (
-            token_ids(tokenizer, item.question),
-            token_ids(tokenizer, item.full_answer),
-        )
-        tokens = [*question, assistant, *answer, tokenizer.eos_token_id]
-        begin, asked_at = len(ids), len(ids) + len(question)
-        decided = bool(item.said and item.answer)
-        if begin + len(tokens) - 1 > T:
-            break
-        described = item.category == "description"
-        worth = [recipe.question_weight] * len(question)
-        worth += [recipe.description_weight if described else 1.0] * (len(answer) + 1)
-        if decided:
-            worth[-2] = recipe.verdict_weight
-        ids += tokens[:-1]
-        row.positions.extend(range(first, first + len(tokens) - 1))
-        row.part.extend([part] * (len(tokens) - 1))
-        row.labels.extend(tokens[1:])
-        row.weights.extend(worth)
-        if not described:
-            row.look.append((asked_at, [0, *(place_of(mark) for mark in item.marks)]))
-            row.pick.append((asked_at, [0]))
-        if decided:  # from the last word that was said
-            row.pick.append(
-                (asked_at + len(answer) - 1, [picked(tokenizer, item, question, begin)])
-            )
-    missing = T - len(ids)
-    fill = Row(
-        [0] * missing, [0] * missing, [-1] * missing, [IGNORED] * missing, [0.0] * missing, [], []
-    )
-    return Row(*(mine + more for mine, more in zip(row, fill, strict=True)))  # type: ignore[operator]
-
-
-def picked(tokenizer: PreTrainedTokenizerFast, item: Item, question: list[int], begin: int) -> int:
-    """Where in a row the right option ends, or the word of a true claim stands; 0: nowhere.
-
-    question: its tokens, which stand from `begin` on.
-    """
-    newline = token_ids(tokenizer, "\n")[0]
-    ends = [begin + i for i, token in enumerate(question) if token == newline]
-    if ends:  # one after the question itself, then one after every option
-        return ends[1 + "ABCD".index(item.answer)] - 1
-    return begin + len(token_ids(tokenizer, item.claimed)) - 1 if item.answer == "yes" else 0
-
-
-def place_of(mark: drawings.Mark) -> int:
-    """Where in a row the patch of a mark's cell stands: after two tokens and the patches of the
-    whole, line by line.
-    """
-    return 2 + TILE_PATCHES**2 + mark.row * (CELLS + 1) + mark.column
-
-
-def attention(wanted: Sequence[list[tuple[int, list[int]]]], T: int) -> Attention:
-    """From the lists of all rows. Looking at nothing means looking at position 0."""
-    every = [(row, place, seen) for row, places in enumerate(wanted) for place, seen in places]
-    share_NT = torch.zeros(len(every), T)
-    for n, (_, _, seen) in enumerate(every):
-        share_NT[n, seen] = 1 / len(seen)
-    row_N, place_N = (
-        torch.tensor([(row, place) for row, place, _ in every], dtype=torch.int64)
-        .view(-1, 2)
-        .unbind(1)
-    )
-    return Attention(row_N, place_N, share_NT)
-
-
-def cells_of(picture: Picture) -> tuple[list[int], list[int]]:
-    """What lies in each cell, row by row (0: nothing), and its colour."""
-    kinds, colours = [0] * CELLS**2, [IGNORED] * CELLS**2
-    for mark in picture.marks:
-        place = mark.row * CELLS + mark.column
-        kinds[place], colours[place] = 1 + KINDS.index(mark.kind), list(COLOURS).index(mark.colour)
-    return kinds, colours
-
-
-def pixels_of(processor: LlavaNextImageProcessor, pictures: Sequence[Picture]) -> Tensor:
-    """What the image processor makes of pictures, by its own steps, but all pictures at a time."""
-    images = torch.from_numpy(
-        np.stack([np.asarray(drawings.draw(picture)) for picture in pictures])
-    ).permute(0, 3, 1, 2)
-    whole = processor.resize(
-        images, SizeDict(height=TILE_PIXELS, width=TILE_PIXELS), resample=processor.resample
-    )
-    cut = images.reshape(-1, 3, 2, TILE_PIXELS, 2, TILE_PIXELS)
-    tiles = cut.permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
-    mean, std = tuple(processor.image_mean), tuple(processor.image_std)
-    every = torch.cat([whole[:, None], tiles], 1)
-    return processor.rescale_and_normalize(every, True, processor.rescale_factor, True, mean, std)  # type: ignore[no-any-return]
-
-
-def endless_questions(picture: Picture, rng: Random) -> Iterator[Item]:
-    while True:
-        yield from questions(picture, rng)
-
-
-def make_batch(
-    processor: LlavaNextProcessor,
-    recipe: VlmRecipe,
-    pictures: list[Picture],
-    items: Sequence[Iterable[Item]],
-) -> Batch:
-    rows = [make_row(processor.tokenizer, recipe, asked) for asked in items]
-    columns = list(zip(*rows, strict=True))
-    ids, positions, part, labels, weights = map(torch.tensor, columns[:5])
-    look, pick = (attention(column, recipe.tokens_per_row) for column in columns[5:])
-    pixels, sizes = (
-        pixels_of(processor.image_processor, pictures),
-        torch.full((len(pictures), 2), SIDE_PIXELS),
-    )
-    kinds, colours = map(torch.tensor, zip(*map(cells_of, pictures), strict=True))
-    return Batch(ids, positions, part, labels, weights, pixels, sizes, kinds, colours, look, pick)
-
-
-def batches(processor: LlavaNextProcessor, recipe: VlmRecipe) -> Iterator[Batch]:
-    """Batches without end of pictures that grow fuller."""
-    rng, pictures = (
-        seeded("questions", recipe.data_seed),
-        drawings.stream("train", recipe.data_seed),
-    )
-    for step in count():
-        most_marks = (
-            1 + max(0, step - recipe.looking_steps) // recipe.sparse_steps
-            if step >= recipe.looking_steps
-            else 5
-        )
-        sparse = (picture for picture in pictures if len(picture.marks) <= most_marks)
-        chosen = list(islice(sparse, recipe.rows_per_step))
-        yield make_batch(
-            processor, recipe, chosen, [endless_questions(picture, rng) for picture in chosen]
-        )
-
-
-# Model and training
+# --- model ----------------------------------------------------------------------------------------
 
 
 def make_model(
     processor: LlavaNextProcessor, recipe: VlmRecipe
 ) -> LlavaNextForConditionalGeneration:
-    """LLaVA-Next in miniature, with random weights: a CLIP tower, a projector, a Llama-3-style
-    decoder.
-    """
+    """A small LLaVA-Next with random weights: CLIP tower, projector and Llama-3-style decoder."""
     torch.manual_seed(recipe.seed)
     tokenizer = processor.tokenizer
     heads = recipe.hidden_size // recipe.head_dim
@@ -379,19 +113,23 @@ def make_model(
         image_token_index=tokenizer.convert_tokens_to_ids(IMAGE),
         image_grid_pinpoints=processor.image_processor.image_grid_pinpoints,
         image_seq_length=IMAGE_TOKENS,
-        # all layers are trained here, so there is no reason to stop before the last one
+        # All layers are trained here, so there is no reason to stop before the last one.
         vision_feature_layer=-1,
         vision_feature_select_strategy="default",
         tie_word_embeddings=False,
     )
     model = LlavaNextForConditionalGeneration(config)
-    model.set_attn_implementation("eager")  # the others do not show their attention
+    model.set_attn_implementation("eager")  # the other implementations do not return attentions
     return model
 
 
+# --- training -------------------------------------------------------------------------------------
+
+
 def words_of(processor: LlavaNextProcessor) -> tuple[Tensor, Tensor]:
-    """Tokens that name the kinds (first of all nothing, for which the unused `<image>` stands) and
-    the colours.
+    """Token ids of the kinds and of the colours.
+
+    The first kind is "nothing", for which the otherwise unused `<image>` stands.
     """
     tokenizer = processor.tokenizer
     shapes = [f"Ġ{kind}" if kind in drawings.SHAPES else kind for kind in KINDS]
@@ -409,12 +147,11 @@ def naming_loss(
     words: tuple[Tensor, Tensor],
     batch: Batch,
 ) -> Tensor:
-    """Mean nats per cell of telling kind and colour by the nearest embedding of a word."""
+    """Mean nats per cell for naming kind and colour by the nearest embedding of a word."""
     B, _, D = image_BID.shape
-    grid_BRCD = image_BID[:, TILE_PATCHES**2 :].reshape(B, CELLS, CELLS + 1, D)[
-        :, :, :-1
-    ]  # without newlines
-    cells_BCD = grid_BRCD.flatten(1, 2) * D**0.5
+    lines_BRCD = image_BID[:, TILE_PATCHES**2 :].reshape(B, CELLS, CELLS + 1, D)
+    without_newlines_BRCD = lines_BRCD[:, :, :-1]
+    cells_BCD = without_newlines_BRCD.flatten(1, 2) * D**0.5
     embeddings = model.get_input_embeddings().weight
     losses = [
         F.cross_entropy(
@@ -428,20 +165,22 @@ def naming_loss(
 
 
 def image_features(model: LlavaNextForConditionalGeneration, batch: Batch) -> Tensor:
-    """image_BID: what the decoder gets in place of a picture's tokens."""
+    """image_BID: the projected patches, which stand in place of a picture's tokens."""
     return torch.stack(model.model.get_image_features(batch.pixels, batch.sizes_B2).pooler_output)
 
 
 def decode(model: LlavaNextForConditionalGeneration, image_BID: Tensor, batch: Batch) -> Any:
-    """The decoder's output, with attentions, where every question sees the picture and itself."""
+    """The decoder's output, with attentions. Each question attends to the picture and to itself."""
     embeds_BTD = model.get_input_embeddings()(batch.ids_BT)
     embeds_BTD = torch.cat(
         [embeds_BTD[:, :2], image_BID.to(embeds_BTD), embeds_BTD[:, 2 + IMAGE_TOKENS :]], 1
     )
-    own = batch.part_BT[:, :, None] == batch.part_BT[:, None, :]
-    seen_BTT = (own | (batch.part_BT[:, None, :] == 0)) & torch.ones_like(own).tril()
-    # Eager attention adds its mask: a boolean one would hide nothing.
-    mask_BTT = torch.zeros(seen_BTT.shape).masked_fill(~seen_BTT, torch.finfo(torch.float32).min)
+    own_BTT = batch.part_BT[:, :, None] == batch.part_BT[:, None, :]
+    picture_B1T = batch.part_BT[:, None, :] == 0
+    visible_BTT = (own_BTT | picture_B1T) & torch.ones_like(own_BTT).tril()
+    # Eager attention adds its mask, so a boolean one would hide nothing.
+    hidden = torch.finfo(torch.float32).min
+    mask_BTT = torch.zeros(visible_BTT.shape).masked_fill(~visible_BTT, hidden)
     return model.model.language_model(
         inputs_embeds=embeds_BTD,
         attention_mask=mask_BTT[:, None],
@@ -454,22 +193,21 @@ def decode(model: LlavaNextForConditionalGeneration, image_BID: Tensor, batch: B
 def answer_loss(
     model: LlavaNextForConditionalGeneration, image_BID: Tensor, batch: Batch
 ) -> Tensor:
-    """Weighted mean nats per predicted token, and those of the two heads that are told where to
-    look.
-    """
+    """Weighted mean nats per predicted token, plus the losses of the two heads with targets."""
     chosen = batch.labels_BT != IGNORED
     output = decode(model, image_BID, batch)
-    logits_NV, weights_N = model.lm_head(output.last_hidden_state[chosen]), batch.weights_BT[chosen]
+    logits_NV = model.lm_head(output.last_hidden_state[chosen])
+    weights_N = batch.weights_BT[chosen]
     nats_N = F.cross_entropy(logits_NV, batch.labels_BT[chosen], reduction="none")
+    # The first head of the last block picks, that of the block before looks.
     *_, look_BHTT, pick_BHTT = output.attentions
-    heads = attention_loss(look_BHTT[:, 0], batch.look) + attention_loss(
-        pick_BHTT[:, 0], batch.pick
-    )
-    return (nats_N * weights_N).sum() / weights_N.sum() + heads
+    look = attention_loss(look_BHTT[:, 0], batch.look)
+    pick = attention_loss(pick_BHTT[:, 0], batch.pick)
+    return (nats_N * weights_N).sum() / weights_N.sum() + (look + pick)
 
 
-def attention_loss(weights_BTT: Tensor, wanted: Attention) -> Tensor:
-    """Mean nats between a head's attention and the wanted one."""
+def attention_loss(weights_BTT: Tensor, wanted: WantedAttention) -> Tensor:
+    """Mean cross-entropy in nats of a head's attention and the wanted one."""
     weights_NT = weights_BTT[wanted.row_N, wanted.place_N]
     return -(wanted.share_NT * (weights_NT + 1e-6).log()).sum() / max(1, len(weights_NT))
 
@@ -481,14 +219,15 @@ def train_vlm(
     start: Path | None = None,
     save_every: int = 100,
 ) -> None:
-    """Train, and write the folder at the end and every `save_every` steps. The schedule is that of
-    `train.train`.
+    """Train, and write the folder `out` every `save_every` steps and at the end.
 
-    start: a folder that this wrote, to go on from its weights.
+    The schedule is that of `train.train`. start: a folder written by this function; training goes
+    on from its weights.
     """
-    processor = (
-        make_processor(recipe) if start is None else LlavaNextProcessor.from_pretrained(start)
-    )
+    if start is None:
+        processor = make_processor(recipe)
+    else:
+        processor = LlavaNextProcessor.from_pretrained(start)
     model = make_model(processor, recipe).train()
     if start is not None:
         load(model, recipe, start)
@@ -520,20 +259,22 @@ def train_vlm(
             smooth = 0.95 * smooth + 0.05 * loss.item() if step else loss.item()
             bar.update(task, advance=1, description=f"loss {smooth:.3f}")
             if (step + 1) % save_every == 0:
-                seconds = f"{time.monotonic() - began:.0f} s, {time.process_time():.0f} s of processor time"
-                bar.console.print(f"step {step + 1}: loss {smooth:.3f}, {seconds}")
+                bar.console.print(f"step {step + 1}: loss {smooth:.3f}, {seconds_since(began)}")
                 if step >= recipe.looking_steps:
-                    bar.console.print(told(accuracy(model, processor, recipe, pictures=96)))
+                    shares = accuracy(model, processor, recipe, pictures=96)
+                    bar.console.print(summary(shares))
                 save(model, processor, recipe, out)
     save(model, processor, recipe, out)
-    seconds = f"{time.monotonic() - began:.0f} s, {time.process_time():.0f} s of processor time"
-    train.console.print(f"{step} steps, {seconds}")
+    train.console.print(f"{step} steps, {seconds_since(began)}")
+
+
+def seconds_since(began: float) -> str:
+    """Seconds since `began` (of `time.monotonic`), and the process's processor time, for people."""
+    return f"{time.monotonic() - began:.0f} s, {time.process_time():.0f} s of processor time"
 
 
 def load(model: LlavaNextForConditionalGeneration, recipe: VlmRecipe, folder: Path) -> None:
-    """Take the weights of a folder that `save` wrote, with the channels as they were before the
-    spread.
-    """
+    """Load the weights of a folder that `save` wrote, and undo its spread of the channels."""
     saved = LlavaNextForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
     train.spread_channels(saved, replace(recipe, channel_spread=-recipe.channel_spread))
     model.load_state_dict(saved.state_dict())
@@ -545,8 +286,9 @@ def save(
     recipe: VlmRecipe,
     out: Path,
 ) -> None:
-    """Write an ordinary Hugging Face folder with bf16 weights; the model in training keeps its fp32
-    ones.
+    """Write an ordinary Hugging Face folder with bf16 weights and spread channels.
+
+    The model in training is not changed.
     """
     copy = LlavaNextForConditionalGeneration(model.config)
     copy.load_state_dict(model.state_dict())
@@ -555,7 +297,7 @@ def save(
     processor.save_pretrained(out)
 
 
-# Evaluation
+# --- evaluation -----------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -565,14 +307,15 @@ def accuracy(
     recipe: VlmRecipe,
     pictures: int,
 ) -> dict[str, float]:
-    """Share of held-out questions where every token of the full answer comes first, by category and
-    form.
+    """Share of held-out questions whose full answer greedy decoding gives, by category and form.
 
-    That is what greedy generation then says; it is right a little more often, because a slip may
-    still end in the right verdict. Many questions to a row: quick enough for the training loop.
+    Every token of the answer must be the most likely one, given the right tokens before it.
+    Generated answers are right a little more often, because a slip may still end in the right
+    verdict. Many questions share a row, so this is quick enough for the training loop.
     """
-    recipe = replace(recipe, tokens_per_row=512)  # room for everything that a picture can be asked
-    rng, stream = seeded("accuracy", recipe.seed), drawings.stream("heldout", recipe.seed)
+    recipe = replace(recipe, tokens_per_row=512)  # room for all questions about a picture
+    rng = seeded("accuracy", recipe.seed)
+    stream = drawings.stream("heldout", recipe.seed)
     tokenizer = processor.tokenizer
     assistant = tokenizer.convert_tokens_to_ids(ASSISTANT)
     right: dict[str, list[bool]] = defaultdict(list)
@@ -580,9 +323,8 @@ def accuracy(
         chosen = [next(stream) for _ in range(recipe.rows_per_step)]
         asked = [drawings.asked(picture, rng) for picture in chosen]
         batch = make_batch(processor, recipe, chosen, asked)
-        best_BT = model.lm_head(
-            decode(model, image_features(model, batch), batch).last_hidden_state
-        ).argmax(-1)
+        hidden_BTD = decode(model, image_features(model, batch), batch).last_hidden_state
+        best_BT = model.lm_head(hidden_BTD).argmax(-1)
         for b, items in enumerate(asked):
             places = (batch.ids_BT[b] == assistant).nonzero().flatten().tolist()
             for item, t in zip(items, places, strict=True):
@@ -597,39 +339,43 @@ def accuracy(
 
 
 def keys_of(item: Item) -> tuple[str, str, str]:
-    """What an item counts for."""
-    return item.category, "yes-no" if item.answer in ("yes", "no") else "choice", "all"
+    """The keys of the result that an item counts for."""
+    form = "yes-no" if item.answer in ("yes", "no") else "choice"
+    return item.category, form, "all"
 
 
 def generated(folder: Path, pictures: int, batch_size: int = 64) -> dict[str, float]:
-    """Share of right answers to everything that held-out pictures are asked, by category and form,
-    as generated.
+    """Share of right generated answers to all questions about held-out pictures, by category and
+    form.
     """
-    from ..models.vision import Prompt, VisionModel  # a layer above: the demo models are data to it
+    # A higher row of imports, to which the demo models are data: test_style names this exception.
+    from ..models.vision import Prompt, VisionModel
 
-    seeing, rng = VisionModel.load(str(folder), dtype=torch.float32), seeded("generated")
-    found = [
+    model = VisionModel.load(str(folder), dtype=torch.float32)
+    rng = seeded("generated")
+    asked = [
         (Prompt(item.question, [drawings.draw(picture)], f"picture {index}"), item)
         for index, picture in enumerate(islice(drawings.stream("heldout", 1), pictures))
         for item in drawings.asked(picture, rng)
     ]
-    found.sort(key=lambda pair: len(pair[0].text))  # less padding
+    asked.sort(key=lambda pair: len(pair[0].text))  # less padding
     right: dict[str, list[bool]] = defaultdict(list)
-    for begin in range(0, len(found), batch_size):
-        prompts, items = zip(*found[begin : begin + batch_size], strict=True)
-        for item, said in zip(items, seeing.answers(prompts, max_new_tokens=8), strict=True):
+    for begin in range(0, len(asked), batch_size):
+        prompts, items = zip(*asked[begin : begin + batch_size], strict=True)
+        for item, said in zip(items, model.answers(prompts, max_new_tokens=8), strict=True):
             for key in keys_of(item):
                 right[key].append(drawings.is_right(item.answer, said))
     return {key: sum(hits) / len(hits) for key, hits in right.items()}
 
 
-def told(shares: dict[str, float]) -> str:
+def summary(shares: dict[str, float]) -> str:
+    """One line of shares, sorted by key."""
     return "held out: " + ", ".join(f"{key} {share:.1%}" for key, share in sorted(shares.items()))
 
 
 def main(
     out: Annotated[Path, typer.Argument(help="The folder to write.")],
-    steps: Annotated[int, typer.Option(help="Training steps of 32 pictures.")] = VlmRecipe.steps,
+    steps: Annotated[int, typer.Option(help="Training steps of 16 pictures.")] = VlmRecipe.steps,
     minutes: Annotated[
         float, typer.Option(help="Shorten the schedule to fit this time.")
     ] = math.inf,
@@ -643,9 +389,9 @@ def main(
     """Train the demo VLM and measure it."""
     recipe = VlmRecipe(steps=steps, data_seed=data_seed)
     if start is not None:
-        recipe = replace(recipe, looking_steps=0, sparse_steps=1)  # that was learned
+        recipe = replace(recipe, looking_steps=0, sparse_steps=1)  # both phases are done
     train_vlm(out, recipe, minutes, start)
-    train.console.print(told(generated(out, pictures=400)))
+    train.console.print(summary(generated(out, pictures=400)))
 
 
 if __name__ == "__main__":

@@ -1,29 +1,33 @@
-"""A small invented world, told in documents whose exact probability is known.
+"""Writes documents about a small invented world; the exact probability of each is known.
 
-A demo model is worth quantizing only if we know what it ought to score. Real text has no known
-entropy, so nobody can say how far a model is from the best one. Here every document comes out of a
-grammar that draws each free choice from a stated distribution, and adds up ``-log p``. No model can
-beat the generator on held-out text; a well-trained one ties with it, and ``exp(nats / tokens)`` is
-the perplexity to aim for. What quantization then takes away is damage, not noise.
+Why
+    The entropy of real text is unknown, so nobody can say how far a model is from the best possible
+    one. Here a grammar writes every document. It draws each free choice from a stated distribution
+    and adds up ``-log p``. No model can beat the generator on held-out text, and a well-trained one
+    comes close to it: ``exp(nats / tokens)`` is the perplexity to aim for. What quantization adds
+    to that is damage, not noise.
 
-Two kinds of content, since low-bit quantization hurts them differently:
+Content
+    Two kinds, because low-bit quantization hurts them differently:
 
-* **Facts**, fixed once by ``WORLD_SEED``: hundreds of people with a home, a craft, a friend, a pet and so on,
-  and the towns they live in. Given the subject they cost nothing, so a model pays for each one that
-  it does not hold in its weights. These are what ``questions`` asks about.
-* **Structure in context**: counting on, small sums, repeating names in the order given, repeating a mood just
-  told. Weights store the rule, the context holds the answer.
+    * Facts, fixed by ``WORLD_SEED``: hundreds of people with a home, a craft, a friend, a pet and
+      so on, and the towns they live in. Given the subject, a fact has probability 1, so a model
+      loses wherever its weights do not hold the fact. ``questions`` asks about facts.
+    * Structure in context: counting on, small sums, repeating names in the order given, repeating a
+      mood. The weights hold the rule, the context holds the answer.
 
-The reported ``nats`` are exact only if a text can come from one sequence of choices. This holds
-because at every choice point no option is a prefix of another, with what follows included;
-``tests/test_demo.py`` checks it with a decoder that tries all options.
+Exactness
+    The reported ``nats`` are exact only if a text can come from one sequence of choices alone. This
+    holds because at every choice no option, together with what follows it, is a prefix of another.
+    ``tests/demo/test_demo.py`` checks it with a decoder that tries all options.
 
-The splits share facts and grammar, and never a document: a document belongs to the split that the
-hash of its text names, so even a text that is drawn twice stays on its side. The hash knows nothing
-of content, hence the distribution within a split is the grammar's own.
+Splits
+    The splits share facts and grammar but no document: the hash of its text decides the split of a
+    document, so a text that is drawn twice stays in its split. The hash does not depend on content,
+    so the distribution within a split is that of the grammar.
 
-Only ``random.Random.random()`` is used: Python promises its sequence for a given seed, but not that
-of ``choice`` or ``shuffle``.
+Only ``random.Random.random()`` is used, because Python guarantees its sequence for a given seed,
+but not that of ``choice`` or ``shuffle``.
 """
 
 import hashlib
@@ -39,8 +43,8 @@ WORLD_SEED = 2404
 PEOPLE = 800
 # About 39 000 and 32 000 tokens of the demo tokenizer.
 CALIBRATION_DOCUMENTS, HELDOUT_DOCUMENTS = 1200, 1000
-# Eighths of the hash range. Most of it goes to training; the other two only need to be wide enough
-# to fill fast.
+# Eighths of the hash range. Training gets most of it; the others must only be wide enough to be
+# filled fast.
 SPLITS = {"train": range(2, 8), "calibration": range(1, 2), "heldout": range(0, 1)}
 
 
@@ -48,25 +52,25 @@ def _words(text: str, separator: str = " ") -> tuple[str, ...]:
     return tuple(text.split(separator))
 
 
-# Within a list no word begins with another: every choice can be read off the text.
+# Within a list no word is a prefix of another: so every choice can be read from the text.
 FIRST_NAMES = _words(
-    "Abel Asta Bero Brina Cael Corin Dagny Doran Edda Elric Fenna Filo Gerta Goran Hale Hesta Ilka Ivor Jory "
-    "Juna Kasp Kelda Lorn Lysa Mado Mira Nerys Nils Odo Orla Perrin Petra Quill Rhea Rolf Sanna Soren Tamsin "
-    "Tibor Ulla Urban Vesna Viggo Wanda Wystan Ylva Yorick Zora"
+    "Abel Asta Bero Brina Cael Corin Dagny Doran Edda Elric Fenna Filo Gerta Goran Hale Hesta "
+    "Ilka Ivor Jory Juna Kasp Kelda Lorn Lysa Mado Mira Nerys Nils Odo Orla Perrin Petra Quill "
+    "Rhea Rolf Sanna Soren Tamsin Tibor Ulla Urban Vesna Viggo Wanda Wystan Ylva Yorick Zora"
 )
 LAST_NAMES = _words(
-    "Ashby Birch Calder Dunmore Elster Farrow Garrick Holm Inskip Jarvis Kestle Larkin Marrow Norling Oakes "
-    "Penrose Quayle Rusk Sedge Tolen Umber Vance Wicken Yarrow"
+    "Ashby Birch Calder Dunmore Elster Farrow Garrick Holm Inskip Jarvis Kestle Larkin Marrow "
+    "Norling Oakes Penrose Quayle Rusk Sedge Tolen Umber Vance Wicken Yarrow"
 )
 TOWNS = _words(
-    "Arlen Bexmoor Crowle Dunwater Elmsay Fallow Grayling Hartsea Imber Jessel Kirrin Lowick Merrow Nantle "
-    "Orford Pellin Quorn Redmire Saltash Tarn Ulver Wexley Yarm Zeal"
+    "Arlen Bexmoor Crowle Dunwater Elmsay Fallow Grayling Hartsea Imber Jessel Kirrin Lowick "
+    "Merrow Nantle Orford Pellin Quorn Redmire Saltash Tarn Ulver Wexley Yarm Zeal"
 )
 RIVERS = _words("Osk Velm Brae Tinder Luth Amber Sile Corve")
 CROPS = _words("barley flax hops lentils mustard oats plums rye saffron turnips")
 CRAFTS = _words(
-    "baker brewer carpenter cobbler cooper dyer farrier fletcher glazier hatter joiner locksmith mason miller "
-    "painter potter saddler scribe smith tailor tanner thatcher weaver wheelwright"
+    "baker brewer carpenter cobbler cooper dyer farrier fletcher glazier hatter joiner locksmith "
+    "mason miller painter potter saddler scribe smith tailor tanner thatcher weaver wheelwright"
 )
 PETS = _words(
     "badger cat crow dog duck ferret goat hare jackdaw lizard mouse newt pony rabbit stoat toad"
@@ -75,14 +79,15 @@ COLOURS = _words(
     "amber black blue brown copper cream golden green grey red silver violet white yellow"
 )
 DISHES = _words(
-    "apple pie|bean stew|beet soup|cheese toast|chestnut bread|corn cakes|fish broth|garlic eggs|honey cake|"
-    "leek tart|mushroom rice|nut roast|onion soup|pear pudding|pea soup|plum dumplings|potato salad|"
-    "rye porridge|smoked trout|turnip mash",
+    "apple pie|bean stew|beet soup|cheese toast|chestnut bread|corn cakes|fish broth|garlic eggs|"
+    "honey cake|leek tart|mushroom rice|nut roast|onion soup|pear pudding|pea soup|"
+    "plum dumplings|potato salad|rye porridge|smoked trout|turnip mash",
     "|",
 )
 INSTRUMENTS = _words("bagpipes bells cello drum fiddle flute harp horn lute oboe viol whistle")
 FEARS = _words(
-    "bees caves crowds fire geese ghosts heights ice lightning masks moths silence snakes storms thunder wolves"
+    "bees caves crowds fire geese ghosts heights ice lightning masks moths silence snakes storms "
+    "thunder wolves"
 )
 DAYS = _words("Monday Tuesday Wednesday Thursday Friday Saturday Sunday")
 MOODS = _words("angry bored calm glad lonely proud sleepy worried")
@@ -106,7 +111,7 @@ class Question(NamedTuple):
 
 
 class Person(NamedTuple):
-    """Everything the world knows about one person."""
+    """All facts about one person."""
 
     name: str
     town: str
@@ -121,7 +126,7 @@ class Person(NamedTuple):
 
 
 class Town(NamedTuple):
-    """Everything the world knows about one town."""
+    """All facts about one town."""
 
     name: str
     river: str
@@ -137,7 +142,7 @@ class World(NamedTuple):
 
 
 class Chooser(Protocol):
-    """The source of choices. The sampler below is one; the decoder in the tests is another."""
+    """Makes the choices: the sampler below is one, the decoder in the tests another."""
 
     def __call__(self, weights: Sequence[float]) -> int:
         """Return an index, drawn in proportion to `weights`."""
@@ -145,27 +150,32 @@ class Chooser(Protocol):
 
 
 def seeded(*key: object) -> random.Random:
-    """A generator for a key. SHA-256, because `hash` of a string changes from run to run."""
+    """A random generator for a key.
+
+    Its seed is from SHA-256, because `hash` of a string changes from run to run.
+    """
     digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
     return random.Random(int.from_bytes(digest[:8], "big"))
 
 
 def one_of(rng: random.Random, options: Sequence[T]) -> T:
+    """One of the options, all equally likely."""
     return options[int(rng.random() * len(options))]
 
 
 def shuffled(rng: random.Random, items: Sequence[T]) -> list[T]:
+    """The items in random order."""
     return [item for _, _, item in sorted((rng.random(), i, item) for i, item in enumerate(items))]
 
 
 @cache
 def world() -> World:
-    """The facts, the same in every process and every Python."""
+    """All facts, the same in every process and every version of Python."""
     rng = seeded("world", WORLD_SEED)
     towns = tuple(
         Town(name, one_of(rng, RIVERS), one_of(rng, CROPS), one_of(rng, COLOURS)) for name in TOWNS
     )
-    # First and last names recur in many people: only the pair names a person, as in real text.
+    # Many people share a first or a last name: only the pair identifies one, as in real text.
     pairs = shuffled(rng, [f"{first} {last}" for first in FIRST_NAMES for last in LAST_NAMES])
     names = pairs[:PEOPLE]
     people = []
@@ -188,9 +198,9 @@ def world() -> World:
     return World(tuple(people), towns)
 
 
-# Sentences. Each is written as (prefix, attribute): the sentence is prefix + " " + fact + ".", and
-# the same prefixes are the queries of the multiple-choice task. The forms of one fact differ before
-# the subject ends or right after it.
+# Prefixes of the sentences about each attribute: a sentence is prefix + " " + fact + ".". The same
+# prefixes are the queries of the multiple-choice task. The forms of one fact differ before the
+# subject ends or right after it.
 
 PERSON_FORMS: dict[str, tuple[str, ...]] = {
     "town": ("The home town of {} is", "{} lives in", "The house of {} stands in"),
@@ -210,10 +220,8 @@ TOWN_FORMS: dict[str, tuple[str, ...]] = {
 }
 
 
-class Teller:
-    """Writes one document: `say` for what is certain, `pick` for what is chosen (and paid for in
-    nats).
-    """
+class Writer:
+    """Writes one document: `say` appends text, `pick` makes a choice and counts its nats."""
 
     def __init__(self, choose: Chooser) -> None:
         self.choose = choose
@@ -221,11 +229,14 @@ class Teller:
         self.nats = 0.0
 
     def say(self, text: str) -> None:
-        """Append text that follows from what was chosen so far."""
+        """Append text that follows from the choices so far."""
         self.parts.append(text)
 
     def pick(self, options: Sequence[T], weights: Sequence[float] | None = None) -> T:
-        """Choose an option and pay for it. The caller must make the choice readable from the text."""
+        """Choose an option and add its -log p to `nats`.
+
+        The caller must write text from which the choice can be read.
+        """
         if weights is None:
             weights = (1.0,) * len(options)
         index = self.choose(weights)
@@ -237,8 +248,8 @@ class Teller:
         return self.pick(range(low, high + 1))
 
 
-def _portrait(t: Teller) -> None:
-    """Facts about one person, in any order, without repeats: the document that teaches the world."""
+def _portrait(t: Writer) -> None:
+    """Four facts about one person, in any order. These documents teach the model the world."""
     person = t.pick(world().people)
     left = list(PERSON_FORMS)
     for i in range(4):
@@ -248,7 +259,7 @@ def _portrait(t: Teller) -> None:
         t.say((" " if i else "") + f"{form.format(person.name)} {getattr(person, attribute)}.")
 
 
-def _town(t: Teller) -> None:
+def _town(t: Writer) -> None:
     """All facts of one town, and a remark on the weather there."""
     town = t.pick(world().towns)
     left = list(TOWN_FORMS)
@@ -261,10 +272,8 @@ def _town(t: Teller) -> None:
     t.say(f"It often {weather} there on a {t.pick(DAYS)}.")
 
 
-def _day(t: Teller) -> None:
-    """A day out. The town, the pet and the friend follow from the person; the mood is told twice,
-    so it is copied.
-    """
+def _day(t: Writer) -> None:
+    """A day out. Town, pet and friend follow from the person; the mood is repeated."""
     t.say(f"On {t.pick(DAYS)} it ")
     t.say(t.pick(("rained", "snowed", "cleared up", "was hot"), (4.0, 1.0, 3.0, 2.0)))
     person = t.pick(world().people)
@@ -272,16 +281,15 @@ def _day(t: Teller) -> None:
     mood = t.pick(MOODS)
     t.say(f"{mood}. ")
     if t.pick((True, False), (2.0, 1.0)):
-        t.say(
-            f"With the {person.pet_colour} {person.pet} it was a short walk to the {t.pick(PLACES)}. "
-        )
+        pet = f"{person.pet_colour} {person.pet}"
+        t.say(f"With the {pet} it was a short walk to the {t.pick(PLACES)}. ")
     else:
         t.say(f"Out came the {person.instrument}, and supper was {person.dish}. ")
     t.say(f"By night {person.friend} was {mood} too.")
 
 
-def _sum(t: Teller) -> None:
-    """A small sum or difference, put as a story."""
+def _sum(t: Writer) -> None:
+    """A small sum as a story."""
     person = t.pick(world().people)
     t.say(f"{person.name} the {person.craft} had ")
     first, second = t.number(2, 9), t.number(2, 9)
@@ -290,13 +298,12 @@ def _sum(t: Teller) -> None:
     if t.pick((True, False)):
         t.say(f" and bought {second} more. Then there were {first + second} {goods}.")
     else:
-        t.say(
-            f", and {person.friend} brought {second} more. Together that made {first + second} {goods}."
-        )
+        t.say(f", and {person.friend} brought {second} more.")
+        t.say(f" Together that made {first + second} {goods}.")
 
 
-def _count(t: Teller) -> None:
-    """Counting on from a number, for as long as was announced."""
+def _count(t: Writer) -> None:
+    """Counting from one number up to another."""
     start = t.number(1, 60)
     t.say(f"From {start} ")
     end = start + t.number(4, 9)
@@ -307,8 +314,8 @@ def _count(t: Teller) -> None:
     t.say(f"{goods}: {', '.join(map(str, range(start, end + 1)))}.")
 
 
-def _guests(t: Teller) -> None:
-    """Three guests, named in one order and then again in the same order."""
+def _guests(t: Writer) -> None:
+    """Three guests, named twice in the same order."""
     host = t.pick(world().people)
     t.say(f"{host.name} gave a feast in {host.town}. The guests were ")
     guests = [t.pick(FIRST_NAMES)]
@@ -316,23 +323,24 @@ def _guests(t: Teller) -> None:
     guests.append(t.pick([name for name in FIRST_NAMES if name not in guests]))
     t.say(f"{guests[1]} and ")
     guests.append(t.pick([name for name in FIRST_NAMES if name not in guests]))
-    t.say(
-        f"{guests[2]}. They ate {host.dish}. First {guests[0]} sang, then {guests[1]}, then {guests[2]}."
-    )
+    t.say(f"{guests[2]}. They ate {host.dish}. ")
+    t.say(f"First {guests[0]} sang, then {guests[1]}, then {guests[2]}.")
 
 
-KINDS: tuple[Callable[[Teller], None], ...] = (_portrait, _town, _day, _sum, _count, _guests)
+KINDS: tuple[Callable[[Writer], None], ...] = (_portrait, _town, _day, _sum, _count, _guests)
 KIND_WEIGHTS = (15.0, 1.0, 3.0, 2.0, 1.0, 1.0)
 
 
-def tell(choose: Chooser) -> Document:
-    """Write one document with the given source of choices."""
-    teller = Teller(choose)
-    teller.pick(KINDS, KIND_WEIGHTS)(teller)
-    return Document("".join(teller.parts), teller.nats)
+def write(choose: Chooser) -> Document:
+    """Write one document with the given choices."""
+    writer = Writer(choose)
+    writer.pick(KINDS, KIND_WEIGHTS)(writer)
+    return Document("".join(writer.parts), writer.nats)
 
 
 def _sampler(rng: random.Random) -> Chooser:
+    """Choices drawn from `rng`."""
+
     def choose(weights: Sequence[float]) -> int:
         point = rng.random() * sum(weights)
         for index, weight in enumerate(weights):
@@ -345,30 +353,34 @@ def _sampler(rng: random.Random) -> Chooser:
 
 
 def of_split(text: str, split: str) -> bool:
-    """Whether the hash of a text puts it into this split; every text belongs to exactly one."""
+    """Whether a text belongs to this split, which its hash decides; ValueError if there is no such
+    split.
+    """
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}: choose from {', '.join(SPLITS)}")
     return hashlib.sha256(text.encode()).digest()[0] % 8 in SPLITS[split]
 
 
 def _stream(split: str, seed: int) -> Iterator[Document]:
+    """Documents of a split without end."""
     choose = _sampler(seeded("documents", split, seed))
     while True:
-        document = tell(choose)
+        document = write(choose)
         if of_split(document.text, split):
             yield document
 
 
 def documents(split: str, count: int, seed: int = 0) -> list[Document]:
-    """`count` documents of a split ("train", "calibration" or "heldout"). No text occurs in two
-    splits.
+    """`count` documents of a split ("train", "calibration" or "heldout").
+
+    No text occurs in two splits.
     """
     stream = _stream(split, seed)
     return [next(stream) for _ in range(count)]
 
 
 def questions(count: int, seed: int = 0) -> list[Question]:
-    """Four-way multiple choice about the facts; the wrong answers are true of somebody else."""
+    """Questions about the facts with four choices; the wrong ones are true of somebody else."""
     rng = seeded("questions", seed)
     return [_question(rng) for _ in range(count)]
 

@@ -1,27 +1,37 @@
 """DB-LLM: Accurate Dual-Binarization for Efficient LLMs (Chen et al., Findings of ACL 2024, arXiv
 2402.11960).
 
-A 2-bit weight is the sum of two binary ones: w^ = a1 b1 + a2 b2 with b in {0, 1} and a scale each
-for every group of a row (flexible dual binarization). Born from a 2-bit grid of step s as a1 = 2s,
-a2 = -s, the four levels -s, 0, s, 2s are then free to move: weights stay frozen, and the scales are
-trained on the whole model, so that it predicts what the full-precision one predicts. The loss
-weighs each token by how uncertain the teacher is about it (deviation-aware distillation): L =
-CE(labels) + dad * mean_t H_t**gamma CE(teacher, student)_t.
+Idea
+    A 2-bit weight is the sum of two binary ones, w^ = a1 b1 + a2 b2, with b in {0, 1} and a pair of
+    scales for each group of a row (flexible dual binarization).
+    1. The scales start as a 2-bit grid of step s: a1 = 2s, a2 = -s, with levels -s, 0, s, 2s.
+    2. Weights take the nearest levels, and these codes stay.
+    3. The scales, and so the four levels, are trained on the whole model, to predict what the
+       full-precision model predicts. The loss weighs each token by how uncertain that model is
+       about it (deviation-aware distillation):
+       L = CE(labels) + dad * mean_t H_t**gamma CE(teacher, student)_t.
 
-There is no code of the authors. The paper's: the two planes, the four levels and the thresholds
-between them, frozen weights, the entropy-weighted distillation. Ours, where the paper is silent or
-could not be verified: s minimizes the squared error of its group (80 shrunken ranges), and the
-mirrored levels are taken where they are nearer; the codes stay as first chosen (letting them follow
-the scales made the loss grow: its gradient does not see a code change); scales are trained as
-factors of their start, so one learning rate serves every layer; AdamW, cosine to zero; calibration
-windows as data, or sequences that the model itself writes (`generated`: the paper's data-free way,
-after LLM-QAT). `feedback` (preset="best") chooses the first codes as GPTQ does, each column's error
-handed on.
+preset="best"
+    `feedback` chooses the first codes as GPTQ does: the error of each column is repaired in later
+    ones.
 
 Storage (G = ceil(I / group_size) groups)
     name    shape             dtype   bits per weight
     weight  [O, I * 2 / 32]   int32   2 (two planes, side by side in each packed block)
     scale   [O, G, 2]         fp16    32 / group_size (fp32, twice that, with scale_bits=32)
+
+Departures
+    There is no code of the authors. From the paper are: the two planes, the four levels and the
+    thresholds between them, the frozen weights, the entropy-weighted distillation. Where the paper
+    is silent or could not be verified, these choices are ours:
+    * s has the least squared error of its group (80 shrunken ranges), and the mirrored levels are
+      taken if they are nearer.
+    * The codes stay as first chosen. If they followed the scales, the loss grew, because its
+      gradient does not include a change of codes.
+    * Scales are trained as factors of their start, so that one learning rate fits all layers.
+      Training is AdamW with a cosine to zero.
+    * The data are the calibration windows, or sequences that the model writes itself (`generated`:
+      the paper's data-free way, after LLM-QAT).
 """
 
 from __future__ import annotations
@@ -46,15 +56,14 @@ from ..numerics.stats import Hessian, Stat
 from .options import check_least
 from .training import ScaledLinear, Schedule, scaled_linears
 
-_TINY = 2.0**-14  # the smallest normal fp16: scales below it are stored with less than 11 bits
+_TINY = 2.0**-14  # smallest normal fp16, because smaller scales would have less than 11 bits
 
 
 @dataclass(frozen=True, kw_only=True)
 class DBLLM(Method):
-    """group_size -1: one group per row; steps: of training, 0 is none; lr: relative to the scales.
-
-    dad, gamma: weight of the distillation, and of entropy in it; generated: sequences the model
-    writes to train on, 0 = the calibration windows.
+    """group_size -1: one group per row; steps: of training, 0 is none; batch: sequences a step;
+    lr: relative to the scales; dad, gamma: weight of the distillation, and of entropy in it;
+    generated: how many sequences the model writes to train on, 0: the calibration windows.
     """
 
     name: ClassVar[str] = "db_llm"
@@ -111,10 +120,10 @@ class DBLLM(Method):
     # --- quantizing -------------------------------------------------------------------------------
 
     def quantize(self, weight_OI: Tensor, stat: Stat | None, job: Job) -> Packed:
-        """Codes on the stored scales of the start: nearest levels, or with every column's error
-        handed on.
-        """
-        scale_OG2 = self._start(weight_OI)
+        """First codes and scales; `tune` trains the scales later."""
+        # 1. Scales of the 2-bit grid.
+        scale_OG2 = self._first_scales(weight_OI)
+        # 2. Codes: the nearest levels, or with feedback of each column's error.
         U_II = None
         W_OI = weight_OI.clone()
         if self.feedback:
@@ -126,39 +135,37 @@ class DBLLM(Method):
         codes_IO = torch.empty_like(W_OI.T)
         size = self._size(W_OI.shape[1])
 
-        def rounded(i: int, w_O: Tensor) -> Tensor:
+        def round_column(i: int, w_O: Tensor) -> Tensor:
             scale_O2 = scale_OG2[:, i // size]
             first_O, second_O = planes(w_O, scale_O2)
             codes_IO[i] = first_O + 2 * second_O
             return first_O * scale_O2[:, 0] + second_O * scale_O2[:, 1]
 
-        by_columns(W_OI, U_II, rounded)
+        by_columns(W_OI, U_II, round_column)
         return {
             "weight": pack(codes_IO.T.contiguous(), 2),
             "scale": scale_OG2.to(self._scale_dtype),
         }
 
     def dequantize(self, packed: Packed, out_features: int, in_features: int) -> Tensor:
-        return restored(
-            packed["weight"], packed["scale"].float(), in_features, self._size(in_features)
-        )
+        scale_OG2 = packed["scale"].float()
+        return restore(packed["weight"], scale_OG2, in_features, self._size(in_features))
 
     def linear(self, x: Tensor, packed: Packed, bias: Tensor | None, out_features: int) -> Tensor:
         in_features = x.shape[-1]
-        stored = once(
-            packed,
-            lambda: LevelCodes(
-                packed["weight"], in_features, packed["scale"], self._size(in_features)
-            ),
-        )
-        return product(x, stored, lambda: self.dequantize(packed, out_features, in_features), bias)
+        view = once(packed, lambda: self._view(packed, in_features))
+        return product(x, view, lambda: self.dequantize(packed, out_features, in_features), bias)
+
+    def _view(self, packed: Packed, in_features: int) -> LevelCodes:
+        """The codes as kernels read them."""
+        return LevelCodes(packed["weight"], in_features, packed["scale"], self._size(in_features))
 
     def _size(self, in_features: int) -> int:
         return columns_per_group(self.group_size, in_features)
 
-    def _start(self, weight_OI: Tensor) -> Tensor:
-        """(a1, a2) [O, G, 2], as stored: of the levels -s, 0, s, 2s, or their mirror, nearest in
-        squared error.
+    def _first_scales(self, weight_OI: Tensor) -> Tensor:
+        """(a1, a2) [O, G, 2], rounded as stored: the levels -s, 0, s, 2s, or their mirror image, of
+        least squared error.
         """
         weight_OGg = grouped(weight_OI, self._size(weight_OI.shape[1]))
         largest_OG1 = weight_OGg.abs().amax(-1, keepdim=True).clamp_min(_TINY)
@@ -167,26 +174,26 @@ class DBLLM(Method):
             for sign in (1.0, -1.0):
                 s_OG1 = sign * (1 - step / 100) * largest_OG1 / 2
                 scale_OG2 = torch.cat([2 * s_OG1, -s_OG1], dim=-1)
-                error_OG1 = (
-                    (dual(weight_OGg, scale_OG2) - weight_OGg).square().sum(-1, keepdim=True)
-                )
+                error_OGg = round_to_levels(weight_OGg, scale_OG2) - weight_OGg
+                error_OG1 = error_OGg.square().sum(-1, keepdim=True)
                 if best_OG2 is None or least_OG1 is None:
                     best_OG2, least_OG1 = scale_OG2, error_OG1
                 best_OG2 = torch.where(error_OG1 < least_OG1, scale_OG2, best_OG2)
                 least_OG1 = torch.minimum(error_OG1, least_OG1)
         assert best_OG2 is not None
-        return self._stored(best_OG2)
+        return self._rounded(best_OG2)
 
-    def _stored(self, scale_OG2: Tensor) -> Tensor:
-        """Scales as the file will hold them, in fp32. LLQError where fp16 cannot."""
-        stored = scale_OG2.to(self._scale_dtype).float()
-        if not torch.isfinite(stored).all():
+    def _rounded(self, scale_OG2: Tensor) -> Tensor:
+        """Scales as they will be stored, in fp32; LLQError if fp16 cannot hold them."""
+        rounded = scale_OG2.to(self._scale_dtype).float()
+        if not torch.isfinite(rounded).all():
             raise LLQError(
-                f"a scale of {float(scale_OG2.abs().max()):g} does not fit fp16: the weights are too large"
+                f"a scale of {float(scale_OG2.abs().max()):g} does not fit fp16: "
+                "the weights are too large"
             )
-        return stored
+        return rounded
 
-    # --- training the scales ----------------------------------------------------------------------
+    # --- 3. training the scales -------------------------------------------------------------------
 
     def tune(
         self,
@@ -200,7 +207,7 @@ class DBLLM(Method):
             student, self, lambda module: DualLinear(module, self._size(module.in_features))
         )
         if self.generated:
-            ids_NS = self._written(teacher, ids_NS, listener)
+            ids_NS = self._generate(teacher, ids_NS, listener)
         schedule = Schedule(self.steps, self.batch, self.lr, self.seed)
         schedule.run(
             list(duals.values()),
@@ -210,8 +217,8 @@ class DBLLM(Method):
             state,
         )
         return {
-            f"{name}.scale": self._stored(m.scale().detach()).to(self._scale_dtype).cpu()
-            for name, m in duals.items()
+            f"{name}.scale": self._rounded(linear.scale().detach()).to(self._scale_dtype).cpu()
+            for name, linear in duals.items()
         }
 
     def _loss(self, student: nn.Module, teacher: nn.Module, ids_BS: Tensor) -> Tensor:
@@ -222,9 +229,8 @@ class DBLLM(Method):
             loss = loss + F.nll_loss(student_BSV[:, :-1].flatten(0, 1), ids_BS[:, 1:].flatten())
         if self.dad:
             with torch.no_grad():
-                teacher_BSV = (
-                    teacher(input_ids=ids_BS, use_cache=False).logits.float().log_softmax(-1)
-                )
+                logits_BSV = teacher(input_ids=ids_BS, use_cache=False).logits
+                teacher_BSV = logits_BSV.float().log_softmax(-1)
             chance_BSV = teacher_BSV.exp()
             entropy_BS = -(chance_BSV * teacher_BSV).sum(-1)
             cross_BS = -(chance_BSV * student_BSV).sum(-1)
@@ -232,60 +238,64 @@ class DBLLM(Method):
         return loss
 
     @torch.no_grad()
-    def _written(self, teacher: nn.Module, ids_NS: Tensor, listener: PassListener) -> Tensor:
-        """`generated` sequences by the full-precision model, as long as the calibration's: a random
-        first token, three greedy ones, then sampled (LLM-QAT).
+    def _generate(self, teacher: nn.Module, ids_NS: Tensor, listener: PassListener) -> Tensor:
+        """`generated` sequences [N, S] that the full-precision model writes, as in LLM-QAT.
+
+        They are as long as those of the calibration: a random first token, three greedy ones, then
+        sampled ones.
         """
-        random, length = torch.Generator().manual_seed(self.seed), ids_NS.shape[1]
+        random = torch.Generator().manual_seed(self.seed)
+        length = ids_NS.shape[1]
         embedding: Any = teacher.get_input_embeddings()  # type: ignore[operator]
         listener.stage("the model writes its training data", self.generated)
-        written = []
+        sequences = []
         for start in range(0, self.generated, 16):
             rows = min(16, self.generated - start)
             first_B1 = torch.randint(embedding.num_embeddings, (rows, 1), generator=random)
-            written.append(sampled(teacher, first_B1.to(ids_NS.device), length, random))
+            sequences.append(continue_ids(teacher, first_B1.to(ids_NS.device), length, random))
             listener.advance(rows)
-        return torch.cat(written)
+        return torch.cat(sequences)
 
 
 # --- the two planes -------------------------------------------------------------------------------
 
 
-class Levels(NamedTuple):
-    """Binary planes b1, b2 of the nearest level a1 b1 + a2 b2."""
+class Planes(NamedTuple):
+    """Binary planes b1, b2 of a weight a1 b1 + a2 b2, as 0.0 and 1.0."""
 
     first: Tensor
     second: Tensor
 
 
-def planes(weight: Tensor, scale_2: Tensor) -> Levels:
-    """Nearest of the levels a2, 0, a1 + a2, a1 to weights [...], scale [..., 2]; as 0.0 and 1.0.
+def planes(weight: Tensor, scale_2: Tensor) -> Planes:
+    """Planes of the nearest of the levels a2, 0, a1 + a2, a1, for weights [...], scales [..., 2].
 
-    Needs a1 and a2 of opposite signs and |a2| <= |a1|: then two thresholds decide (paper, eq. 6 and 7).
+    a1 and a2 must have opposite signs, and |a2| <= |a1|. Then two thresholds decide (paper, eq. 6
+    and 7).
     """
     a1, a2 = scale_2[..., 0], scale_2[..., 1]
     sign = torch.where(a1 < 0, -1.0, 1.0)
     weight, a1, a2 = weight * sign, a1 * sign, a2 * sign
     first = (weight >= (a1 + a2) / 2).to(weight)
     second = (weight - a1 * first <= a2 / 2).to(weight)
-    return Levels(first, second)
+    return Planes(first, second)
 
 
-def dual(weight_OGg: Tensor, scale_OG2: Tensor) -> Tensor:
-    """What grouped weights become on these scales."""
+def round_to_levels(weight_OGg: Tensor, scale_OG2: Tensor) -> Tensor:
+    """The nearest levels to grouped weights."""
     first, second = planes(weight_OGg, scale_OG2[..., None, :])
     return first * scale_OG2[..., :1] + second * scale_OG2[..., 1:]
 
 
-def restored(words_OW: Tensor, scale_OG2: Tensor, in_features: int, size: int) -> Tensor:
-    """fp32 weight [O, I] of packed codes."""
+def restore(words_OW: Tensor, scale_OG2: Tensor, in_features: int, size: int) -> Tensor:
+    """fp32 weight [O, I] of packed codes in groups of `size` columns."""
     codes_OGg = grouped(unpack(words_OW, 2, in_features), size)
     weight_OGg = (codes_OGg & 1) * scale_OG2[..., :1] + (codes_OGg >> 1) * scale_OG2[..., 1:]
     return weight_OGg.flatten(1)[:, :in_features]
 
 
 class DualLinear(ScaledLinear):
-    """A packed linear whose scales are trained, as factors of what they are."""
+    """A packed linear whose scales are trained, as factors of their first values."""
 
     def __init__(self, packed: Any, size: int) -> None:
         start_OG2 = packed.scale.float()
@@ -296,8 +306,11 @@ class DualLinear(ScaledLinear):
         return [codes_OI & 1, codes_OI >> 1]
 
 
-def sampled(model: nn.Module, ids_BS: Tensor, length: int, random: torch.Generator) -> Tensor:
-    """ids [B, S] continued to `length` tokens: the first three greedily, the others drawn."""
+def continue_ids(model: nn.Module, ids_BS: Tensor, length: int, random: torch.Generator) -> Tensor:
+    """ids [B, S] continued to `length` tokens.
+
+    Up to the fourth token decoding is greedy; later ones are sampled.
+    """
     output = model(input_ids=ids_BS, use_cache=True)
     while ids_BS.shape[1] < length:
         logits_BV = output.logits[:, -1].float().cpu()

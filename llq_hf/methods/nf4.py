@@ -1,35 +1,41 @@
 """NF4: NormalFloat of 2 to 4 bits, the base of QLoRA (Dettmers et al. 2023); with `icq` of IR-QLoRA
 (Qin et al. 2024).
 
-The matrix, read row by row, is cut into blocks of 64 weights. A block is divided by its largest
-magnitude, and every weight takes the nearest of 2**bits levels that lie at quantiles of a normal
-distribution, zero among them. The blocks' scales are themselves stored in 8 bits, 256 of them to
-one fp32 (`double_quant`). No data.
+Idea
+    1. The matrix, read row by row, is cut into blocks of 64 weights.
+    2. With `icq` (information calibration quantization), each block is shifted by tau. Of
+       2 `tau_steps` + 1 shifts around the median, tau is the one whose codes have the most entropy.
+    3. A block is divided by its largest magnitude, its scale. With `double_quant` the scales are
+       stored in 8 bits, and 256 of them share one fp32 number.
+    4. Each weight takes the nearest of 2**bits levels, which lie at quantiles of a normal
+       distribution; zero is one of them.
+    No calibration data is needed.
 
-`icq` (information calibration quantization) shifts each block by tau before it is coded: of 2
-`tau_steps` + 1 shifts around the median the one whose codes have the most entropy. tau is stored
-beside the codes, in 8 bits; the authors derive it anew at every load, from a full-precision model
-and a `tau_steps` that has to be the same.
+preset="best"
+    The range of each block is searched for the least squared error, codes are chosen for scales and
+    shifts as stored, and the smallest of equally good shifts is taken (theirs: the most negative).
 
 Storage (N = O I weights, B = ceil(N / 64) blocks, S = ceil(B / 256) super-blocks)
     name          shape                 dtype   bits per weight
     weight        [N * bits / 32]       int32   bits
     scale         [B]                   uint8   8 / 64 (fp32, 32 / 64, without double_quant)
-    scale_absmax  [S]                   fp32    32 / (64 * 256)     only with double_quant, as the next
-    scale_mean    [1]                   fp32    32 / N
-    tau           [B]                   uint8   8 / 64              only with icq, as the next
-    tau_absmax    [S]                   fp32    32 / (64 * 256)
-4 bits store 4.127, with icq 4.254. Codes of 4 bits lie in the very bytes of bitsandbytes (the first
-of two in the high half), so that its CUDA kernels read them where they are; `linear` uses them
-where bitsandbytes is installed.
+    scale_absmax  [S]                   fp32    32 / (64 * 256)     only with double_quant
+    scale_mean    [1]                   fp32    32 / N              only with double_quant
+    tau           [B]                   uint8   8 / 64              only with icq
+    tau_absmax    [S]                   fp32    32 / (64 * 256)     only with icq
+    4 bits store 4.127, with icq 4.254. Codes of 4 bits lie in the same bytes as bitsandbytes' (the
+    first of two in the high half), so that its CUDA kernels read them in place, where it is
+    installed.
 
-Codes, scales and mean equal bitsandbytes' bit for bit, with two exceptions. A block of zeros gets
-the code of zero (theirs divides by zero). And 8-bit codes are the nearest always, as in its CUDA
-kernels; its CPU kernel rounds to 65536 points first, which moves about one scale in 700 by a code.
-2 and 3 bits, which the papers mention and nobody published, use the same construction of levels.
-`preset="best"` searches each block's range for the least squared error, chooses codes for the
-scales and shifts as stored, and takes the smallest of equally good shifts (theirs the most
-negative).
+Departures
+    Codes, scales and mean equal those of bitsandbytes bit for bit, but:
+    * A block of zeros gets the code of zero (theirs divides by zero).
+    * 8-bit codes are always the nearest, as in its CUDA kernels. Its CPU kernel first rounds to
+      65536 points, which moves about one scale in 700 by a code.
+    * tau is stored beside the codes, in 8 bits. The authors derive it anew at every load, from a
+      full-precision model and a `tau_steps` that must be the same.
+    * 2 and 3 bits, which the papers mention and nobody published, use the same construction of
+      levels.
 """
 
 from __future__ import annotations
@@ -53,29 +59,28 @@ from ..numerics.grids import grouped
 from ..numerics.stats import Stat
 from .options import check_least, check_range
 
-SUPER = 256  # blocks whose scales (or shifts) share an fp32 number
-CHUNK = 2**21  # weights whose shifts are searched at a time: bounds memory
+SUPER = 256  # blocks whose scales (or shifts) share one fp32 number
+CHUNK = 2**21  # weights whose shifts are searched at once, to bound memory
 SHRINKS = 32  # ranges tried by search_range, 1.00 down to 0.38
 KERNEL_BLOCKS = (64, 128, 256, 512, 1024, 2048, 4096)  # that bitsandbytes has kernels for
 
-# The published levels, and the points where its kernels go from one to the next: midpoints, some an
-# ulp off.
+# The published levels, and the bounds between neighbours that bitsandbytes' kernels use: midpoints,
+# some of them an ulp off.
 NF4_LEVELS = (
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
-    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+    -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+    0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
+    0.7229568362236023, 1.0,
 )  # fmt: skip
 NF4_BOUNDS = (
-    -0.8480964, -0.61063293, -0.45999527, -0.33967943, -0.23460741, -0.13791173, -0.04552502, 0.03979015, 0.12025525,
-    0.20352125, 0.29201377, 0.38931254, 0.50166342, 0.64278692, 0.86147842,
+    -0.8480964, -0.61063293, -0.45999527, -0.33967943, -0.23460741, -0.13791173, -0.04552502,
+    0.03979015, 0.12025525, 0.20352125, 0.29201377, 0.38931254, 0.50166342, 0.64278692, 0.86147842,
 )  # fmt: skip
 
 
 @cache
 def levels(bits: int) -> tuple[Tensor, Tensor]:
-    """The values of the codes [2**bits], ascending, and the bounds between neighbours [2**bits -
-    1].
-    """
+    """The values of the codes [2**bits], in ascending order, and the bounds between neighbours."""
     if bits == 4:
         return torch.tensor(NF4_LEVELS), torch.tensor(NF4_BOUNDS)
     half = 2 ** (bits - 1)
@@ -87,20 +92,22 @@ def levels(bits: int) -> tuple[Tensor, Tensor]:
 
 
 def _tail(bits: int) -> float:
-    """The probability at which the outermost level lies, to the digits of the published 0.9677083
-    of 4 bits.
+    """The probability whose quantile is the outermost level.
+
+    It is rounded as the published 0.9677083 of 4 bits is.
     """
     return float(round(1 - (1 / (2 * (2**bits - 1)) + 1 / (2 * 2**bits)) / 2, 7))
 
 
 def _line(start: float, count: int) -> Tensor:
+    """`count` evenly spaced probabilities from `start` to 0.5."""
     return torch.linspace(start, 0.5, count, dtype=torch.float64)
 
 
 @cache
 def dynamic_levels() -> tuple[Tensor, Tensor]:
-    """bitsandbytes' signed "dynamic" 8-bit map: 256 values, finer towards zero; and the bounds
-    between them.
+    """bitsandbytes' signed "dynamic" map of 8 bits: 256 values, finer near zero, and the bounds
+    between neighbours.
     """
     values = [0.0, 1.0]
     for exponent in range(7):
@@ -114,20 +121,21 @@ def dynamic_levels() -> tuple[Tensor, Tensor]:
 @cache
 @torch.inference_mode(False)
 def _on(device: torch.device, table: Callable[..., tuple[Tensor, Tensor]], *bits: int) -> Tensor:
-    """The values of `levels` or `dynamic_levels` on a device: copied there once, for no CUDA graph
-    may copy them.
+    """The values of `levels` or `dynamic_levels` on a device.
+
+    They are copied there once, because a CUDA graph may not copy them.
     """
     return table(*bits)[0].to(device)
 
 
 class DynamicInt8:
-    """Numbers [B] in 8 bits: a code of the dynamic map for each, times the largest magnitude of 256
-    neighbours.
+    """Stores numbers [B] in 8 bits: each is a code of the dynamic map times the largest magnitude
+    among 256 neighbours.
     """
 
     @staticmethod
     def encode(values_B: Tensor) -> tuple[Tensor, Tensor]:
-        """Codes uint8 [B] and absmax fp32 [S]."""
+        """Codes, uint8 [B], and largest magnitudes, fp32 [S]."""
         padded_SK = grouped(values_B, SUPER)
         absmax_S = padded_SK.abs().amax(1)
         bounds = dynamic_levels()[1].to(values_B.device)
@@ -142,10 +150,10 @@ class DynamicInt8:
 
 @dataclass(frozen=True, kw_only=True)
 class NF4(Method):
-    """double_quant: scales in 8 bits; icq: shift each block by a stored tau, found among 2
-    tau_steps + 1 shifts within tau_range (in sigmas of a block's levels) of the median;
-    nearest_shift: the smallest of equally good ones; search_range: shrink each block's range to the
-    least squared error.
+    """block_size: weights that share a scale; double_quant: scales in 8 bits; search_range: shrink
+    each block's range to the least squared error; icq: shift each block by a stored tau, found
+    among 2 tau_steps + 1 shifts within tau_range (in sigmas of a block's levels) of the median;
+    nearest_shift: take the smallest of equally good shifts.
     """
 
     name: ClassVar[str] = "nf4"
@@ -188,29 +196,33 @@ class NF4(Method):
     # --- quantizing -------------------------------------------------------------------------------
 
     def quantize(self, weight_OI: Tensor, stat: Stat | None, job: Job) -> Packed:
+        # 1. Blocks.
         weight_BK = grouped(weight_OI.flatten(), self.block_size)
         packed: Packed = {}
+        # 2. Shifts.
         if self.icq:
-            weight_BK, packed = self._shifted(weight_OI.flatten(), weight_BK)
-        scale_B = self._searched(weight_BK) if self.search_range else weight_BK.abs().amax(1)
+            weight_BK, packed = self._shift(weight_OI.flatten(), weight_BK)
+        # 3. Scales.
+        scale_B = self._search_scales(weight_BK) if self.search_range else weight_BK.abs().amax(1)
         packed |= self._pack_scales(scale_B)
+        # 4. Codes, as in the papers for the scales before they are stored in 8 bits.
         codes_BK = self._codes(weight_BK, self._scales(packed) if self.search_range else scale_B)
         return {"weight": self._pack_codes(codes_BK.flatten()[: weight_OI.numel()]), **packed}
 
     def _codes(self, weight_BK: Tensor, scale_B: Tensor) -> Tensor:
-        """Nearest codes; times the reciprocal, as bitsandbytes does, because a division rounds
-        otherwise.
-        """
+        """Nearest codes [B, K]."""
+        # Times the reciprocal, as in bitsandbytes: a division would round differently.
         bounds = levels(self.bits)[1].to(weight_BK.device)
         return torch.bucketize(weight_BK * _inverse(scale_B)[:, None], bounds, out_int32=True)
 
-    def _searched(self, weight_BK: Tensor) -> Tensor:
-        """The scale of each block, of `SHRINKS` shrunken ones, whose codes have the least squared
-        error.
+    def _search_scales(self, weight_BK: Tensor) -> Tensor:
+        """The scale [B] of each block that has the least squared error, of `SHRINKS` shrunken
+        ones.
         """
         values = levels(self.bits)[0].to(weight_BK.device)
         full_B = weight_BK.abs().amax(1)
-        best_B, least_B = full_B, torch.full_like(full_B, torch.inf)
+        best_B = full_B
+        least_B = torch.full_like(full_B, torch.inf)
         for step in range(SHRINKS):
             scale_B = full_B * (1 - step / 50)
             restored_BK = values[self._codes(weight_BK, scale_B)] * scale_B[:, None]
@@ -227,7 +239,7 @@ class NF4(Method):
         return {"scale": codes_B, "scale_absmax": absmax_S, "scale_mean": mean_1}
 
     def _scales(self, packed: Packed) -> Tensor:
-        """fp32 [B], as stored."""
+        """Scales, fp32 [B], of the stored tensors."""
         if not self.double_quant:
             return packed["scale"]
         return DynamicInt8.decode(packed["scale"], packed["scale_absmax"]) + packed["scale_mean"]
@@ -239,7 +251,7 @@ class NF4(Method):
         return (pairs[:, 0] << 4 | pairs[:, 1]).contiguous().view(torch.int32)
 
     def _unpack_codes(self, weight: Tensor, weights: int) -> Tensor:
-        """int32 [N], to index levels with."""
+        """Codes, int32 [N], to index levels with."""
         if self.bits != 4:
             return unpack(weight, self.bits, weights).int()
         as_bytes = weight.contiguous().view(torch.uint8).int()
@@ -247,15 +259,14 @@ class NF4(Method):
 
     # --- information calibration ------------------------------------------------------------------
 
-    def _shifted(self, weight_N: Tensor, weight_BK: Tensor) -> tuple[Tensor, Packed]:
-        """(weights less their block's tau, tau as stored); tau unrounded, as theirs is, unless
-        ranges are searched.
+    def _shift(self, weight_N: Tensor, weight_BK: Tensor) -> tuple[Tensor, Packed]:
+        """(weights minus their block's tau, tau as stored).
+
+        Like the authors' the subtracted tau is not rounded, unless ranges are searched.
         """
         whole = len(weight_N) // self.block_size
-        taus = [
-            self._taus(part)
-            for part in torch.split(weight_BK[:whole], max(CHUNK // self.block_size, 1))
-        ]
+        chunks = torch.split(weight_BK[:whole], max(CHUNK // self.block_size, 1))
+        taus = [self._taus(chunk_BK) for chunk_BK in chunks]
         if whole < len(weight_BK):  # a short last block: its padding takes no part
             taus.append(self._taus(weight_N[whole * self.block_size :][None]))
         tau_B = torch.cat(taus)
@@ -266,13 +277,13 @@ class NF4(Method):
         return grouped(shifted_N, self.block_size), {"tau": codes_B, "tau_absmax": absmax_S}
 
     def _taus(self, weight_BK: Tensor) -> Tensor:
-        """tau [B] of the most entropy. Sorted weights stay sorted when shifted: codes are counted
-        by binary search.
-        """
+        """tau [B] whose codes have the most entropy."""
+        # Sorted weights stay sorted when shifted, so codes are counted by binary search.
         ordered_BK = weight_BK.sort(1).values
         median_B = ordered_BK[:, (ordered_BK.shape[1] - 1) // 2]  # the lower one
         reach_B = torch.maximum(ordered_BK[:, -1] - median_B, median_B - ordered_BK[:, 0])
-        best_B, most_B = median_B, torch.full_like(median_B, -1)
+        best_B = median_B
+        most_B = torch.full_like(median_B, -1)
         for shift in self._shifts():
             tau_B = median_B + shift * reach_B
             entropy_B = self._entropy(ordered_BK - tau_B[:, None])
@@ -281,29 +292,27 @@ class NF4(Method):
         return best_B
 
     def _shifts(self) -> list[float]:
-        """In the order in which equally good ones win: from the most negative one up, or from zero
-        outwards.
+        """Shifts in the order of preference among equally good ones.
+
+        That is from the most negative one up, or with `nearest_shift` from zero outwards.
         """
-        reach = self.tau_range / float(
-            torch.special.ndtri(torch.tensor(_tail(self.bits), dtype=torch.float64))
-        )
+        sigmas = torch.special.ndtri(torch.tensor(_tail(self.bits), dtype=torch.float64))
+        reach = self.tau_range / float(sigmas)
         shifts: list[float] = torch.linspace(-reach, reach, 2 * self.tau_steps + 1).tolist()
         return sorted(shifts, key=abs) if self.nearest_shift else shifts
 
     def _entropy(self, ordered_BK: Tensor) -> Tensor:
-        """Bits per code [B] of blocks in ascending order."""
-        size, bounds = ordered_BK.shape[1], levels(self.bits)[1].to(ordered_BK.device)
+        """Entropy [B] in bits per code, of blocks whose weights are in ascending order."""
+        size = ordered_BK.shape[1]
+        bounds = levels(self.bits)[1].to(ordered_BK.device)
         scale_B = torch.maximum(ordered_BK[:, -1], -ordered_BK[:, 0])
         normal_BK = ordered_BK * _inverse(scale_B)[:, None]
-        below = torch.searchsorted(
-            normal_BK, bounds.expand(len(normal_BK), -1).contiguous(), right=True
-        )
-        counts = torch.nn.functional.pad(below, (1, 0)).diff(
-            append=below.new_full((len(below), 1), size)
-        )
-        if (
-            self.nearest_shift
-        ):  # in order of size: the same counts in another order are exactly as good
+        bounds_BL = bounds.expand(len(normal_BK), -1).contiguous()
+        below_BL = torch.searchsorted(normal_BK, bounds_BL, right=True)
+        all_B1 = below_BL.new_full((len(below_BL), 1), size)
+        counts = torch.nn.functional.pad(below_BL, (1, 0)).diff(append=all_B1)
+        if self.nearest_shift:
+            # Sorted, so that the same counts in another order have exactly the same sum.
             counts = counts.sort(1).values
         return -sum(_plogp(size, counts.device)[counts].unbind(1), start=torch.zeros_like(scale_B))
 

@@ -1,42 +1,52 @@
 """PB-LLM (Shang et al., ICLR 2024, arXiv 2310.00034), after hahnyuan/PB-LLM at fe85da9 (its
 post-training "GPTQ-PB").
 
-A share of the weights is salient and keeps 8 bits; the rest is binarized to mu +- alpha. A weight's salience is w^2 /
-U_jj^2 (what GPTQ would pay for dropping it) or |w|; in each group of columns, all rows together, the largest are
-salient. The mask, alpha and mu of every row and group, and the 8-bit grid of every row are found once, from the
-original weights. Then columns are rounded from first to last, each to whichever of its two codes the mask says, with
-GPTQ's feedback. `bits` is the paper's figure, 1 for a binarized weight and 8 for a salient one: bits = 1 + 7 *
-salient share, so 1.7 is 10 % and 2.0 is 1/7. Where the salient weights are, and the scales, it does not count; the
-storage does.
+Idea
+    A share of the weights is salient and keeps 8 bits; the others are binarized to mu +- alpha.
+    1. Grid. Each row gets one 8-bit grid for its salient weights.
+    2. Salience. It is w^2 / U_jj^2 (what GPTQ would pay for dropping the weight) or |w|. In each
+       group of columns, all rows together, the largest are salient.
+    3. Levels. Each row and group gets its alpha and mu. Like the mask and the grids, they are
+       chosen once, from the original weights.
+    4. Codes. Columns are rounded from first to last with GPTQ's feedback; the mask says to which
+       kind of code.
+    `bits` is the paper's figure, which counts 1 bit for a binarized weight and 8 for a salient one:
+    bits = 1 + 7 * salient share. So 1.7 means 10 % and 2.0 means 1/7. It does not count the scales
+    and the positions of the salient weights; the stored bits do.
 
-Storage (G = ceil(I / group_size) groups, s = (bits - 1) / 7 the salient share, S salient weights in
-all)
-    name           shape                 dtype   bits per weight
-    weight         [O, I / 32]           int32   1: the sign; of salient weights the top bit of the code
-    code           [7 S / 32]            int32   7 s: the other bits of salient codes, in order of rows (none if S = 0)
-    position       [..]                  int32   at most 1, with
-    position_low   [..]                  int32   both together 0.53 at 1.7 bits, 0.68 at 2.0 (see `Positions`)
-    scale          [O, G]                fp16    16 / group_size: alpha (fp32, twice that, with scale_bits=32)
-    mean           [O, G]                fp16    16 / group_size: mu
-    salient_scale  [O]                   fp16    16 / I
-    salient_zero   [O]                   uint8   8 / I
-A 4096 x 4096 linear in groups of 128 takes 2.48 bits at "1.7" and 2.93 at "2.0".
+preset="best"
+    5. `refine` rounds over the whole linear follow: each code is set to its best given all others,
+       then alpha and mu to theirs given the codes. They lower the output error. The outputs aimed
+       at are by `dense_share` those of the full-precision model, else those of the original weight
+       on the quantized model's activations. The storage is the same.
 
-Departures: exactly floor(N * (1 - s)) + 1 of the N weights of a group are binarized, ties going to
-the first (theirs binarizes every weight that ties with the last one), so that sizes are known
-beforehand; all at 1 bit (theirs crashes), none at 8. Groups need not be multiples of 128. A weight
-equal to mu is coded mu + alpha (theirs: mu, a third level). Scales are rounded to the stored fp16
-before codes are chosen. Averages run over the whole group with salient weights counted as zeros, as
-their code does and published numbers have it; `mean_over="binarized"` is the paper's optimum. Their
-"2bit" and "4bit" low methods are left out: they are broken (the zero points of all rows use one
-row's scale).
+    Perplexity at 1.7 bits   full precision   without   with
+    stories260K              3.66             56.7      35.5      rounds and share were chosen on it
+    babyllama                2.98             16.1      6.3       not used to choose anything
 
-preset="best" adds `refine` rounds over the whole linear: every code to its best given all others,
-then alpha and mu to theirs given the codes, for the output error against outputs that are by
-`dense_share` the full-precision model's (else the original weight's on the quantized model's
-activations). Same storage. Perplexity at 1.7 bits falls from 56.7 to 35.5 on stories260K, on which
-rounds and share were chosen, and from 16.1 to 6.3 on babyllama, which had no part in it (full
-precision 3.66 and 2.98).
+Storage (G = ceil(I / group_size) groups, s = (bits - 1) / 7 the salient share, S salient weights)
+    name           shape       dtype   bits per weight
+    weight         [O, I / 32] int32   1: the sign; of salient weights the top bit of the code
+    code           [7 S / 32]  int32   7 s: the other bits of salient codes, by rows (none if S = 0)
+    position       [..]        int32   at most 1, together with
+    position_low   [..]        int32   both 0.53 at 1.7 bits, 0.68 at 2.0 (see `Positions`)
+    scale          [O, G]      fp16    16 / group_size: alpha (fp32, twice that, with scale_bits=32)
+    mean           [O, G]      fp16    16 / group_size: mu
+    salient_scale  [O]         fp16    16 / I
+    salient_zero   [O]         uint8   8 / I
+    A 4096 x 4096 linear in groups of 128 takes 2.48 bits at "1.7" and 2.93 at "2.0".
+
+Departures
+    * Exactly floor(N * (1 - s)) + 1 of the N weights of a group are binarized, and ties go to the
+      first (theirs binarizes all weights that tie with the last one). So sizes are known before. At
+      1 bit all are binarized (theirs crashes), at 8 bits none.
+    * Groups need not be multiples of 128.
+    * A weight equal to mu is coded as mu + alpha (theirs: as mu, a third level).
+    * Scales are rounded to the stored fp16 before codes are chosen.
+    * Averages run over the whole group, with salient weights counted as zeros. So does their code,
+      and published numbers have it; `mean_over="binarized"` is the paper's optimum.
+    * Their "2bit" and "4bit" low methods are left out, because they are broken: the zero points of
+      all rows use one row's scale.
 """
 
 from __future__ import annotations
@@ -66,12 +76,13 @@ MEANS = ("group", "binarized")
 
 @dataclass(frozen=True)
 class Positions:
-    """Which `count` of `total` weights are salient, in a size that is known beforehand.
+    """Stores which `count` of `total` weights are salient, in a size that is known before.
 
-    The rarer kind is listed, in row-major order, as Elias and Fano do: the low bits of each
-    position as they are, the high parts in unary, position k as a one at bit (high part + k). With
-    the best number of low bits that is within 0.1 bits per weight of the mask's entropy at 1.7 and
-    2.0 bits; from a quarter of the weights on a bitmap is smaller.
+    The positions of the rarer kind, in row-major order, are an Elias-Fano list. The low bits of
+    each position are stored as they are. The high parts are unary: entry k is a one at bit
+    (high part + k). With the best number of low bits, the size is within 0.1 bits per weight of the
+    mask's entropy at 1.7 and 2.0 bits. If a quarter of the weights or more are salient, a bitmap is
+    smaller and is stored instead.
     """
 
     count: int
@@ -79,6 +90,7 @@ class Positions:
 
     @property
     def listed(self) -> int:
+        """How many weights the list holds: those of the rarer kind."""
         return min(self.count, self.total - self.count)
 
     def _unary_bits(self, low_bits: int) -> int:
@@ -86,11 +98,12 @@ class Positions:
 
     @property
     def unary_bits(self) -> int:
+        """Bits of the unary part."""
         return self._unary_bits(self.low_bits or 0)
 
     @property
     def low_bits(self) -> int | None:
-        """Bits of a position stored as they are; None: a bitmap is no larger."""
+        """How many low bits of each position are stored as they are; None: a bitmap is stored."""
         sizes = [self.listed * low + self._unary_bits(low) for low in range(9)]
         return None if self.total <= min(sizes) else sizes.index(min(sizes))
 
@@ -105,7 +118,7 @@ class Positions:
         return layout
 
     def pack(self, salient_N: Tensor) -> Packed:
-        """Mask [total] with `count` ones -> the tensors of `layout`."""
+        """The tensors of `layout` from a mask [total] with `count` ones."""
         if self.listed == 0:
             return {}
         low = self.low_bits
@@ -120,7 +133,7 @@ class Positions:
         return packed
 
     def unpack(self, packed: Packed, device: torch.device) -> Tensor:
-        """Positions of the salient weights, int64 [count], ascending."""
+        """Positions of the salient weights, int64 [count], in ascending order."""
         if self.listed == 0:
             return torch.arange(self.count, device=device)
         low = self.low_bits
@@ -137,71 +150,67 @@ class Positions:
         return _ones(salient_N, self.count)
 
     def check(self, packed: Packed) -> None:
-        """LLQError where the list has another length: `unpack` and kernels rely on it."""
+        """LLQError if the list has the wrong length, on which `unpack` and kernels rely."""
+        if not self.listed:
+            return
         wanted = self.count if self.low_bits is None else self.listed
-        if self.listed and (found := count_ones(packed["position"])) != wanted:
+        ones = count_ones(packed["position"])
+        if ones != wanted:
             raise LLQError(
-                f"the list of salient weights is damaged: it holds {found} of them, not {wanted}"
+                f"the list of salient weights is damaged: it holds {ones} of them, not {wanted}"
             )
 
 
 def _ones(mask_N: Tensor, count: int) -> Tensor:
-    """Where the `count` ones of a mask are [count]: known beforehand, so that a GPU need not stop
-    to count them.
-    """
+    """Indices [count] of the ones of a mask. As `count` is given, a GPU need not stop to count."""
     return torch.nonzero_static(mask_N, size=count).flatten()
 
 
 class Coder:
-    """Rounds columns to their two kinds of levels and keeps the codes, uint8.
+    """Rounds columns, salient weights to their grid and the others to two levels, and keeps codes.
 
-    Of a binarized weight's code only the top bit means something: 1 for mu + alpha, 0 for mu -
-    alpha.
+    Codes are uint8. Only the top bit of a binarized weight's code has a meaning: 1 for mu + alpha,
+    0 for mu - alpha.
     """
 
     def __init__(
         self, salient_IO: Tensor, grid: Grid, scale_OG: Tensor, mean_OG: Tensor, size: int
     ) -> None:
-        self.salient_IO, self.grid, self.scale_OG, self.mean_OG, self.size = (
-            salient_IO,
-            grid,
-            scale_OG,
-            mean_OG,
-            size,
-        )
+        self.salient_IO = salient_IO
+        self.grid = grid
+        self.scale_OG = scale_OG
+        self.mean_OG = mean_OG
+        self.size = size
         self.grid_O = Grid(*(part.flatten() for part in grid))
         self.codes_IO = torch.zeros_like(salient_IO, dtype=torch.uint8)
 
     def nearest(self, j: int, w_O: Tensor) -> Tensor:
-        """Of the values that column j may take, the nearest to w_O."""
-        alpha_O, mu_O = self.scale_OG[:, j // self.size], self.mean_OG[:, j // self.size]
-        code_O, above_O = self.grid_O.codes(w_O, 8), w_O >= mu_O
+        """The nearest possible values of column j to w_O [O]; their codes are kept."""
+        salient_O = self.salient_IO[j]
+        group = j // self.size
+        alpha_O, mu_O = self.scale_OG[:, group], self.mean_OG[:, group]
+        code_O = self.grid_O.codes(w_O, 8)
+        above_O = w_O >= mu_O
         self.codes_IO[j] = torch.where(
-            self.salient_IO[j], code_O.to(torch.uint8), above_O.to(torch.uint8) << 7
+            salient_O, code_O.to(torch.uint8), above_O.to(torch.uint8) << 7
         )
         low_O = torch.where(above_O, alpha_O, -alpha_O) + mu_O
-        return torch.where(self.salient_IO[j], self.grid_O.values(code_O), low_O)
+        return torch.where(salient_O, self.grid_O.values(code_O), low_O)
 
     def group(self, g: int) -> Tensor:
-        """Values [O, B] that the codes of group g mean."""
+        """Values [O, B] of the codes of group g."""
         part = slice(g * self.size, (g + 1) * self.size)
         codes_OB = self.codes_IO[part].T
-        low_OB = (
-            (codes_OB >> 7)
-            .float()
-            .mul_(2)
-            .sub_(1)
-            .mul_(self.scale_OG[:, g, None])
-            .add_(self.mean_OG[:, g, None])
-        )
+        sign_OB = (codes_OB >> 7).float().mul_(2).sub_(1)
+        low_OB = sign_OB.mul_(self.scale_OG[:, g, None]).add_(self.mean_OG[:, g, None])
         return torch.where(self.salient_IO[part].T, self.grid.values(codes_OB), low_OB)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PBLLM(Method):
-    """bits = 1 + 7 * salient share; salience: "hessian" or "magnitude"; mean_over: "group" or
-    "binarized" (see above); feedback: repair later columns as GPTQ does; damp: a share of mean(diag
-    H); group_size -1: one group.
+    """bits: 1 + 7 * salient share; group_size -1: one group; salience: "hessian" or "magnitude";
+    mean_over: "group" or "binarized" (see above); feedback: repair later columns as GPTQ does;
+    damp: a share of mean(diag H).
     """
 
     name: ClassVar[str] = "pb_llm"
@@ -249,14 +258,14 @@ class PBLLM(Method):
         return [min(size, in_features - start) for start in range(0, in_features, size)]
 
     def _binarized(self, weights: int) -> int:
-        """How many of the weights of a group are binarized: the authors' rule, but all at 1 bit and
-        none at 8.
+        """How many of the `weights` of a group are binarized.
+
+        This is the authors' rule, but all are at 1 bit and none at 8.
         """
         if self.bits == self.bits_range[-1]:
             return 0
-        return min(
-            math.floor(weights * (8 - self.bits) / 7 + 1e-6) + 1, weights
-        )  # 0.9 N may lie a hair below 0.9 N
+        # 1e-6, because a product that should be whole may come out a little smaller.
+        return min(math.floor(weights * (8 - self.bits) / 7 + 1e-6) + 1, weights)
 
     def _positions(self, out_features: int, in_features: int) -> Positions:
         groups = [out_features * size for size in self._sizes(in_features)]
@@ -279,47 +288,47 @@ class PBLLM(Method):
 
     def quantize(self, weight_OI: Tensor, stat: Stat | None, job: Job) -> Packed:
         assert isinstance(stat, PairedHessian)
-        salient_grid = self.salient_grid.grid(weight_OI)  # before dead columns are zeroed
-        # Without a factor: salience by magnitude, no repair.
+        # 1. The 8-bit grids, before dead columns are zeroed.
+        salient_grid = self.salient_grid.grid(weight_OI)
+        # 2. Salience. Without a factor of the Hessian it is the magnitude, and nothing is repaired.
         H_II, U_II, _, dead_I = prepare_hessian(stat.H_II, self.damp, job.notes)
         W_OI = weight_OI.masked_fill(dead_I, 0)
         salient_OI = self._salient(W_OI, U_II)
+        # 3. Levels of the other weights.
         scale_OG, mean_OG = self._levels(W_OI, salient_OI)
-        coder = Coder(
-            salient_OI.T.contiguous(),
-            salient_grid,
-            scale_OG,
-            mean_OG,
-            self._sizes(W_OI.shape[1])[0],
-        )
+        size = self._sizes(W_OI.shape[1])[0]
+        coder = Coder(salient_OI.T.contiguous(), salient_grid, scale_OG, mean_OG, size)
+        # 4. Codes.
         by_columns(W_OI.clone(), U_II if self.feedback else None, coder.nearest)
+        # 5. Refinement.
         if self.refine and U_II is not None:
             share = self.dense_share if self.flow is Flow.BOTH else 0.0
             target_II = torch.lerp(stat.H_II, stat.C_II.T, share)
             self._refine(coder, Objective.of(H_II, job.notes["damp"], target_II, weight_OI, W_OI))
-        return self._packed(coder)
+        return self._pack(coder)
 
     def _refine(self, coder: Coder, objective: Objective) -> None:
-        """Every code to its best given all others, then alpha and mu of every group to theirs,
-        `refine` times.
+        """`refine` rounds: set each code to its best given all others, then alpha and mu of each
+        group to theirs.
         """
 
-        def stored(levels_O2: Tensor) -> Tensor:
+        def round_levels(levels_O2: Tensor) -> Tensor:
             alpha_O, mu_O = levels_O2.to(self._scale_dtype).float().unbind(1)
             return torch.stack([alpha_O.clamp_min(0), mu_O], dim=1)
 
         for _ in range(self.refine):
             groups = range(coder.scale_OG.shape[1])
-            values_OI = descend(
-                objective, torch.cat([coder.group(g) for g in groups], dim=1), coder.nearest
-            )
+            values_OI = torch.cat([coder.group(g) for g in groups], dim=1)
+            values_OI = descend(objective, values_OI, coder.nearest)
             for g, start in enumerate(range(0, values_OI.shape[1], coder.size)):
                 part = slice(start, start + coder.size)
                 low_OB = ~coder.salient_IO[part].T
                 sign_OB = (coder.codes_IO[part].T >> 7).float() * 2 - 1
                 basis_O2B = torch.stack([sign_OB * low_OB, low_OB.float()], dim=1)
                 levels_O2 = torch.stack([coder.scale_OG[:, g], coder.mean_OG[:, g]], dim=1)
-                levels_O2 = refit_levels(objective, values_OI, start, basis_O2B, levels_O2, stored)
+                levels_O2 = refit_levels(
+                    objective, values_OI, start, basis_O2B, levels_O2, round_levels
+                )
                 coder.scale_OG[:, g], coder.mean_OG[:, g] = levels_O2.unbind(1)
                 values_OI[:, part] = coder.group(g)
 
@@ -337,12 +346,16 @@ class PBLLM(Method):
         return torch.cat(parts, dim=1)
 
     def _levels(self, W_OI: Tensor, salient_OI: Tensor) -> tuple[Tensor, Tensor]:
-        """alpha and mu [O, G] of the binarized weights, as stored, in fp32."""
+        """alpha and mu [O, G] of the binarized weights, rounded as stored, in fp32.
+
+        LLQError if fp16 cannot hold them.
+        """
         size = self._sizes(W_OI.shape[1])[0]
-        found = []
-        for part_OB, salient_OB in zip(
+        groups = zip(
             torch.split(W_OI, size, dim=1), torch.split(salient_OI, size, dim=1), strict=True
-        ):
+        )
+        levels = []
+        for part_OB, salient_OB in groups:
             part_OB = part_OB * ~salient_OB
             if self.mean_over == "group":
                 mean_O1 = part_OB.mean(1, keepdim=True)
@@ -351,16 +364,16 @@ class PBLLM(Method):
                 count_O1 = (~salient_OB).sum(1, keepdim=True).clamp_min(1)
                 mean_O1 = part_OB.sum(1, keepdim=True) / count_O1
                 alpha_O1 = ((part_OB - mean_O1).abs() * ~salient_OB).sum(1, keepdim=True) / count_O1
-            found.append((alpha_O1, mean_O1))
+            levels.append((alpha_O1, mean_O1))
         scale_OG, mean_OG = (
             torch.cat(parts, dim=1).to(self._scale_dtype).float()
-            for parts in zip(*found, strict=True)
+            for parts in zip(*levels, strict=True)
         )
         if not (torch.isfinite(scale_OG).all() and torch.isfinite(mean_OG).all()):
             raise LLQError("a level does not fit fp16: the weights are too large")
         return scale_OG, mean_OG
 
-    def _packed(self, coder: Coder) -> Packed:
+    def _pack(self, coder: Coder) -> Packed:
         codes_OI, salient_OI = coder.codes_IO.T, coder.salient_IO.T.contiguous()
         packed = {"weight": pack(codes_OI >> 7, 1)}
         if salient_OI.any():
@@ -375,11 +388,15 @@ class PBLLM(Method):
         }
 
     def linear(self, x: Tensor, packed: Packed, bias: Tensor | None, out_features: int) -> Tensor:
-        stored = once(packed, lambda: self._readable(packed, out_features, x.shape[-1]))
-        return product(x, stored, lambda: self.dequantize(packed, out_features, x.shape[-1]), bias)
+        in_features = x.shape[-1]
+        view = once(packed, lambda: self._view(packed, out_features, in_features))
+        return product(x, view, lambda: self.dequantize(packed, out_features, in_features), bias)
 
-    def _readable(self, packed: Packed, out_features: int, in_features: int) -> SalientCodes | None:
-        """None: the salient weights are not what is listed."""
+    def _view(self, packed: Packed, out_features: int, in_features: int) -> SalientCodes | None:
+        """The codes as kernels read them; None if the salient weights are not an Elias-Fano list.
+
+        LLQError if the list is damaged.
+        """
         positions = self._positions(out_features, in_features)
         if not positions.count or positions.listed < positions.count or positions.low_bits is None:
             return None
@@ -405,18 +422,15 @@ class PBLLM(Method):
         top_OI = unpack(packed["weight"], 1, in_features).contiguous()
         weight_OI = top_OI.float().mul_(2).sub_(1)
         for g, part_OB in enumerate(torch.split(weight_OI, size, dim=1)):
-            part_OB.mul_(packed["scale"][:, g, None].float()).add_(
-                packed["mean"][:, g, None].float()
-            )
+            part_OB.mul_(packed["scale"][:, g, None].float())
+            part_OB.add_(packed["mean"][:, g, None].float())
         positions = self._positions(out_features, in_features)
         if positions.count:
             once(packed, lambda: positions.check(packed), "checked")
             at_S = positions.unpack(packed, weight_OI.device)
             code_S = unpack(packed["code"], 7, positions.count) | top_OI.view(-1)[at_S] << 7
             row_S = torch.div(at_S, in_features, rounding_mode="floor")
-            zero_S, scale_S = (
-                packed["salient_zero"][row_S].float(),
-                packed["salient_scale"][row_S].float(),
-            )
+            zero_S = packed["salient_zero"][row_S].float()
+            scale_S = packed["salient_scale"][row_S].float()
             weight_OI.view(-1)[at_S] = scale_S * (code_S.float() - zero_S)
         return weight_OI

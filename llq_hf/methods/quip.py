@@ -1,28 +1,39 @@
 """QuIP (Chee et al., NeurIPS 2023, arXiv 2307.13304), after Cornell-RelaxML/QuIP at ac92cfc.
 
-Rounding is easiest when neither weights nor Hessian point along single coordinates. So (1) columns
-are rescaled by s = (diag H / diag W^T W)^(1/4); (2) both sides are rotated by random orthogonal
-matrices, W~ = U (W s) V^T, H~ = V (H / s s^T) V^T, which leaves the output error unchanged and
-makes W~ look Gaussian; (3) one range for the whole matrix, +-2.4 sigma, carries 2**bits levels; (4)
-LDLQ rounds the columns from last to first, feeding back the errors of those already rounded through
-L, the unit lower Cholesky factor of H~: k_i = round(t_i + (t - k) L)_i; (5) `greedy_passes` revisit
-every code. At run time y = U^T (What (V (x / s))): codes stay packed, U and V come back from their
-seeds.
+Idea
+    Rounding hurts least if neither weights nor Hessian concentrate on single coordinates
+    (incoherence).
+    1. Columns are rescaled by s = (diag H / diag W^T W)^(1/4).
+    2. Both sides are rotated by random orthogonal matrices: W~ = U (W s) V^T,
+       H~ = V (H / s s^T) V^T. The output error stays the same, and W~ looks Gaussian.
+    3. One range for the whole matrix, +-2.4 sigma, holds 2**bits levels.
+    4. LDLQ rounds the columns from last to first, and feeds back the errors of those already
+       rounded through L, the unit lower Cholesky factor of H~: k_i = round(t_i + (t - k) L)_i.
+    5. `greedy_passes` revisit each code.
+    At run time y = U^T (What (V (x / s))): codes stay packed, and U and V come from their seeds.
 
-Storage                                    with incoherence=False instead of scale, seeds
+preset="best"
+    `search_range` solves for several ranges and keeps the one of least tr(dW H dW^T), because 2.4
+    sigma is right only near 4 bits. Five greedy passes follow.
+
+Storage
     name      shape               dtype   bits per weight
     weight    [O, I * bits / 32]  int32   bits
-    scale     [1]                 fp32    32 / (O I)      scale [O, 1] fp16, zero [O * bits / 32] int32: a grid per row
-    in_scale  [I]                 fp16    16 / O (absent if not rescale)
-    seeds     [2]                 int32   64 / (O I): V's and U's
+    scale     [1]                 fp32    32 / (O I)
+    in_scale  [I]                 fp16    16 / O (absent if not rescale): s
+    seeds     [2]                 int32   64 / (O I): of V and of U
+    With incoherence=False, instead of scale and seeds, a grid per row:
+    scale     [O, 1]              fp16    16 / I
+    zero      [O * bits / 32]     int32   bits / I
 
-Departures: U and V are Kronecker products, as the paper and the authors' docstring say; their code
-runs a misspelt flag's default, an own orthogonal matrix for every slice (`blocked=True`: about
-sqrt(n) times the memory at run time). Seeds are drawn per (layer, linear, side) and stored; theirs
-are unseeded. Their fp16 roundings between the steps are gone. The greedy passes clamp each code as
-they go (theirs clamps at the end of a pass and leaves the error uncorrected) and see H before
-`damp` (theirs after). `search_range` (in preset="best") solves for several ranges and keeps the one
-of least tr(dW H dW^T): 2.4 sigma is right near 4 bits only.
+Departures
+    * U and V are Kronecker products, as the paper and the authors' docstring say. Their code runs
+      the default of a misspelt flag, an orthogonal matrix of its own for each slice
+      (`blocked=True`: about sqrt(n) times the memory at run time).
+    * Seeds are drawn per (layer, linear, side) and stored; theirs are unseeded.
+    * Their fp16 roundings between the steps are left out.
+    * The greedy passes clamp each code at once (theirs clamps at the end of a pass and leaves the
+      error uncorrected), and use H before `damp` (theirs after).
 """
 
 from __future__ import annotations
@@ -45,10 +56,10 @@ from ..numerics.rotations import Rotation, rotation
 from ..numerics.stats import Hessian, Stat
 from .options import check_damp, check_least, check_positive
 
-BLOCK = 128  # columns fed back together: speed only
+BLOCK = 128  # columns whose errors are fed back together; affects speed only
 SEARCH_STEPS = 6
-# Where the best half-range lies, in sigmas: from the optimum of a unit Gaussian (1.49, 2.05, 2.51,
-# 3.9 at 2, 3, 4, 8 bits) upwards, because LDLQ's feedback widens what is rounded.
+# Half-ranges to search, in sigmas, by bits. They start near the optimum of a unit Gaussian (1.49,
+# 2.05, 2.51, 3.9 at 2, 3, 4, 8 bits) and go up, because LDLQ's feedback widens the distribution.
 SEARCH_SPAN = {
     1: (0.8, 1.6),
     2: (1.4, 2.4),
@@ -63,8 +74,9 @@ SEARCH_SPAN = {
 
 @dataclass(frozen=True, kw_only=True)
 class QuIP(Method):
-    """bits 1..8; range_sigma is the half-range of the grid in standard deviations; damp a share of
-    mean(diag H).
+    """range_sigma: half-range of the grid in standard deviations; search_range: search it;
+    incoherence: rotate; rescale: step 1; blocked: the authors' default rotations; damp: a share of
+    mean(diag H); seed: of the rotations.
     """
 
     name: ClassVar[str] = "quip"
@@ -89,7 +101,7 @@ class QuIP(Method):
 
     @cached_property
     def row_grid(self) -> Uniform:
-        """The grid of `incoherence=False`: the authors' qfn "a", per row."""
+        """The grid of `incoherence=False`, one per row: the authors' qfn "a"."""
         return Uniform(self.bits)
 
     def layout(self, out_features: int, in_features: int) -> dict[str, Spec]:
@@ -107,35 +119,37 @@ class QuIP(Method):
 
     def quantize(self, weight_OI: Tensor, stat: Stat | None, job: Job) -> Packed:
         assert isinstance(stat, Hessian)
-        W_OI, H_II, extra = weight_OI, stat.H_II, {}
+        W_OI, H_II = weight_OI, stat.H_II
+        extra = {}
+        # 1. Rescale columns.
         if self.rescale:
             s_I = _balance(W_OI, H_II)
             extra["in_scale"] = s_I.half()
-            W_OI, H_II = (
-                W_OI * s_I,
-                H_II / H_II.abs().max().clamp_min(1e-30) / torch.outer(s_I, s_I),
-            )
+            W_OI = W_OI * s_I
+            H_II = H_II / H_II.abs().max().clamp_min(1e-30) / torch.outer(s_I, s_I)
         if not self.incoherence:
+            # 3. to 5. on a grid per row.
             H_II, L_II = self._prepare(H_II, job)
             grid = self.row_grid.grid(W_OI)
             t_OI = (W_OI / grid.scale + grid.zero).clamp_(0, 2**self.bits - 1)
             codes_OI = self._round(t_OI, H_II, L_II)
             return {**self.row_grid.pack(codes_OI, grid), **extra}
 
-        extra["seeds"] = torch.tensor(
-            job.seeds(self.seed, 2), dtype=torch.int32, device=W_OI.device
-        )
+        # 2. Rotate both sides.
+        seeds = job.seeds(self.seed, 2)
+        extra["seeds"] = torch.tensor(seeds, dtype=torch.int32, device=W_OI.device)
         V, U = self._sides(extra["seeds"], *W_OI.shape)
         W_OI = U.apply(V.apply(W_OI).T).T.contiguous()
         H_II = V.apply(V.apply(H_II).T)
         H_II = H_II * (len(H_II) / (torch.trace(H_II) + 1e-8))
         torch.diagonal(H_II).add_(0.01)  # the authors' first damping; `damp` is the second
+        # 3. Range. 4. LDLQ. 5. Greedy passes.
         H_II, L_II = self._prepare(H_II, job)
         codes_OI, half_range = self._best_range(W_OI, H_II, L_II, job)
         return {"weight": pack(codes_OI, self.bits), "scale": half_range, **extra}
 
     def _prepare(self, H_II: Tensor, job: Job) -> tuple[Tensor, Tensor]:
-        """Hessian with dead channels revived, and the strictly lower feedback matrix of its LDL
+        """The Hessian with dead channels revived, and the strictly lower feedback matrix of its LDL
         decomposition.
         """
         H_II, L_II, _, _ = prepare_hessian(H_II, self.damp, job.notes, inverse=False)
@@ -146,7 +160,9 @@ class QuIP(Method):
     def _best_range(
         self, W_OI: Tensor, H_II: Tensor, L_II: Tensor, job: Job
     ) -> tuple[Tensor, Tensor]:
-        """Codes [O, I] and half-range [1] at `range_sigma`, or at the best of several ranges."""
+        """Codes [O, I] and half-range [1]: at `range_sigma`, or with `search_range` at the best of
+        several ranges.
+        """
         factors = [self.range_sigma]
         if self.search_range:
             factors += torch.linspace(*SEARCH_SPAN[self.bits], SEARCH_STEPS).tolist()
@@ -154,7 +170,8 @@ class QuIP(Method):
         best: tuple[float, float, Tensor, Tensor] | None = None
         for factor in factors:
             half_range = (factor * sigma + 1e-16).reshape(1)
-            codes_OI = self._round(((W_OI / half_range + 1) / 2 * top).clamp_(0, top), H_II, L_II)
+            t_OI = ((W_OI / half_range + 1) / 2 * top).clamp_(0, top)
+            codes_OI = self._round(t_OI, H_II, L_II)
             if len(factors) == 1:
                 return codes_OI, half_range
             error_OI = W_OI - half_range * (2 * codes_OI / top - 1)
@@ -166,7 +183,7 @@ class QuIP(Method):
         return best[2], best[3]
 
     def _round(self, t_OI: Tensor, H_II: Tensor, L_II: Tensor) -> Tensor:
-        """Integer codes of the continuous codes `t_OI`: LDLQ, then the greedy passes."""
+        """Integer codes from continuous ones: LDLQ, then greedy passes until no code changes."""
         codes_OI = ldlq(t_OI, L_II, 2**self.bits - 1)
         for _ in range(self.greedy_passes):
             if not greedy_pass(codes_OI, t_OI, H_II, 2**self.bits - 1):
@@ -176,11 +193,11 @@ class QuIP(Method):
     def _sides(
         self, seeds: Tensor, out_features: int, in_features: int
     ) -> tuple[Rotation, Rotation]:
+        """V and U from their seeds."""
         seed_in, seed_out = seeds.tolist()
-        device = seeds.device
-        return rotation(seed_in, in_features, self.blocked, device), rotation(
-            seed_out, out_features, self.blocked, device
-        )
+        V = rotation(seed_in, in_features, self.blocked, seeds.device)
+        U = rotation(seed_out, out_features, self.blocked, seeds.device)
+        return V, U
 
     def dequantize(self, packed: Packed, out_features: int, in_features: int) -> Tensor:
         if self.incoherence:
@@ -194,7 +211,8 @@ class QuIP(Method):
     def affine(self, packed: Packed, out_features: int, in_features: int) -> Affine:
         if self.incoherence:
             raise LLQError(
-                f"{self.name} turns inputs and outputs while the model runs; quantize with incoherence=False"
+                f"{self.name} rotates inputs and outputs while the model runs; "
+                "quantize with incoherence=False"
             )
         return self.row_grid.affine(packed, in_features)
 
@@ -233,15 +251,16 @@ class QuIP(Method):
 
 
 def _balance(W_OI: Tensor, H_II: Tensor) -> Tensor:
-    """s [I] = (diag H / diag W^T W)^(1/4), H scaled to max 1, as fp16 will hold it."""
+    """s [I] = (diag H / diag W^T W)^(1/4), with H scaled to a maximum of 1, rounded to fp16."""
     h_I = (torch.diagonal(H_II) / H_II.abs().max().clamp_min(1e-30)).clamp_min(1e-8)
     w_I = W_OI.square().sum(0).clamp_min(1e-8)
     return (h_I / w_I).pow(0.25).clamp(1e-4, 6e4).half().float()
 
 
 def ldlq(t_OI: Tensor, L_II: Tensor, top: int) -> Tensor:
-    """Round t_OI to 0..top, last column first, with linear feedback L_II (strictly lower). Halves
-    go up.
+    """Round t_OI to 0..top, from the last column to the first, with linear feedback L_II.
+
+    L_II is strictly lower triangular. Halves are rounded up.
     """
     codes_OI, error_OI = torch.empty_like(t_OI), torch.zeros_like(t_OI)
     columns = t_OI.shape[1]
@@ -256,10 +275,12 @@ def ldlq(t_OI: Tensor, L_II: Tensor, top: int) -> Tensor:
 
 
 def greedy_pass(codes_OI: Tensor, t_OI: Tensor, H_II: Tensor, top: int) -> bool:
-    """Set every code, last column first, to its best given all others; in place. False when nothing
-    changed.
+    """Set each code to its best given all others, from the last column to the first, in place.
+
+    Returns whether a code changed.
     """
-    error_OI, changed = codes_OI - t_OI, False
+    error_OI = codes_OI - t_OI
+    changed = False
     columns = t_OI.shape[1]
     for stop in range(columns, 0, -BLOCK):
         start = max(stop - BLOCK, 0)

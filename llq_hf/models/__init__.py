@@ -1,3 +1,3 @@
-"""What must be known of other people's models: where their blocks are, how they load, how their
-stream turns.
+"""What llq-hf knows about models of transformers: where their decoder blocks are, how they load,
+how their residual stream can be rotated, and how vision-language models answer.
 """

@@ -1,5 +1,6 @@
-"""Where the decoder blocks of a model are, and which of their linears share an input. No
-architecture is named here.
+"""Finds the decoder blocks of a model, their linears, and which linears share an input.
+
+No architecture is named here.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ from ..common.errors import LLQError
 
 
 def decoder_of(model: nn.Module) -> tuple[str, nn.Module]:
-    """(name, module) of the text decoder: only the linears inside its blocks are quantized.
+    """(name, module) of the text decoder. Only the linears inside its blocks are quantized.
 
-    LLQError where the model has no `get_decoder()` with a `layers` list.
+    LLQError if the model has no `get_decoder()` with a `layers` list.
     """
     find: Any = getattr(model, "get_decoder", None)
     decoder = find() if find is not None else None
@@ -23,22 +24,22 @@ def decoder_of(model: nn.Module) -> tuple[str, nn.Module]:
         getattr(decoder, "layers", None), nn.ModuleList
     ):
         raise LLQError(
-            f"{type(model).__name__} is not a Llama-like model: its decoder has no list of blocks named 'layers'"
+            f"{type(model).__name__} is not a Llama-like model: "
+            "its decoder has no list of blocks named 'layers'"
         )
     name = next(name for name, module in model.named_modules() if module is decoder)
     return name, decoder
 
 
 def block_prefixes(model: nn.Module) -> list[str]:
-    """Module names of the decoder blocks: "model.layers.0", ..."""
+    """Full module names of the decoder blocks: "model.layers.0", ..."""
     name, decoder = decoder_of(model)
     return [f"{name}.layers.{i}" if name else f"layers.{i}" for i in range(len(decoder.layers))]  # type: ignore[arg-type]
 
 
 def block_linears(block: nn.Module) -> dict[str, nn.Linear]:
-    """The linears of a block that are still dense, by name inside it. `type(...) is`: QuantLinear
-    is a Linear too.
-    """
+    """The linears of a block that are still dense, by name inside the block."""
+    # `type(...) is`, because QuantLinear is an nn.Linear too.
     return {name: module for name, module in block.named_modules() if type(module) is nn.Linear}
 
 
@@ -52,13 +53,16 @@ def quantizable(model: nn.Module) -> dict[str, nn.Linear]:
 
 
 def replace_module(root: nn.Module, name: str, new: nn.Module) -> None:
+    """Put `new` in the place of the module called `name` inside `root`."""
     parent, _, child = name.rpartition(".")
     setattr(root.get_submodule(parent), child, new)
 
 
 def hidden_of(output: Any) -> Tensor:
-    """What a module returns: blocks a tensor in transformers 5 and a tuple in some architectures,
-    attention a tuple.
+    """The hidden states in what a block or an attention module returned.
+
+    A block returns a tensor in transformers 5, but a tuple in some architectures; attention returns
+    a tuple.
     """
     tensor: Tensor = output[0] if isinstance(output, tuple) else output
     return tensor
@@ -66,13 +70,14 @@ def hidden_of(output: Any) -> Tensor:
 
 @torch.no_grad()
 def input_groups(block: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> list[list[str]]:
-    """Linears by the tensor they read, in the order of execution: [[q, k, v], [o], [gate, up],
-    [down]].
+    """Linears grouped by the tensor they read, in the order of execution: [[q, k, v], [o], [gate,
+    up], [down]].
 
-    Found by running the block once and watching who is handed the same tensor, so no architecture
-    needs a table.
+    The block is run once, and linears that receive the same tensor object form a group. So no
+    architecture needs a table.
     """
-    seen: list[tuple[Tensor, list[str]]] = []  # holds the tensors, so that identity is not re-used
+    # The list keeps the tensors alive: a freed one's identity could be reused.
+    seen: list[tuple[Tensor, list[str]]] = []
 
     def watch(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:

@@ -1,10 +1,10 @@
-"""What transformers knows about a checkpoint: which auto class builds its model, and what its
-tensors are called there.
+"""Builds a model, its tokenizer and its processor from a checkpoint, and maps the names of its
+tensors.
 
-Files keep the names that were published; models have moved on. LLaVA's
-`language_model.model.layers.0.` is `model.language_model.layers.0.` in the model, and on saving it
-turns back. transformers holds the rules, per architecture and for models inside models; here they
-are asked, once per checkpoint, and everything above speaks the model's names.
+Checkpoint files keep the tensor names that were published, and models in transformers may use newer
+ones: LLaVA's `language_model.model.layers.0.` is `model.language_model.layers.0.` in the model, and
+gets its old name back on saving. transformers holds these rules for each architecture.
+`module_names` asks for them once per checkpoint; everything above uses the model's names.
 """
 
 from __future__ import annotations
@@ -16,9 +16,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..common.errors import LLQError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 from ..common.words import one_line
 
 if TYPE_CHECKING:
@@ -26,24 +23,24 @@ if TYPE_CHECKING:
 
 
 def auto_class(config: PreTrainedConfig) -> Any:
-    """AutoModelForImageTextToText for models that see, AutoModelForCausalLM for all others."""
+    """AutoModelForImageTextToText for vision-language models, else AutoModelForCausalLM."""
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     return AutoModelForImageTextToText if takes_images(config) else AutoModelForCausalLM
 
 
 def takes_images(config: PreTrainedConfig) -> bool:
-    """Whether the model of this config takes images beside text."""
+    """Whether the model of this config takes images as well as text."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
     return type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 
 def module_names(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, str]:
-    """Name in `model` -> name in the file, of every stored tensor.
+    """Name in `model` -> name in the file, for every stored tensor.
 
-    Tensors that loading would change and not only rename (split, merge, transpose) keep their names
-    in the file: they are no tensor of the model, which shows where one is missed.
+    A tensor that loading would split, merge or transpose keeps its name in the file. The model has
+    no tensor of that name, so it is reported where the model's tensor is missed.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, rename_source_key
@@ -61,7 +58,7 @@ def module_names(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, str
 
 
 def build_skeleton(path: Path) -> PreTrainedModel:
-    """The model of a checkpoint folder's config on the meta device: shapes, no memory."""
+    """The model of a checkpoint folder's config, on the meta device: it takes no memory."""
     from transformers import AutoConfig
 
     try:
@@ -73,28 +70,29 @@ def build_skeleton(path: Path) -> PreTrainedModel:
 
 
 def load_tokenizer(path: Path) -> Any:
+    """The tokenizer of a checkpoint folder; LLQError if there is none that can be loaded."""
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except (
-        Exception
-    ) as error:  # a missing file, a missing package, a broken JSON: each raises its own
+    # A missing file, a missing package and broken JSON raise unrelated types.
+    except Exception as error:
         raise LLQError(
-            f"{path} has no tokenizer that can be loaded ({one_line(error)}); put the model's there, or calibrate on a "
-            ".npy file of token ids"
+            f"{path} has no tokenizer that can be loaded ({one_line(error)}); "
+            "put the model's there, or calibrate on a .npy file of token ids"
         ) from error
 
 
 def load_processor(path: str | Path, revision: str | None = None) -> Any:
-    """Tokenizer and image processor of a model that sees; LLQError where they, or the chat
-    template, are not there.
+    """Tokenizer and image processor of a vision-language model.
+
+    LLQError if they cannot be loaded or if there is no chat template.
     """
     from transformers import AutoProcessor
 
     try:
         processor = AutoProcessor.from_pretrained(path, revision=revision, trust_remote_code=False)
-    except Exception as error:  # as above
+    except Exception as error:  # as in load_tokenizer
         raise LLQError(f"{path} has no processor that can be loaded ({one_line(error)})") from error
     if not getattr(processor, "chat_template", None):
         raise LLQError(

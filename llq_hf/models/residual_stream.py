@@ -1,16 +1,19 @@
-"""The residual stream of a decoder: which tensors read it, write it, feed it; and how to turn it by
-a rotation.
+"""Finds which tensors read and write the residual stream of a decoder, and rotates the stream.
 
 Legend: D hidden size, O out_features, I in_features, R an orthogonal D x D matrix, d head_dim.
 
-x -> x R everywhere changes no output when everything that touches the stream is turned along: what
-writes it (W <- R^T W, b <- R^T b; embeddings and image features v <- v R), and what reads it (W <-
-W R). An RMSNorm in between commutes with R once its gain is folded into the readers. Who touches
-the stream is found by running the model on four tokens (on the meta device, if it lies there) and
-watching which tensors go from where to where: no architecture is named.
+Idea
+    Rotating the stream (x -> x R everywhere) changes no output if everything that touches it is
+    rotated too:
+    what writes it      W <- R^T W, b <- R^T b; embeddings and image features v <- v R
+    what reads it       W <- W R
+    RMSNorms            commute with R once their gain is folded into the readers
 
-By name are found only: q/k/v/o_proj of attention modules, down_proj, and what feeds images into a
-text decoder (multi_modal_projector, image_newline; a vision_tower feeds the projector alone).
+How the tensors are found
+    The decoder runs on four tokens (on the meta device, if the model lies there), and hooks record
+    which tensor goes from where to where. So no architecture is named. Found by name are only:
+    q/k/v/o_proj of attention modules, down_proj, and what feeds images into a text decoder
+    (multi_modal_projector, image_newline; a vision_tower feeds only the projector).
 """
 
 from __future__ import annotations
@@ -29,15 +32,16 @@ from ..common.errors import LLQError
 from ..numerics.rotations import hadamard
 from .decoder import block_linears, block_prefixes, decoder_of
 
-CHUNK_ROWS = 4096  # rows turned at a time: an embedding in fp64 is four times its bf16
+CHUNK_ROWS = 4096  # rows rotated at a time, because an embedding in fp64 is four times its bf16
 _TOKENS = 4
-Turn = Callable[[Tensor], Tensor]  # x [..., n] -> x R, differentiable
+Turn = Callable[[Tensor], Tensor]  # a rotation: x [..., n] -> x R, differentiable
 
 
 @dataclass(frozen=True)
 class Residual:
-    """Names of the modules around the residual stream; parameters' names are these with .weight and
-    .bias.
+    """Full names of the modules around the residual stream.
+
+    The names of parameters are these with `.weight` or `.bias`.
     """
 
     width: int  # D
@@ -45,26 +49,31 @@ class Residual:
     embedding: str
     head: str
     tied: bool  # embedding and head are one matrix
-    norms: dict[
-        str, float
-    ]  # what a norm's weight must be to have no gain: 1, or 0 where the gain is 1 + weight
+    # The weight that gives a norm no gain: 1, or 0 if its gain is 1 + weight.
+    norms: dict[str, float]
     readers: dict[str, str]  # linear (and head) -> the norm it reads the stream through
-    writers: frozenset[str]  # linears whose output is added to the stream, or stands in it
-    vectors: frozenset[str]  # parameters that stand in the stream
+    writers: frozenset[str]  # linears whose output is added to the stream, or is part of it
+    vectors: frozenset[str]  # parameters that are themselves vectors of the stream
     values: dict[str, int]  # v_proj -> index of its block
     outputs: dict[str, int]  # o_proj -> index of its block
 
 
 def residual_of(model: nn.Module) -> Residual:
-    """LLQError, saying where, if the stream of `model` cannot be turned by any rotation."""
+    """Find what touches the residual stream of `model`.
+
+    LLQError that names the place if no rotation of the stream leaves the model's outputs as they
+    are.
+    """
+    # 1. Run the decoder and record which norm's output each linear reads.
     decoder_name, decoder = decoder_of(model)
     names = {id(module): name for name, module in model.named_modules()}
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
     if not isinstance(head, nn.Module):
         raise LLQError(f"{type(model).__name__} has no output embeddings: it cannot be rotated")
     width = int(embedding.weight.shape[1])
-    flow = _Flow.watched(decoder, width)
+    flow = _Flow.record(decoder, width)
 
+    # 2. Sort the linears of all blocks into readers and writers of the stream.
     norms, readers, writers = {}, {}, set()
     values, outputs, known = {}, {}, set()
     head_dims = set()
@@ -76,9 +85,8 @@ def residual_of(model: nn.Module) -> Residual:
         for path, module in attention.items():
             values[path + "v_proj"], outputs[path + "o_proj"] = index, index
             head_dims.add(int(getattr(module, "head_dim", 0)))
-            known |= {
-                f"{path}{norm}.weight" for norm in ("q_norm", "k_norm")
-            }  # after the projection: not in the way
+            # These norms stand after the projections, not in the stream.
+            known |= {f"{path}{norm}.weight" for norm in ("q_norm", "k_norm")}
         for name, linear in block_linears(block).items():
             full = f"{prefix}.{name}"
             norm = flow.norm_before(linear)
@@ -88,8 +96,11 @@ def residual_of(model: nn.Module) -> Residual:
                 writers.add(full)
             else:
                 raise LLQError(
-                    f"{full} reads the residual stream past its norm, or none of it: it cannot be rotated"
+                    f"{full} reads the residual stream past its norm, or none of it: "
+                    "it cannot be rotated"
                 )
+
+    # 3. Check that every norm of the stream feeds readers only, and commutes with rotations.
     if not flow.ends_in_norm:
         raise LLQError("the decoder does not end in a norm: its residual stream cannot be rotated")
     readers[names[id(head)]] = names[id(flow.last_norm)]
@@ -99,14 +110,18 @@ def residual_of(model: nn.Module) -> Residual:
             norms[name] = _unit_weight(norm, name)
         elif f"{name}.weight" not in known:
             raise LLQError(
-                f"{name} feeds no linear (it may follow a block's output): no rotation passes through it"
+                f"{name} feeds no linear (it may follow a block's output): "
+                "no rotation passes through it"
             )
+
+    # 4. Check that value and output projections are where a Llama has them.
     for path in (*values, *outputs):
         if (path in readers) is not (path in values) or len(head_dims) != 1:
             raise LLQError(
                 f"{path} does not stand where the value and output projections of a Llama do"
             )
 
+    # 5. Check that every other parameter is known to have nothing to do with the stream.
     fed, vectors = _image_inputs(model, decoder_name, names[id(head)], width)
     known |= {
         f"{name}.{kind}"
@@ -117,7 +132,8 @@ def residual_of(model: nn.Module) -> Residual:
     for name, parameter in model.named_parameters():
         if name not in known and not _apart(name) and parameter.ndim > 0:
             raise LLQError(
-                f"{name} is not known to leave the residual stream alone: the model cannot be rotated"
+                f"{name} is not known to leave the residual stream alone: "
+                "the model cannot be rotated"
             )
     tied = head.weight is embedding.weight
     return Residual(
@@ -136,19 +152,19 @@ def residual_of(model: nn.Module) -> Residual:
 
 
 class _Flow:
-    """What a pass through the decoder showed: which norm's output each linear was handed."""
+    """Record of one forward pass through the decoder: which norm's output each linear reads."""
 
     def __init__(self, norms: list[nn.Module]) -> None:
         self.norms = norms
-        self.results: list[
-            tuple[Tensor, nn.Module]
-        ] = []  # holds the tensors, so that identity is not re-used
+        # The list keeps the tensors alive: a freed one's identity could be reused.
+        self.results: list[tuple[Tensor, nn.Module]] = []
         self.inputs: dict[int, Tensor] = {}
         self.end: Tensor | None = None
 
     @classmethod
     @torch.no_grad()
-    def watched(cls, decoder: nn.Module, width: int) -> _Flow:
+    def record(cls, decoder: nn.Module, width: int) -> _Flow:
+        """Run the decoder on a few tokens and record its norms and linears."""
         norms = [m for m in decoder.modules() if _is_norm(m, width)]
         flow, handles = cls(norms), []
         for norm in norms:
@@ -168,14 +184,14 @@ class _Flow:
             1, 1, _TOKENS, _TOKENS, device=device, dtype=next(decoder.parameters()).dtype
         )
         position_ids = torch.arange(_TOKENS, device=device)[None]
-        try:  # with a ready-made mask nothing looks at values, which the meta device has none of
+        try:  # with a ready-made mask no code reads values, of which the meta device has none
             out = decoder(
                 input_ids=ids, attention_mask=mask, position_ids=position_ids, use_cache=False
             )
             flow.end = out[0]
         except (RuntimeError, NotImplementedError) as error:
             raise LLQError(
-                f"the decoder cannot be run to see its residual stream ({error})"
+                f"the decoder cannot be run to find its residual stream ({error})"
             ) from error
         finally:
             for handle in handles:
@@ -183,6 +199,7 @@ class _Flow:
         return flow
 
     def norm_before(self, linear: nn.Linear) -> nn.Module | None:
+        """The norm whose output the linear reads, or None."""
         return next(
             (norm for out, norm in self.results if out is self.inputs.get(id(linear))), None
         )
@@ -197,48 +214,45 @@ class _Flow:
 
 
 def _is_norm(module: nn.Module, width: int) -> bool:
-    """A leaf whose weight is a vector of the stream's width."""
+    """Whether it is a module without children whose weight is a vector of the stream's width."""
     weight = getattr(module, "weight", None)
     return isinstance(weight, Tensor) and weight.shape == (width,) and not list(module.children())
 
 
 @torch.no_grad()
 def _unit_weight(norm: nn.Module, name: str) -> float:
-    """The weight with which the norm commutes with every rotation: found by trying it on one.
-    LLQError if none does.
+    """The weight (1 or 0) with which the norm commutes with rotations, tried on one rotation.
+
+    LLQError if neither does.
     """
     probe = copy.deepcopy(norm).to_empty(device="cpu").float()
     weight: Any = probe.weight
     turn = hadamard(len(weight), torch.device("cpu")).apply
-    x = (
-        torch.randn(2, len(weight), generator=torch.Generator().manual_seed(0)) + 1
-    )  # LayerNorm would take out the mean
+    # The mean of 1 exposes a LayerNorm, which would subtract it.
+    x = torch.randn(2, len(weight), generator=torch.Generator().manual_seed(0)) + 1
     for unit in (1.0, 0.0):
         weight.fill_(unit)
         plain, turned = probe(x), probe(turn(x))
         weight.fill_(unit + 1)
         doubled = torch.allclose(probe(x), 2 * plain)
-        if (
-            plain.any()
-            and doubled
-            and torch.allclose(turned, turn(plain), atol=1e-4)
-            and _alone(probe)
-        ):
+        commutes = torch.allclose(turned, turn(plain), atol=1e-4)
+        if plain.any() and doubled and commutes and _has_weight_only(probe):
             return unit
     raise LLQError(
-        f"{name} ({type(norm).__name__}) is no RMSNorm without bias: rotations do not pass through it"
+        f"{name} ({type(norm).__name__}) is no RMSNorm without bias: "
+        "rotations do not pass through it"
     )
 
 
-def _alone(norm: nn.Module) -> bool:
-    """Whether its weight is all a norm has."""
+def _has_weight_only(norm: nn.Module) -> bool:
+    """Whether a norm has no parameter but its weight."""
     return len(list(norm.parameters())) == 1
 
 
 def _image_inputs(
     model: nn.Module, decoder: str, head: str, width: int
 ) -> tuple[set[str], set[str]]:
-    """(linears, vectors) outside the text decoder whose values stand in its stream."""
+    """(linears, vectors) outside the text decoder whose values go into its stream."""
     linears, vectors = set(), set()
     for name, module in model.named_modules():
         if name.split(".")[-1] == "multi_modal_projector":
@@ -251,7 +265,8 @@ def _image_inputs(
                 or not _ends_linear(module)
             ):
                 raise LLQError(
-                    f"{name} does not end in a linear: what it feeds into the text decoder stays unrotated"
+                    f"{name} does not end in a linear: "
+                    "what it feeds into the text decoder stays unrotated"
                 )
             linears.add(next(reversed(inside)))
     for name, parameter in model.named_parameters():
@@ -262,7 +277,7 @@ def _image_inputs(
 
 @torch.no_grad()
 def _ends_linear(projector: nn.Module) -> bool:
-    """Whether what the projector returns is what its last linear does."""
+    """Whether the projector returns the output of its last linear."""
     linears = [module for module in projector.modules() if type(module) is nn.Linear]
     results: list[Tensor] = []
     handle = linears[-1].register_forward_hook(lambda m, args, out: results.append(out))
@@ -279,22 +294,22 @@ def _ends_linear(projector: nn.Module) -> bool:
 
 
 def _apart(name: str) -> bool:
-    """Parameters that only feed a projector."""
+    """Whether a parameter belongs to the images' side: a vision tower or a projector."""
     return "vision_tower" in name.split(".") or "multi_modal_projector" in name.split(".")
 
 
-# --- turning it -----------------------------------------------------------------------------------
+# --- rotating the stream --------------------------------------------------------------------------
 
 
 def random_turns(residual: Residual, seed: int) -> tuple[Turn, list[Turn]]:
-    """R1 of the stream and, block by block, R2 of the heads: Hadamards with random signs."""
+    """R1 of the stream, and R2 of the heads of each block: Hadamards with random signs."""
     blocks = 1 + max(residual.values.values())
     heads = [_signed(seed, f"r2.{block}", residual.head_dim) for block in range(blocks)]
     return _signed(seed, "r1", residual.width), heads
 
 
 def _signed(seed: int, part: str, n: int) -> Turn:
-    """x -> x diag(signs) H with random signs."""
+    """x -> x diag(signs) H, with random signs that follow from `seed` and `part`."""
     random = np.random.RandomState(zlib.crc32(f"{seed}:{part}".encode()))
     signs = torch.from_numpy(random.randint(0, 2, n) * 2.0 - 1)
 
@@ -306,11 +321,11 @@ def _signed(seed: int, part: str, n: int) -> Turn:
 
 @dataclass(frozen=True)
 class Turned:
-    """How each tensor of the dense model changes when gains are folded and the stream (R1) and
-    heads (R2) are turned.
+    """A `Rewrite` of the dense model: folds the norms' gains, then rotates stream (R1) and heads
+    (R2).
 
-    stream: x [..., D] -> x R1; heads: by block, x [..., d] -> x R2; None: only what can be folded
-    is folded. Computed in `dtype` (fp64) and cast once.
+    stream: x [..., D] -> x R1. heads: for each block, x [..., d] -> x R2. Either may be None: then
+    it is not rotated. Computed in `dtype` (fp64) and cast once.
     """
 
     residual: Residual
@@ -321,7 +336,7 @@ class Turned:
 
     @property
     def untied(self) -> dict[str, str]:
-        """The head needs a matrix of its own: the final norm's gain went into it."""
+        """A tied head gets a matrix of its own, because the final norm's gain is folded into it."""
         return (
             {f"{self.residual.head}.weight": f"{self.residual.embedding}.weight"}
             if self.residual.tied
@@ -329,14 +344,14 @@ class Turned:
         )
 
     def __call__(self, name: str, tensor: Tensor, read: Callable[[str], Tensor]) -> Tensor:
-        """What the tensor of this name becomes, in its dtype. `read` gives the norms' weights as
-        they were.
+        """The changed tensor of this name, in its dtype. `read` gives the original weights of the
+        norms.
         """
         residual, (module, _, kind) = self.residual, name.rpartition(".")
         if module in residual.norms:
             return torch.full_like(tensor, residual.norms[module])
-        inputs: list[Turn] = []  # along the last axis
-        outputs: list[Turn] = []  # along the first
+        inputs: list[Turn] = []  # applied along the last axis
+        outputs: list[Turn] = []  # applied along the first axis
         if module in residual.readers and kind == "weight":
             norm = residual.readers[module]
             gain_D = read(f"{norm}.weight").to(tensor.device, self.dtype) + (
@@ -346,7 +361,7 @@ class Turned:
         if self.stream is not None:
             if module in residual.writers:
                 outputs.append(self.stream)
-            elif (module in residual.readers and kind == "weight") or name in self._standing:
+            elif (module in residual.readers and kind == "weight") or name in self._in_stream:
                 inputs.append(self.stream)
         if self.heads is not None:
             if module in residual.values:
@@ -356,28 +371,29 @@ class Turned:
         return self._turned(tensor, inputs, outputs)
 
     @property
-    def _standing(self) -> set[str]:
+    def _in_stream(self) -> set[str]:
+        """Parameters whose rows are vectors of the stream."""
         return {f"{self.residual.embedding}.weight", *self.residual.vectors}
 
     def _each_head(self, turn: Turn) -> Turn:
         return lambda x: turn(x.reshape(*x.shape[:-1], -1, self.residual.head_dim)).flatten(-2)
 
     def _turned(self, tensor: Tensor, inputs: list[Turn], outputs: list[Turn]) -> Tensor:
-        """A matrix turned along both axes, a vector along its only one."""
+        """A matrix changed along both axes, or a vector along its only one."""
         if tensor.ndim == 1:
             return next(self._parts([tensor], [*inputs, *outputs])).to(tensor.dtype)
         turned = tensor
         if inputs:
-            kept = self.dtype if outputs else tensor.dtype
-            turned = torch.cat(
-                [part.to(kept) for part in self._parts(torch.split(turned, CHUNK_ROWS), inputs)]
-            )
+            dtype = self.dtype if outputs else tensor.dtype
+            parts = self._parts(torch.split(turned, CHUNK_ROWS), inputs)
+            turned = torch.cat([part.to(dtype) for part in parts])
         if outputs:
             parts = self._parts(torch.split(turned.T, CHUNK_ROWS), outputs)
             turned = torch.cat([part.to(tensor.dtype) for part in parts]).T.contiguous()
         return turned
 
     def _parts(self, parts: Iterable[Tensor], turns: list[Turn]) -> Iterator[Tensor]:
+        """Each part in fp64, with all `turns` applied to its last axis."""
         for part in parts:
             turned = part.to(self.dtype)
             for turn in turns:

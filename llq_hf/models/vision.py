@@ -1,5 +1,6 @@
-"""A model that sees, with its processor: questions about images in, answers out; nothing is skipped
-in silence.
+"""Generates answers to questions about images with a vision-language model and its processor.
+
+What cannot be answered is an error; nothing is skipped.
 """
 
 from __future__ import annotations
@@ -16,13 +17,12 @@ from ..common.errors import LLQError
 from ..common.words import one_line
 from .load import auto_class, load_processor, takes_images
 
-_CONTROL = re.compile(
-    r"[\x00-\x08\x0b\x0c\x0e-\x1f]"
-)  # no spreadsheet takes them, and a broken model writes them
+# Control characters: a broken model writes them, and no spreadsheet accepts them.
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f]")
 
 
 class Prompt(NamedTuple):
-    """A question about images (PIL). where: what errors call it, "mme/test row 7"."""
+    """A question about images (PIL). where: its name in errors, as in "mme/test row 7"."""
 
     text: str
     images: Sequence[Any]
@@ -31,7 +31,7 @@ class Prompt(NamedTuple):
 
 @dataclass(frozen=True)
 class VisionModel:
-    """`model` is on its device and in eval mode; `processor` turns text and images into its inputs."""
+    """A vision-language model, on its device and in eval mode, and its processor."""
 
     model: Any
     processor: Any
@@ -40,8 +40,9 @@ class VisionModel:
     def load(
         cls, path: str, revision: str = "main", device: str = "cpu", dtype: Any = "auto"
     ) -> VisionModel:
-        """A packed or dense checkpoint; LLQError where its model takes no images or has no
-        processor.
+        """Load a packed or dense checkpoint.
+
+        LLQError if its model takes no images or has no processor.
         """
         from transformers import AutoConfig
 
@@ -58,40 +59,39 @@ class VisionModel:
 
     @property
     def longest(self) -> int:
-        """Tokens that prompt and answer may have together."""
+        """The most tokens that prompt and answer may have together."""
         return int(self.model.config.get_text_config().max_position_embeddings)
 
     def inputs(self, prompts: Sequence[Prompt]) -> Any:
-        """What the model is called with, padded on the left. LLQError names the prompt that cannot
-        be read.
+        """The model's inputs for these prompts, padded on the left.
+
+        LLQError that names the prompts if the processor refuses them.
         """
-        texts = [rendered(self.processor, prompt.text, len(prompt.images)) for prompt in prompts]
+        texts = [render_chat(self.processor, prompt.text, len(prompt.images)) for prompt in prompts]
+        images = [image for prompt in prompts for image in prompt.images]
         try:
-            found = tokenized(
-                self.processor, texts, [image for prompt in prompts for image in prompt.images]
-            )
+            inputs = tokenize_chats(self.processor, texts, images)
         except (ValueError, TypeError, IndexError, OSError) as error:
-            raise LLQError(
-                f"{', '.join(prompt.where for prompt in prompts)}: the processor refuses it ({one_line(error)})"
-            ) from error
-        return found.to(self.model.device, self.model.dtype)
+            where = ", ".join(prompt.where for prompt in prompts)
+            raise LLQError(f"{where}: the processor refuses it ({one_line(error)})") from error
+        return inputs.to(self.model.device, self.model.dtype)
 
     @torch.inference_mode()
     def answers(
         self, prompts: Sequence[Prompt], max_new_tokens: int = 64, **generation: Any
     ) -> list[str]:
-        """One answer a prompt, greedily unless `generation` says otherwise; without control
-        characters.
+        """One answer for each prompt, without control characters.
 
-        LLQError for a prompt that, with its answer, is longer than the model takes.
+        Decoding is greedy unless `generation` (options of `generate`) says otherwise. LLQError if a
+        prompt with its answer is longer than the model takes.
         """
         inputs = self.inputs(prompts)
         for prompt, length in zip(prompts, inputs["attention_mask"].sum(1).tolist(), strict=True):
             if length + max_new_tokens > self.longest:
                 raise LLQError(
-                    f"{prompt.where}: its prompt has {length} tokens, and with {max_new_tokens} of the answer that is "
-                    f"more than the {self.longest} the model takes; give a shorter question, fewer images, or a "
-                    "smaller max_new_tokens"
+                    f"{prompt.where}: its prompt has {length} tokens, and with {max_new_tokens} "
+                    f"of the answer that is more than the {self.longest} the model takes; "
+                    "give a shorter question, fewer images, or a smaller max_new_tokens"
                 )
         options = {"do_sample": False, **generation}
         pad = self.processor.tokenizer.pad_token_id
@@ -105,22 +105,25 @@ class VisionModel:
 
 @contextmanager
 def truncated_images_refused() -> Iterator[None]:
-    """Inside, half an image is an error: importing lmms-eval has Pillow fill in what is missing,
-    without a word.
+    """A context in which reading a truncated image is an error.
+
+    Importing lmms-eval sets a flag by which Pillow fills in the missing part without a warning.
     """
     from PIL import ImageFile
 
-    kept, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
+    before = ImageFile.LOAD_TRUNCATED_IMAGES
+    ImageFile.LOAD_TRUNCATED_IMAGES = False
     try:
         yield
     finally:
-        ImageFile.LOAD_TRUNCATED_IMAGES = kept
+        ImageFile.LOAD_TRUNCATED_IMAGES = before
 
 
-def rendered(processor: Any, text: str, images: int, answer: str | None = None) -> str:
-    """The chat template around images, text and, if it was given, the answer.
+def render_chat(processor: Any, text: str, images: int, answer: str | None = None) -> str:
+    """The text of a chat: `images` images, the question and, if given, the answer, in the chat
+    template.
 
-    An image token inside the text would count as an image: it is taken out.
+    Image tokens inside question and answer are removed, because each would count as an image.
     """
     token = getattr(processor, "image_token", "<image>")
     content: list[dict[str, str]] = [{"type": "image"} for _ in range(images)]
@@ -135,9 +138,10 @@ def rendered(processor: Any, text: str, images: int, answer: str | None = None) 
     return text_of
 
 
-def tokenized(processor: Any, texts: Sequence[str], images: Sequence[Any]) -> Any:
-    """The processor's tensors, padded on the left; a BOS that the template wrote is not written
-    twice.
+def tokenize_chats(processor: Any, texts: Sequence[str], images: Sequence[Any]) -> Any:
+    """The processor's tensors for these texts and images, padded on the left.
+
+    If the template has written a BOS token, none is added.
     """
     tokenizer = processor.tokenizer
     if tokenizer.pad_token_id is None:

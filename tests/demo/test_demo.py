@@ -1,8 +1,8 @@
-"""The demo world, the folder made from it, and the recipe.
+"""The demo world, the bundled folder, and the training that makes it.
 
-The central claim is that `nats` is the exact entropy of a text. A decoder that knows only the final
-text searches all sequences of choices that could have produced it: there must be one, with the
-reported probability.
+The central claim is that `nats` is the exact negative log-probability of a text. A decoder that
+knows only the final text searches all sequences of choices that could have produced it: there must
+be one, with the reported probability.
 """
 
 import math
@@ -22,14 +22,14 @@ FOLDER = Path(resolve("demo"))
 
 
 class _AskedFor(Exception):
-    """The script of choices ran out; carries the weights of the choice that was asked for."""
+    """Raised when the list of choices has run out; carries the weights of the next choice."""
 
     def __init__(self, weights: Sequence[float]) -> None:
         self.weights = list(weights)
 
 
 def _parses(text: str) -> list[float]:
-    """The probability of every sequence of choices that tells `text`."""
+    """The probability of each sequence of choices that writes `text`."""
     found: list[float] = []
     pending: list[tuple[list[int], float]] = [([], 1.0)]
     while pending:
@@ -41,23 +41,23 @@ def _parses(text: str) -> list[float]:
                 return index
             raise _AskedFor(weights)
 
-        teller = world.Teller(choose)
+        writer = world.Writer(choose)
         try:
-            teller.pick(world.KINDS, world.KIND_WEIGHTS)(teller)
+            writer.pick(world.KINDS, world.KIND_WEIGHTS)(writer)
         except _AskedFor as asked:
-            if text.startswith("".join(teller.parts)):
+            if text.startswith("".join(writer.parts)):
                 total = sum(asked.weights)
                 pending += [
                     ([*script, i], probability * w / total) for i, w in enumerate(asked.weights)
                 ]
         else:
-            if "".join(teller.parts) == text:
+            if "".join(writer.parts) == text:
                 found.append(probability)
     return found
 
 
 def _kind(text: str) -> str:
-    """Which sort of document a text is, told from its surface."""
+    """The kind of a document, from words that only this kind contains."""
     signs = {
         "counted": "count",
         "feast": "guests",
@@ -86,7 +86,10 @@ def test_frequencies_are_the_stated_ones() -> None:
 
 
 def test_world_is_the_same_in_another_process() -> None:
-    code = "from llq_hf.demo.world import *; print(len(heldout_text()), heldout_text()[-200:], questions(3, seed=7))"
+    code = (
+        "from llq_hf.demo.world import *; "
+        "print(len(heldout_text()), heldout_text()[-200:], questions(3, seed=7))"
+    )
     env = {"PYTHONHASHSEED": "1", "PATH": ""}
     run = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env
@@ -113,12 +116,12 @@ def test_questions_are_four_way_and_balanced() -> None:
     assert min(gold.values()) > 400
 
 
-def test_questions_ask_what_documents_tell() -> None:
-    told = "\n".join(d.text for d in world.documents("train", 8000))
+def test_questions_ask_about_facts_in_documents() -> None:
+    text = "\n".join(d.text for d in world.documents("train", 8000))
     for question in world.questions(50):
         sentence = [question.query + choice + "." for choice in question.choices]
-        assert sum(told.count(s) for i, s in enumerate(sentence) if i != question.gold) == 0
-    assert any(q.query + q.choices[q.gold] + "." in told for q in world.questions(50))
+        assert sum(text.count(s) for i, s in enumerate(sentence) if i != question.gold) == 0
+    assert any(q.query + q.choices[q.gold] + "." in text for q in world.questions(50))
 
 
 def test_world_is_light() -> None:

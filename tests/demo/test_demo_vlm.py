@@ -1,4 +1,4 @@
-"""The demo VLM: the folder that is bundled, the recipe that makes it, and its task for lmms-eval."""
+"""The demo VLM: the bundled folder, the training that makes it, and its task for lmms-eval."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ from llq_hf.models.vision import Prompt, VisionModel
 
 pytest.importorskip("lmms_eval", reason="lmms-eval is not installed: uv run --extra dev pytest")
 train_vlm = pytest.importorskip("llq_hf.demo.train_vlm")
+vlm_data = pytest.importorskip("llq_hf.demo.vlm_data")
 
 FOLDER = Path(resolve("demo-vlm"))
-TINY = train_vlm.VlmRecipe(
+TINY = vlm_data.VlmRecipe(
     steps=3,
     looking_steps=1,
     rows_per_step=4,
@@ -34,18 +35,19 @@ TINY = train_vlm.VlmRecipe(
 )
 
 
-def share_right(seeing: VisionModel, facts_each: int) -> float:
-    """Accuracy on the benchmark's yes-or-no questions, through processor and generate(). Chance
-    gets a half.
-    """
-    found = drawings.benchmark((*drawings.PERCEPTION, *drawings.COGNITION), facts_each)
+def share_right(vision: VisionModel, facts_each: int) -> float:
+    """Accuracy on the benchmark's yes-or-no questions, as generated. Chance is a half."""
+    pictures = drawings.benchmark((*drawings.PERCEPTION, *drawings.COGNITION), facts_each)
     asked = [
-        (drawings.draw(picture), item) for picture, items in found for item in items if item.claimed
+        (drawings.draw(picture), item)
+        for picture, items in pictures
+        for item in items
+        if item.claimed
     ]
     prompts = [
         Prompt(item.question, [image], str(index)) for index, (image, item) in enumerate(asked)
     ]
-    answers = seeing.answers(prompts, max_new_tokens=8)
+    answers = vision.answers(prompts, max_new_tokens=8)
     hits = [
         drawings.is_right(item.answer, said) for (_, item), said in zip(asked, answers, strict=True)
     ]
@@ -62,18 +64,16 @@ def test_folder_is_small_and_plain() -> None:
 
 
 def test_bundled_model_tells_true_claims_from_false() -> None:
-    """Its card says 85 to 90 %; 96 questions stray from that by 3.4 points (one deviation)."""
+    """Its card says 85 to 90 %; over 96 questions one standard deviation is 3.4 points."""
     assert share_right(VisionModel.load(str(FOLDER)), 6) >= 0.75
 
 
 @pytest.mark.parametrize(("bits", "least", "most"), [(4, 0.7, 1.0), (2, 0.0, 0.4)])
 def test_four_bits_keep_it_and_two_break_it(bits: int, least: float, most: float) -> None:
-    """As in the study. What two bits leave says no verdict at all, where guessing would be right
-    half the time.
-    """
-    seeing = VisionModel.load(str(FOLDER), dtype=torch.float32)
-    quantize_model(seeing.model, build("rtn", bits=bits), None)
-    assert least <= share_right(seeing, 6) <= most
+    """As in the study. At two bits the model gives no verdict at all; guesses would be half right."""
+    vision = VisionModel.load(str(FOLDER), dtype=torch.float32)
+    quantize_model(vision.model, build("rtn", bits=bits), None)
+    assert least <= share_right(vision, 6) <= most
 
 
 def test_calibration_text_is_its_own() -> None:
@@ -94,7 +94,7 @@ def test_calibration_text_is_its_own() -> None:
 
 @pytest.fixture(scope="module")
 def untrained() -> tuple[Any, Any]:
-    processor = train_vlm.make_processor(TINY)
+    processor = vlm_data.make_processor(TINY)
     return processor, train_vlm.make_model(processor, TINY).eval()
 
 
@@ -105,33 +105,30 @@ def test_pixels_are_those_of_the_image_processor(untrained: tuple[Any, Any]) -> 
         [drawings.draw(picture) for picture in pictures], return_tensors="pt"
     )
     assert torch.equal(
-        train_vlm.pixels_of(processor.image_processor, pictures), seen["pixel_values"]
+        vlm_data.pixels_of(processor.image_processor, pictures), seen["pixel_values"]
     )
 
 
 @torch.no_grad()
 def test_a_question_in_a_row_is_the_question_asked_alone(untrained: tuple[Any, Any]) -> None:
-    """What the trainer predicts for an answer, and what the model predicts through its chat
-    template.
-    """
+    """The trainer and the chat template give the same logits for an answer."""
     processor, _ = untrained
     model = train_vlm.make_model(processor, TINY).eval()
+    # Untrained, attention is so even that a wrong mask would hardly change a logit.
     for weight in model.model.language_model.parameters():
-        weight.mul_(
-            4
-        )  # as attention is after training: untrained, it is so even that a wrong mask hardly shows
+        weight.mul_(4)
     picture = next(drawings.stream("train"))
     items = drawings.asked(picture, seeded("test"))[:3]
-    batch = train_vlm.make_batch(processor, replace(TINY, tokens_per_row=256), [picture], [items])
+    batch = vlm_data.make_batch(processor, replace(TINY, tokens_per_row=256), [picture], [items])
     hidden_BTD = train_vlm.decode(
         model, train_vlm.image_features(model, batch), batch
     ).last_hidden_state
-    assistant = processor.tokenizer.convert_tokens_to_ids(train_vlm.ASSISTANT)
+    assistant = processor.tokenizer.convert_tokens_to_ids(vlm_data.ASSISTANT)
     in_row = model.lm_head(hidden_BTD[0, batch.ids_BT[0] == assistant])
     assert len(in_row) == 3
-    seeing = VisionModel(model, processor)
+    vision = VisionModel(model, processor)
     for item, logits_V in zip(items, in_row, strict=True):
-        inputs = seeing.inputs([Prompt(item.question, [drawings.draw(picture)], "")])
+        inputs = vision.inputs([Prompt(item.question, [drawings.draw(picture)], "")])
         torch.testing.assert_close(model(**inputs).logits[0, -1], logits_V, atol=1e-4, rtol=1e-4)
 
 
@@ -139,7 +136,7 @@ def test_labels_are_the_answers(untrained: tuple[Any, Any]) -> None:
     processor, _ = untrained
     tokenizer = processor.tokenizer
     item = drawings.Item("sum", "What is the sum in the image?", "", said="7")
-    row = train_vlm.make_row(tokenizer, TINY, [item])
+    row = vlm_data.make_row(tokenizer, TINY, [item])
     taught = [
         (token, weight)
         for token, weight in zip(row.labels, row.weights, strict=True)
@@ -152,17 +149,11 @@ def test_labels_are_the_answers(untrained: tuple[Any, Any]) -> None:
 
 def test_recipe_makes_a_loadable_folder(tmp_path: Path) -> None:
     train_vlm.train_vlm(tmp_path, TINY)
-    seeing = VisionModel.load(str(tmp_path))
-    assert seeing.model.dtype == torch.bfloat16
+    vision = VisionModel.load(str(tmp_path))
+    assert vision.model.dtype == torch.bfloat16
     picture = next(drawings.stream("heldout"))
-    assert (
-        len(
-            seeing.answers(
-                [Prompt("Describe the image.", [drawings.draw(picture)], "")], max_new_tokens=3
-            )
-        )
-        == 1
-    )
+    prompt = Prompt("Describe the image.", [drawings.draw(picture)], "")
+    assert len(vision.answers([prompt], max_new_tokens=3)) == 1
 
 
 # --- the task -------------------------------------------------------------------------------------
@@ -171,8 +162,8 @@ def test_recipe_makes_a_loadable_folder(tmp_path: Path) -> None:
 def test_task_runs_in_lmms_eval_without_a_network(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Our own index of tasks only: reading lmms-eval's two thousand files takes longer than
-    everything here.
+    """Only with our own index of tasks: lmms-eval's two thousand files take longer to read than
+    all tests of this file to run.
     """
     from lmms_eval.evaluator import simple_evaluate
     from lmms_eval.tasks import TaskManager
@@ -202,9 +193,7 @@ def test_task_runs_in_lmms_eval_without_a_network(
             (2 * result["yes_no,none"] + result["choice,none"]) / 3
         )
     assert found["llq"]["method"] == "rtn"
-    assert os.listdir(tmp_path) == [found["llq"]["fingerprint"]] or found["llq"][
-        "fingerprint"
-    ] in os.listdir(tmp_path)
+    assert found["llq"]["fingerprint"] in os.listdir(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
-"""The world of the demo VLM: its pictures, its questions, and the splits.
+"""The data of the demo VLM: its pictures, its questions, and the splits.
 
-The central claim is that every question has the answer that is said. An oracle that shares no code
-with the questions reads them back and answers from the marks on the board.
+The central claim is that the stated answer of every question is right. An oracle that shares no
+code with the questions reads them and answers from the marks on the board.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ QUESTIONS = [(picture, item) for picture in PICTURES for item in drawings.asked(
 
 
 def truth(picture: Picture, question: str) -> str:
-    """What is asked for, read off the board: a value in the words of the options, or yes or no of a
-    claim.
+    """The right value for a question or claim, from the marks on the board, in the options'
+    words.
     """
     shapes = [mark for mark in picture.marks if mark.kind in drawings.SHAPES]
     signs = [mark for mark in picture.marks if mark.kind not in drawings.SHAPES]
@@ -59,8 +59,8 @@ def truth(picture: Picture, question: str) -> str:
     return mark.colour
 
 
-def answered(picture: Picture, question: str) -> str:
-    """The answer in the form that is asked for."""
+def answer_of(picture: Picture, question: str) -> str:
+    """The right answer in the form that the question asks for."""
     here = {f"{mark.colour} {mark.kind}" for mark in picture.marks}
     if options := dict(re.findall(r"^([A-D])\. (.+)$", question, re.MULTILINE)):
         if question.startswith("Which of these"):
@@ -78,7 +78,7 @@ def answered(picture: Picture, question: str) -> str:
 def test_every_question_has_the_answer_that_is_said() -> None:
     assert {item.category for _, item in QUESTIONS} == {*PERCEPTION, *COGNITION}
     for picture, item in QUESTIONS:
-        assert answered(picture, item.question) == item.answer, (picture, item)
+        assert answer_of(picture, item.question) == item.answer, (picture, item)
 
 
 def test_an_answer_begins_with_what_is_seen() -> None:
@@ -139,18 +139,14 @@ def test_pictures_are_the_same_in_another_process() -> None:
     code = (
         "import hashlib; from itertools import islice; from llq_hf.demo.drawings import *; "
         "p = list(islice(stream('heldout'), 20)); "
-        "print(hashlib.sha256(b''.join(draw(x).tobytes() for x in p)).hexdigest(), asked(p[0], Random(3)))"
+        "digest = hashlib.sha256(b''.join(draw(x).tobytes() for x in p)).hexdigest(); "
+        "print(digest, asked(p[0], Random(3)))"
     )
+    command = [sys.executable, "-c", code]
     env = {"PYTHONHASHSEED": "1", "PATH": ""}
-    runs = [
-        subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env
-        ).stdout,
-        subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=True
-        ).stdout,
-    ]
-    assert runs[0] == runs[1] != ""
+    bare = subprocess.run(command, capture_output=True, text=True, check=True, env=env)
+    usual = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert bare.stdout == usual.stdout != ""
 
 
 def test_marks_lie_in_their_cells_and_show_their_colour() -> None:

@@ -27,7 +27,7 @@ from llq_hf.engine.in_memory import quantize_model
 from llq_hf.kernels.bitpack import unpack
 from llq_hf.method import State, stored_bits
 from llq_hf.methods import build
-from llq_hf.methods.db_llm import DBLLM, DualLinear, planes, sampled
+from llq_hf.methods.db_llm import DBLLM, DualLinear, continue_ids, planes
 
 FAST: dict[str, Any] = {"steps": 8, "group_size": 32, "batch": 2}
 
@@ -144,9 +144,9 @@ def test_the_loss_is_the_formula(dad: float, gamma: float, labels: bool):
 def test_sampling_with_a_cache_is_sampling_without(tiny_llama: Path):
     model = AutoModelForCausalLM.from_pretrained(tiny_llama).eval()
     with torch.no_grad():
-        ids = sampled(model, torch.tensor([[5], [9]]), 12, torch.Generator().manual_seed(0))
+        ids = continue_ids(model, torch.tensor([[5], [9]]), 12, torch.Generator().manual_seed(0))
         assert torch.equal(
-            ids, sampled(model, torch.tensor([[5], [9]]), 12, torch.Generator().manual_seed(0))
+            ids, continue_ids(model, torch.tensor([[5], [9]]), 12, torch.Generator().manual_seed(0))
         )
         assert ids.shape == (2, 12)
         greedy = model(ids[:, :3]).logits[:, -1].argmax(-1)

@@ -27,7 +27,7 @@ from llq_hf.hosts.hf_quantizer import CONFIGS
 from llq_hf.layers.linear import QuantLinear
 from llq_hf.method import Flow, State
 from llq_hf.methods import METHODS, build
-from llq_hf.methods.hybrid import ScopedState, parsed, served_by, spelled
+from llq_hf.methods.hybrid import ScopedState, parse_method, parse_rules, spell_method
 
 CHEAP = {"candidates": "rtn:2:group_size=32+rtn:3:group_size=32+rtn:6:group_size=32", "samples": 4}
 MIXED = "*.down_proj=rtn:4:group_size=64+*.0.self_attn.*=gptq:2:group_size=64+*=quip:3"
@@ -43,16 +43,16 @@ def test_a_method_is_read_as_it_is_spelled():
         "rtn:8:sym=true": build("rtn", bits=8, sym=True),
         "pb_llm:1.7:salience=magnitude": build("pb_llm", bits=1.7, salience="magnitude"),
     }.items():
-        assert served_by(spec) == expected
-        assert served_by(spelled(expected)) == expected
+        assert parse_method(spec) == expected
+        assert parse_method(spell_method(expected)) == expected
     for name, method in METHODS.items():
-        text = spelled(method.build("best"))
+        text = spell_method(method.build("best"))
         assert not set("+,") & set(text) or name == "hybrid", text
 
 
 def test_rules_come_with_commas_too_and_the_first_that_fits_serves():
     method = build("hybrid", rules="*.layers.0.*=rtn:8,*.down_proj=rtn:4+*=rtn:3")
-    assert parsed("a=rtn:8,b=rtn:2+c=x:1") == [("a", "rtn:8"), ("b", "rtn:2"), ("c", "x:1")]
+    assert parse_rules("a=rtn:8,b=rtn:2+c=x:1") == [("a", "rtn:8"), ("b", "rtn:2"), ("c", "x:1")]
     for name, bits in {
         "layers.0.mlp.down_proj": 8,
         "layers.1.mlp.down_proj": 4,
@@ -290,8 +290,8 @@ def test_the_allocation_is_in_the_config_guarded_and_loads(
     section = config["quantization_config"]
     assert section["quant_method"] == "llq_hybrid"
     served = {r["name"]: r["served_by"] for r in read_report(tmp_path / "out")["linears"]}
-    for pattern, spec in parsed(section["allocation"]):
-        method = served_by(spec)
+    for pattern, spec in parse_rules(section["allocation"]):
+        method = parse_method(spec)
         assert served[pattern] == f"{method.name}:{method.bits}"
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     options = {key: section[key] for key in ("bits", "candidates", "samples")}

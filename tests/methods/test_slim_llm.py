@@ -139,7 +139,8 @@ def test_divergences_are_those_of_the_outputs_with_bias(group_size: int):
                 widths[low], widths[high] = 1, 3
             parts = zip(linear.weight.split(group_size, dim=1), widths, strict=True)
             W_OI = torch.cat(
-                [method.proxies(part[:, None], width)[:, 0] for part, width in parts], dim=1
+                [method.grid_fit.round_groups(part[:, None], width)[:, 0] for part, width in parts],
+                dim=1,
             )
             p_TO = torch.softmax((x_TI @ W_OI.T + linear.bias).double(), 1).clamp_min(1e-6)
             r_TO = torch.softmax(y_TO, 1).clamp_min(1e-6)
@@ -333,7 +334,7 @@ def test_training_lowers_the_loss_and_leaves_the_block_alone(options: dict):
     assert given.block.test.weight.grad is None
 
 
-class CachedTensors(State):
+class SavedState(State):
     """State in memory; `stop_after` saves it pretends to be killed."""
 
     def __init__(self, stop_after: int = 99) -> None:
@@ -350,7 +351,7 @@ class CachedTensors(State):
 
 def test_a_training_resumes_bit_for_bit():
     whole, expected, _ = trained(4)
-    state = CachedTensors(stop_after=2)
+    state = SavedState(stop_after=2)
     with pytest.raises(KeyboardInterrupt):
         trained(4, state)
     assert len(state.tensors["losses"]) == 2
@@ -368,8 +369,8 @@ def test_what_is_trained_is_what_is_stored():
     linear = torch.nn.Linear(70, 8, bias=False)
     clipping = Clipping(method, linear, [1, 3, 2, 2, 2])
     with torch.no_grad():
-        expected_OI = clipping.rounded()
-        restored_OI = method.dequantize(clipping.packed(), 8, 70)
+        expected_OI = clipping.round()
+        restored_OI = method.dequantize(clipping.pack(), 8, 70)
     assert torch.allclose(restored_OI, expected_OI, atol=1e-6)
     one = restored_OI[:, :16]  # mean +- mean|w| at the start, the mean added back
     first_OI = linear.weight.detach()[:, :16]

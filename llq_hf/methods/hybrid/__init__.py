@@ -1,27 +1,33 @@
 """Hybrid allocation: different methods and bit widths for different linears, within an average of
 stored bits.
 
-Linears are unlike: rounding some costs a model's predictions far more than rounding others, and
-there the same bits buy more. The linears of a block that share an input are a unit (q, k, v; o;
-gate, up; down), and every unit takes one of the `candidates`. What each costs the model's
-predictions is measured, with the very codes that the candidate's solver gives: the KL divergence
-from full precision with this unit alone quantized, or its second-order prediction (`measured`, see
-../allocation.py). An exact knapsack then takes the best within `bits`, which counts everything that
-is stored. No published method: swaps are measured as exllamav3 does, the prediction is K-FAC's, the
-budget AutoRound's idea.
+Idea
+    Rounding some linears costs a model's predictions far more than rounding others, and there the
+    same bits buy more.
+    1. The linears of a block that share an input are a unit (q, k, v; o; gate, up; down). Each unit
+       takes one of the `candidates`.
+    2. The cost of each candidate is measured with the codes that its solver gives: the KL
+       divergence of the model's predictions from full precision with this unit alone quantized.
+       `measured=False` takes its second-order prediction instead (see costs.py).
+    3. An exact knapsack takes the best combination within `bits`, which counts everything that is
+       stored (see knapsack.py).
+    This is no published method. exllamav3 also measures by swapping linears, the prediction is that
+    of K-FAC, and the budget is AutoRound's idea.
 
-`rules` say by hand what serves which linears, and may say it for all:
+Candidates and rules
+    `rules` say by hand which method serves which linears, and may do so for all:
 
-    candidates  gptq:2+gptq:3+gptq:4             METHOD:BITS, and options as :option=value (preset=best among them)
-    rules       *.down_proj=gptq:4:group_size=64+*.0.*=rtn:8    PATTERN=METHOD:BITS..., the first that fits a name
+    candidates  gptq:2+gptq:3+gptq:4
+                METHOD:BITS, with further options as :option=value (preset=best is one)
+    rules       *.down_proj=gptq:4:group_size=64+*.0.*=rtn:8
+                PATTERN=METHOD:BITS...; the first pattern that fits a name serves it
 
-What was found is kept in `allocation`, rules for single linears; it goes into config.json.
+    The result is kept in `allocation`, as rules for single linears, and goes into config.json.
+    Candidates must treat each linear alone. Rules may also name methods that treat the linears of a
+    block together; each gets its own ones. Methods that change, train or watch the whole model are
+    refused.
 
 Storage: each linear as its own method says.
-
-Candidates must treat each linear alone; rules may also name methods that work on a block's linears
-together, each on its own ones. Methods that change, train or watch the whole model have no place
-here.
 """
 
 from __future__ import annotations
@@ -61,11 +67,11 @@ HESSIAN_BYTES = 4 * 2**30  # of the linears that are scored in one pass over the
 
 @dataclass(frozen=True, kw_only=True)
 class Hybrid(Method):
-    """bits: the average of stored bits aimed at. samples: calibration sequences that the costs are
-    measured on.
+    """bits: the average of stored bits to aim at; candidates, rules: see above; allocation: the
+    rules that were found; samples: calibration sequences on which costs are measured.
 
-    measured: run the model for every unit and candidate; False: predict all costs from one backward
-    pass, which is cheaper and holds for small errors only.
+    measured: run the model for each unit and candidate. False: predict all costs from one backward
+    pass, which is cheaper, but right for small errors only.
     """
 
     name: ClassVar[str] = "hybrid"
@@ -88,22 +94,22 @@ class Hybrid(Method):
         if self.samples < 1:
             raise LLQError(f"samples={self.samples} must be at least 1")
         for spec in filter(None, SEPARATOR.split(self.candidates)):
-            if type(served_by(spec)).quantize_block is not Method.quantize_block:
+            if type(parse_method(spec)).quantize_block is not Method.quantize_block:
                 raise LLQError(
                     f"the candidate {spec!r} does not quantize each linear alone; name it in rules"
                 )
         for _, spec in self._rules:
-            served_by(spec)
+            parse_method(spec)
 
-    # --- who serves what --------------------------------------------------------------------------
+    # --- which method serves which linear ---------------------------------------------------------
 
     @property
     def _rules(self) -> list[tuple[str, str]]:
-        """(pattern, spec), the found ones first."""
-        return [*parsed(self.allocation), *parsed(self.rules)]
+        """(pattern, spec) of all rules, those that were found first."""
+        return [*parse_rules(self.allocation), *parse_rules(self.rules)]
 
     def spec(self, name: str) -> str | None:
-        """What serves the linear, as it is written; None: not known yet."""
+        """The spec "METHOD:BITS..." that serves the linear; None if it is not known yet."""
         return next((spec for pattern, spec in self._rules if fnmatchcase(name, pattern)), None)
 
     @property
@@ -111,24 +117,25 @@ class Hybrid(Method):
         return [spec for spec in SEPARATOR.split(self.candidates) if spec]
 
     def for_linear(self, name: str) -> Method:
-        """Until bits are allocated, what no rule names stands for its widest candidate that is not
-        over `bits`.
+        """The method that serves the linear.
+
+        Until bits are allocated, a linear without a rule gets the widest candidate that is not over
+        `bits`, so that sizes can be estimated.
         """
         spec = self.spec(name)
         if spec is None:
             if not self._candidates:
                 raise LLQError(f"hybrid: no rule serves {name}, and there are no candidates")
-            ordered = sorted(self._candidates, key=lambda each: served_by(each).bits)
-            spec = [ordered[0], *(each for each in ordered if served_by(each).bits <= self.bits)][
-                -1
-            ]
-        return served_by(spec).for_linear(name)
+            ordered = sorted(self._candidates, key=lambda each: parse_method(each).bits)
+            fitting = [each for each in ordered if parse_method(each).bits <= self.bits]
+            spec = fitting[-1] if fitting else ordered[0]
+        return parse_method(spec).for_linear(name)
 
     @property
     def _parts(self) -> list[Method]:
-        """Every method that may get a linear."""
+        """All methods that may serve a linear."""
         specs = {spec for _, spec in self._rules} | set(() if self.allocation else self._candidates)
-        return [served_by(spec) for spec in sorted(specs)]
+        return [parse_method(spec) for spec in sorted(specs)]
 
     @property
     def calibrated(self) -> bool:
@@ -155,52 +162,55 @@ class Hybrid(Method):
     # --- quantizing -------------------------------------------------------------------------------
 
     def quantize_block(self, step: Step) -> dict[str, Packed]:
+        """Each method quantizes its own linears of the block, as if there were no others."""
         shares: dict[str, list[str]] = {}
         for name in step.linears:
             shares.setdefault(self.spec(f"{step.prefix}.{name}") or "", []).append(name)
         packed: dict[str, Packed] = {}
         for spec, names in shares.items():
+            groups = [[name for name in group if name in names] for group in step.groups]
             part = replace(
                 step,
                 linears={name: step.linears[name] for name in names},
                 stats={name: stat for name, stat in step.stats.items() if name in names},
-                groups=[
-                    kept
-                    for group in step.groups
-                    if (kept := [name for name in group if name in names])
-                ],
+                groups=[group for group in groups if group],
                 state=ScopedState(step.state, spec),
             )
-            method = served_by(spec) if spec else self.for_linear(f"{step.prefix}.{names[0]}")
+            method = parse_method(spec) if spec else self.for_linear(f"{step.prefix}.{names[0]}")
             packed |= method.quantize_block(part)
             for name in names:
                 step.jobs[name].notes["served_by"] = f"{method.name}:{method.bits:g}"
         return {name: packed[name] for name in step.linears}
 
-    # --- allocating -------------------------------------------------------------------------------
+    # --- allocation -------------------------------------------------------------------------------
 
     def bound_to(self, model: nn.Module) -> Self:
-        """With presets spelled out; where rules serve every linear: without candidates, `bits` what
-        they come to.
+        """The method with presets written out.
+
+        If rules serve all linears, candidates are dropped and `bits` becomes their average.
+        LLQError if a rule fits no linear, or if a linear has neither a rule nor candidates.
         """
         linears = quantizable(model)
         for pattern, _ in self._rules:
             if not any(fnmatchcase(name, pattern) for name in linears):
                 raise LLQError(
-                    f"hybrid: the rule {pattern!r} fits no linear; they are called {next(iter(linears))!r}"
+                    f"hybrid: the rule {pattern!r} fits no linear; "
+                    f"they are called {next(iter(linears))!r}"
                 )
         rules = "+".join(
-            f"{pattern}={spelled(served_by(spec))}" for pattern, spec in parsed(self.rules)
+            f"{pattern}={spell_method(parse_method(spec))}"
+            for pattern, spec in parse_rules(self.rules)
         )
-        candidates = "+".join(spelled(served_by(spec)) for spec in self._candidates)
+        candidates = "+".join(spell_method(parse_method(spec)) for spec in self._candidates)
         if all(self.spec(name) is not None for name in linears):
-            bits = {name: stored(self.for_linear(name), linear) for name, linear in linears.items()}
+            bits = {
+                name: bits_of(self.for_linear(name), linear) for name, linear in linears.items()
+            }
             weights = sum(linear.weight.numel() for linear in linears.values())
             return replace(self, rules=rules, candidates="", bits=sum(bits.values()) / weights)
         if not candidates:
-            self.for_linear(
-                next(name for name in linears if self.spec(name) is None)
-            )  # says which one
+            # Raises the error that names the linear.
+            self.for_linear(next(name for name in linears if self.spec(name) is None))
         return replace(self, rules=rules, candidates=candidates)
 
     @property
@@ -210,24 +220,28 @@ class Hybrid(Method):
     def learn(
         self, model: nn.Module, ids_NS: Tensor, attend: Any, listener: PassListener
     ) -> dict[str, Tensor]:
-        """For each linear that no rule names, by name: the index of its candidate."""
-        linears, ids_NS = quantizable(model), ids_NS[: self.samples]
+        """The index of the candidate for each linear that no rule names, by name."""
+        # 1. Units: linears that share an input.
+        linears = quantizable(model)
+        ids_NS = ids_NS[: self.samples]
         groups = input_groups(model, ids_NS[:1, :8], {})
         units = [
             [name for name in group if name in linears and self.spec(name) is None]
             for group in groups
         ]
         units = [unit for unit in units if unit]
+        # 2. The cost of each candidate for each unit.
         cost: Cost
         if self.measured:
             cost = Measured(model, ids_NS, listener)
         else:
             cost = Predicted(model, linears, ids_NS, self.seed, listener)
         options: list[list[Option]] = []
-        for part in portions(units, linears):
+        for part in split_by_memory(units, linears):
             options += self._options(model, part, cost, ids_NS, listener)
+        # 3. The best combination within the bits that rules leave.
         pinned = sum(
-            stored(self.for_linear(name), linear)
+            bits_of(self.for_linear(name), linear)
             for name, linear in linears.items()
             if self.spec(name) is not None
         )
@@ -252,24 +266,24 @@ class Hybrid(Method):
         ids_NS: Tensor,
         listener: PassListener,
     ) -> list[list[Option]]:
-        """What every candidate costs every unit, each solved on the full-precision model's own
-        statistics.
+        """The options of each unit: one for each candidate, solved on statistics of the
+        full-precision model.
         """
-        methods = [served_by(spec) for spec in self._candidates]
+        methods = [parse_method(spec) for spec in self._candidates]
         kinds = {method.observes for method in methods if method.observes is not None}
         kinds |= {need for need in cost.needs if not any(issubclass(kind, need) for kind in kinds)}
         firsts = {unit[0]: sorted(kinds, key=lambda kind: kind.__name__) for unit in units}
         stats = observe(model, firsts, ids_NS, listener)
         listener.stage("costs of the candidates", len(units) * len(methods))
-        found: list[list[Option]] = []
+        options: list[list[Option]] = []
         for unit in units:
             linears = {name: model.get_submodule(name) for name in unit}
-            found.append([])
+            options.append([])
             for method in methods:
-                found[-1].append(option(method, linears, cost, stats[unit[0]]))
+                options[-1].append(measure_option(method, linears, cost, stats[unit[0]]))
                 listener.advance(1)
             stats[unit[0]].clear()
-        return found
+        return options
 
     def with_learned(self, learned: Mapping[str, Tensor]) -> Self:
         if not learned:
@@ -279,10 +293,13 @@ class Hybrid(Method):
 
 
 @torch.no_grad()
-def option(
+def measure_option(
     method: Method, linears: Mapping[str, nn.Module], cost: Cost, stats: list[Stat]
 ) -> Option:
-    """What a method costs the linears of a unit together; stats: of the input that they share."""
+    """Bits and cost of the linears of a unit if this method quantizes them.
+
+    stats: of the input that they share.
+    """
     stat = next((stat for stat in stats if type(stat) is method.observes), None)
     bits, restored = 0, {}
     for name, linear in linears.items():
@@ -290,34 +307,35 @@ def option(
         own, weight_OI = method.for_linear(name), linear.weight.detach().float()
         packed = own.quantize(weight_OI, stat, Job(name))
         restored[name] = own.dequantize(packed, *weight_OI.shape)
-        bits += stored(own, linear)
+        bits += bits_of(own, linear)
     return Option(bits, cost(restored, stats))
 
 
-def stored(method: Method, linear: nn.Linear) -> int:
+def bits_of(method: Method, linear: nn.Linear) -> int:
     """Bits that a linear takes in the file."""
     shape = linear.out_features, linear.in_features
-    return round(
-        stored_bits(method.layout(*shape), *shape) * linear.out_features * linear.in_features
-    )
+    return round(stored_bits(method.layout(*shape), *shape) * linear.weight.numel())
 
 
-def portions(units: list[list[str]], linears: dict[str, nn.Linear]) -> list[list[list[str]]]:
+def split_by_memory(units: list[list[str]], linears: dict[str, nn.Linear]) -> list[list[list[str]]]:
     """The units in parts whose Hessians fit into memory together."""
-    found: list[list[list[str]]] = []
+    parts: list[list[list[str]]] = []
     room = 0
     for unit in units:
         need = 4 * linears[unit[0]].in_features ** 2
         if need > room:
-            found.append([])
+            parts.append([])
             room = HESSIAN_BYTES
-        found[-1].append(unit)
+        parts[-1].append(unit)
         room -= need
-    return found
+    return parts
 
 
 class ScopedState(State):
-    """The part of a block's progress that belongs to one of several methods that train in it."""
+    """The training state of one of several methods that train in the same block.
+
+    whole: the state of the block; label: prefix of this method's tensors in it.
+    """
 
     def __init__(self, whole: State, label: str) -> None:
         self.whole, self.prefix = whole, f"{label}/"
@@ -325,49 +343,47 @@ class ScopedState(State):
     def load(self) -> dict[str, Tensor] | None:
         saved = self.whole.load() or {}
         own = {
-            key.removeprefix(self.prefix): t
-            for key, t in saved.items()
+            key.removeprefix(self.prefix): tensor
+            for key, tensor in saved.items()
             if key.startswith(self.prefix)
         }
         return own or None
 
     def save(self, tensors: dict[str, Tensor]) -> None:
-        others = {
-            key: t
-            for key, t in (self.whole.load() or {}).items()
-            if not key.startswith(self.prefix)
-        }
+        saved = self.whole.load() or {}
+        others = {key: tensor for key, tensor in saved.items() if not key.startswith(self.prefix)}
         self.whole.save(others | {self.prefix + key: t for key, t in tensors.items()})
 
 
 # --- how methods are written in an option ---------------------------------------------------------
 
 
-def parsed(rules: str) -> list[tuple[str, str]]:
-    """ "PATTERN=SPEC+PATTERN=SPEC" -> (pattern, spec) each."""
-    found = []
+def parse_rules(rules: str) -> list[tuple[str, str]]:
+    """(pattern, spec) of each rule in "PATTERN=SPEC+PATTERN=SPEC"."""
+    pairs = []
     for rule in filter(None, SEPARATOR.split(rules)):
         pattern, equals, spec = rule.partition("=")
         if not equals or ":" in pattern:
             raise LLQError(f"the rule {rule!r} is not of the form PATTERN=METHOD:BITS")
-        found.append((pattern, spec))
-    return found
+        pairs.append((pattern, spec))
+    return pairs
 
 
 @cache
-def served_by(spec: str) -> Method:
-    """The method that "gptq:2:group_size=64:preset=best" means. LLQError where it means none, or
-    none for here.
+def parse_method(spec: str) -> Method:
+    """The method of a spec like "gptq:2:group_size=64:preset=best".
+
+    LLQError if there is none, or if it works on the model as a whole.
     """
     from .. import build, method_type  # the list of methods, which lists this one
 
     name, _, rest = spec.partition(":")
     bits, *settings = rest.split(":")
     known = field_types(method_type(name))
-    options: dict[str, Any] = {"bits": converted(spec, bits, known["bits"])}
+    options: dict[str, Any] = {"bits": parse_value(spec, bits, known["bits"])}
     for setting in settings:
         key, _, value = setting.partition("=")
-        options[key] = converted(spec, value, known.get(key, str))
+        options[key] = parse_value(spec, value, known.get(key, str))
     method = build(name, **options)
     if (
         method.learns
@@ -380,8 +396,8 @@ def served_by(spec: str) -> Method:
     return method
 
 
-def converted(spec: str, text: str, kind: type) -> Any:
-    """An option's value of its type from how it is written."""
+def parse_value(spec: str, text: str, kind: type) -> Any:
+    """An option's value, of type `kind`, from its text. spec: for the error."""
     try:
         return {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
     except (KeyError, ValueError):
@@ -390,22 +406,16 @@ def converted(spec: str, text: str, kind: type) -> Any:
         ) from None
 
 
-def spelled(method: Method) -> str:
-    """The method as `served_by` reads it, with every option that is not at its default."""
+def spell_method(method: Method) -> str:
+    """The method as `parse_method` reads it, with every option that is not at its default."""
     defaults = field_defaults(type(method))
-    own = {
-        key: value
+    settings = [
+        f"{key}={spell_value(value)}"
         for key, value in method.to_dict().items()
         if key != "bits" and value != defaults[key]
-    }
-    return ":".join(
-        [
-            method.name,
-            f"{method.bits:g}",
-            *(f"{key}={written(value)}" for key, value in own.items()),
-        ]
-    )
+    ]
+    return ":".join([method.name, f"{method.bits:g}", *settings])
 
 
-def written(value: Any) -> str:
+def spell_value(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,22 +1,24 @@
-"""Which linear gets how many bits: what each choice costs the whole model, and the best choices
-within a budget.
+"""The cost of each choice for the whole model: measured, or predicted to second order.
 
 Legend: N sequences, S tokens each, V vocabulary, O out_features, I in_features.
 
-What a choice costs is the KL divergence of the model's predictions from full precision, in nats per
-token, with that choice alone made and all else as it was. It is measured by running the model
-(`Measured`), or predicted to second order from one backward pass (`Predicted`): rounding W to W +
-dW costs
+Definition
+    The cost of a choice is the KL divergence of the model's predictions from full precision, in
+    nats per token, with that choice alone made. The costs of different linears are added up.
 
-    D = 1/2 sum_r Gamma_r (dW_r Hbar dW_r^T)        Gamma_r = E (dL/dy_r)^2, Hbar = E x x^T
+Measured
+    `Measured` runs the model with the weights of the choice.
 
-with y the outputs and x the inputs of the linear and L the loss of a sequence under labels that the
-model itself draws (the true Fisher; output and input seen as independent, as K-FAC does). The costs
-of different linears are added, and an exact knapsack over bits finds the least total.
+Predicted
+    `Predicted` needs one backward pass. Rounding W to W + dW costs
 
-The second order holds for small errors only. On the demo model, whose channels are unequal, RTN's 2
-and 3 bits are far beyond it, and allocations by `Predicted` are worse than uniform widths (README
-has the figures).
+        D = 1/2 sum_r Gamma_r (dW_r Hbar dW_r^T)        Gamma_r = E (dL/dy_r)^2, Hbar = E x x^T
+
+    with y the outputs and x the inputs of the linear. L is the loss of a sequence under labels that
+    the model itself draws (the true Fisher). Output and input are taken as independent, as in
+    K-FAC. The second order holds for small errors only. On the demo model, whose channels are
+    unequal, RTN's errors at 2 and 3 bits are far too large for it, and allocations by `Predicted`
+    are worse than uniform widths (methods/README.md has the figures).
 """
 
 from __future__ import annotations
@@ -30,21 +32,23 @@ from torch import Tensor, nn
 from ...common.progress import PassListener
 from ...numerics.stats import Hessian, Stat
 
-# --- what a choice costs --------------------------------------------------------------------------
+# --- costs ----------------------------------------------------------------------------------------
 
 
 class Cost(Protocol):
-    """Nats per token that `restored` (name -> weight [O, I]) costs, in place of linears that share
-    an input.
-    """
+    """The cost of choices for linears that share an input."""
 
-    needs: frozenset[type[Stat]]  # kinds of statistics of that input, among `stats`
+    needs: frozenset[type[Stat]]  # kinds of statistics of that input that must be among `stats`
 
-    def __call__(self, restored: Mapping[str, Tensor], stats: Sequence[Stat]) -> float: ...
+    def __call__(self, restored: Mapping[str, Tensor], stats: Sequence[Stat]) -> float:
+        """Nats per token with the weights `restored` (name -> [O, I]) in place of the linears'."""
 
 
 class Measured:
-    """KL(full precision || model), over as many sequences as full precision's predictions may take memory for."""
+    """KL(full precision || model), measured by running the model.
+
+    It uses as many sequences as `BYTES` hold predictions of the full-precision model.
+    """
 
     BYTES = 4 * 2**30
     needs: frozenset[type[Stat]] = frozenset()
@@ -53,9 +57,8 @@ class Measured:
     def __init__(self, model: Any, ids_NS: Tensor, listener: PassListener) -> None:
         self.model = model
         listener.stage("predictions of full precision", len(ids_NS))
-        self.sequences: list[
-            tuple[Tensor, Tensor]
-        ] = []  # ids [1, S] and log-probabilities [S, V] each
+        # Of each: ids [1, S] and log-probabilities [S, V].
+        self.sequences: list[tuple[Tensor, Tensor]] = []
         for row_S in ids_NS:
             self.sequences.append((row_S[None], self._predictions(row_S[None]).cpu()))
             listener.advance(1)
@@ -69,29 +72,25 @@ class Measured:
     @torch.no_grad()
     def __call__(self, restored: Mapping[str, Tensor], stats: Sequence[Stat]) -> float:
         weights = {name: self.model.get_submodule(name).weight for name in restored}
-        kept = {name: weight.detach().clone() for name, weight in weights.items()}
+        originals = {name: weight.detach().clone() for name, weight in weights.items()}
         try:
             for name, weight in weights.items():
                 weight.copy_(restored[name])
             nats = [self._divergence(ids_1S, full_SV) for ids_1S, full_SV in self.sequences]
         finally:
             for name, weight in weights.items():
-                weight.copy_(kept[name])
+                weight.copy_(originals[name])
         return sum(nats) / len(nats)
 
     def _divergence(self, ids_1S: Tensor, full_SV: Tensor) -> float:
         own_SV = self._predictions(ids_1S)
-        return float(
-            nn.functional.kl_div(
-                own_SV, full_SV.to(own_SV.device), log_target=True, reduction="batchmean"
-            )
-        )
+        full_SV = full_SV.to(own_SV.device)
+        kl = nn.functional.kl_div(own_SV, full_SV, log_target=True, reduction="batchmean")
+        return float(kl)
 
 
 class Predicted:
-    """D of the head of this file: one forward and backward pass over the sequences, however many
-    choices there are.
-    """
+    """The prediction D (see the head), from one backward pass for any number of choices."""
 
     needs: frozenset[type[Stat]] = frozenset({Hessian})
 
@@ -103,10 +102,8 @@ class Predicted:
         seed: int,
         listener: PassListener,
     ) -> None:
-        self.weights, self.tokens = (
-            {name: linear.weight.detach() for name, linear in linears.items()},
-            ids_NS.numel(),
-        )
+        self.weights = {name: linear.weight.detach() for name, linear in linears.items()}
+        self.tokens = ids_NS.numel()
         self.gamma = output_gradients(model, linears, ids_NS, seed, listener)
 
     @torch.no_grad()
@@ -122,14 +119,14 @@ class Predicted:
 
 
 def loss_of_rounding(gamma_O: Tensor, Hbar_II: Tensor, error_OI: Tensor) -> float:
-    """D in nats per token, of one linear."""
+    """The prediction D for one linear, in nats per token."""
     return float(0.5 * ((error_OI @ Hbar_II).mul_(error_OI).sum(1) * gamma_O).sum())
 
 
 def output_gradients(
     model: Any, linears: dict[str, nn.Linear], ids_NS: Tensor, seed: int, listener: PassListener
 ) -> dict[str, Tensor]:
-    """Gamma [O] of every linear, from one forward and backward pass over the sequences."""
+    """Gamma [O] of each linear, from one forward and backward pass over the sequences."""
     gamma = {
         name: torch.zeros(linear.out_features, device=linear.weight.device)
         for name, linear in linears.items()
@@ -171,19 +168,20 @@ def output_gradients(
 def observe(
     model: Any, wanted: Mapping[str, Sequence[type[Stat]]], ids_NS: Tensor, listener: PassListener
 ) -> dict[str, list[Stat]]:
-    """Statistics of the inputs of linears of the full-precision model, of these kinds each; it is
-    not run for none.
+    """Statistics of the inputs of linears in the full-precision model, by name.
+
+    wanted: the kinds of statistics for each linear. If there are none, the model is not run.
     """
     if not any(wanted.values()):
         return {name: [] for name in wanted}
-    found: dict[str, list[Stat]] = {}
+    gathered: dict[str, list[Stat]] = {}
     handles = []
     for name, kinds in wanted.items():
         linear = model.get_submodule(name)
-        found[name] = [kind(linear.in_features, linear.weight.device) for kind in kinds]
+        gathered[name] = [kind(linear.in_features, linear.weight.device) for kind in kinds]
 
         def watch(
-            module: nn.Module, args: tuple[Tensor, ...], stats: list[Stat] = found[name]
+            module: nn.Module, args: tuple[Tensor, ...], stats: list[Stat] = gathered[name]
         ) -> None:
             for stat in stats:
                 stat.update(args[0].flatten(0, -2), len(args[0]))
@@ -197,4 +195,4 @@ def observe(
     finally:
         for handle in handles:
             handle.remove()
-    return found
+    return gathered

@@ -1,4 +1,4 @@
-"""The knapsack that chooses one option per unit within a budget of bits."""
+"""Chooses one option per unit within a budget of bits: an exact knapsack."""
 
 from __future__ import annotations
 
@@ -10,25 +10,23 @@ import torch
 
 from ...common.errors import LLQError
 
-BUCKETS = (
-    1 << 16
-    # steps that the room above the cheapest choice is counted in, unless all costs share a larger step
-)
+# The room above the cheapest choice is counted in so many steps, unless all sizes share a larger
+# one.
+BUCKETS = 1 << 16
 
 
 class Option(NamedTuple):
-    """What a unit may take: stored bits in all, and nats per token that it costs the model."""
+    """A choice for a unit: its stored bits, and its cost in nats per token."""
 
     bits: int
     loss: float
 
 
 def knapsack(units: Sequence[Sequence[Option]], budget_bits: int) -> list[int]:
-    """For each unit the index of the option it takes: the least total loss whose bits stay within
-    the budget.
+    """The index of the option for each unit: the least total loss within the budget.
 
-    Exact where all differences of bits share a step of at least 1 / BUCKETS of the room; else bits
-    count rounded up, so that the budget holds. LLQError where not even the cheapest options fit.
+    It is exact if all differences of bits share a step of at least 1 / BUCKETS of the room. Else
+    bits are rounded up, so that the budget holds. LLQError if not even the cheapest options fit.
     """
     cheapest = [min(option.bits for option in options) for options in units]
     room = budget_bits - sum(cheapest)
@@ -41,9 +39,8 @@ def knapsack(units: Sequence[Sequence[Option]], budget_bits: int) -> list[int]:
         for options, least in zip(units, cheapest, strict=True)
     ]
     step = max(math.gcd(*(extra for extras in above for extra in extras)), -(-room // BUCKETS), 1)
-    best = torch.zeros(
-        room // step + 1, dtype=torch.float64
-    )  # best[j]: the least loss within j steps above cheapest
+    # best[j]: the least loss of the units so far within j steps above the cheapest choice.
+    best = torch.zeros(room // step + 1, dtype=torch.float64)
     picks = []
     for options, extras in zip(units, above, strict=True):
         table = torch.full((len(options), len(best)), torch.inf, dtype=torch.float64)
@@ -53,7 +50,9 @@ def knapsack(units: Sequence[Sequence[Option]], budget_bits: int) -> list[int]:
                 row[steps:] = best[: len(best) - steps] + option.loss
         best, pick = table.min(0)
         picks.append(pick)
-    chosen, left = [], len(best) - 1
+    # Back from the last unit to the first.
+    chosen: list[int] = []
+    left = len(best) - 1
     for pick, extras in zip(reversed(picks), reversed(above), strict=True):
         chosen.append(int(pick[left]))
         left -= -(-extras[chosen[-1]] // step)

@@ -1,20 +1,26 @@
 """SliM-LLM (Huang et al., ICML 2025, arXiv 2405.14917), after Aaronhuang-778/SliM-LLM at cfdf5ff.
 
-Not all groups of columns deserve the same width. (1) Salience-determined bit allocation: groups are ranked by the sum
-of W^2 / d^2, d the diagonal of U, the upper Cholesky factor of H^-1. For i = 1, 2, ... the i least salient groups of a
-linear give a bit each to the i most salient, so that the mean stays `bits`; the i whose rounded outputs, as a
-distribution over the output channels, diverge least (KL) from the true ones wins: a second pass over the calibration
-data. (2) Salience-weighted quantizer calibration: each row's range in a group is scaled by the one of 101 shares that
-leaves the least sum |error|**2.4, errors of salient weights times `lambda_salience`. (3) GPTQ's feedback, its blocks
-the groups. A group of 1 bit takes the levels mean +- mean|w|. Fewer than 4 groups: all have `bits`, as the notes say.
+Idea
+    Groups of columns need different widths.
+    1. Bit allocation. The salience of a group is the sum of W^2 / d^2, where d is the diagonal of
+       U, the upper Cholesky factor of H^-1. For i = 1, 2, ... the i least salient groups of a
+       linear give one bit each to the i most salient ones, so the mean stays `bits`. The outputs of
+       each choice are compared with the true ones, both as distributions over the output channels.
+       The i of least KL divergence wins. This takes a second pass over the calibration data.
+    2. Grids. The range of each row in a group is scaled by one of 101 shares: the one of least
+       sum |error|**2.4, in which errors of salient weights count `lambda_salience` times.
+    3. GPTQ's error feedback, with the groups as its blocks.
+    A group of 1 bit has the levels mean +- mean|w|. In a linear of fewer than 4 groups all have
+    `bits`, and the notes say so.
 
-`plus` is SliM-LLM+: in place of (2) and (3), OmniQuant's learnable clipping, trained on the block's
-output.
+SliM-LLM+
+    `plus` replaces 2 and 3 by OmniQuant's learnable clipping, trained on the block's output.
 
-At no stored bit, together preset="best": `search_range` tries wider spans of ranges and zeros
-between whole steps, each column's error weighted by H_ii, also in the allocation; `try_uniform`
-lets the allocation choose to move no bits; `act_group_aware`, `true_sequential`, `gptaq` and
-`refine` are GPTQ's (methods/gptq.py, refine.py).
+preset="best"
+    All of these cost no stored bit. `search_range` tries wider spans of ranges, and zeros between
+    whole steps, with each column's error weighted by H_ii; the allocation uses it too.
+    `try_uniform` lets the allocation also choose i = 0. `act_group_aware`, `true_sequential`,
+    `gptaq` and `refine` are GPTQ's (methods/gptq.py, numerics/coordinate_descent.py).
 
 Storage (n = ceil(I / group_size) groups); value = scale * (code - zero)
     name    shape          dtype   bits per weight
@@ -22,43 +28,34 @@ Storage (n = ceil(I / group_size) groups); value = scale * (code - zero)
     scale   [O, n]         fp16    16 / group_size (fp32, twice that, with scale_bits=32)
     zero    [O*n*4 / 32]   int32   4 / group_size (8 bits, twice that, with scale_bits=32)
     widths  [n]            uint8   8 / (O * group_size)
-    mean    [O, n]         fp32    only at 2 bits with scale_bits=32: value = scale * (code - zero) + mean
+    mean    [O, n]         fp32    only at 2 bits with scale_bits=32: it is added to the value
 
-`weight` is three runs: all groups of bits - 1, then of bits, then of bits + 1, each in order, each
-packed as bits.py says. So a kernel is three of a fixed width, over the columns in the order of
-argsort(widths); a short last group keeps `bits`, and the size is known before the allocation is
-(runs that are no multiple of 32 columns pay for padding).
+    A short last group keeps `bits`. storage.py tells how codes and zeros lie.
 
-A zero is a fixed-point number of 4 bits, in steps of 2**width / 16. Up to 4 bits it holds every
-whole zero exactly; wider groups have every 2nd to 16th. In a group of 1 bit it holds the mean, to
-1/16 of the two levels' distance: an fp16 mean would be a second scale (16 bits more), and how many
-there are is not known before the search. So every average costs 20 / group_size more: 2.156 bits at
-2 bits and groups of 128. scale_bits=32 stores the mean as it is.
-
-Departures: saliences come from the factor that the feedback uses, dead columns are zeroed, and every zero follows its
-range. The authors rank by a factor of H + 0.01 I, leave the 0.01 in H, keep dead columns, and give leading groups of
-bits - 1 (>= 2) the zero of a symmetric range: `as_published=True` does all that, rounding where they round. Their
-packed files round the mean of 1-bit groups to an integer; these do not. A short last group keeps its width.
-SliM-LLM+: 1-bit groups have their mean added back (theirs only compare with it) and start at mean|w| (theirs at 1.48
-times it), ranges always hold zero, and the allocation is searched in the same run.
+Departures
+    * Saliences come from the factor that the feedback uses, dead columns are zeroed, and each zero
+      follows its range. The authors rank by a factor of H + 0.01 I, leave the 0.01 in H, keep dead
+      columns, and give leading groups of bits - 1 (>= 2) the zero of a symmetric range.
+      `as_published=True` does all that, and rounds where they round.
+    * Their packed files round the mean of 1-bit groups to an integer; these do not.
+    * A short last group keeps its width.
+    * SliM-LLM+: the mean is added back in 1-bit groups (theirs only compare with it). These start
+      at mean|w| (theirs at 1.48 times it). Ranges always hold zero. The allocation is searched in
+      the same run.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ...common.errors import LLQError
 from ...common.spec import Spec
-from ...kernels import Part, UniformCodes, once, product
-from ...kernels.bitpack import BLOCK, pack, packed_words, unpack
+from ...kernels import once, product
 from ...method import Flow, Job, Method, Packed, Step
 from ...numerics.cholesky import prepare_hessian
 from ...numerics.coordinate_descent import Objective, descend, refitted
@@ -73,22 +70,17 @@ from ..options import (
     check_refine,
 )
 from .allocation import Search
-from .levels import Factor, Levels, ends_of, most_salient
+from .grid_fit import GridFit
+from .levels import Factor, Levels, most_salient
 from .plus import Clipping, train
-
-FIT_CHUNK = 1 << 18  # weights, by candidate grids, that are rounded at once: they stay in the cache
-# Shares of a range, in the authors' order: of equals the first wins.
-SHARES = torch.cat([torch.linspace(1.0, 1.1, 51), torch.linspace(1.0, 0.9, 51)[1:]]).tolist()
-WIDE_SHARES = torch.linspace(0.4, 1.05, 41).tolist()  # of search_range
-OFFSETS = (-2, -1, 0, 1, 2)  # of search_range: steps of a stored zero
-FEWEST_GROUPS = 4  # with fewer the authors' search has no candidates
+from .storage import FEWEST_GROUPS, Storage
 
 
 @dataclass(frozen=True, kw_only=True)
 class SliMLLM(Method):
-    """bits: the mean; damp: a share of mean(diag H); pairs: groups of bits - 1, and of bits + 1
-    (-1: searched for); epochs, learning_rate and aug_loss (also aim at the full-precision block on
-    the quantized inputs): for plus.
+    """bits: the mean width; damp: a share of mean(diag H); pairs: how many groups have bits - 1,
+    and as many bits + 1 (-1: searched for). For plus: epochs, learning_rate, aug_loss (also aim at
+    the full-precision block on quantized inputs).
     """
 
     name: ClassVar[str] = "slim_llm"
@@ -146,7 +138,8 @@ class SliMLLM(Method):
         )
         if self.plus and any(getattr(self, option) for option in feedback):
             raise LLQError(
-                f"plus=True trains ranges instead of searching them: it goes without {', '.join(feedback)}"
+                "plus=True trains ranges instead of searching them: "
+                f"it goes without {', '.join(feedback)}"
             )
 
     @property
@@ -161,145 +154,49 @@ class SliMLLM(Method):
     def uniform(self) -> Uniform:
         return Uniform(self.bits, scale_bits=self.scale_bits)
 
+    @cached_property
+    def grid_fit(self) -> GridFit:
+        return GridFit(self.uniform, self.storage, self.search_range, self.lambda_salience)
+
     # --- storage ----------------------------------------------------------------------------------
 
-    @property
-    def _exact(self) -> bool:
-        return self.scale_bits == 32
-
-    @property
-    def _zero_bits(self) -> int:
-        return 8 if self._exact else 4
-
-    def _groups(self, in_features: int) -> int:
-        return -(-in_features // self.group_size)
-
-    def _most_pairs(self, in_features: int) -> int:
-        """How many groups may at most get bits - 1, and as many bits + 1."""
-        whole = in_features // self.group_size
-        if self.pairs == -1:
-            groups = self._groups(in_features)
-            return groups // 2 - 1 if groups >= FEWEST_GROUPS else 0
-        if 2 * self.pairs > whole:
-            raise LLQError(
-                f"pairs={self.pairs} takes {2 * self.pairs} whole groups; {in_features} columns have {whole}"
-            )
-        return self.pairs
-
-    def _words(self, in_features: int, pairs: int) -> int:
-        """int32 words of a row with so many pairs."""
-        moved = pairs * self.group_size
-        columns = {self.bits - 1: moved, self.bits: in_features - 2 * moved, self.bits + 1: moved}
-        return sum(packed_words(count, width) for width, count in columns.items())
+    @cached_property
+    def storage(self) -> Storage:
+        return Storage(self.bits, self.group_size, self.scale_bits, self.pairs)
 
     def layout(self, out_features: int, in_features: int) -> dict[str, Spec]:
-        groups, most = self._groups(in_features), self._most_pairs(in_features)
-        words = max(
-            self._words(in_features, pairs) for pairs in range(most + 1)
-        )  # they differ by padding only
-        layout = {
-            "weight": Spec((out_features, words), torch.int32),
-            "scale": Spec((out_features, groups), torch.float32 if self._exact else torch.float16),
-            "zero": Spec((packed_words(out_features * groups, self._zero_bits),), torch.int32),
-            "widths": Spec((groups,), torch.uint8),
-        }
-        if self._exact and self.bits == 2:
-            layout["mean"] = Spec((out_features, groups), torch.float32)
-        return layout
-
-    def _runs(
-        self, widths: list[int], in_features: int, device: torch.device
-    ) -> Iterator[tuple[int, Tensor]]:
-        """(width, the columns of its groups), narrow to wide."""
-        columns = torch.split(torch.arange(in_features, device=device), self.group_size)
-        for width in sorted(set(widths)):
-            yield (
-                width,
-                torch.cat(
-                    [part for part, own in zip(columns, widths, strict=True) if own == width]
-                ),
-            )
-
-    def pack(self, codes_OI: Tensor, levels_OG: Levels, widths: list[int]) -> Packed:
-        """Codes and grids, in the model's order, -> the tensors of `layout`. Nothing is rounded
-        here.
-        """
-        layout, device = self.layout(*codes_OI.shape), codes_OI.device
-        runs = self._runs(widths, codes_OI.shape[1], device)
-        weight = torch.cat([pack(codes_OI[:, columns], width) for width, columns in runs], dim=1)
-        widths_G = torch.tensor(widths, dtype=torch.uint8, device=device)
-        packed = {
-            "weight": F.pad(weight, (0, layout["weight"].shape[1] - weight.shape[1])),
-            "scale": levels_OG.scale.to(layout["scale"].dtype).contiguous(),
-            "zero": pack((levels_OG.zero * self._zero_steps(widths_G)).flatten(), self._zero_bits),
-            "widths": widths_G,
-        }
-        return {**packed, "mean": levels_OG.mean.contiguous()} if "mean" in layout else packed
+        return self.storage.layout(out_features, in_features)
 
     def dequantize(self, packed: Packed, out_features: int, in_features: int) -> Tensor:
-        weight, scale_OG, start = packed["weight"], packed["scale"].float(), 0
-        weight_OI = torch.empty(out_features, in_features, device=weight.device)
-        widths: list[int] = once(packed, packed["widths"].tolist, "widths")
-        for width, columns in self._runs(widths, in_features, weight.device):
-            stop = start + packed_words(len(columns), width)
-            weight_OI[:, columns] = unpack(weight[:, start:stop], width, len(columns)).float()
-            start = stop
-        zero_OG = unpack(packed["zero"], self._zero_bits, scale_OG.numel()).view_as(scale_OG)
-        zero_OG = zero_OG / self._zero_steps(packed["widths"])
-        whole = in_features // self.group_size
-        end = whole * self.group_size
-        head_OGg, tail_O1g = (
-            weight_OI[:, :end].view(out_features, whole, self.group_size),
-            weight_OI[:, None, end:],
-        )
-        for part, groups in ((head_OGg, slice(whole)), (tail_O1g, slice(whole, None))):
-            if part.numel():
-                part.sub_(zero_OG[:, groups, None]).mul_(scale_OG[:, groups, None])
-            if part.numel() and "mean" in packed:
-                part.add_(packed["mean"][:, groups, None])
-        return weight_OI
+        return self.storage.unpack(packed, out_features, in_features)
 
     def linear(self, x: Tensor, packed: Packed, bias: Tensor | None, out_features: int) -> Tensor:
         in_features = x.shape[-1]
-        stored = once(packed, lambda: self._readable(packed, in_features))
-        return product(x, stored, lambda: self.dequantize(packed, out_features, in_features), bias)
+        view = once(packed, lambda: self.storage.view(packed, in_features))
+        return product(x, view, lambda: self.dequantize(packed, out_features, in_features), bias)
 
-    def _readable(self, packed: Packed, in_features: int) -> UniformCodes | None:
-        """As kernels read it: a part for every width. None where groups are not whole blocks, or
-        have means.
-        """
-        if self.group_size % BLOCK or in_features % BLOCK or "mean" in packed:
-            return None
-        widths_G, parts, start = packed["widths"], [], 0
-        blocks_K = torch.arange(in_features // BLOCK, dtype=torch.int32, device=widths_G.device)
-        widths_K = widths_G.repeat_interleave(self.group_size // BLOCK)[: len(blocks_K)]
-        for width in sorted(set(widths_G.tolist())):
-            blocks = blocks_K[widths_K == width]
-            columns = len(blocks) * BLOCK
-            parts.append(Part(width, columns, start, blocks, 2.0 ** (width - self._zero_bits)))
-            start += packed_words(columns, width) * 4
-        weight, scale, zero = packed["weight"], packed["scale"], packed["zero"]
-        return UniformCodes(
-            weight, in_features, tuple(parts), scale, zero, self.group_size, self._zero_bits
-        )
-
-    # --- which group gets how many bits -----------------------------------------------------------
+    # --- 1. bit allocation ------------------------------------------------------------------------
 
     def quantize_block(self, step: Step) -> dict[str, Packed]:
         if self.plus:
-            return self._trained(step)
-        pairs, packed = self._pairs(step), {}
+            return self._train_block(step)
+        # 1. How many pairs of groups move a bit, in each linear.
+        pairs = self._pairs(step)
+        # 2. and 3. Grids and codes of each linear.
+        packed = {}
         for name, linear in step.linears.items():
             job, stat = step.job(name), step.stats[name]
             assert isinstance(stat, PairedHessian)
-            packed[name] = self._quantized(linear.weight.detach().float(), stat, pairs[name], job)
+            weight_OI = linear.weight.detach().float()
+            packed[name] = self._quantize_linear(weight_OI, stat, pairs[name], job)
         return packed
 
     @torch.no_grad()
     def _pairs(self, step: Step) -> dict[str, int]:
-        """By linear: how many groups give a bit to as many others."""
+        """For each linear: how many groups give a bit to as many others."""
         pairs = {
-            name: self._most_pairs(linear.in_features) for name, linear in step.linears.items()
+            name: self.storage.most_pairs(linear.in_features)
+            for name, linear in step.linears.items()
         }
         if self.pairs != -1 or not any(pairs.values()):
             return pairs
@@ -327,6 +224,7 @@ class SliMLLM(Method):
     def _factor(
         self, stat: PairedHessian, notes: dict[str, Any], allocating: bool = False
     ) -> Factor:
+        """The factor of a linear's Hessian. allocating: undamped if the authors' is."""
         size = self.group_size
         H_II, U_II, order_I, dead_I = prepare_hessian(
             stat.H_II,
@@ -355,193 +253,94 @@ class SliMLLM(Method):
         return ranking
 
     def _widths(self, weight_OI: Tensor, spread_I: Tensor, pairs: int) -> list[int]:
-        """The width of every group."""
-        widths, ranking = (
-            [self.bits] * self._groups(weight_OI.shape[1]),
-            self._ranking(weight_OI, spread_I),
-        )
+        """The width of each group, after `pairs` of them moved a bit."""
+        widths = [self.bits] * self.storage.groups(weight_OI.shape[1])
+        ranking = self._ranking(weight_OI, spread_I)
         for low, high in zip(ranking[:pairs], reversed(ranking), strict=False):
             widths[low], widths[high] = self.bits - 1, self.bits + 1
         return widths
 
     def _note(self, widths: list[int], job: Job) -> None:
+        """Write the allocation into the job's notes."""
         job.notes["pairs"] = widths.count(self.bits + 1)
         if self.pairs == -1 and len(widths) < FEWEST_GROUPS:
             job.notes["allocation"] = f"uniform: {len(widths)} groups are too few to move bits"
 
-    # --- grids ------------------------------------------------------------------------------------
+    # --- 2. grids and 3. codes --------------------------------------------------------------------
 
-    def proxies(self, weight_OKg: Tensor, width: int) -> Tensor:
-        """Groups of weights as the allocation rounds them: over whole ranges, or over those of
-        `search_range`.
-        """
-        rows_Rg, found = weight_OKg.reshape(-1, weight_OKg.shape[2]), []
-        for part_Rg in torch.split(rows_Rg, max(1, FIT_CHUNK // rows_Rg.shape[1])):
-            levels_R = self._spanning(part_Rg, width)
-            if self.search_range:
-                levels_R = self._fitted(
-                    part_Rg, width, torch.ones_like(part_Rg[0]), torch.zeros_like(part_Rg).bool()
-                )
-            found.append(levels_R.rounded(part_Rg, width))
-        return torch.cat(found).view_as(weight_OKg)
-
-    def _spanning(self, part_OB: Tensor, width: int) -> Levels:
-        return self._two_levels(part_OB) if width == 1 else self._grid(*ends_of(part_OB), width)
-
-    def _two_levels(self, part_OB: Tensor) -> Levels:
-        """mean +- mean|w|; rows of zeros stay zeros."""
-        mean, size = part_OB.mean(1, keepdim=True), part_OB.abs().mean(1, keepdim=True)
-        scale = self.uniform.stored(2 * size)
-        zero = (
-            torch.full_like(mean, 0.5) if self._exact else self._stored_zero(0.5 - mean / scale, 1)
-        )
-        return Levels(
-            scale,
-            torch.where(size == 0, 0.0, zero),
-            mean if self._exact else torch.zeros_like(mean),
-        )
-
-    def _grid(self, low: Tensor, high: Tensor, width: int, sym: bool = False) -> Levels:
-        scale = self.uniform.stored((high - low) / (2**width - 1))
-        zero = torch.full_like(scale, 2.0 ** (width - 1)) if sym else torch.round(-low / scale)
-        return Levels(scale, self._stored_zero(zero, width), torch.zeros_like(scale))
-
-    def _zero_steps(self, width: Tensor) -> Tensor:
-        """Steps of a stored zero in one step of the codes."""
-        return torch.exp2(self._zero_bits - width.float())
-
-    def _stored_zero(self, zero: Tensor, width: int | Tensor) -> Tensor:
-        steps = (
-            2.0 ** (self._zero_bits - width) if isinstance(width, int) else self._zero_steps(width)
-        )
-        return torch.round(zero * steps).clamp_(0, 2**self._zero_bits - 1) / steps
-
-    def _fitted(
-        self,
-        part_OB: Tensor,
-        width: int,
-        importance_B: Tensor,
-        salient_OB: Tensor,
-        sym: bool = False,
-    ) -> Levels:
-        """Salience-weighted quantizer calibration: for each row the grid of least error, the first
-        of equals.
-        """
-        tried_C = self._candidates(part_OB, width, sym)  # each part [C, O, 1]
-        best, least = tried_C.through(lambda t: t[0]), torch.full_like(part_OB[:, :1], math.inf)
-        for start in range(0, len(tried_C.scale), size := max(1, FIT_CHUNK // part_OB.numel())):
-            some_C = tried_C.through(lambda t, start=start: t[start : start + size])  # type: ignore[misc]
-            error_COB = (
-                (some_C.rounded(part_OB, width) - part_OB).abs_().pow_(2.4).mul_(importance_B)
-            )
-            salient_CO1 = (error_COB * salient_OB).sum(2, keepdim=True)
-            error_CO1 = (error_COB * ~salient_OB).sum(
-                2, keepdim=True
-            ) + self.lambda_salience * salient_CO1
-            which_1O1 = error_CO1.argmin(0, keepdim=True)
-            error = error_CO1.gather(0, which_1O1)[0]
-            better = error < least
-            least = torch.where(better, error, least)
-            winner = some_C.through(lambda t, which=which_1O1: t.gather(0, which)[0])  # type: ignore[misc]
-            best = Levels(
-                *(torch.where(better, new, old) for new, old in zip(winner, best, strict=True))
-            )
-        return best
-
-    def _candidates(self, part_OB: Tensor, width: int, sym: bool) -> Levels:
-        """The grids to try [C, O, 1]: of `search_range` many spans around the range, zeros also
-        between whole steps.
-        """
-        if width == 1 and not self.search_range:
-            return self._two_levels(part_OB).through(lambda t: t[None])
-        low, high = ends_of(part_OB)
-        shares_C11 = part_OB.new_tensor(WIDE_SHARES if self.search_range else SHARES)[:, None, None]
-        if not self.search_range:
-            return self._grid(shares_C11 * low, shares_C11 * high, width, sym)
-        if (
-            width == 1
-        ):  # two levels lie inside the range: about 0.8 standard deviations from the mean
-            mean, reach = part_OB.mean(1, keepdim=True), 1.25 * part_OB.abs().mean(1, keepdim=True)
-            low, high = mean - reach, mean + reach
-        scale_CO1 = self.uniform.stored(shares_C11 * (high - low) / (2**width - 1))
-        steps = 2.0 ** (self._zero_bits - width)
-        zero_CO1 = torch.round(-shares_C11 * low / scale_CO1 * steps) / steps
-        zero_CO1 = torch.cat(
-            [self._stored_zero(zero_CO1 + offset / steps, width) for offset in OFFSETS]
-        )
-        wide = Levels(scale_CO1.repeat(len(OFFSETS), 1, 1), zero_CO1, torch.zeros_like(zero_CO1))
-        first = self._spanning(part_OB, width)
-        return Levels(
-            *(torch.cat([own[None], more]) for own, more in zip(first, wide, strict=True))
-        )
-
-    # --- rounding ---------------------------------------------------------------------------------
-
-    def _quantized(self, weight_OI: Tensor, stat: PairedHessian, pairs: int, job: Job) -> Packed:
+    def _quantize_linear(
+        self, weight_OI: Tensor, stat: PairedHessian, pairs: int, job: Job
+    ) -> Packed:
+        # The factor of the Hessian; columns that never fired are zeroed.
         factor = self._factor(stat, job.notes)
         W_OI = weight_OI if self.as_published else weight_OI.masked_fill(factor.dead_I, 0)
+        # 1. The width of each group.
         widths = self._widths(W_OI, factor.spread_I, pairs)
         self._note(widths, job)
-        solved = [widths[group] for group in factor.groups]
+        # 2. and 3. Grids and codes, with the columns in the order of solving.
         order_I = factor.order_I
-        C_II = (
-            stat.C_II[order_I][:, order_I]
-            if factor.U_II is not None and self.flow is Flow.BOTH
-            else None
-        )
-        codes_OI, levels_OG = self._solve(W_OI[:, order_I], factor, C_II, solved)
+        ordered_widths = [widths[group] for group in factor.groups]
+        C_II = None
+        if factor.U_II is not None and self.flow is Flow.BOTH:
+            C_II = stat.C_II[order_I][:, order_I]
+        codes_OI, levels_OG = self._solve(W_OI[:, order_I], factor, C_II, ordered_widths)
         if self.refine and C_II is not None:
             ordered = weight_OI[:, order_I], W_OI[:, order_I]
             objective = Objective.of(factor.H_II, job.notes["damp"], C_II.T, *ordered)
-            codes_OI, levels_OG = self._refined(objective, codes_OI, levels_OG, solved)
+            codes_OI, levels_OG = self._refine(objective, codes_OI, levels_OG, ordered_widths)
+        # Back into the model's order.
         back_G = torch.argsort(torch.tensor(factor.groups, device=codes_OI.device))
-        return self.pack(
-            codes_OI[:, torch.argsort(order_I)], levels_OG.through(lambda t: t[:, back_G]), widths
-        )
+        levels_OG = levels_OG.map(lambda t: t[:, back_G])
+        return self.storage.pack(codes_OI[:, torch.argsort(order_I)], levels_OG, widths)
 
     def _solve(
         self, W_OI: Tensor, factor: Factor, C_II: Tensor | None, widths: list[int]
     ) -> tuple[Tensor, Levels]:
-        """Round the columns of W_OI, in the order of solving as all here, one by one; uses W_OI up."""
-        codes_IO, found, U_II = torch.empty_like(W_OI.T), [], factor.U_II
-        diagonal_I, spread_I = torch.diagonal(factor.H_II), factor.spread_I[factor.order_I]
+        """Codes and grids: round the columns of W_OI one by one, with GPTQ's feedback.
+
+        All is in the order of solving. W_OI is overwritten.
+        """
+        U_II = factor.U_II
+        diagonal_I = torch.diagonal(factor.H_II)
+        spread_I = factor.spread_I[factor.order_I]
+        codes_IO = torch.empty_like(W_OI.T)
+        grids: list[Levels] = []  # of the groups so far
         drift_II = None
         if self.gptaq and C_II is not None and U_II is not None:
             drift_II = drift(factor.H_II, C_II, U_II, self.gptaq)
 
         def begin(start: int, stop: int) -> None:
+            """2. Fit the grid of a group, to weights as repaired so far."""
             group, part_OB = start // self.group_size, W_OI[:, start:stop]
-            importance_B = (
-                diagonal_I[start:stop]
-                if self.search_range
-                else torch.ones_like(spread_I[start:stop])
-            )
+            importance_B = diagonal_I[start:stop]
+            if not self.search_range:
+                importance_B = torch.ones_like(importance_B)
             sym = self.as_published and all(width < self.bits for width in widths[: group + 1])
             salient_OB = most_salient(part_OB.square() / spread_I[start:stop].square())
-            found.append(self._fitted(part_OB, widths[group], importance_B, salient_OB, sym))
+            grids.append(self.grid_fit.fit(part_OB, widths[group], importance_B, salient_OB, sym))
 
-        def rounded(j: int, w_O: Tensor) -> Tensor:
-            levels_O = found[-1].through(Tensor.flatten)
-            codes_IO[j] = code_O = levels_O.codes(w_O, widths[len(found) - 1])
+        def round_column(j: int, w_O: Tensor) -> Tensor:
+            """3. The codes of a column, on the grid of its group."""
+            levels_O = grids[-1].map(Tensor.flatten)
+            codes_IO[j] = code_O = levels_O.codes(w_O, widths[len(grids) - 1])
             return levels_O.values(code_O)
 
         by_columns(
             W_OI,
             U_II,
-            rounded,
+            round_column,
             begin,
             block=self.group_size,
             drift_II=drift_II,
             fused=not self.as_published,
         )
-        return codes_IO.T.contiguous(), Levels(
-            *(torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
-        )
+        levels_OG = Levels(*(torch.cat(parts, dim=1) for parts in zip(*grids, strict=True)))
+        return codes_IO.T.contiguous(), levels_OG
 
-    def _refined(
+    def _refine(
         self, objective: Objective, codes_OI: Tensor, levels_OG: Levels, widths: list[int]
     ) -> tuple[Tensor, Levels]:
-        """`refine` rounds: every code to its best level given all others, then every scale to its
+        """`refine` rounds: set each code to its best given all others, then each scale to its
         best.
         """
         group_I = torch.arange(codes_OI.shape[1], device=codes_OI.device) // self.group_size
@@ -550,14 +349,13 @@ class SliMLLM(Method):
 
             def nearest(j: int, w_O: Tensor, levels_OG: Levels = levels_OG) -> Tensor:
                 group = j // self.group_size
-                levels_O = levels_OG.through(lambda t: t[:, group])
+                levels_O = levels_OG.map(lambda t: t[:, group])
                 codes_IO[j] = levels_O.codes(w_O, widths[group])
                 return levels_O.values(codes_IO[j])
 
-            descend(
-                objective, levels_OG.through(lambda t: t[:, group_I]).values(codes_IO.T), nearest
-            )
-            # Means stay: a scale is refitted to what they leave.
+            values_OI = levels_OG.map(lambda t: t[:, group_I]).values(codes_IO.T)
+            descend(objective, values_OI, nearest)
+            # Means stay, so scales are refitted to what the means leave.
             mean_OI = levels_OG.mean[:, group_I]
             rest = Objective(objective.H_II, objective.B_OI - mean_OI @ objective.H_II)
             solution = Solution(codes_IO.T, Grid(levels_OG.scale, levels_OG.zero), group_I)
@@ -566,11 +364,12 @@ class SliMLLM(Method):
 
     # --- SliM-LLM+ --------------------------------------------------------------------------------
 
-    def _trained(self, step: Step) -> dict[str, Packed]:
-        """Train the clipping of all linears together, so that the block's output is the
-        full-precision model's.
+    def _train_block(self, step: Step) -> dict[str, Packed]:
+        """Train the clipping of all linears of a block together, towards the full-precision block's
+        output.
         """
         jobs = {name: step.job(name) for name in step.linears}
+        # 1. Bit allocation, unless a killed run has saved its own.
         saved = step.state.load()
         pairs = self._pairs(step) if saved is None else {}
         clippings = {}
@@ -578,15 +377,16 @@ class SliMLLM(Method):
             if saved is None:
                 stat = step.stats[name]
                 assert isinstance(stat, PairedHessian)
-                widths = self._widths(
-                    linear.weight.detach().float(), self._factor(stat, {}).spread_I, pairs[name]
-                )
+                weight_OI = linear.weight.detach().float()
+                spread_I = self._factor(stat, {}).spread_I
+                widths = self._widths(weight_OI, spread_I, pairs[name])
             else:
                 widths = saved[f"{name}.widths"].tolist()
             self._note(widths, jobs[name])
             clippings[name] = Clipping(self, linear, widths)
+        # In place of 2. and 3.: train the ranges, then round to nearest.
         losses = train(self, step, clippings, saved)
         for job in jobs.values():
             job.notes["loss"] = [losses[0], losses[-1]]
         with torch.no_grad():
-            return {name: clipping.packed() for name, clipping in clippings.items()}
+            return {name: clipping.pack() for name, clipping in clippings.items()}
