@@ -1,11 +1,21 @@
 """The contract: a quantization method is one frozen dataclass.
 
-Legend: O out_features, I in_features, T tokens.
+Legend: O out_features, I in_features, B sequences, S tokens in a sequence, D hidden size.
 
-Its fields are the config (JSON both ways), `layout` says what is stored before any tensor exists,
-`quantize` is the algorithm, `dequantize` is the meaning of what is stored. Everything else
-(calibration, module swap, checkpoints, loading, evaluation) is written once, elsewhere, and never
-names a method.
+Its fields are the options (JSON both ways), `layout` says what is stored before any tensor exists,
+`quantize` is the algorithm, `dequantize` is the meaning of what is stored. Calibration, the
+replacement of modules, checkpoints, loading and evaluation are written once, elsewhere, and never
+name a method.
+
+What a new method overrides
+    must      name, title, bits, layout, dequantize, and quantize or quantize_block
+    often     check, observes, best, bits_range, linear, affine, flow, calibrated
+    rarely    for_linear, sequential, attention, weight_only, nominal_bits, any_bits,
+              training_copies
+    rarely    `WholeModel`, for what a block at a time cannot do: bound_to, learn, with_learned,
+              rewrite, tune. The flags learns, rewrites and tunes follow from what is overridden;
+              a method overrides them only where an option switches the hook off.
+    never     the rest: shares_out, reads_data, to_dict, field_names, build
 """
 
 from __future__ import annotations
@@ -29,117 +39,96 @@ from .numerics.stats import Stat
 
 Packed = dict[str, Tensor]
 
+# --- what the engine hands to a method ------------------------------------------------------------
+
 
 class Flow(Enum):
     """Which activations flow from block to block while a model is calibrated."""
 
-    QUANTIZED = "quantized"  # each block sees what its quantized predecessors produce (GPTQ's way)
-    DENSE = "dense"  # each block sees what the full-precision model produces (AWQ's way)
-    # side by side: quantized inputs, and what the full-precision model makes of its own as targets
-    BOTH = "both"
+    QUANTIZED = "quantized"  # each block gets what its quantized predecessors produce, as in GPTQ
+    DENSE = "dense"  # each block gets what the full-precision model produces, as in AWQ
+    BOTH = "both"  # quantized inputs, and beside them the full-precision model's outputs as targets
 
 
 class BlockData(Protocol):
-    """The calibration set as it enters one decoder block. `rows` selects sequences; of image-text
-    pairs, one.
+    """The calibration data as they enter one decoder block.
+
+    `rows` selects sequences; of image-text pairs it selects one.
     """
 
     @property
     def count(self) -> int:
-        """Sequences."""
+        """Number of sequences."""
 
     @property
     def length(self) -> int:
-        """Tokens per sequence; of sequences of different lengths, their mean."""
+        """Tokens per sequence; the mean where lengths differ."""
 
     def batches(self) -> list[slice]:
-        """All sequences, a forward pass's worth at a time."""
+        """All sequences, cut into batches for a forward pass."""
 
     def inputs(self, rows: slice) -> tuple[Tensor, dict[str, Any]]:
         """hidden [B, S, D] and the keyword arguments of the block: block(hidden, **kwargs)."""
 
     def targets(self, rows: slice) -> Tensor:
-        """[B, S, D] that the full-precision block makes of the full-precision model's activations
-        (Flow.BOTH).
-        """
+        """[B, S, D], the full-precision block's output on full-precision inputs (`Flow.BOTH`)."""
 
 
 class State:
-    """Where a long training inside a block keeps its progress, to be resumed; this one forgets."""
+    """Where a long training keeps its progress, to be resumed. This class keeps nothing."""
 
     def load(self) -> dict[str, Tensor] | None:
-        """What was saved last for this block, or None."""
+        """What was saved last, or None."""
         return None
 
     def save(self, tensors: dict[str, Tensor]) -> None: ...
 
 
-class Rewrite(Protocol):
-    """How a method changes the dense model before its blocks are quantized, tensor by tensor."""
-
-    @property
-    def untied(self) -> Mapping[str, str]:
-        """Tensors that appear, each as a copy of another: heads that can no longer share the
-        embedding's matrix.
-        """
-
-    @property
-    def notes(self) -> Mapping[str, Any]:
-        """What the report says about it."""
-
-    def __call__(self, name: str, tensor: Tensor, read: Callable[[str], Tensor]) -> Tensor:
-        """What the tensor of this name becomes, of the same shape and dtype; `read` gives vectors
-        of the base.
-        """
-
-
 @dataclass
 class Job:
-    """One linear to quantize: its full name, and what the method noted on the way."""
+    """One linear to quantize. notes: what the method wants to appear in its record."""
 
-    name: str
+    name: str  # full module name
     notes: dict[str, Any] = field(default_factory=dict)
 
     def seeds(self, seed: int, count: int) -> list[int]:
-        """`count` seeds below 2**31 of this linear's own, from the run's `seed` and the linear's
-        name only.
-        """
+        """`count` seeds below 2**31 for this linear, from the run's `seed` and its name only."""
         return [zlib.crc32(f"{seed}:{self.name}:{i}".encode()) & 0x7FFFFFFF for i in range(count)]
 
 
 @dataclass
 class Step:
-    """What a walk hands over: the linears of one block (or of one input group of it), with their
-    statistics.
+    """Linears of one block that are quantized together, with statistics of their inputs.
+
+    A step is a whole block, or one input group of it where the method is `sequential`.
     """
 
     prefix: str  # module name of the decoder block, "model.layers.3"
     block: nn.Module
     linears: dict[str, nn.Linear]  # by name inside the block, in the order of execution
-    stats: dict[str, Stat]
-    groups: list[list[str]] = field(
-        default_factory=list
-    )  # linears that read the same input, in order of execution
+    stats: dict[str, Stat]  # by the same names
+    # Linears that read the same input, in the order of execution.
+    groups: list[list[str]] = field(default_factory=list)
     data: BlockData | None = None  # None where the method asks for no calibration
-    on_linear: Callable[[str], None] = lambda name: None  # progress
-    listener: PassListener = field(
-        default_factory=PassListener
-    )  # progress inside a linear or a training
+    on_linear: Callable[[str], None] = lambda name: None  # receives the name of each linear begun
+    listener: PassListener = field(default_factory=PassListener)  # progress inside a linear
     state: State = field(default_factory=State)
-    attend: Callable[[nn.Module], Any] = lambda block: (
-        None
-    )  # gives a copy of the block the method's `attention`
+    # Gives a copy of the block what the method's `attention` asks for.
+    attend: Callable[[nn.Module], Any] = lambda block: None
     jobs: dict[str, Job] = field(default_factory=dict)
 
     def job(self, name: str) -> Job:
-        """Begin the job of linear `name` (its name inside the block)."""
+        """Begin linear `name` (its name inside the block)."""
         full_name = f"{self.prefix}.{name}"
         self.on_linear(full_name)
         self.jobs[name] = Job(full_name)
         return self.jobs[name]
 
     def run(self, stage: str) -> None:
-        """Run the block once over all calibration sequences, for hooks that watch it."""
+        """Run the block once over all calibration sequences, for hooks on its modules.
+
+        stage: what the progress display calls it.
+        """
         assert self.data is not None
         self.listener.stage(stage, self.data.count)
         for rows in self.data.batches():
@@ -148,8 +137,9 @@ class Step:
             self.listener.advance(len(hidden_BSD))
 
     def release(self) -> None:
-        """Let go of statistics and weights: the next ones are gathered while the consumer still
-        holds this step.
+        """Drop statistics and weights.
+
+        The next step is prepared while the caller still holds this one.
         """
         self.stats.clear()
         self.linears.clear()
@@ -157,141 +147,41 @@ class Step:
         self.block = nn.Identity()
 
 
-@dataclass(frozen=True, kw_only=True)
-class Method(ABC):
-    """Base of all methods. Subclasses add fields (with defaults equal to the study's settings) and
-    validate them.
-    """
+# --- hooks on the whole model ---------------------------------------------------------------------
 
-    name: ClassVar[str]
-    title: ClassVar[str]  # for people: "GPTQ (Frantar et al. 2023)"
-    bits_range: ClassVar[Sequence[float]] = range(
-        1, 9
-    )  # its widths: tables and tests go through them
-    any_bits: ClassVar[bool] = (
-        False  # whether it also has every figure between the first and the last of them
-    )
-    observes: ClassVar[type[Stat] | None] = None  # None: needs no calibration data
-    training_copies: ClassVar[int] = (
-        0  # fp32 copies of a block's weights that `quantize_block` keeps while it trains
-    )
-    best: ClassVar[
-        Mapping[str, Any]
-    ] = {}  # fields of preset="best", as a mapping over the study's defaults
 
-    bits: float  # nominal; declared by every method with its own type and default
-
-    def __post_init__(self) -> None:
-        try:
-            first, last = self.bits_range[0], self.bits_range[-1]
-            if self.bits not in self.bits_range and not (
-                self.any_bits and first <= self.bits <= last
-            ):
-                widths = (
-                    f"its range {first}..{last}"
-                    if len(self.bits_range) > 1
-                    else f"its only width {first}"
-                )
-                raise LLQError(f"bits={self.bits} is outside {widths}")
-            self.check()
-        except LLQError as error:
-            raise LLQError(f"{self.name}: {error}") from None
-
-    def check(self) -> None:  # noqa: B027 (most methods have nothing to check)
-        """Raise LLQError, with the offending value in the text, where an option makes no sense."""
-
-    # --- the four things a method says ------------------------------------------------------------
-
-    @abstractmethod
-    def layout(self, out_features: int, in_features: int) -> dict[str, Spec]:
-        """Stored tensors by name. "weight" must be int32 codes of a shape other than [O, I].
-        LLQError if impossible.
-        """
-
-    def quantize(self, weight_OI: Tensor, stat: Stat | None, job: Job) -> Packed:
-        """fp32 weight -> the tensors of `layout`. Codes are decided here, once. Must not change
-        `weight_OI` or `stat`.
-
-        Methods that treat the linears of a block together override `quantize_block` instead.
-        """
-        raise NotImplementedError(f"{self.name} quantizes whole blocks")
-
-    @abstractmethod
-    def dequantize(self, packed: Packed, out_features: int, in_features: int) -> Tensor:
-        """fp32 weight_OI that the stored tensors mean."""
-
-    def linear(self, x: Tensor, packed: Packed, bias: Tensor | None, out_features: int) -> Tensor:
-        """y [..., O] of x [..., I]. Override where the input is transformed instead of the weight."""
-        weight_OI = self.dequantize(packed, out_features, x.shape[-1])
-        return nn.functional.linear(x, weight_OI.to(x.dtype), bias)
-
-    def affine(self, packed: Packed, out_features: int, in_features: int) -> Affine:
-        """The linear as codes on uniform grids, for formats of others; LLQError where it is nothing
-        so simple.
-        """
-        raise LLQError(
-            f"{self.name} stores no uniform grid of codes per group, which is all that such formats hold"
-        )
-
-    # --- with sensible defaults -------------------------------------------------------------------
+class Rewrite(Protocol):
+    """A change of the dense model before its blocks are quantized, tensor by tensor."""
 
     @property
-    def sequential(self) -> bool:
-        """Whether the linears of a block are observed and quantized input group by input group."""
-        return False
+    def untied(self) -> Mapping[str, str]:
+        """New tensors, each a copy of another: a head that can no longer share the embedding."""
 
     @property
-    def flow(self) -> Flow:
-        return Flow.QUANTIZED
+    def notes(self) -> Mapping[str, Any]:
+        """What the report says about it."""
 
-    @property
-    def calibrated(self) -> bool:
-        """Whether calibration data is run through the model: to observe, or for `quantize_block` to
-        train on.
+    def __call__(self, name: str, tensor: Tensor, read: Callable[[str], Tensor]) -> Tensor:
+        """The new tensor of this name, in the same shape and dtype.
+
+        read: gives vectors of the base by name.
         """
-        return self.observes is not None
 
-    def for_linear(self, name: str) -> Method:
-        """The method that serves the linear of this full name; differs from self where roles are
-        treated apart.
-        """
-        return self
 
-    @property
-    def attention(self) -> Attention | None:
-        """What happens to queries, keys and values inside the quantized blocks."""
-        return None
-
-    @property
-    def shares_out(self) -> bool:
-        """Whether each linear is solved from its statistics alone, so that several processes can
-        share them out.
-        """
-        return (
-            type(self).quantize_block is Method.quantize_block
-            and not self.learns
-            and not self.tunes
-        )
-
-    @property
-    def weight_only(self) -> bool:
-        """Whether a model of dense weights, those of `dequantize`, computes the same but for
-        rounding of sums.
-        """
-        return True
+class WholeModel:
+    """Hooks for what cannot be done a block at a time. Most methods override none of them."""
 
     def bound_to(self, model: nn.Module) -> Self:
-        """The method with the facts of `model` that it must know filled in; LLQError where it
-        cannot serve the model.
+        """The method with the facts about `model` that it needs filled in.
 
-        `model` may lie on the meta device.
+        `model` may lie on the meta device. LLQError where the method cannot serve it.
         """
         return self
 
     @property
     def learns(self) -> bool:
-        """Whether `learn` must see the whole model before the first block."""
-        return False
+        """Whether `learn` is run before the first block."""
+        return type(self).learn is not WholeModel.learn
 
     def learn(
         self,
@@ -300,34 +190,33 @@ class Method(ABC):
         attend: Callable[[nn.Module], Any],
         listener: PassListener,
     ) -> dict[str, Tensor]:
-        """What `rewrite` or `taught` need and only work on the whole model gives. It is the
-        method's own, to spoil.
+        """Tensors that `rewrite` or `with_learned` need and that take the whole model to compute.
 
-        attend: gives a module's attention what `attention` says.
+        model: a private copy, which may be modified. ids_NS: calibration tokens. attend: gives a
+        module's attention what `attention` asks for.
         """
-        return {}
+        raise NotImplementedError
 
     def with_learned(self, learned: Mapping[str, Tensor]) -> Self:
-        """The method with what `learn` found filled in, where that belongs into the checkpoint's
-        config.
-        """
+        """The method with what `learn` found filled in, where it belongs into config.json."""
         return self
 
     @property
     def rewrites(self) -> bool:
         """Whether `rewrite` changes the dense model."""
-        return False
+        return type(self).rewrite is not WholeModel.rewrite
 
     def rewrite(self, model: nn.Module, learned: Mapping[str, Tensor]) -> Rewrite | None:
-        """How the dense `model` (maybe on the meta device) changes first; None: not at all. learned
-        {}: not yet.
+        """How the dense `model` (maybe on the meta device) is changed first; None: not at all.
+
+        learned: what `learn` found; {} where it has not run yet and only shapes are asked for.
         """
         return None
 
     @property
     def tunes(self) -> bool:
         """Whether `tune` trains the packed model as a whole after its last block."""
-        return False
+        return type(self).tune is not WholeModel.tune
 
     def tune(
         self,
@@ -337,38 +226,149 @@ class Method(ABC):
         listener: PassListener,
         state: State,
     ) -> Packed:
-        """New values of stored tensors by full name ("model.layers.0.mlp.up_proj.scale"), of the
-        same shape and dtype.
+        """New values of stored tensors by full name ("model.layers.0.mlp.up_proj.scale").
 
-        The student's quantized linears have `method` and `packed()`; it is the method's own, to
-        spoil, but shares all other parameters with the full-precision teacher. state: where a
-        killed run finds its progress again.
+        Shapes and dtypes stay. student: the packed model, a private copy that may be modified; its
+        quantized linears have `method` and `packed()`, and it shares all other parameters with
+        teacher, the full-precision model. state: where a killed run finds its progress.
         """
         raise NotImplementedError
 
-    @property
-    def reads_data(self) -> bool:
-        """Whether the run needs token ids at all."""
-        return self.calibrated or self.learns or self.tunes
 
-    @property
-    def nominal_bits(self) -> float:
-        """The figure that papers print; what is really stored is counted from the layout or the
-        file.
+# --- the method -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method(WholeModel, ABC):
+    """Base of all methods. Subclasses add fields, whose defaults are the study's settings."""
+
+    name: ClassVar[str]
+    title: ClassVar[str]  # for people: "GPTQ (Frantar et al. 2023)"
+    bits_range: ClassVar[Sequence[float]] = range(1, 9)  # its widths, for tables and tests
+    any_bits: ClassVar[bool] = False  # whether every figure between the first and the last will do
+    observes: ClassVar[type[Stat] | None] = None  # statistic of a linear's input; None: none
+    training_copies: ClassVar[int] = 0  # fp32 copies of a block that `quantize_block` trains on
+    best: ClassVar[Mapping[str, Any]] = {}  # what preset="best" changes of the study's defaults
+
+    bits: float  # nominal; declared by every method with its own type and default
+
+    def __post_init__(self) -> None:
+        try:
+            first, last = self.bits_range[0], self.bits_range[-1]
+            between = self.any_bits and first <= self.bits <= last
+            if self.bits not in self.bits_range and not between:
+                several = len(self.bits_range) > 1
+                widths = f"its range {first}..{last}" if several else f"its only width {first}"
+                raise LLQError(f"bits={self.bits} is outside {widths}")
+            self.check()
+        except LLQError as error:
+            raise LLQError(f"{self.name}: {error}") from None
+
+    def check(self) -> None:
+        """Raise LLQError, with the offending value in the text, where an option makes no sense."""
+
+    # --- must: what is stored, how it is made, what it means --------------------------------------
+
+    @abstractmethod
+    def layout(self, out_features: int, in_features: int) -> dict[str, Spec]:
+        """Stored tensors by name, for a linear [O, I].
+
+        "weight" must be int32 codes of a shape other than [O, I]. LLQError if the linear cannot be
+        stored.
         """
-        return float(self.bits)
+
+    def quantize(self, weight_OI: Tensor, stat: Stat | None, job: Job) -> Packed:
+        """fp32 weight -> the tensors of `layout`.
+
+        Codes are decided here, once. Must not change `weight_OI` or `stat`. Methods that treat the
+        linears of a block together override `quantize_block` instead.
+        """
+        raise NotImplementedError(f"{self.name} quantizes whole blocks")
 
     def quantize_block(self, step: Step) -> dict[str, Packed]:
         """Packed tensors by linear name. Default: each linear alone."""
         packed = {}
         for name, linear in step.linears.items():
             job = step.job(name)
-            packed[name] = self.for_linear(job.name).quantize(
-                linear.weight.detach().float(), step.stats.get(name), job
-            )
+            weight_OI = linear.weight.detach().float()
+            packed[name] = self.for_linear(job.name).quantize(weight_OI, step.stats.get(name), job)
         return packed
 
-    # --- config -----------------------------------------------------------------------------------
+    @abstractmethod
+    def dequantize(self, packed: Packed, out_features: int, in_features: int) -> Tensor:
+        """The fp32 weight [O, I] that the stored tensors mean."""
+
+    # --- often: the product, exports, calibration -------------------------------------------------
+
+    def linear(self, x: Tensor, packed: Packed, bias: Tensor | None, out_features: int) -> Tensor:
+        """y [..., O] of x [..., I]. Override to use a kernel or to transform the input."""
+        weight_OI = self.dequantize(packed, out_features, x.shape[-1])
+        return nn.functional.linear(x, weight_OI.to(x.dtype), bias)
+
+    def affine(self, packed: Packed, out_features: int, in_features: int) -> Affine:
+        """The linear as codes on uniform grids, for other libraries' formats.
+
+        LLQError where it is not stored so simply.
+        """
+        raise LLQError(
+            f"{self.name} stores no uniform grid of codes per group, which is all that such "
+            "formats hold"
+        )
+
+    @property
+    def flow(self) -> Flow:
+        """Which activations the blocks are calibrated on."""
+        return Flow.QUANTIZED
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether calibration data are run through the model, for statistics or for training."""
+        return self.observes is not None
+
+    # --- rarely -----------------------------------------------------------------------------------
+
+    @property
+    def sequential(self) -> bool:
+        """Whether a block's linears are observed and quantized one input group after the other."""
+        return False
+
+    def for_linear(self, name: str) -> Method:
+        """The method that serves the linear of this full name.
+
+        Differs from self where linears are treated by their role.
+        """
+        return self
+
+    @property
+    def attention(self) -> Attention | None:
+        """What is done to queries, keys and values inside the quantized blocks."""
+        return None
+
+    @property
+    def weight_only(self) -> bool:
+        """Whether a dense model with the weights of `dequantize` computes the same."""
+        return True
+
+    @property
+    def nominal_bits(self) -> float:
+        """The figure that papers print. Stored bits are counted from the layout or the file."""
+        return float(self.bits)
+
+    # --- never: what follows from the above -------------------------------------------------------
+
+    @property
+    def shares_out(self) -> bool:
+        """Whether several processes can share the linears.
+
+        They can where each linear is solved from its statistics alone.
+        """
+        alone = type(self).quantize_block is Method.quantize_block
+        return alone and not self.learns and not self.tunes
+
+    @property
+    def reads_data(self) -> bool:
+        """Whether the run needs calibration data at all."""
+        return self.calibrated or self.learns or self.tunes
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -379,8 +379,9 @@ class Method(ABC):
 
     @classmethod
     def build(cls, preset: str = "study", **options: Any) -> Self:
-        """The method with a preset's fields and `options` over them; unknown or ill-typed options
-        raise LLQError.
+        """The method with a preset's fields and `options` over them.
+
+        Unknown or ill-typed options raise LLQError.
         """
         presets: dict[str, Mapping[str, Any]] = {"study": {}, "best": cls.best}
         if preset not in presets:
@@ -389,7 +390,8 @@ class Method(ABC):
         for option in options:
             if option not in known:
                 raise LLQError(
-                    f"{cls.name} has no option {option!r}{nearest(option, known)}; it has: {', '.join(known)}"
+                    f"{cls.name} has no option {option!r}{nearest(option, known)}; it has: "
+                    f"{', '.join(known)}"
                 )
         merged = {**presets[preset], **options}
         return cls(
@@ -408,9 +410,7 @@ def field_defaults(method: type[Method]) -> dict[str, Any]:
 
 
 def _typed(method: str, name: str, value: Any, wanted: type) -> Any:
-    """`value` if it is of the field's type; ints pass as floats. "4" or 4.5 for an int is an error,
-    not a guess.
-    """
+    """`value` if it is of the field's type; ints pass as floats. LLQError for "4" where 4 is due."""
     if wanted is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, wanted) or (wanted is int and isinstance(value, bool)):
@@ -419,7 +419,5 @@ def _typed(method: str, name: str, value: Any, wanted: type) -> Any:
 
 
 def stored_bits(layout: Mapping[str, Spec], out_features: int, in_features: int) -> float:
-    """Bits per weight that a linear takes in the file: codes, scales, zeros, seeds, everything but
-    its bias.
-    """
+    """Bits per weight that a linear takes in the file: everything that is stored but its bias."""
     return sum(spec.nbytes for spec in layout.values()) * 8 / (out_features * in_features)

@@ -210,10 +210,6 @@ class SpinQuant(OnUniformGrid):
             raise LLQError(f"head_dim={self.head_dim}, but the model's is {residual.head_dim}")
         return replace(self, head_dim=residual.head_dim) if self.a_bits < OFF else self
 
-    @property
-    def rewrites(self) -> bool:
-        return True
-
     def rewrite(self, model: nn.Module, learned: Mapping[str, Tensor]) -> Rewrite:
         residual = residual_of(model)
         notes: dict[str, Any] = {
