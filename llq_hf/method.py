@@ -410,7 +410,7 @@ def field_defaults(method: type[Method]) -> dict[str, Any]:
 
 
 def _typed(method: str, name: str, value: Any, wanted: type) -> Any:
-    """`value` if it is of the field's type; ints pass as floats. LLQError for "4" where 4 is due."""
+    """`value` if it is of the field's type; ints pass as floats. LLQError for "4" instead of 4."""
     if wanted is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, wanted) or (wanted is int and isinstance(value, bool)):
