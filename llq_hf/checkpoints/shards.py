@@ -217,8 +217,9 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 
 def _ordered(tensors: Mapping[str, Spec]) -> list[str]:
-    """The order of save_file: larger elements first, which aligns all, then by name."""
-    return sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    """The order of save_file: by dtype, larger elements first, which aligns all, then by name."""
+    rank = {dtype: place for place, dtype in enumerate(DTYPES.values())}
+    return sorted(tensors, key=lambda name: (rank[tensors[name].dtype], name))
 
 
 def _head(tensors: Mapping[str, Spec]) -> bytes:

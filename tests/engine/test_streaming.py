@@ -1,4 +1,4 @@
-"""The model is never in memory: one block is read, quantized, written and dropped before the next."""
+"""One block is read, quantized, written and dropped before the next: never the whole model."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from llq_hf.checkpoints.dense import INDEX, SINGLE, Checkpoint
+from llq_hf.common.progress import PassListener
 from llq_hf.data.calibration import Calibration
 from llq_hf.engine.blocks import LiveBlocks, StreamedBlocks
 from llq_hf.engine.execute import quantize_checkpoint
 from llq_hf.engine.options import RunOptions
 from llq_hf.engine.stream import Activations, Stream
-from llq_hf.engine.walk import PassListener
 from llq_hf.methods import build
 from llq_hf.models.decoder import quantizable
 from llq_hf.models.load import build_skeleton
