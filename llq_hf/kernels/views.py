@@ -13,7 +13,6 @@ from operator import is_
 from typing import Any, ClassVar, NamedTuple, TypeVar
 from weakref import ReferenceType, ref
 
-import torch
 from torch import Tensor
 
 from .bitpack import BLOCK, UNIT

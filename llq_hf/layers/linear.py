@@ -14,7 +14,7 @@ from ..common.errors import LLQError
 from ..common.spec import Spec
 from ..kernels import cached_tensors
 from ..method import Method, Packed
-from .ops import known, node
+from .ops import node, register
 
 
 class QuantLinear(nn.Linear):
@@ -38,7 +38,7 @@ class QuantLinear(nn.Linear):
         nn.Module.__init__(self)  # not nn.Linear's: it would allocate the dense weight
         self.method, self.in_features, self.out_features = method, in_features, out_features
         self.layout = checked_layout(method, out_features, in_features)
-        self._known = known(method)
+        self._key = register(method)
         for name, spec in self.layout.items():
             empty = torch.empty(spec.shape, dtype=spec.dtype, device=device)
             if name == "weight":
@@ -83,14 +83,14 @@ class QuantLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         stored = [getattr(self, name) for name in self.layout]
         if torch.compiler.is_compiling():
-            return node(x, stored, ",".join(self.layout), self.bias, self._known, self.out_features)
+            return node(x, stored, ",".join(self.layout), self.bias, self._key, self.out_features)
         return self.method.linear(
             x, cached_tensors(self.layout, stored), self.bias, self.out_features
         )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        known(self.method)  # a copy may have been sent to another process
+        register(self.method)  # a copy may have been sent to another process
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
         """Move the stored tensors but never cast them, whatever `.to(dtype)` or `.half()` ask for:

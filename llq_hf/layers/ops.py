@@ -21,13 +21,15 @@ from torch import Tensor
 from ..kernels import cached_tensors, reference
 from ..method import Method
 
-_KNOWN: dict[str, Method] = {}  # of this process, by the string that stands for a method in a graph
+_METHODS: dict[str, Method] = {}  # of this process, by the string that stands for each in a graph
 
 
-def known(method: Method) -> str:
-    """The string that stands for `method` in a graph: its repr, which holds all its options."""
+def register(method: Method) -> str:
+    """Make `method` known to the operators. Returns the string that stands for it in a graph: its
+    repr, which holds all its options.
+    """
     text = repr(method)
-    _KNOWN[text] = method
+    _METHODS[text] = method
     return text
 
 
@@ -40,7 +42,7 @@ def node(
     out_features: int,
 ) -> Tensor:
     """`Method.linear` as one traceable operator. names: of the stored tensors, joined by commas;
-    method: the string from `known`.
+    method: the string from `register`.
     """
     trained = x.requires_grad and torch.is_grad_enabled()
     operator = torch.ops.llq.trained if trained else torch.ops.llq.linear
@@ -57,7 +59,7 @@ def _linear(
     out_features: int,
 ) -> Tensor:
     return (
-        _KNOWN[method]
+        _METHODS[method]
         .linear(x, cached_tensors(names.split(","), stored), bias, out_features)
         .contiguous()
     )
@@ -77,7 +79,7 @@ def _gradient(
     packed = cached_tensors(names.split(","), stored)
     with torch.enable_grad(), reference():
         pull: Any = torch.func.vjp(
-            lambda x: _KNOWN[method].linear(x, packed, None, out_features), x
+            lambda x: _METHODS[method].linear(x, packed, None, out_features), x
         )[1]
     x_gradient: Tensor = pull(y_gradient)[0]
     return x_gradient.contiguous()

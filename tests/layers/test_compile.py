@@ -76,7 +76,7 @@ def tensors_of(linear: QuantLinear) -> list[Tensor]:
 def arguments(linear: QuantLinear) -> tuple[Any, ...]:
     """What a graph calls the operator with, after x."""
     names = ",".join(linear.layout)
-    return tensors_of(linear), names, linear.bias, ops.known(linear.method), linear.out_features
+    return tensors_of(linear), names, linear.bias, ops.register(linear.method), linear.out_features
 
 
 def whole(model: Any, backend: str = "aot_eager") -> Any:
@@ -169,7 +169,7 @@ def test_computed_values_are_found_in_a_graph_and_end_with_the_linear():
 def test_a_linear_sent_to_another_process_compiles_there(monkeypatch: pytest.MonkeyPatch):
     linear, x = linear_of(CASES[0]), checks.inputs()[:1]
     sent = pickle.dumps(linear)
-    monkeypatch.setattr(ops, "_KNOWN", {})
+    monkeypatch.setattr(ops, "_METHODS", {})
     assert torch.equal(whole(pickle.loads(sent))(x), linear(x))
 
 
