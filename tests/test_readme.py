@@ -1,5 +1,6 @@
-"""Every block of README runs, in order; those that need the Hub or a user's files are checked for
-parsing.
+"""Every block of every README runs; those that need the Hub or a user's files must parse.
+
+A README stands alone: its blocks run in order, in a folder of their own.
 """
 
 import ast
@@ -13,32 +14,41 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-BLOCKS = re.findall(
-    r"^```(bash|python)\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL
-)
-SCRATCH = "/tmp/llq-readme"  # the folder README writes to
-SKIPPED = "uv run --extra dev pytest"  # this very run
+FOLDERS = ("llq_hf", "tasks", "tests", "model_cards")
+READMES = [ROOT / "README.md", *sorted(p for f in FOLDERS for p in (ROOT / f).rglob("README.md"))]
+NAMES = [path.relative_to(ROOT).as_posix() for path in READMES]
+SCRATCH = "/tmp/llq-readme"  # the folder that READMEs write to
+TESTS = "uv run --extra dev pytest"  # this very run
+INSTALL = "python3 -m pip install uv && python3 -m "  # what comes before uv on a bare machine
+LONGEST = 180  # lines of the page at the top
 
 
-def runnable(text: str) -> bool:
-    return not text.startswith("# needs") and SKIPPED not in text
+def blocks_of(path: Path) -> list[tuple[str, str]]:
+    """(language, text) of every bash and python block."""
+    pattern = re.compile(r"^```(bash|python)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+    return [(language, text) for language, text in pattern.findall(path.read_text())]
 
 
-def test_blocks(subtests: pytest.Subtests, tmp_path: Path) -> None:
-    """One test, whatever runs tests side by side: blocks build upon each other, in one folder.
+def is_run(text: str) -> bool:
+    return not text.startswith("# needs") and TESTS not in text
 
-    That folder stands in for SCRATCH: two runs of the tests on one machine must not meet there.
+
+@pytest.mark.parametrize("path", READMES, ids=NAMES)
+def test_blocks(path: Path, subtests: pytest.Subtests, tmp_path: Path) -> None:
+    """One test per README, as its blocks build upon each other.
+
+    A folder of the test stands in for SCRATCH: two runs on one machine must not meet there.
     """
     scratch, elsewhere = tmp_path / "readme", tmp_path / "elsewhere"
     elsewhere.mkdir()
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    binaries = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     environment = {
         **os.environ,
-        "PATH": path,
+        "PATH": binaries,
         "LLQ_CACHE": str(tmp_path / "cache"),
         "HF_HUB_OFFLINE": "1",
     }
-    for number, (language, text) in enumerate(BLOCKS):
+    for number, (language, text) in enumerate(blocks_of(path)):
         with subtests.test(block=number):
             run_block(language, text.replace(SCRATCH, str(scratch)), environment, elsewhere)
 
@@ -46,37 +56,83 @@ def test_blocks(subtests: pytest.Subtests, tmp_path: Path) -> None:
 def run_block(language: str, text: str, environment: dict[str, str], folder: Path) -> None:
     if language == "python":
         ast.parse(text)
-        if runnable(text):
+        if is_run(text):
             command = [sys.executable, "-c", text]
             subprocess.run(command, cwd=folder, env=environment, check=True, timeout=600)
         return
-    for line in filter(None, text.splitlines()):
-        words = shlex.split(line, comments=True)
-        if runnable(text) and words:
-            assert words[:2] == ["uv", "run"], (
-                "README's commands install what they need by themselves"
-            )
-            subprocess.run(words[2:], cwd=folder, env=environment, check=True, timeout=900)
-        elif words and words[0] == "lm_eval":
-            check_lm_eval(words[1:])
+    for line in filter(None, text.replace("\\\n", " ").splitlines()):
+        words = shlex.split(line.removeprefix(INSTALL), comments=True)
+        if is_run(text) and words:
+            assert words[:2] == ["uv", "run"], "commands install what they need by themselves"
+            command = without_extras(words[2:])
+            subprocess.run(command, cwd=folder, env=environment, check=True, timeout=900)
+        elif words and "lm_eval" in words and "--model_args" in words:
+            check_model_args(words[words.index("--model_args") + 1])
 
 
-def check_lm_eval(words: list[str]) -> None:
+def without_extras(words: list[str]) -> list[str]:
+    """The command behind `uv run --extra NAME`: the tests' own environment has all extras."""
+    while words[0] == "--extra":
+        words = words[2:]
+    if words[0] == "python":
+        words = [sys.executable, *words[1:]]
+    return [str(ROOT / word) if word.startswith("tests/") else word for word in words]
+
+
+def check_model_args(text: str) -> None:
     """The model_args of a command that cannot run here are options we know."""
+    from llq_hf.hosts.model_args import ModelArgs
     from llq_hf.methods import build
 
-    args = words[words.index("--model_args") + 1]
-    options = dict(pair.split("=", 1) for pair in args.split(","))
-    options.pop("pretrained", None)
-    if name := options.pop("method", None):
-        build(name, **{key: int(value) for key, value in options.items()})
+    pairs = (pair.split("=", 1) for pair in text.split(","))
+    asked, _ = ModelArgs.split({key: typed(value) for key, value in pairs}, "model", set())
+    if asked.method not in (None, "none"):
+        build(asked.method, asked.preset, **asked.method_options)
+
+
+def typed(value: str) -> object:
+    """As lm-eval reads the values of model_args."""
+    try:
+        return ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return value
+
+
+# --- the page at the top ----------------------------------------------------------------------
+
+
+def page() -> str:
+    return (ROOT / "README.md").read_text()
 
 
 def test_the_two_commands_come_first() -> None:
-    commands = [text.strip() for language, text in BLOCKS if language == "bash"]
-    assert commands[0].startswith("uv run lm_eval --model llq --model_args pretrained=demo")
-    assert commands[1] == SKIPPED
+    commands = [text.strip() for language, text in blocks_of(ROOT / "README.md")]
+    assert commands[0].startswith(
+        INSTALL + "uv run lm_eval --model llq --model_args pretrained=demo"
+    )
+    assert commands[1] == TESTS
 
 
 def test_ci_runs_the_test_command_of_readme() -> None:
-    assert SKIPPED in (ROOT / ".ci" / "run").read_text().splitlines()
+    assert TESTS in (ROOT / ".ci" / "run").read_text().splitlines()
+
+
+def test_the_page_is_short_and_has_a_picture() -> None:
+    assert len(page().splitlines()) <= LONGEST
+    first_screen = "\n".join(page().splitlines()[:40])
+    picture = re.search(r"!\[[^\]]+\]\(([^)]+\.svg)\)", first_screen)
+    assert picture
+    assert (ROOT / picture[1]).is_file()
+
+
+@pytest.mark.parametrize("path", READMES, ids=NAMES)
+def test_links_lead_somewhere(path: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", path.read_text()):
+        if not target.startswith(("http://", "https://")):
+            assert (path.parent / target).exists(), f"{path} links to {target}"
+
+
+def test_folders_of_the_package_are_explained() -> None:
+    explained = {path.parent.name for path in READMES}
+    wanted = {"methods", "kernels", "engine", "checkpoints", "hosts", "study", "finetune", "export"}
+    assert wanted | {"publish", "data", "tests", "bench", "tasks"} <= explained

@@ -98,7 +98,7 @@ def estimate(
 def _check_disk(out: Path, needed: int) -> None:
     existing = next(p for p in (out, *out.absolute().parents) if p.exists())
     present = (
-        sum(f.stat().st_size for f in out.glob("*.safetensors")) if out.is_dir() else 0
+        sum(f.stat().st_size for f in out.glob("*.safetensors*")) if out.is_dir() else 0
     )  # of an interrupted run
     free = shutil.disk_usage(existing).free
     if needed - present > free:

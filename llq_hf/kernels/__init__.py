@@ -1,23 +1,23 @@
-"""Products with packed weights, by the fastest way there is for a storage, a number of tokens and a
-device.
+"""Products with packed weights, by the fastest kernel that there is for a storage, a number of
+tokens and a device.
 
-`product` is F.linear(x, dense()): a method says how its weight is stored and how torch would decode
-it; the table says which kernel reads such storage. Where none does, and wherever results must not
-depend on the machine's kernels (calibration) or need gradients, torch decodes: that is the
-reference, and what kernels are tested against.
+Idea: `product` computes F.linear(x, dense()). A method says how its weight is stored (a view) and
+how torch would decode it (`dense`). A table says which kernels read such a view, and the first that
+fits serves. Where none does, torch decodes. That is the reference which kernels are tested against.
+It also serves where results must not depend on the machine's kernels (calibration), and where
+gradients are wanted and the kernel has none. `transformed` does the same for the transforms of
+inputs and outputs that some methods need.
 
-    few tokens (decoding)     codes are multiplied as they are, straight from the rows of the file
-    many tokens (prefill)     tiles of rows are decoded into a buffer that stays in the cache; F.linear does the rest
+Memory: no kernel keeps a copy of a weight, so a loaded model is as large as its file.
 
-`turned` is the same for a method's transforms of inputs and outputs.
-
-No kernel keeps a copy of a weight, so a loaded model is as large as its file. For CUDA there are
-none of ours yet: rows for it go into the same table.
+Modules: bitpack (how codes lie), views (what is stored), rows (what a row of the table says),
+dispatch (the table and the choice), cpu_rows with native, build and cpp/ (the compiled CPU
+kernels), bitsandbytes_rows (CUDA). README.md says how to add a kernel.
 """
 
 from __future__ import annotations
 
-from .dispatch import choose, product, reference, turned
+from .dispatch import choose, product, reference, transformed
 from .native import describe
 from .views import (
     CachedTensors,
@@ -27,7 +27,7 @@ from .views import (
     SalientCodes,
     Stored,
     TableCodes,
-    Turn,
+    Transform,
     UniformCodes,
     cached_tensors,
     once,
@@ -41,7 +41,7 @@ __all__ = [
     "SalientCodes",
     "Stored",
     "TableCodes",
-    "Turn",
+    "Transform",
     "UniformCodes",
     "cached_tensors",
     "choose",
@@ -49,5 +49,5 @@ __all__ = [
     "once",
     "product",
     "reference",
-    "turned",
+    "transformed",
 ]

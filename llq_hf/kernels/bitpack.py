@@ -1,17 +1,21 @@
-"""Dense packing of b-bit codes, b = 1..8: exactly b bits a code, 3 bits cost 3.0.
+"""Pack codes of b = 1..8 bits densely: exactly b bits a code, so 3 bits cost 3.0.
 
 Legend: n codes per row, W int32 words per row.
 
-A row is cut into blocks of 128 codes; what is left over is cut into units of 32 codes (the last one
-padded with zeros), so a tail never pays for a whole block. A block of b-bit codes is the
-concatenation of *planes* whose widths are the binary expansion of b, widest first: 3 = 2 + 1, 5 = 4
-+ 1, 7 = 4 + 2 + 1. The widest plane holds the most significant bits. Inside a plane of width v, 16
-bytes (a *chunk*; 4v bytes in a 32-code unit) hold 128 / v codes: field f (bits f*v .. f*v+v-1) of
-byte j is code f * 16 + j of the chunk.
+Blocks: a row is cut into blocks of 128 codes. The rest is cut into units of 32 codes, the last one
+padded with zeros, so a tail never pays for a whole block.
 
-Why this order: decoding is shift and mask over whole vectors and comes out in column order, with no
-gather, and a fast kernel only has to interleave rows. Bit streams in GPTQ's format make 3-bit codes
-straddle words.
+Planes: a block of b-bit codes is the concatenation of *planes* whose widths are the binary
+expansion of b, widest first: 3 = 2 + 1, 5 = 4 + 1, 7 = 4 + 2 + 1. The widest plane holds the most
+significant bits.
+
+Chunks: in a plane of width v, a *chunk* of 16 bytes (of 4v bytes in a 32-code unit) holds 128 / v
+codes (32 in a unit). Field f of byte j, its bits f*v .. f*v+v-1, is code f * 16 + j of the chunk
+(f * 4v + j in a unit).
+
+Why this order: decoding shifts and masks whole vectors, its results are in column order without a
+gather, and a fast kernel only has to interleave rows. In the bit streams of GPTQ's format, 3-bit
+codes straddle words.
 """
 
 from __future__ import annotations
@@ -31,15 +35,16 @@ def plane_widths(bits: int) -> list[int]:
 
 
 def packed_words(n: int, bits: int) -> int:
-    """int32 words that `n` codes of `bits` bits take: 4 * bits per 128, bits per further 32."""
+    """int32 words that hold `n` codes of `bits` bits: 4 * bits for each 128, bits for each further
+    32 or less.
+    """
     return n // BLOCK * 4 * bits + -(-(n % BLOCK) // UNIT) * bits
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
     """Integer codes [..., n] in 0..2**bits - 1 -> int32 [..., packed_words(n, bits)].
 
-    Raises ValueError on a code outside the range: a wrapped code would be a silently different
-    weight.
+    Raises ValueError on a code outside this range, which would wrap around to another weight.
     """
     least, most = map(int, torch.aminmax(codes)) if codes.numel() else (0, 0)
     if least < 0 or most >= 1 << bits:
@@ -111,7 +116,7 @@ def _unpack_blocks(as_bytes: Tensor, bits: int, block: int) -> Tensor:
 
 
 def count_ones(words: Tensor) -> int:
-    """How many bits of an int32 tensor are set."""
+    """Number of bits that are set in an int32 tensor."""
     of_byte_256 = torch.tensor(
         [byte.bit_count() for byte in range(256)], dtype=torch.int32, device=words.device
     )

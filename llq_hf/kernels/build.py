@@ -1,11 +1,10 @@
-"""Compiling the CPU kernels: one shared object per instruction set, with whatever g++ or clang++ is
-at hand.
+"""Compile the CPU kernels: one shared library for each instruction set, with g++ or clang++.
 
-    python llq_hf/kernels/build.py [FOLDER]          what `llq build-kernels` and the build hook of the wheel do
+    python llq_hf/kernels/build.py [FOLDER]
 
-Nothing here imports torch, and the objects need neither torch nor Python: they have a plain C
-interface and take their C++ library along. A file's name holds the hash of the sources, so that a
-stale one is never loaded.
+`llq build-kernels` and the wheel's build hook do the same. Nothing here imports torch. The
+libraries need neither torch nor Python: they have a plain C interface, and the C++ runtime is
+linked into them. A file's name holds a hash of the sources, so that a stale one is never loaded.
 """
 
 from __future__ import annotations
@@ -21,35 +20,23 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 SOURCES, PACKAGED = HERE / "cpp", HERE / "lib"
-# Best first. What a processor must have for each is asked in native.py.
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni"]
-ISAS = {
-    "avx512vbmi2": [
-        *AVX512,
-        "-mavx512vbmi",
-        "-mavx512vbmi2",
-        "-mavx512vpopcntdq",
-    ],  # Ice Lake, Zen 4
-    "avx512": AVX512,
-    "avx2": AVX2,
-}
-FLAGS = [
-    *("-O3", "-std=c++17", "-fPIC", "-shared", "-pthread", "-static-libstdc++", "-static-libgcc"),
-    *(
-        "-fno-math-errno",
-        "-fno-trapping-math",
-        "-ffp-contract=off",
-    ),  # decoded weights are torch's to the last bit
-]
+VBMI2 = [*AVX512, "-mavx512vbmi", "-mavx512vbmi2", "-mavx512vpopcntdq"]  # Ice Lake, Zen 4
+# Best first. native.py checks what the processor has.
+ISAS = {"avx512vbmi2": VBMI2, "avx512": AVX512, "avx2": AVX2}
+# Without contraction to FMA, decoded weights equal torch's bit for bit.
+FLOATS = ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"]
+LINKING = ["-fPIC", "-shared", "-pthread", "-static-libstdc++", "-static-libgcc"]
+FLAGS = ["-O3", "-std=c++17", *LINKING, *FLOATS]
 
 
 class BuildError(Exception):
-    """No compiler, or one that fails."""
+    """There is no compiler, or it failed."""
 
 
 def source_hash() -> str:
-    """12 hex digits of all sources and flags."""
+    """12 hex digits that stand for all sources and flags."""
     digest = hashlib.sha256(repr((ISAS, FLAGS)).encode())
     for file in sorted(SOURCES.iterdir()):
         digest.update(file.name.encode() + file.read_bytes())
@@ -61,7 +48,7 @@ def library(folder: Path, isa: str) -> Path:
 
 
 def compiler() -> str | None:
-    """$CXX, g++ or clang++; None where there is none, or none of x86."""
+    """Path of $CXX, g++ or clang++; None if there is none, or if this is not x86-64."""
     if os.uname().machine not in ("x86_64", "AMD64"):
         return None
     wanted = os.environ.get("CXX")
@@ -69,8 +56,8 @@ def compiler() -> str | None:
 
 
 def build(folder: Path = PACKAGED) -> list[Path]:
-    """Compile every instruction set into `folder`, whole files or none; BuildError says what went
-    wrong.
+    """Compile for every instruction set into `folder`. Files appear whole or not at all. BuildError
+    says what went wrong.
     """
     program = compiler()
     if program is None:

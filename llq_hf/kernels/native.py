@@ -25,9 +25,9 @@ from .views import (
     SalientCodes,
     Stored,
     TableCodes,
-    Turn,
+    Transform,
     UniformCodes,
-    readable,
+    View,
 )
 
 DTYPES = {torch.float16: 1, torch.float32: 2, torch.bfloat16: 3}
@@ -37,21 +37,22 @@ FAMILIES = {
     TableCodes: "table",
     SalientCodes: "salient",
 }
-# rows decoded at once: 4 MB of bf16 at 4096 columns, which stay in the cache until they are
-# multiplied
+# Rows decoded at once: 4 MB of bf16 at 4096 columns, which stay in the cache until multiplied.
 TILE = 512
+# Of the stored tensors that C reads.
+READABLE = (torch.int32, torch.uint8, torch.float16, torch.float32)
 
 Buffer = ctypes.c_void_p
 Int = ctypes.c_int32
 
-# What the C functions take after the structs; cpp/cpu.cpp defines them. ctypes converts by these
-# faster than we could.
+# The arguments of the C functions after the structs; cpp/cpu.cpp defines them. Declared types make
+# ctypes convert faster than Python code could.
 ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "digits": (Buffer, Int, Buffer, Int, Int, Int, Buffer, Buffer, Int),
     "floats": (Buffer, Int, Buffer, Int, Int, Int, Buffer, Buffer, Int),
     "decode": (Buffer, Int, Int, Int, Int, Int, Buffer, Int),
     "centred": (Buffer, Int, Int, Int, Buffer, Int),
-    "turn": (Buffer, Buffer, Int, Int, Buffer, Buffer, Buffer, Int),
+    "transform": (Buffer, Buffer, Int, Int, Buffer, Buffer, Buffer, Int),
 }
 
 
@@ -126,7 +127,7 @@ class _Salient(ctypes.Structure):
     )
 
 
-class _Turn(ctypes.Structure):
+class _Transform(ctypes.Structure):
     """`Turn` of cpp/turn.h."""
 
     _fields_ = (
@@ -137,18 +138,20 @@ class _Turn(ctypes.Structure):
 
 
 class Backend(NamedTuple):
+    """A loaded library, and the instruction set that it was compiled for."""
+
     isa: str
     path: Path
     library: ctypes.CDLL
 
 
 def cache_folder() -> Path:
-    """Where kernels are built if the package lies in a folder that cannot be written to."""
+    """Where kernels are built if the package's own folder is read-only."""
     return cache_root() / "kernels"
 
 
 def supported() -> list[str]:
-    """The instruction sets of this processor that there are kernels for, best first."""
+    """The instruction sets that both this processor and our kernels have, best first."""
     has_vnni = (
         torch.cpu._is_vnni_supported() and torch.backends.cpu.get_cpu_capability() == "AVX512"
     )
@@ -162,9 +165,10 @@ def supported() -> list[str]:
 
 @cache
 def backend() -> Backend | None:
-    """The library that serves this process; None where there is none, or LLQ_CPU_ISA=none.
+    """The library that serves this process; None if there is none or LLQ_CPU_ISA=none.
 
-    LLQ_CPU_ISA=avx2 takes that one. LLQError if it names what is not there.
+    LLQ_CPU_ISA=avx2 selects that instruction set. LLQError if its library is missing, or if the
+    processor does not have it.
     """
     wanted, isas = os.environ.get("LLQ_CPU_ISA"), supported()
     if wanted == "none":
@@ -183,6 +187,11 @@ def backend() -> Backend | None:
     return None
 
 
+def compiled() -> bool:
+    """Whether a library serves this process."""
+    return backend() is not None
+
+
 def describe() -> str:
     """One line for people: what multiplies packed weights on this machine's CPU."""
     found = backend()
@@ -199,8 +208,8 @@ def describe() -> str:
 
 
 def digits(x: Tensor, stored: Stored, bias: Tensor | None) -> Tensor:
-    """F.linear of few tokens with activations in two int8 digits: error 5e-5 of Gaussian ones,
-    below that of bf16.
+    """F.linear of few tokens, each activation as two int8 digits. With Gaussian activations the
+    relative error is 5e-5, less than that of bf16.
     """
     return _dot("digits", x, stored, bias)
 
@@ -211,8 +220,8 @@ def floats(x: Tensor, stored: Stored, bias: Tensor | None) -> Tensor:
 
 
 def tiles(x: Tensor, stored: Stored, bias: Tensor | None) -> Tensor:
-    """F.linear of many tokens: `TILE` rows at a time are decoded, to the bits that torch decodes,
-    and multiplied.
+    """F.linear of many tokens: decodes `TILE` rows of the weight at a time, bit for bit as torch
+    does, and multiplies them.
     """
     tile_RI = torch.empty(min(TILE, stored.rows), stored.columns, dtype=x.dtype)
     x_TI = x.reshape(-1, stored.columns)
@@ -226,8 +235,8 @@ def tiles(x: Tensor, stored: Stored, bias: Tensor | None) -> Tensor:
 
 
 def integer_tiles(x: Tensor, stored: Stored, bias: Tensor | None) -> Tensor:
-    """fp32 y of many tokens in int8, with int32 sums: weights of one scale a row, their zero the
-    middle code.
+    """fp32 y of many tokens whose activations are int8 codes, with int32 sums. Each row of the
+    weight has one scale, and its zero is the middle code.
     """
     assert isinstance(stored, UniformCodes)
     scale, zero = stored.scale, stored.zero
@@ -246,14 +255,16 @@ def integer_tiles(x: Tensor, stored: Stored, bias: Tensor | None) -> Tensor:
 
 
 def decode(stored: Stored, first: int, last: int, out_RI: Tensor) -> None:
-    """Rows first..last of the weight into the first rows of `out_RI`, in its dtype."""
+    """Decode the rows from `first` up to `last` of the weight into the first rows of `out_RI`, in
+    its dtype.
+    """
     given = structs(stored)
     where = (stored.columns, first, last, DTYPES[out_RI.dtype], out_RI.data_ptr())
     _function(type(stored), "decode")(given, len(given), *where, torch.get_num_threads())
 
 
-def turn(x: Tensor, by: Turn, divisor: Tensor | None, factor: Tensor | None) -> Tensor:
-    """factor * the transform of x / divisor, all in fp32, in the dtype of x."""
+def transform(x: Tensor, by: Transform, divisor: Tensor | None, factor: Tensor | None) -> Tensor:
+    """factor * (the transform `by` of x / divisor), computed in fp32, in the dtype of x."""
     x = x.contiguous()
     y = torch.empty_like(x)
     rows = (
@@ -266,7 +277,8 @@ def turn(x: Tensor, by: Turn, divisor: Tensor | None, factor: Tensor | None) -> 
     )
     found = backend()
     assert found is not None
-    _bound(found.library, "llq_turn", "turn")(structs(by), *rows, torch.get_num_threads())
+    function = _bound(found.library, "llq_turn", "transform")
+    function(structs(by), *rows, torch.get_num_threads())
     return y
 
 
@@ -295,34 +307,42 @@ def _bound(library: ctypes.CDLL, function: str, name: str) -> Any:
     return found
 
 
-def structs(stored: Stored | Turn) -> Any:
-    """A C array of the structs that describe it, of uniform codes one for each part; None where C
-    cannot read it.
+def structs(view: View) -> Any:
+    """A C array of the structs that describe `view`: one, or one for each part of uniform codes.
+    None where C cannot read the tensors.
     """
-    if "structs" not in stored.memo:
-        stored.memo["structs"] = _structs(stored) if readable(stored) else None
-    return stored.memo["structs"]
+    if "structs" not in view.memo:
+        view.memo["structs"] = _structs(view) if _readable(view) else None
+    return view.memo["structs"]
 
 
-def _structs(stored: Stored | Turn) -> Any:
-    if isinstance(stored, UniformCodes):
-        each = [_struct(stored, part) for part in stored.parts]
+def _readable(view: View) -> bool:
+    """Whether every tensor lies in memory as C expects it."""
+    return all(
+        tensor.is_contiguous() and tensor.dtype in READABLE and tensor.device.type == "cpu"
+        for tensor in view.tensors
+    )
+
+
+def _structs(view: View) -> Any:
+    if isinstance(view, UniformCodes):
+        each = [_uniform_struct(view, part) for part in view.parts]
     else:
-        readers: dict[type, Any] = {
-            LevelCodes: _levels,
-            TableCodes: _table,
-            SalientCodes: _salient,
-            Turn: _turn,
+        makers: dict[type, Any] = {
+            LevelCodes: _levels_struct,
+            TableCodes: _table_struct,
+            SalientCodes: _salient_struct,
+            Transform: _transform_struct,
         }
-        each = [readers[type(stored)](stored)]
+        each = [makers[type(view)](view)]
     return (type(each[0]) * len(each))(*each)
 
 
-def _turn(by: Turn) -> _Turn:
-    return _Turn(*map(_pointer, by.tensors), by.left.shape[0], by.right.shape[0])
+def _transform_struct(by: Transform) -> _Transform:
+    return _Transform(*map(_pointer, by.tensors), by.left.shape[0], by.right.shape[0])
 
 
-def _salient(stored: SalientCodes) -> _Salient:
+def _salient_struct(stored: SalientCodes) -> _Salient:
     tensors = (
         stored.scale,
         stored.mean,
@@ -347,12 +367,12 @@ def _salient(stored: SalientCodes) -> _Salient:
     )
 
 
-def _table(stored: TableCodes) -> _Table:
+def _table_struct(stored: TableCodes) -> _Table:
     return _Table(
         stored.weight.data_ptr(),
         stored.levels.data_ptr(),
-        _numbers(stored.scale),
-        _numbers(stored.shift),
+        _numbers_struct(stored.scale),
+        _numbers_struct(stored.shift),
         stored.rows,
         stored.columns,
         stored.groups,
@@ -361,7 +381,7 @@ def _table(stored: TableCodes) -> _Table:
     )
 
 
-def _numbers(numbers: Numbers | None) -> _Numbers:
+def _numbers_struct(numbers: Numbers | None) -> _Numbers:
     parts = (
         (None,) * 4
         if numbers is None
@@ -370,7 +390,7 @@ def _numbers(numbers: Numbers | None) -> _Numbers:
     return _Numbers(*map(_pointer, parts))
 
 
-def _levels(stored: LevelCodes) -> _Levels:
+def _levels_struct(stored: LevelCodes) -> _Levels:
     return _Levels(
         stored.weight.data_ptr(),
         stored.weight.shape[1] * 4,
@@ -386,7 +406,7 @@ def _levels(stored: LevelCodes) -> _Levels:
     )
 
 
-def _struct(stored: UniformCodes, part: Part) -> _Uniform:
+def _uniform_struct(stored: UniformCodes, part: Part) -> _Uniform:
     scale, zero = stored.scale, stored.zero
     return _Uniform(
         stored.weight.data_ptr() + part.start,

@@ -1,5 +1,5 @@
-"""Packed weights as kernels see them: which tensors, and how they are to be read. Nothing is
-copied.
+"""Views: descriptions of packed weights that kernels can read. A view names the stored tensors and
+says how their bits are to be read; it copies none of them.
 
 Legend: O out_features, I in_features, G groups.
 """
@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from operator import is_
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 from weakref import ReferenceType, ref
 
-import torch
 from torch import Tensor
 
 from .bitpack import BLOCK, UNIT
@@ -21,10 +20,10 @@ from .bitpack import BLOCK, UNIT
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """A run of codes of one width: `columns` of them in each row, from byte `start` of the row on.
+    """The codes of one width: `columns` of them in each row, from byte `start` of the row on.
 
-    blocks: int32, which 128 columns of the weight each block stands for; None: all of them, in
-    order.
+    blocks: int32, the number of the 128 columns of the weight that each block of codes belongs to;
+    None: the blocks are all blocks of the weight, in order.
     """
 
     bits: int
@@ -35,20 +34,20 @@ class Part:
 
 
 @dataclass(frozen=True, eq=False)
-class _Stored:
-    """memo: what kernels found out about it, once: finding it again would take as long as a small
-    product.
+class _View:
+    """memo: what was computed once for this view, for example which kernel serves a call. Computing
+    it at each call would take as long as a small product.
     """
 
     memo: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)
 
 
 @dataclass(frozen=True, eq=False)
-class UniformCodes(_Stored):
-    """value = scale * (code - zero), with a scale and a zero for every row and group of columns.
+class UniformCodes(_View):
+    """value = scale * (code - zero), with a scale and a zero for each row and group of columns.
 
-    scale: [O, G] fp16 or fp32, or one number; zero: codes packed over [O, G], or one number. Groups
-    of `group_size` columns; the last may be shorter.
+    scale: [O, G] fp16 or fp32, or one number; zero: codes packed over [O, G], or one number. A
+    group has `group_size` columns; the last group may be shorter.
     """
 
     weight: Tensor
@@ -74,12 +73,14 @@ class UniformCodes(_Stored):
 
     @property
     def half_blocks(self) -> bool:
-        """Whether no half block, 64 columns, belongs to two groups."""
+        """Whether no half block (64 columns) belongs to two groups."""
         return self.groups == 1 or self.group_size % (BLOCK // 2) == 0
 
     @property
     def centred(self) -> bool:
-        """Whether int8 holds code - zero, with one scale a row: products can be those of integers."""
+        """Whether code - zero fits int8 and each row has one scale: the product can be computed in
+        integers.
+        """
         middle = self.zero == 2 ** (self.parts[0].bits - 1) and len(self.parts) == 1
         return middle and isinstance(self.scale, Tensor) and self.groups == 1
 
@@ -89,8 +90,8 @@ class UniformCodes(_Stored):
         return [tensor for tensor in found if isinstance(tensor, Tensor)]
 
 
-class _ByRow(_Stored):
-    """Storage whose weight [O, ..] and scale [O, G, ..] have a row for every output."""
+class _ByRow(_View):
+    """A view whose weight [O, ..] and scale [O, G, ..] have a row for each output."""
 
     weight: Tensor
     scale: Tensor
@@ -106,13 +107,14 @@ class _ByRow(_Stored):
 
 @dataclass(frozen=True, eq=False)
 class LevelCodes(_ByRow):
-    """2-bit codes that pick one of four levels of their row and group, or of four others in salient
-    columns.
+    """2-bit codes that select one of four levels. Each row and group has its own four levels, and
+    four others for salient columns.
 
-    scale [O, G, 2]: a level is the sum of the scales whose bit is set (dual binarization). scale
-    [O, G, 4] with mean [O, G, 3 or 4]: bit 1 says low or mid, bit 0 the sign: mean +- scale; in
-    salient columns both are signs, of two scales around one mean (or the sum of two). salient:
-    packed bits [I].
+    scale [O, G, 2]: a level is the sum of the scales whose bit is set (dual binarization).
+
+    scale [O, G, 4] with mean [O, G, 3 or 4]: in most columns bit 1 says low or mid, bit 0 is a
+    sign, and the level is mean +- scale. In salient columns both bits are signs, of two scales
+    around one mean (or around the sum of two). salient: packed bits [I].
     """
 
     weight: Tensor
@@ -134,12 +136,24 @@ class LevelCodes(_ByRow):
 
 @dataclass(frozen=True, eq=False)
 class Numbers:
-    """fp32 values, or uint8 codes: values = map[codes] * step + mean, a step for every 256 codes."""
+    """fp32 numbers [B]: as they are, or as uint8 codes with map[code] * step + mean, where a step
+    serves `STEP_CODES` neighbours.
+    """
+
+    STEP_CODES: ClassVar[int] = 256
 
     values: Tensor
     map: Tensor | None = None
     step: Tensor | None = None
     mean: Tensor | None = None
+
+    def decoded(self) -> Tensor:
+        """The numbers, fp32 [B]."""
+        if self.map is None or self.step is None:
+            return self.values
+        step_B = self.step.repeat_interleave(self.STEP_CODES)[: len(self.values)]
+        numbers_B = self.map[self.values.int()] * step_B
+        return numbers_B if self.mean is None else numbers_B + self.mean
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -148,12 +162,12 @@ class Numbers:
 
 
 @dataclass(frozen=True, eq=False)
-class TableCodes(_Stored):
-    """value = levels[code] * scale + shift, with a scale and a shift for every `group_size` weights
-    of the flat matrix.
+class TableCodes(_View):
+    """value = levels[code] * scale + shift, with a scale and a shift for each `group_size` weights
+    of the matrix read row by row.
 
-    levels: fp32 [2**bits], of at most 4 bits. 4-bit codes: the first of two in the high half of a
-    byte.
+    levels: fp32 [2**bits], at most 4 bits. Of two 4-bit codes in a byte, the first lies in the high
+    half. levels_name: how other libraries call these levels, where they know them.
     """
 
     weight: Tensor
@@ -164,10 +178,11 @@ class TableCodes(_Stored):
     group_size: int
     scale: Numbers
     shift: Numbers | None = None
+    levels_name: str | None = None
 
     @property
     def groups(self) -> int:
-        """In a row."""
+        """Groups of a row."""
         return self.columns // self.group_size
 
     @property
@@ -198,12 +213,13 @@ class TableCodes(_Stored):
 
 @dataclass(frozen=True, eq=False)
 class SalientCodes(_ByRow):
-    """value = mean +- scale by the sign bits [O, I] in `weight`, a mean and a scale for every row
-    and group of columns.
+    """value = mean +- scale: the signs are bits [O, I] in `weight`, and each row and group of
+    columns has a mean and a scale.
 
-    Of `count` listed weights the sign is the top bit of a code of 8 bits, whose others lie in `code`: value = own_scale
-    * (code - own_zero), with a grid for every row. The list is Elias and Fano's: `low_bits` of a position as they are,
-    its high part in unary among `unary` bits.
+    `count` salient weights have 8-bit codes instead: value = own_scale * (code - own_zero), with
+    one grid for each row. The top bit of such a code is the weight's sign bit, the others lie in
+    `code`. Their positions are an Elias-Fano list: `low_bits` bits of a position are stored as they
+    are, its high part in unary among `unary` bits.
     """
 
     weight: Tensor
@@ -239,9 +255,9 @@ class SalientCodes(_ByRow):
 
 
 @dataclass(frozen=True, eq=False)
-class Turn(_Stored):
-    """A transform in two factors: n = A * B numbers x[source] seen as [A, B], left @ . @ right, and
-    of that [target].
+class Transform(_View):
+    """An orthogonal transform in two factors: the n = A * B numbers x[source] are seen as a matrix
+    M [A, B]; the result is (left @ M @ right)[target], read as a vector again.
 
     source, target: int32 [n]; left: fp32 [A, A]; right: fp32 [B, B].
     """
@@ -251,8 +267,14 @@ class Turn(_Stored):
     right: Tensor
     target: Tensor
 
+    @cached_property
+    def columns(self) -> int:
+        """n"""
+        return self.source.shape[0]
+
     @property
     def whole_vectors(self) -> bool:
+        """Whether a row of M is whole vector registers of 16 fp32 numbers."""
         return self.right.shape[0] % 16 == 0
 
     @property
@@ -261,13 +283,16 @@ class Turn(_Stored):
 
 
 Stored = UniformCodes | LevelCodes | TableCodes | SalientCodes
+View = Stored | Transform
 
 
 Made = TypeVar("Made")
 
 
 class CachedTensors(dict[str, Tensor]):
-    """Stored tensors by name, and what `once` has computed from them so far."""
+    """The stored tensors of a linear by name, with everything that `once` has computed from
+    them.
+    """
 
     def __init__(self, packed: Mapping[str, Tensor]) -> None:
         super().__init__(packed)
@@ -275,9 +300,8 @@ class CachedTensors(dict[str, Tensor]):
 
 
 class _CacheEntry(NamedTuple):
-    """Cached tensors, and what must be unchanged for them to be reused.
-
-    state: the address and the version counter of every tensor.
+    """CachedTensors, and what must be unchanged for them to be reused: the tensors themselves and
+    `state`, the address and the version counter of each.
     """
 
     first: ReferenceType[Tensor]
@@ -286,17 +310,18 @@ class _CacheEntry(NamedTuple):
     tensors: CachedTensors
 
 
-_CACHE: dict[int, _CacheEntry] = {}  # by the id of a linear's first tensor; an entry ends with it
+# By the id of a linear's first tensor; an entry is removed when that tensor is freed.
+_CACHE: dict[int, _CacheEntry] = {}
 
 
 def cached_tensors(names: Iterable[str], tensors: Sequence[Tensor]) -> CachedTensors:
     """The CachedTensors of a linear: the same object until a tensor is replaced, moved or written.
 
-    The tensors alone are the key, so that an operator in a graph, which is given no more than
-    them, finds the same object.
+    The key is the tensors alone. An operator in a torch.compile graph receives nothing else, and
+    finds the same object by them.
     """
     first, *others = tensors
-    if any(map(Tensor.is_inference, tensors)):  # these have no version counter
+    if any(map(Tensor.is_inference, tensors)):  # such tensors have no version counter
         return CachedTensors(dict(zip(names, tensors, strict=True)))
     state = [(tensor.data_ptr(), tensor._version) for tensor in tensors]
     key = id(first)
@@ -309,16 +334,17 @@ def cached_tensors(names: Iterable[str], tensors: Sequence[Tensor]) -> CachedTen
     ):
         return entry.tensors
     found = CachedTensors(dict(zip(names, (tensor.data for tensor in tensors), strict=True)))
-    ending = partial(_CACHE.pop, key)  # called with the dead reference, which serves as the default
+    # `ref` calls this with the dead reference, which `pop` takes as its default.
+    ending = partial(_CACHE.pop, key)
     _CACHE[key] = _CacheEntry(ref(first, ending), others, state, found)
     return found
 
 
 def once(packed: dict[str, Tensor], make: Callable[[], Made], name: str = "stored") -> Made:
-    """The result of `make`, computed once for CachedTensors and each time for a plain dict.
+    """The result of `make`: computed once for CachedTensors, at each call for a plain dict.
 
-    Values that the host reads from a tensor belong in here as well: on a GPU each reading waits
-    for the device, and a CUDA graph may not contain one.
+    Values that Python reads from a tensor belong in here too: on a GPU each such read waits for the
+    device, and a CUDA graph may not contain one.
     """
     if not isinstance(packed, CachedTensors):
         return make()
@@ -326,11 +352,3 @@ def once(packed: dict[str, Tensor], make: Callable[[], Made], name: str = "store
         packed.computed[name] = make()
     made: Made = packed.computed[name]
     return made
-
-
-def readable(stored: Stored | Turn) -> bool:
-    """Whether every tensor lies in memory as C expects it."""
-    dtypes = (torch.int32, torch.uint8, torch.float16, torch.float32)
-    return all(
-        t.is_contiguous() and t.dtype in dtypes and t.device.type == "cpu" for t in stored.tensors
-    )

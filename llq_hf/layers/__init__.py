@@ -1,3 +1,1 @@
-"""Modules that take the place of a model's own: packed linears and attention with low-bit keys and
-values.
-"""
+"""Modules that replace a model's own: packed linears, attention with low-bit keys and values."""

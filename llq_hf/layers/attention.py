@@ -1,10 +1,10 @@
-"""Between the rotary embedding and the attention product: where methods quantize queries, keys and
-values.
+"""Quantize queries, keys and values between the rotary embedding and the attention product.
 
-transformers' attention modules look their function up by name at every call, in the config they
-hold. Here each module gets a config of its own that looks through to the model's and answers
-`llq_<name>`, a function that transforms q, k and v and calls the function <name>. Masks are made by
-the model, from its own config: they stay what <name> wants.
+transformers' attention modules look up their attention function at every call, by the name in their
+config. `install` gives each module a config of its own, which reads everything from the model's
+config except that name: it answers `llq_<name>`. The function of that name transforms q, k and v
+and calls the function <name>. Masks are made by the model from its own config, so they keep the
+form that <name> expects.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ _PREFIX = "llq_"
 
 
 class _ConfigView:
-    """The model's config, but for the name of the attention function. Follows later changes of the
-    model's config.
+    """The model's config with another name of the attention function. Later changes of the model's
+    config show through.
     """
 
     def __init__(self, config: Any) -> None:
         self.__dict__["config"] = config
 
     def __getattr__(self, name: str) -> Any:
-        if name == "config" or name.startswith("__"):  # while being copied, there is no config yet
+        if name == "config" or name.startswith("__"):  # a copy in the making has no config yet
             raise AttributeError(name)
         value = getattr(self.config, name)
         if name != "_attn_implementation":
@@ -42,11 +42,10 @@ class _ConfigView:
 
 
 def install(root: nn.Module, attention: Attention) -> int:
-    """Have every attention module inside `root` transform its queries, keys and values; returns how
-    many there are.
+    """Make every attention module inside `root` transform its queries, keys and values. Returns
+    the number of such modules.
 
-    LLQError where there is none to be found: scores with 16-bit attention must not pass for
-    quantized ones.
+    LLQError if there is none: scores with 16-bit attention must not pass for quantized ones.
     """
     found = 0
     for module in root.modules():
@@ -58,7 +57,8 @@ def install(root: nn.Module, attention: Attention) -> int:
             found += 1
     if not found:
         raise LLQError(
-            f"{type(root).__name__} has no attention module with a q_proj: its attention stays 16 bits"
+            f"{type(root).__name__} has no attention module with a q_proj: "
+            "its attention stays 16 bits"
         )
     return found
 
@@ -80,8 +80,7 @@ def _register(name: str) -> None:
     ) -> Any:
         attention = module.llq_attention
         assert isinstance(attention, Attention)
-        # "eager" is no entry of the table: every architecture has its own, beside its attention
-        # class.
+        # "eager" is not registered: each architecture defines its own beside its attention class.
         eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
         inner = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
         return inner(module, *attention.transform(query, key, value), mask, **options)

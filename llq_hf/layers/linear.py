@@ -1,5 +1,5 @@
-"""QuantLinear takes a Linear's place: it holds the tensors of a method's layout and asks the method
-what they mean.
+"""QuantLinear replaces an nn.Linear: it holds the tensors of a method's layout, and the method
+multiplies with them.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from ..common.errors import LLQError
 from ..common.spec import Spec
 from ..kernels import cached_tensors
 from ..method import Method, Packed
-from .ops import known, node
+from .ops import node, register
 
 
 class QuantLinear(nn.Linear):
-    """A Linear over packed weights [O, I]; a subclass, so that peft and "all-linear" find it with
-    no registration.
+    """A linear over packed weights [O, I]. It is a subclass of nn.Linear, so that peft and its
+    target "all-linear" find it without registration.
 
-    The packed codes are a frozen int32 Parameter named `weight`, of packed shape: a loader without
-    this plugin then fails on the shape instead of warning and running random weights. All else the
-    method stores are buffers beside it.
+    The packed codes are a frozen int32 Parameter named `weight`, in their packed shape. A loader
+    without this plugin therefore fails on the shape, instead of warning and running random weights.
+    Everything else that the method stores are buffers.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class QuantLinear(nn.Linear):
         nn.Module.__init__(self)  # not nn.Linear's: it would allocate the dense weight
         self.method, self.in_features, self.out_features = method, in_features, out_features
         self.layout = checked_layout(method, out_features, in_features)
-        self._known = known(method)
+        self._key = register(method)
         for name, spec in self.layout.items():
             empty = torch.empty(spec.shape, dtype=spec.dtype, device=device)
             if name == "weight":
@@ -54,8 +54,8 @@ class QuantLinear(nn.Linear):
 
     @classmethod
     def from_packed(cls, method: Method, linear: nn.Linear, packed: Packed) -> QuantLinear:
-        """The stand-in for `linear`, holding `packed` (names, shapes and dtypes as the method's
-        layout says).
+        """The replacement of `linear`, with the tensors `packed`. LLQError if their names, shapes
+        and dtypes are not those of the method's layout.
         """
         self = cls(method, linear.in_features, linear.out_features, bias=False, device="meta")
         got = {name: (tuple(t.shape), t.dtype) for name, t in packed.items()}
@@ -77,32 +77,32 @@ class QuantLinear(nn.Linear):
         return {name: getattr(self, name).data for name in self.layout}
 
     def dequantized(self) -> Tensor:
-        """fp32 weight [O, I] that the stored tensors mean."""
+        """The weight that the stored tensors mean, fp32 [O, I]."""
         return self.method.dequantize(self.packed(), self.out_features, self.in_features)
 
     def forward(self, x: Tensor) -> Tensor:
         stored = [getattr(self, name) for name in self.layout]
         if torch.compiler.is_compiling():
-            return node(x, stored, ",".join(self.layout), self.bias, self._known, self.out_features)
+            return node(x, stored, ",".join(self.layout), self.bias, self._key, self.out_features)
         return self.method.linear(
             x, cached_tensors(self.layout, stored), self.bias, self.out_features
         )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        known(self.method)  # in the process of a copy, too
+        register(self.method)  # a copy may have been sent to another process
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
-        """`.to(dtype)`, `.half()`, ... move stored tensors but never cast them: a scale in bf16 is
-        another scale.
+        """Move the stored tensors but never cast them, whatever `.to(dtype)` or `.half()` ask for:
+        a scale in bf16 is another scale.
         """
         before = self.packed()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, old in before.items():
             new = getattr(self, name)
             if new.dtype != old.dtype:
-                # The values come from `old`: `new` already went through the lossy cast. Empty on
-                # meta stays empty.
+                # `new` went through the lossy cast, so the values come from `old`. Tensors on meta
+                # have none.
                 value = (
                     torch.empty_like(old, device=new.device) if old.is_meta else old.to(new.device)
                 )
@@ -120,13 +120,12 @@ class QuantLinear(nn.Linear):
 
 
 def checked_layout(method: Method, out_features: int, in_features: int) -> dict[str, Spec]:
-    """The method's layout; LLQError where it would store codes in the very shape of the dense
-    weight.
-    """
+    """The method's layout. LLQError if its codes would have the shape of the dense weight."""
     layout = method.layout(out_features, in_features)
     if layout["weight"].shape == (out_features, in_features):
         raise LLQError(
-            f"{method.name}: {method.bits}-bit codes of a {out_features} x {in_features} linear would be stored in the "
-            "shape of its dense weight, which a loader without llq-hf would mistake for weights; it is too small"
+            f"{method.name}: {method.bits}-bit codes of a {out_features} x {in_features} linear "
+            "would be stored in the shape of its dense weight, which a loader without llq-hf would "
+            "mistake for weights; it is too small"
         )
     return layout

@@ -1,13 +1,13 @@
-"""A packed linear as one node of a graph, for torch.compile: whatever a method does with its
-tensors breaks no graph.
+"""Custom operators that make a packed linear one node under torch.compile, so that no method
+causes a graph break.
 
-A graph holds tensors, numbers and texts only: the operators are given the stored tensors, by which
-they find what is kept of them, and the method by a text. Calls outside graphs go without them,
-which saves 5 us each and more.
+A graph holds only tensors, numbers and strings. The operators therefore receive the stored tensors,
+by which they find the CachedTensors, and a string that names the method. Calls outside graphs do
+not use them, which saves at least 5 us each.
 
-    linear    what graphs without gradients hold; in a graph it costs what calling a module does outside
-    trained   the same with a derivative, which torch takes longer to call
-    gradient  the derivative, of the input: torch decodes, as it does outside graphs
+    linear    for graphs without gradients; costs as much as calling the module outside a graph
+    trained   the same with a derivative; torch takes longer to call it
+    gradient  the derivative with respect to the input; torch decodes, whatever kernels there are
 """
 
 from __future__ import annotations
@@ -18,16 +18,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels import cached_tensors
+from ..kernels import cached_tensors, reference
 from ..method import Method
 
-_KNOWN: dict[str, Method] = {}  # in this process, by what stands for a method in a graph
+_METHODS: dict[str, Method] = {}  # of this process, by the string that stands for each in a graph
 
 
-def known(method: Method) -> str:
-    """What stands for `method` in a graph: all that it is, in words."""
+def register(method: Method) -> str:
+    """Make `method` known to the operators. Returns the string that stands for it in a graph: its
+    repr, which holds all its options.
+    """
     text = repr(method)
-    _KNOWN[text] = method
+    _METHODS[text] = method
     return text
 
 
@@ -39,8 +41,8 @@ def node(
     method: str,
     out_features: int,
 ) -> Tensor:
-    """`Method.linear`, to be traced. names: of the stored tensors, joined by commas; method: as
-    `known` said.
+    """`Method.linear` as one traceable operator. names: of the stored tensors, joined by commas;
+    method: the string from `register`.
     """
     trained = x.requires_grad and torch.is_grad_enabled()
     operator = torch.ops.llq.trained if trained else torch.ops.llq.linear
@@ -57,7 +59,7 @@ def _linear(
     out_features: int,
 ) -> Tensor:
     return (
-        _KNOWN[method]
+        _METHODS[method]
         .linear(x, cached_tensors(names.split(","), stored), bias, out_features)
         .contiguous()
     )
@@ -71,11 +73,13 @@ def _gradient(
     method: str,
     out_features: int,
 ) -> Tensor:
-    """Of x, by way of torch.func: inside an operator autograd records nothing."""
+    """The gradient of x [..., I]. By torch.func, as autograd records nothing inside an operator;
+    by torch's operations, as torch.func cannot go through the kernels of every library.
+    """
     packed = cached_tensors(names.split(","), stored)
-    with torch.enable_grad():
+    with torch.enable_grad(), reference():
         pull: Any = torch.func.vjp(
-            lambda x: _KNOWN[method].linear(x, packed, None, out_features), x
+            lambda x: _METHODS[method].linear(x, packed, None, out_features), x
         )[1]
     x_gradient: Tensor = pull(y_gradient)[0]
     return x_gradient.contiguous()
@@ -99,7 +103,9 @@ def _backward(ctx: Any, y_gradient: Tensor) -> tuple[Any, ...]:
 def _define(
     name: str, arguments: str, function: Callable[..., Tensor], shape: Callable[..., Tensor]
 ) -> None:
-    """shape: gives an empty tensor like the one that `function` puts out."""
+    """Register the operator llq::`name`. shape: returns an empty tensor like the one that
+    `function` returns.
+    """
     torch.library.define(
         f"llq::{name}", f"({arguments}) -> Tensor", tags=torch.Tag.pt2_compliant_tag
     )

@@ -40,8 +40,6 @@ Departures
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -62,7 +60,6 @@ from .options import check_least, check_range
 SUPER = 256  # blocks whose scales (or shifts) share one fp32 number
 CHUNK = 2**21  # weights whose shifts are searched at once, to bound memory
 SHRINKS = 32  # ranges tried by search_range, 1.00 down to 0.38
-KERNEL_BLOCKS = (64, 128, 256, 512, 1024, 2048, 4096)  # that bitsandbytes has kernels for
 
 # The published levels, and the bounds between neighbours that bitsandbytes' kernels use: midpoints,
 # some of them an ulp off.
@@ -328,69 +325,28 @@ class NF4(Method):
         return weight_BK.flatten()[:weights].view(out_features, in_features)
 
     def linear(self, x: Tensor, packed: Packed, bias: Tensor | None, out_features: int) -> Tensor:
-        kernels = _bitsandbytes() if self._has_kernel(x) else None
-        if kernels is None:
-            stored = once(packed, lambda: self._readable(packed, out_features, x.shape[-1]))
-            return product(
-                x, stored, lambda: self.dequantize(packed, out_features, x.shape[-1]), bias
-            )
-        codes = packed["weight"].view(torch.uint8)[: -(-out_features * x.shape[-1] // 2), None]
-        state = kernels.functional.QuantState(
-            absmax=self._scales(packed),
-            shape=torch.Size((out_features, x.shape[-1])),
-            dtype=x.dtype,
-            blocksize=self.block_size,
-            quant_type="nf4",
-            code=_on(x.device, levels, 4),
-        )
-        if not self.icq:
-            y: Tensor = kernels.matmul_4bit(x, codes.t(), quant_state=state, bias=bias)
-            return y
-        weight_OI = kernels.functional.dequantize_4bit(codes, state)
-        tau_B1 = DynamicInt8.decode(packed["tau"], packed["tau_absmax"])[:, None].to(x.dtype)
-        weight_OI = (weight_OI.view(-1, self.block_size) + tau_B1).view(out_features, -1)
-        return torch.nn.functional.linear(x, weight_OI, bias)
+        in_features = x.shape[-1]
+        stored = once(packed, lambda: self._stored(packed, out_features, in_features))
+        return product(x, stored, lambda: self.dequantize(packed, out_features, in_features), bias)
 
-    def _readable(self, packed: Packed, out_features: int, in_features: int) -> TableCodes:
-        scale, shift = Numbers(packed["scale"]), None
+    def _stored(self, packed: Packed, out_features: int, in_features: int) -> TableCodes:
+        """The stored tensors as kernels read them."""
+        device = packed["weight"].device
+        map_256 = _on(device, dynamic_levels)
+        scale = Numbers(packed["scale"])
         if self.double_quant:
-            scale = Numbers(
-                packed["scale"], dynamic_levels()[0], packed["scale_absmax"], packed["scale_mean"]
-            )
-        if self.icq:
-            shift = Numbers(packed["tau"], dynamic_levels()[0], packed["tau_absmax"])
-        table = levels(self.bits)[0]
+            scale = Numbers(packed["scale"], map_256, packed["scale_absmax"], packed["scale_mean"])
         return TableCodes(
             packed["weight"],
             out_features,
             in_features,
             self.bits,
-            table,
+            _on(device, levels, self.bits),
             self.block_size,
             scale,
-            shift,
+            Numbers(packed["tau"], map_256, packed["tau_absmax"]) if self.icq else None,
+            levels_name="nf4" if self.bits == 4 else None,
         )
-
-    def _has_kernel(self, x: Tensor) -> bool:
-        """Whether bitsandbytes serves this layout and these inputs; a width that blocks divide
-        keeps blocks in rows.
-        """
-        whole = (
-            self.bits == 4
-            and self.block_size in KERNEL_BLOCKS
-            and x.shape[-1] % self.block_size == 0
-        )
-        return whole and x.is_cuda and x.numel() > 0
-
-
-@cache
-def _bitsandbytes() -> Any:
-    """The package, or None where it is not installed."""
-    return (
-        importlib.import_module("bitsandbytes")
-        if importlib.util.find_spec("bitsandbytes")
-        else None
-    )
 
 
 def _inverse(scale_B: Tensor) -> Tensor:

@@ -47,7 +47,7 @@ from torch import Tensor
 
 from ..common.errors import LLQError
 from ..common.spec import Spec
-from ..kernels import Part, UniformCodes, once, product, turned
+from ..kernels import Part, UniformCodes, once, product, transformed
 from ..kernels.bitpack import pack, packed_words, unpack
 from ..method import Job, Method, Packed
 from ..numerics.cholesky import prepare_hessian
@@ -226,7 +226,7 @@ class QuIP(Method):
         step = once(packed, lambda: self._step(packed), "step")
         s_I = packed["in_scale"] if self.rescale else None
         # Scaled before the product: fp16 must not overflow.
-        z = turned(
+        z = transformed(
             x, V.forth, lambda: (V.apply(self._scaled(x, packed)) * step).to(x.dtype), s_I, step
         )
         part = Part(self.bits, in_features)
@@ -235,7 +235,7 @@ class QuIP(Method):
             lambda: UniformCodes(packed["weight"], in_features, (part,), 2.0, top / 2, in_features),
         )
         y = product(z, stored, lambda: self._odd_levels(packed, in_features))
-        y = turned(y, U.back, lambda: U.invert(y).to(x.dtype))
+        y = transformed(y, U.back, lambda: U.invert(y).to(x.dtype))
         return y if bias is None else y + bias
 
     def _scaled(self, x: Tensor, packed: Packed) -> Tensor:

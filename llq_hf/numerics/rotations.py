@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ..common.errors import LLQError
-from ..kernels import Turn
+from ..kernels import Transform
 
 
 class Rotation(NamedTuple):
@@ -40,8 +40,8 @@ class Rotation(NamedTuple):
     permute_out: Tensor
     unpermute_in: Tensor  # the inverse permutations
     unpermute_out: Tensor
-    forth: Turn | None  # `apply` and `invert` in the form that kernels read; None: blocked
-    back: Turn | None
+    forth: Transform | None  # `apply` and `invert` as kernels read them; None: blocked
+    back: Transform | None
 
     def apply(self, x: Tensor) -> Tensor:
         """Q x for every vector x [..., n], in fp32."""
@@ -117,8 +117,8 @@ def rotation(seed: int, n: int, blocked: bool, device: torch.device) -> Rotation
     )
     forth = back = None
     if not blocked:
-        forth = Turn(into, first, second.T.contiguous(), out)
-        back = Turn(from_out, first.T.contiguous(), second, from_in)
+        forth = Transform(into, first, second.T.contiguous(), out)
+        back = Transform(from_out, first.T.contiguous(), second, from_in)
     return Rotation(into, first, second, out, from_in, from_out, forth, back)
 
 

@@ -64,8 +64,8 @@ def isa(
     if name not in native.supported():
         pytest.skip(f"this processor has no {name}")
     found = native.Backend(name, libraries[name], ctypes.CDLL(str(libraries[name])))
-    for module in (native, kernels):
-        monkeypatch.setattr(module, "backend", lambda: found)
+    monkeypatch.setattr(native, "backend", lambda: found)
+    rotation.cache_clear()  # with it goes which kernels were chosen
     return name
 
 
@@ -224,9 +224,9 @@ def test_what_a_linear_keeps_for_kernels_ends_with_its_tensors(isa: str):
         return error(module(x).float(), expected) < 0.01
 
     assert agrees(linear, packs[0])
-    kept = kernels.keep(linear.layout, tensors_of(linear))
+    kept = kernels.cached_tensors(linear.layout, tensors_of(linear))
     assert agrees(linear, packs[0])
-    assert kernels.keep(linear.layout, tensors_of(linear)) is kept
+    assert kernels.cached_tensors(linear.layout, tensors_of(linear)) is kept
     linear.weight.data, linear.scale = (
         packs[1]["weight"],
         packs[1]["scale"],
@@ -362,7 +362,7 @@ def test_a_broken_weight_breaks_no_other(isa: str):
 @pytest.mark.parametrize("rows", [40, 3, 131])
 def test_other_products_in_digits(isa: str, name: str, options: dict[str, Any], rows: int):
     method = build(name, **options)
-    packed = kernels.Kept(random_packed(method, rows, 1024))
+    packed = kernels.CachedTensors(random_packed(method, rows, 1024))
     weight_OI = method.dequantize(packed, rows, 1024).double()
     method.linear(torch.ones(1, 1024), packed, None, rows)
     stored = packed.computed["stored"]
@@ -376,15 +376,17 @@ def test_other_products_in_digits(isa: str, name: str, options: dict[str, Any], 
 
 @pytest.mark.parametrize("n", [256, 1024, 11008, 13824])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_turns_agree_with_torch(isa: str, n: int, dtype: torch.dtype):
+def test_transforms_agree_with_torch(isa: str, n: int, dtype: torch.dtype):
     Q = rotation(3, n, False, torch.device("cpu"))
     assert Q.forth is not None
     assert Q.back is not None
     divisor, factor = torch.rand(n, generator=generator()).half() + 0.5, torch.tensor([0.3])
     for shape in ((n,), (3, n), (2, 1, n)):
         x = torch.randn(shape, generator=generator(1)).to(dtype)
-        forth = kernels.turned(x, Q.forth, lambda: pytest.fail("torch was asked"), divisor, factor)
-        back = kernels.turned(x, Q.back, lambda: pytest.fail("torch was asked"))
+        forth = kernels.transformed(
+            x, Q.forth, lambda: pytest.fail("torch was asked"), divisor, factor
+        )
+        back = kernels.transformed(x, Q.back, lambda: pytest.fail("torch was asked"))
         assert forth.dtype == back.dtype == dtype
         assert forth.shape == back.shape == x.shape
         tolerance = 1e-6 if dtype == torch.float32 else 2.0**-8
@@ -392,17 +394,18 @@ def test_turns_agree_with_torch(isa: str, n: int, dtype: torch.dtype):
         assert error(back, Q.invert(x).double()) < tolerance
 
 
-def test_turns_that_kernels_cannot_make_go_by_torch(isa: str):
+def test_transforms_that_kernels_cannot_make_go_by_torch(isa: str):
     x, slow = torch.randn(2, 96), torch.zeros(2, 96)
     odd = rotation(3, 96, False, torch.device("cpu"))  # 8 x 12: no whole vectors
-    assert kernels.turned(x, odd.forth, lambda: slow) is slow
+    assert kernels.transformed(x, odd.forth, lambda: slow) is slow
     assert (
-        kernels.turned(x, rotation(3, 96, True, torch.device("cpu")).forth, lambda: slow) is slow
+        kernels.transformed(x, rotation(3, 96, True, torch.device("cpu")).forth, lambda: slow)
+        is slow
     )  # blocked
     whole = rotation(3, 256, False, torch.device("cpu")).forth
     with kernels.reference():
-        assert kernels.turned(torch.randn(2, 256), whole, lambda: slow) is slow
-    assert kernels.turned(torch.randn(2, 256, requires_grad=True), whole, lambda: slow) is slow
+        assert kernels.transformed(torch.randn(2, 256), whole, lambda: slow) is slow
+    assert kernels.transformed(torch.randn(2, 256, requires_grad=True), whole, lambda: slow) is slow
 
 
 def random_packed(method: Method, out_features: int, in_features: int) -> Packed:
@@ -455,7 +458,7 @@ def test_files_do_not_depend_on_kernels(
         }
 
     with_kernels = run("with")
-    monkeypatch.setattr(kernels, "backend", lambda: None)
+    monkeypatch.setattr(native, "backend", lambda: None)
     assert run("without") == with_kernels
 
 

@@ -1,5 +1,5 @@
-"""torch.compile: every method in one graph, from a linear to `generate`, with the numbers of the
-plain model.
+"""torch.compile: every method runs in one graph, from a linear to `generate`, with the results of
+the plain model.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from transformers import AutoModelForCausalLM, CompileConfig, StaticCache
 
 from llq_hf.data.calibration import Calibration
 from llq_hf.engine.execute import quantize_checkpoint
-from llq_hf.kernels import CachedTensors, cached_tensors, reference
+from llq_hf.kernels import CachedTensors, UniformCodes, cached_tensors, dispatch, reference
 from llq_hf.kernels import build as building
+from llq_hf.kernels.rows import ALL, MANY, Row
 from llq_hf.kernels.views import _CACHE
 from llq_hf.layers import ops
 from llq_hf.layers.linear import QuantLinear
@@ -75,7 +76,7 @@ def tensors_of(linear: QuantLinear) -> list[Tensor]:
 def arguments(linear: QuantLinear) -> tuple[Any, ...]:
     """What a graph calls the operator with, after x."""
     names = ",".join(linear.layout)
-    return tensors_of(linear), names, linear.bias, ops.known(linear.method), linear.out_features
+    return tensors_of(linear), names, linear.bias, ops.register(linear.method), linear.out_features
 
 
 def whole(model: Any, backend: str = "aot_eager") -> Any:
@@ -88,7 +89,7 @@ def whole(model: Any, backend: str = "aot_eager") -> Any:
 
 @each_method
 def test_a_linear_gives_the_same_bits(case: Case):
-    """One token and many, which are other kernels."""
+    """With one token and with many, which are served by different kernels."""
     linear = linear_of(case).bfloat16()
     compiled = whole(linear)
     with torch.inference_mode():
@@ -112,9 +113,8 @@ def test_gradients_are_those_outside_graphs(case: Case):
 
 @each_method
 def test_the_host_reads_no_values(case: Case):
-    """From the second call on: on a GPU every reading waits, and a CUDA graph cannot hold it.
-
-    Tensors without values stand in, which cannot be read.
+    """From the second call on, Python reads no tensor: on a GPU each read waits for the device,
+    and a CUDA graph cannot hold one. Fake tensors, which have no values, would raise.
     """
     linear, x = linear_of(case), checks.inputs()[:2]
     packed = cached_tensors(linear.layout, tensors_of(linear))
@@ -136,7 +136,22 @@ def test_the_operators_are_what_they_say():
     )
 
 
-def test_what_is_kept_is_found_in_a_graph_and_ends_with_the_linear():
+def test_derivatives_in_graphs_are_torchs_own(monkeypatch: pytest.MonkeyPatch):
+    """torch.func goes through no autograd.Function of other libraries, so no kernel may serve."""
+    linear, x = linear_of(CASES[0]), checks.inputs()[:3]
+
+    def failing(x: Tensor, stored: UniformCodes, bias: Tensor | None) -> Tensor:
+        pytest.fail("a kernel was asked for a derivative")
+
+    row = Row(UniformCodes, "cpu", MANY, ALL, lambda: True, lambda view: True, failing, True)
+    monkeypatch.setattr(dispatch, "TABLE", (row,))
+    stored, names, _, method, out_features = arguments(linear)
+    y_gradient = torch.ones(3, out_features)
+    found = torch.ops.llq.gradient(y_gradient, x, stored, names, method, out_features)
+    assert torch.allclose(found, y_gradient @ linear.dequantized(), rtol=1e-5, atol=1e-5)
+
+
+def test_computed_values_are_found_in_a_graph_and_end_with_the_linear():
     gc.collect()
     linear, x, before = linear_of(CASES[0]), checks.inputs()[:1], len(_CACHE)
     linear(x)
@@ -154,12 +169,12 @@ def test_what_is_kept_is_found_in_a_graph_and_ends_with_the_linear():
 def test_a_linear_sent_to_another_process_compiles_there(monkeypatch: pytest.MonkeyPatch):
     linear, x = linear_of(CASES[0]), checks.inputs()[:1]
     sent = pickle.dumps(linear)
-    monkeypatch.setattr(ops, "_KNOWN", {})
+    monkeypatch.setattr(ops, "_METHODS", {})
     assert torch.equal(whole(pickle.loads(sent))(x), linear(x))
 
 
-def test_turned_and_quantized_keys():
-    """Hadamards whose size is no power of two are found with numpy, which no graph holds."""
+def test_rotated_and_quantized_keys():
+    """Hadamards whose size is no power of two are made with numpy, which no graph can hold."""
     quant = TokenQuant(4, sym=False)
     attention = Attention(key=quant, value=quant, joint_key=True, hadamard=True)
     q, k, v = torch.randn(3, 1, 2, 3, 96, generator=torch.Generator().manual_seed(0))
@@ -180,8 +195,8 @@ def test_inductor():
 
 
 def decode(model: Any, step: Any, ids_BS: Tensor) -> Tensor:
-    """Logits [B, S - PROMPT, vocabulary] of `step`, a token at a time, behind a prompt that the
-    model itself read.
+    """Logits [B, S - PROMPT, vocabulary] of `step`, one token at a time, after a prompt that the
+    model itself has read.
     """
     cache, logits = StaticCache(config=model.config, max_cache_len=PROMPT + TOKENS), []
     model(ids_BS[:, :PROMPT], past_key_values=cache)
@@ -208,8 +223,8 @@ def test_decoding_is_one_graph_for_all_tokens(
 
 
 def test_generate_with_a_static_cache(load: Any, calibration_ids: Tensor):
-    """As with a growing one; compiled, as `generate` does by itself on a GPU. With attention of the
-    method's own.
+    """The same tokens as with a growing cache, also compiled, as `generate` compiles by itself on
+    a GPU. The method brings attention of its own.
     """
     model = load("spinquant", a_bits=8, kv_bits=4)
     everywhere = CompileConfig(fullgraph=True, backend="aot_eager", mode=None)

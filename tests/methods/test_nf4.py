@@ -12,6 +12,7 @@ from contract import checks
 from reference.nf4 import codebook, dynamic_map, entropy, nf4
 
 from llq_hf.common.errors import LLQError
+from llq_hf.kernels import bitsandbytes_rows, dispatch
 from llq_hf.method import Packed, stored_bits
 from llq_hf.methods import build
 from llq_hf.methods import nf4 as module
@@ -132,11 +133,30 @@ def test_kernels_are_given_what_they_read(icq: bool, monkeypatch: pytest.MonkeyP
     ) -> torch.Tensor:
         return torch.nn.functional.linear(x, dequantize(codes.t(), quant_state), bias)
 
+    calls: list[str] = []
     functional = SimpleNamespace(QuantState=SimpleNamespace, dequantize_4bit=dequantize)
-    monkeypatch.setattr(
-        module, "_bitsandbytes", lambda: SimpleNamespace(functional=functional, matmul_4bit=matmul)
-    )
-    monkeypatch.setattr(NF4, "_has_kernel", lambda self, x: True)
+    library = SimpleNamespace(functional=functional, matmul_4bit=matmul)
+    monkeypatch.setattr(bitsandbytes_rows, "_library", lambda: calls.append("served") or library)
+    here = [row._replace(device="cpu", available=lambda: True) for row in bitsandbytes_rows.ROWS]
+    monkeypatch.setattr(dispatch, "TABLE", here)
     method, weight_OI = build("nf4", icq=icq), checks.weight(24, 128)
     checks.check_linear(method, checks.quantize(method, weight_OI), weight_OI, torch.float32)
+    served = len(calls)
+    assert served > 0
     checks.check_gradient(method, checks.quantize(method, weight_OI), weight_OI)
+    assert len(calls) > served  # these kernels have a derivative
+
+
+@pytest.mark.parametrize(
+    ("options", "columns"),
+    [({"bits": 3}, 128), ({"block_size": 32}, 128), ({"block_size": 96}, 192), ({}, 96)],
+    ids=["levels", "block size", "another block size", "blocks across rows"],
+)
+def test_kernels_are_not_given_what_they_cannot_read(options: dict[str, int], columns: int):
+    def fitting(method: NF4, shape: tuple[int, int]) -> list[bool]:
+        packed = checks.quantize(method, checks.weight(*shape))
+        return [row.fits(method._stored(packed, *shape)) for row in bitsandbytes_rows.ROWS]
+
+    assert fitting(build("nf4"), (24, 128)) == [True, False]
+    assert fitting(build("nf4", icq=True), (24, 128)) == [False, True]
+    assert fitting(build("nf4", **options), (24, columns)) == [False, False]

@@ -1,7 +1,8 @@
-// Codes of b bits as llq_hf/kernels/bitpack.py packs them: blocks of 128 in planes of 8, 4, 2 and 1 bits, what is left in units of 32.
+// Codes of b bits as kernels/bitpack.py packs them: blocks of 128 in planes of 8, 4, 2 and 1 bits, the rest in units of
+// 32.
 //
-// A *slot* is 16 bytes: 16 neighbouring columns of a row. Fields of a plane's 16-byte chunks are whole slots, in the order
-// of the columns, so no code ever moves between lanes.
+// A *slot* is 16 neighbouring columns of a row, one code in each of 16 bytes. A field of a plane's 16-byte chunk is a
+// whole slot, and fields are in the order of the columns, so no code ever moves between lanes.
 #pragma once
 #include <algorithm>
 #include <cstring>
@@ -10,14 +11,14 @@
 #include "simd.h"
 
 constexpr int BLOCK = 128, SLOTS = 8, UNIT = 32;
-constexpr int AHEAD = 4096;  // bytes that are fetched before they are needed: streams cross pages
+constexpr int AHEAD = 4096;  // bytes to prefetch ahead: a whole page, as the data crosses pages
 
-// Asks for memory that will be read.
+// Prefetches memory.
 INLINE void fetch(const uint8_t* p, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch((const char*)p + i, _MM_HINT_T0);
 }
 
-// Code i of n that are packed at p. For what no vector is worth: tails of rows.
+// Code i of n that are packed at p. Slow: for tails of rows.
 inline int code_at(const uint8_t* p, int64_t i, int64_t n, int bits) {
   const int64_t whole = n / BLOCK * BLOCK;
   const bool tail = i >= whole;
@@ -41,8 +42,8 @@ INLINE Vector field(Vector v, int n, int to, int width) {
   return width < 8 ? keep(v, ((1 << width) - 1) << to) : v;
 }
 
-// Calls use(slot, its codes) for the slots of a block, in order. at16(i) are its bytes i .. i + 15: of one row, or of every
-// row of a tile.
+// Calls use(slot, its codes) for the slots of a block, in order. at16(i) returns the block's bytes i .. i + 15, of one
+// row or of each row of a tile.
 template <int BITS, typename At, typename Use>
 INLINE void each_slot(At at16, Use use) {
   constexpr int WIDE = BITS >= 8 ? 8 : BITS >= 4 ? 4 : BITS >= 2 ? 2 : 1, FIELDS = 8 / WIDE;
@@ -63,23 +64,24 @@ INLINE void each_slot(At at16, Use use) {
   }
 }
 
-// Of one row whose block begins at p.
+// The same for one row whose block begins at p.
 template <int BITS, typename Use>
 INLINE void each_slot_of_row(const uint8_t* p, Use use) {
   each_slot<BITS>([&](int at) { return _mm_loadu_si128((const __m128i*)(p + at)); }, use);
 }
 
-// Rows that are multiplied together, R tiles of them: where the next block of each begins.
+// Pointers to R tiles of rows that are multiplied together.
 template <int R>
 struct Rows {
   const uint8_t* p[R * TILE];
 
-  // Rows first.. of a matrix; those behind `last` are that one.
+  // Rows from `first` on. Row `last` stands in for the rows behind it.
   Rows(const uint8_t* weight, int64_t row_bytes, int first, int last) {
     for (int i = 0; i < R * TILE; i++) p[i] = weight + std::min(first + i, last) * row_bytes;
   }
 
-  // Their slots of block k. Fetches what the next rows have there: they lie behind these in one stretch of memory.
+  // Calls use(slot, codes of all rows) for the slots of block k. Prefetches the same block of the next rows, which
+  // follow in memory.
   template <int BITS, typename Use>
   INLINE void each_slot_of(int k, int64_t row_bytes, Use use) const {
     const int64_t start = (int64_t)k * 16 * BITS;
@@ -90,7 +92,7 @@ struct Rows {
           return found;
         },
         use);
-    if (start % 64 >= 16 * BITS) return;  // that line has been asked for
+    if (start % 64 >= 16 * BITS) return;  // that cache line was prefetched already
     for (int i = 0; i < R * TILE; i++)
       for (int line = 0; line < 16 * BITS; line += 64)
         _mm_prefetch((const char*)p[i] + start + R * TILE * row_bytes + line, _MM_HINT_T1);

@@ -1,4 +1,4 @@
-// The C interface of the CPU kernels; kernels/native.py declares it once more.
+// The C interface of the CPU kernels. kernels/native.py repeats its declarations.
 //
 // Legend: O rows of the weight, I columns, T tokens.
 #include <algorithm>
@@ -11,7 +11,8 @@
 
 namespace {
 
-constexpr int CHUNK = 64, AT_ONCE = 4;  // rows whose scales stay in the cache; tokens that share a pass over a row
+// CHUNK: rows whose scales stay in the cache; AT_ONCE: tokens that share a pass over a row.
+constexpr int CHUNK = 64, AT_ONCE = 4;
 
 // Calls work(first row, last row) for chunks of rows.
 template <typename Work>
@@ -20,7 +21,7 @@ void over_rows(int rows, int threads, Work work) {
              [&](int chunk) { work(chunk * CHUNK, std::min(rows, (chunk + 1) * CHUNK)); });
 }
 
-// What all products have in common: x [T, I] and y [T, O] of `dtype`, an fp32 bias [O] or null.
+// The arguments that all products share: x [T, I] and y [T, O] of `dtype`, an fp32 bias [O] or null.
 struct Call {
   const void* x;
   int dtype, columns, tokens;
@@ -34,7 +35,7 @@ struct Call {
     return buffer.data();
   }
 
-  // Adds the bias to sums [T, rows of a chunk] and stores them where rows first.. of every token lie.
+  // Adds the bias to sums [T, rows of a chunk] and stores them as rows `first` on of y.
   void store(std::vector<float>& sums, int first, int last, int rows) const {
     const int size = last - first;
     for (int t = 0; t < tokens; t++) {
@@ -46,7 +47,7 @@ struct Call {
   }
 };
 
-// Products in fp32, the weight decoded row by row.
+// Products in fp32; the weight is decoded row by row.
 template <typename Weight>
 void multiply_floats(const Weight& weight, const Call& call) {
   static thread_local std::vector<float> floats;
@@ -67,7 +68,7 @@ void multiply_floats(const Weight& weight, const Call& call) {
   });
 }
 
-// Rows from..to as `dtype`.
+// Decodes rows from..to as `dtype`.
 template <typename Weight>
 void decode(const Weight& weight, int from, int to, Dtype dtype, void* out, int threads) {
   const bool halves = dtype != F32 && weight.has_halves();
@@ -88,7 +89,7 @@ void decode(const Weight& weight, int from, int to, Dtype dtype, void* out, int 
   });
 }
 
-// Calls work(tokens as a constant, first token), as many at once as registers hold sums of.
+// Calls work(number of tokens as a constant, first token), with as many tokens as the registers hold sums of.
 template <typename Work>
 void over_tokens(int tokens, Work work) {
   int t = 0;
@@ -97,7 +98,7 @@ void over_tokens(int tokens, Work work) {
   for (; t < tokens; t++) work(std::integral_constant<int, 1>{}, t);
 }
 
-// The activations of blocks that lie in order and belong to one group each. The calling thread's own: they last until its
+// The digits of the activations, for blocks in order with one group each. The calling thread owns the result until its
 // next product.
 template <typename Weight>
 const Digits& digits_of(const Call& call, const Weight& weight) {
@@ -109,7 +110,7 @@ const Digits& digits_of(const Call& call, const Weight& weight) {
   return digits;
 }
 
-// Products with the columns behind the last whole block, in fp32.
+// Adds the products with the columns behind the last whole block, in fp32.
 void add_tail(const Part& part, Grids& grids, const float* x_TI, const Call& call, int first, int last, float* sums) {
   static thread_local std::vector<float> rest;
   if (!part.tail) return;
@@ -126,9 +127,10 @@ void add_tail(const Part& part, Grids& grids, const float* x_TI, const Call& cal
 
 }  // namespace
 
-// y [T, O] = x [T, I] W^T + bias. _digits: activations in two int8 digits, groups of whole blocks of 128 columns, of uniform
-// codes also of half blocks.
-// _floats: all in fp32, any groups. _decode: rows from..to of W, [to - from, I] of `dtype`.
+// y [T, O] = x [T, I] W^T + bias.
+// _digits: activations in two int8 digits; groups are whole blocks of 128 columns, for uniform codes also half blocks.
+// _floats: all in fp32; any groups.
+// _decode: rows from..to of W, [to - from, I] of `dtype`.
 extern "C" {
 
 void llq_uniform_digits(const Uniform* parts, int count, const void* x, int dtype, int columns, int tokens, const float* bias,
@@ -145,7 +147,7 @@ void llq_uniform_digits(const Uniform* parts, int count, const void* x, int dtyp
     const auto group = [&](int k, int half) { return part.group_of_half(k, half); };
     split(x_TI, columns, tokens, part.blocks, part.w.groups, source, group, digits[i]);
   }
-  const Digits* d = digits.data();  // of this thread: workers have their own
+  const Digits* d = digits.data();  // the calling thread's: workers have their own
   over_rows(weight.rows(), threads, [&](int first, int last) {
     static thread_local std::vector<float> sums;
     static thread_local UniformWeight::State state;
@@ -174,7 +176,7 @@ void llq_uniform_decode(const Uniform* parts, int count, int columns, int from, 
   decode(UniformWeight(parts, count, columns), from, to, (Dtype)dtype, out, threads);
 }
 
-// Rows from..to as int8: codes less `centre`.
+// Rows from..to as int8: codes minus `centre`.
 void llq_uniform_centred(const Uniform* weight, int from, int to, int centre, uint8_t* out, int threads) {
   const Part part(*weight);
   over_rows(to - from, threads, [&](int first, int last) {
@@ -239,7 +241,7 @@ void llq_salient_decode(const Salient* salient, int, int, int from, int to, int 
   decode(SalientWeight(*salient), from, to, (Dtype)dtype, out, threads);
 }
 
-// Columns must be whole blocks, codes of 4 bits, groups of half blocks at least.
+// Columns must be whole blocks, codes have 4 bits, groups at least half a block.
 void llq_table_digits(const Table* table, int, const void* x, int dtype, int columns, int tokens, const float* bias, void* y,
                       int threads) {
   static thread_local std::vector<float> floats, halved;
@@ -250,7 +252,7 @@ void llq_table_digits(const Table* table, int, const void* x, int dtype, int col
   const auto source = [](int k) { return k; };
   const auto group = [&](int k, int half) { return weight.group_of_half(k, half); };
   split(halved.data(), columns, tokens, weight.blocks, table->groups, source, group, digits);
-  const Digits& d = digits;  // of this thread
+  const Digits& d = digits;  // the calling thread's
   over_rows(weight.rows(), threads, [&](int first, int last) {
     static thread_local std::vector<float> sums;
     static thread_local TableWeight::State state;
@@ -263,7 +265,7 @@ void llq_table_digits(const Table* table, int, const void* x, int dtype, int col
   });
 }
 
-// Groups divide the columns, and are whole units of 32.
+// Groups must divide the columns and be whole units of 32.
 void llq_table_floats(const Table* table, int, const void* x, int dtype, int columns, int tokens, const float* bias, void* y,
                       int threads) {
   multiply_floats(TableWeight(*table), Call{x, dtype, columns, tokens, bias, y, threads});
@@ -273,7 +275,8 @@ void llq_table_decode(const Table* table, int, int, int from, int to, int dtype,
   decode(TableWeight(*table), from, to, (Dtype)dtype, out, threads);
 }
 
-// y [T, I] = factor * the transform of x [T, I] / divisor, y in the dtype of x. divisor: fp16 [I], or null; factor: or null.
+// y [T, I] = factor * (the transform of x [T, I] / divisor), in the dtype of x. divisor: fp16 [I] or null; factor: fp32
+// or null.
 void llq_turn(const Turn* given, const void* x, int dtype, int tokens, const void* divisor, const float* factor, void* y,
               int threads) {
   const int n = given->a * given->b;

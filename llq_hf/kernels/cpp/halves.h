@@ -1,4 +1,4 @@
-// Decoding to bf16 or fp16 through a table of the levels of a row and group: 32 codes become 32 values in one instruction.
+// Decode to bf16 or fp16 by a table of the levels of a row and group: one instruction turns 32 codes into 32 values.
 #pragma once
 #include "codes.h"
 #include "numbers.h"
@@ -22,8 +22,8 @@ INLINE __m256i pick16(__m128i codes, Bytes levels) {
   return _mm512_castsi512_si256(_mm512_permutexvar_epi16(_mm512_castsi256_si512(_mm256_cvtepu8_epi16(codes)), levels));
 }
 
-// A block of codes of one row as halves, by the levels of its first 64 columns and of the others; salient: 128 bytes to be
-// OR-ed to the codes, or null.
+// Decodes a block of one row. first, second: the levels of its first and its last 64 columns; salient: 128 bytes that
+// are OR-ed to the codes, or null.
 template <int BITS>
 INLINE void pick(const uint8_t* p, Bytes first, Bytes second, const uint8_t* salient, uint16_t* out) {
   each_slot_of_row<BITS>(p, [&](int slot, __m128i q) {

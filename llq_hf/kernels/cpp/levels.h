@@ -1,10 +1,10 @@
-// Codes of 2 bits that pick one of a group's levels, whatever these are: sums of two binary weights (dual binarization), or
-// two signs whose meaning depends on the column (salient or not).
+// 2-bit codes that select one of a group's levels. The bits stand for two binary weights, whose sum is the level (dual
+// binarization), or for two signs, whose meaning depends on the column (salient or not).
 //
-// For products the levels of a row become numbers of 14 bits, step (128 high + low - MIDDLE), a step for every row, whose
-// digits are picked by code from one vector; with activations in two digits that is three integer products. The error (6e-5
-// of the row's largest level) lies about that of the activations. Sums of two binary weights need none of that for one token:
-// they are the products of the two planes of bits.
+// For products, the levels of a row are rounded to 14 bits, step (128 high + low - MIDDLE), with a step for each row.
+// The codes select the two digits from one vector. With activations in two digits as well, a product is three integer
+// products. The error of this rounding, 6e-5 of the row's largest level, is about that of the activations. Sums of two
+// binary weights are not rounded for one token: there the product is that of the two planes of bits.
 #pragma once
 #include <functional>
 
@@ -16,24 +16,24 @@
 struct Levels {
   const uint8_t* weight;
   int64_t row_bytes;
-  const void* scale;       // [rows, groups, 2]: of each plane; [rows, groups, 4]: of low, mid, first and second salient sign
-  const void* mean;        // [rows, groups, 3 or 4]: of low, mid, salient (both signs together, or each); null with 2 scales
+  const void* scale;       // [rows, groups, 2]: for each plane; [rows, groups, 4]: for low, mid, first and second salient sign
+  const void* mean;        // [rows, groups, 3 or 4]: for low, mid, salient (both signs together, or each); null with 2 scales
   const uint8_t* salient;  // packed bits [columns]; null: none
   int32_t rows, columns, groups, group_size, dtype, means;
 };
 
 struct LevelWeight {
-  static constexpr int MIDDLE = 1 << 13, PER = LANES / 4;  // groups whose levels are made at once
+  static constexpr int MIDDLE = 1 << 13, PER = LANES / 4;  // groups whose levels are computed at once
   const Levels& w;
   int blocks, tail;
   std::vector<int> group_of;       // of each block
   std::vector<uint8_t> salient;    // 4 for salient columns, else 0: where their levels begin
 
-  // Of some rows, for every group.
+  // What is computed for a chunk of rows, for each group.
   struct State {
     std::vector<float> scale, mean, table;  // table: 8 levels
-    std::vector<float> plane[2];  // Tiled: what each bit counts where it stands
-    std::vector<float> step;      // of each row
+    std::vector<float> plane[2];  // Tiled: the weight of each bit, divided by its place value
+    std::vector<float> step;      // for each row
     std::vector<uint8_t> digits;  // [tile][group][row of the tile][8 high, 8 low]
   };
 
@@ -47,7 +47,7 @@ struct LevelWeight {
   int columns() const { return w.columns; }
   const uint8_t* row(int r) const { return w.weight + r * w.row_bytes; }
 
-  // Scales and means as floats; how many groups there are in these rows.
+  // Reads scales and means as floats. Returns the number of groups in these rows.
   int64_t read_levels(State& s, int first, int last) const {
     const int64_t from = (int64_t)first * w.groups, count = (int64_t)(last - first) * w.groups;
     const auto dtype = (Dtype)w.dtype;
@@ -61,7 +61,7 @@ struct LevelWeight {
     return count;
   }
 
-  // In the order of torch's operations, so that levels are the same to the last bit.
+  // Computes levels in the order of torch's operations, so that they are equal bit for bit.
   void read(State& s, int first, int last) const {
     const int64_t count = read_levels(s, first, last);
     const int scales = w.mean ? 4 : 2;
@@ -84,7 +84,7 @@ struct LevelWeight {
     }
   }
 
-  // What the two bits count, of sums of binary weights.
+  // The weights of the two bits, for sums of binary weights.
   void read_planes(State& s, int first, int last) const {
     const Tiled tiled(w.groups);
     for (auto& plane : s.plane) plane.resize(tiled.size(last - first));
@@ -99,7 +99,7 @@ struct LevelWeight {
     });
   }
 
-  // All levels as numbers of 14 bits.
+  // All levels, rounded to 14 bits.
   void read_digits(State& s, int first, int last) const {
     constexpr float MOST = MIDDLE - 4;
     s.step.assign(last - first + MOST_ROWS, 0);
@@ -121,7 +121,8 @@ struct LevelWeight {
   }
 
  private:
-  // Calls use(row, dtype, its scales, its means); vectors of PER groups may reach behind the last one, and find zeros there.
+  // Calls use(row, dtype, its scales, its means). Vectors of PER groups may reach behind the last group, where they
+  // find zeros.
   template <typename Use>
   void with_row_ends(int first, int last, Use use) const {
     static thread_local std::vector<uint8_t> end;
@@ -131,7 +132,7 @@ struct LevelWeight {
       const uint8_t *scale = (const uint8_t*)w.scale + r * scales, *mean = (const uint8_t*)w.mean + r * means;
       fetch(scale + AHEAD, scales);
       fetch(mean + AHEAD, means);
-      if (w.groups % PER || (int64_t)(w.rows - 1 - r) * w.groups < 2 * PER) {  // nothing lies behind the matrix
+      if (w.groups % PER || (int64_t)(w.rows - 1 - r) * w.groups < 2 * PER) {  // no readable memory follows the matrix
         end.assign(scales + means + 2 * WIDTH, 0);
         memcpy(end.data(), scale, scales);
         if (means) memcpy(end.data() + scales + WIDTH, mean, means);
@@ -151,19 +152,19 @@ struct LevelWeight {
     return w.means == 4 ? load_quads<D>(mean + g * 4 * size_of(D)) : load_triples<D>(mean + g * 3 * size_of(D));
   }
 
-  // No level of PER groups from g on is larger than one of these.
+  // Bounds of the magnitudes of all levels of PER groups from g on.
   template <Dtype D>
   INLINE Floats largest_of(const uint8_t* scale, const uint8_t* mean, int g) const {
     if (!w.mean) {
       const Floats a = size(load_pairs<D>(scale + g * 2 * size_of(D)));
       return add(a, quad<1, 0, 3, 2>(a));
     }
-    // Of low and mid; of both salient signs together.
+    // Bounds for low, for mid, and for both salient signs together.
     const Floats each = add(size(load_quads<D>(scale + g * 4 * size_of(D))), size(means_of<D>(mean, g)));
     return fma(quad<0, 1, 3, 3>(each), quads(0, 0, 1, 0), each);
   }
 
-  // Of PER groups from g on: [group][8 high, 8 low].
+  // The digits of PER groups from g on: [group][8 high, 8 low].
   template <Dtype D>
   INLINE Bytes digits_of(const uint8_t* scale, const uint8_t* mean, int g, Floats inverse) const {
     const Floats turns = quads(-1, 1, -1, 1), halves = quads(-1, -1, 1, 1);
@@ -216,7 +217,7 @@ struct LevelWeight {
   }
 };
 
-// out[token][r - first] += rows first..last times the blocks of x, of sums of two binary weights.
+// out[token][r - first] += rows first..last times the blocks of x, for sums of two binary weights.
 template <int TOKENS>
 void dot_planes(const LevelWeight& weight, const LevelWeight::State& state, const Digits& x, int token, int first, int last,
                 float* out) {
@@ -233,7 +234,7 @@ void dot_planes(const LevelWeight& weight, const LevelWeight::State& state, cons
       const unsigned g = weight.group_of[k];
       Sum<2> high[2][R][TOKENS], low[2][R][TOKENS];
       rows.template each_slot_of<2>(k, weight.w.row_bytes, [&](int slot, Many<R> q) {
-        const Many<R> plane[2] = {keep(q, 1), keep(q, 2)};  // the second counts twice: its scale is halved
+        const Many<R> plane[2] = {keep(q, 1), keep(q, 2)};  // the second has place value 2, so its scale was halved
         for (int t = 0; t < TOKENS; t++) {
           const int8_t* digits = x.block(token + t, k) + 16 * slot;
           const Bytes a = both16(digits), b = both16(digits + BLOCK);
@@ -269,7 +270,7 @@ void dot_levels(const LevelWeight& weight, const LevelWeight::State& state, cons
                 float* out) {
   constexpr int R = TILES<4, TOKENS>;
   const int stride = last - first, groups = weight.w.groups;
-  float all[TOKENS] = {};  // of x, for every level has MIDDLE too much
+  float all[TOKENS] = {};  // sums of x, to subtract the MIDDLE that was added to each level
   for (int t = 0; t < TOKENS; t++)
     for (int g = 0; g < groups; g++) all[t] += x.sums(token + t)[g];
   for (int r = first; r < last; r += R * TILE) {

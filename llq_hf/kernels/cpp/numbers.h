@@ -1,4 +1,4 @@
-// Floats of the three dtypes that activations, scales and outputs have.
+// Conversions between fp32 and the three dtypes of activations, scales and outputs.
 #pragma once
 #include <cstring>
 
@@ -57,8 +57,8 @@ inline void from_floats(const float* from, int64_t count, Dtype dtype, void* out
   }
 }
 
-// Four floats a group from as many numbers of dtype D, from three (and a zero) or two (twice). A vector is read, whatever of
-// it counts.
+// A vector with four floats for each group: from four numbers of dtype D, from three and a zero, or from two, twice. Each
+// function reads a whole vector, whatever it uses of it.
 template <Dtype D>
 INLINE Floats load_quads(const uint8_t* p) {
   if constexpr (D == F32) return loadf((const float*)p);

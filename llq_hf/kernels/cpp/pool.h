@@ -1,5 +1,6 @@
-// Threads that claim chunks of work. The caller works too and waits only for chunks somebody has claimed: a thread that
-// the system does not run costs nothing, where a static split (OpenMP's) waits a scheduler's slice for it.
+// Threads that claim chunks of work. The caller works too, and waits only for chunks that another thread has claimed.
+// So a thread that the system does not run costs nothing; a static split, as OpenMP's, would wait for it for a
+// scheduler's slice.
 #pragma once
 #include <pthread.h>
 
@@ -14,7 +15,7 @@ class Pool {
   // work(chunk) for every chunk below `chunks`, on up to `threads` threads.
   void run(int chunks, int threads, const std::function<void(int)>& work) {
     std::unique_lock<std::mutex> alone(busy_, std::try_to_lock);
-    if (threads <= 1 || chunks <= 1 || !alone.owns_lock()) {  // another thread of the caller's has the pool
+    if (threads <= 1 || chunks <= 1 || !alone.owns_lock()) {  // another calling thread uses the pool
       for (int i = 0; i < chunks; i++) work(i);
       return;
     }
@@ -28,7 +29,7 @@ class Pool {
     wake_.notify_all();
     claim(job);
     std::unique_lock<std::mutex> lock(mutex_);
-    job_ = nullptr;  // nobody else may begin
+    job_ = nullptr;  // no other worker may begin
     done_.wait(lock, [&] { return job.inside == 0; });
   }
 
@@ -64,8 +65,8 @@ class Pool {
   int wanted_ = 0, started_ = 0;
 };
 
-// Never destroyed: detached workers may still wait in it when the process ends. A forked child has none of the workers
-// and starts anew.
+// Never destroyed, as detached workers may still wait in it when the process ends. A forked child has no workers, so it
+// gets a new pool.
 inline Pool*& pool_slot() {
   static Pool* one = new Pool;
   return one;

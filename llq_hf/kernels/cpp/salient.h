@@ -1,12 +1,14 @@
-// Binarized weights, a sign for each and two levels for every row and group, but for a list of salient ones that have 8 bits
-// and a grid of their row: the sign, and 7 bits beside it.
+// Binarized weights: each has a sign, and each row and group two levels. The exception is a list of salient weights,
+// which have 8 bits (the sign and 7 more) on a grid of their row.
 //
-// The list holds positions in the flat matrix as Elias and Fano do: low bits as they are; high parts in unary, position k as
-// a one at bit (high part + k). Rows find their part of it by counting zeros: the zero behind a *cell*'s last high part is
-// where the next cell begins. A cell is 128 columns, or what one high part stands for if that is more.
+// The list holds positions in the flat matrix in Elias-Fano form: low bits as they are, high parts in unary (position
+// number k is a one at bit high part + k). A row finds its part of the list by counting zeros: the zero behind the last
+// high part of a *cell* marks the beginning of the next cell. A cell is 128 columns, or the range of one high part if
+// that is larger.
 //
-// Products take all signs for what they say, like any plane of bits, and then put right what is listed, cell by cell: four
-// rows at once (two with AVX2), 16 weights of each, whose activations are gathered out of the 128 of the block.
+// Products first treat all weights as binarized, like any plane of bits. Then they correct the listed weights, cell by
+// cell: four rows at once (two with AVX2), 16 weights of each, whose activations are gathered from the 128 of the
+// block.
 #pragma once
 #include <limits>
 
@@ -28,14 +30,15 @@ struct Salient {
   int32_t rows, columns, groups, group_size, dtype, low_bits;
 };
 
-// What is listed in some cells: its place in the cell and its code. Cell c has those from begin[c - first] to the next begin.
+// The listed weights of some cells: place in the cell, and code. Cell c has those from begin[c - first] up to the next
+// begin.
 struct List {
   std::vector<uint8_t> place, code, low;
   std::vector<int32_t> begin;
   int64_t first;
 };
 
-// The bits of a plane at `place` of each row's block, whose 16 bytes are `rows`: bytes of zeros or ones.
+// The bits at `place` of each row's block of a 1-bit plane, whose 16 bytes are `rows`. A byte of the result is 0 or 255.
 INLINE Bytes bits_at(Bytes rows, Bytes place) {
   return tested(pick(rows, keep(place, 15)), pick(eights(0x8040201008040201), keep(shr(place, 4), 7)));
 }
@@ -47,11 +50,12 @@ struct SalientWeight {
   std::vector<int> group_of;   // of each block
   std::vector<int64_t> zeros;  // before each span
 
-  // Of some rows: levels by group; and the salient weights.
+  // What is read for a chunk of rows: levels by group, and the salient weights.
   struct State {
     std::vector<float> scale, mean, own_scale;
     List list;
-    // For products, Tiled: what a positive sign counts, what all columns have, and a listed weight less what its code does.
+    // For products, Tiled. positive: the value of a positive sign; base: of all columns; listed: of a listed weight,
+    // without its code.
     std::vector<float> positive, base, listed;
   };
 
@@ -69,7 +73,7 @@ struct SalientWeight {
   int columns() const { return w.columns; }
   const uint8_t* row(int r) const { return w.weight + r * w.row_bytes; }
 
-  // Words of 64 bits come in pairs: of a block. Their ones, whatever the order of the bits in a block.
+  // The number of ones in some 64-bit words, two of which are a block. The order of bits in a block does not matter.
   int64_t ones_of(int64_t first, int64_t last) const {
     int64_t ones = 0;
     for (int64_t i = first; i < last; i++) {
@@ -80,7 +84,7 @@ struct SalientWeight {
     return ones;
   }
 
-  // The bits of a block in their order; behind the last one zeros.
+  // The bits of a block in order, zeros behind the last one.
   void bits_of(int64_t block, uint64_t* out) const {
     fetch(w.high + 16 * block + AHEAD, 16);
     if (block < w.unary / BLOCK) return planes(_mm_loadu_si128((const __m128i*)(w.high + 16 * block)), out);
@@ -89,7 +93,7 @@ struct SalientWeight {
       out[i % BLOCK / 64] |= (uint64_t)code_at(w.high, i, w.unary, 1) << i % 64;
   }
 
-  // A block where no more than `high` zeros have passed, and how many.
+  // A block with at most `high` zeros before it, and their number.
   struct Start {
     int64_t block, zeros;
   };
@@ -107,7 +111,7 @@ struct SalientWeight {
   // The list of cells first..last.
   void read_list(int64_t first, int64_t last, List& list) const {
     const Start at = start_of(first * parts);
-    const int64_t before = at.block * BLOCK - at.zeros, origin = before / BLOCK * BLOCK;  // ones; that of the list's indices
+    const int64_t before = at.block * BLOCK - at.zeros, origin = before / BLOCK * BLOCK;  // ones before; first index of the list
     const int shift = w.low_bits, log_parts = __builtin_ctz(parts), most = 63 / parts + 1;  // cells that begin in a word
     int64_t ones = before - origin, zeros = at.zeros;
     list.first = zeros >> log_parts;
@@ -121,8 +125,8 @@ struct SalientWeight {
       bits_of(block, bits);
       for (const uint64_t word : bits) {
         int32_t* here = begin + (zeros >> log_parts) + 1 - list.first;
-        const int n = parts - 1 - (zeros & (parts - 1));  // of the zero behind the cell's last high part
-        ones_before_zeros(word, n, parts, most, here);    // the next word mends what is too many
+        const int n = parts - 1 - (zeros & (parts - 1));  // number of the zero behind the cell's last high part
+        ones_before_zeros(word, n, parts, most, here);    // the next word overwrites those that are too many
         for (int i = 0; i < most; i++) here[i] += ones;
         zeros_before_ones(word, places);
         for (int i = 0; i < 64; i += WIDTH)
@@ -155,7 +159,7 @@ struct SalientWeight {
     read_list((int64_t)first * w.columns / cell, ((int64_t)last * w.columns + cell - 1) / cell, s.list);
   }
 
-  // What products count, of whole tiles.
+  // positive, base and listed of whole tiles.
   void read_factors(State& s, int first, int last) const {
     const Tiled tiled(w.groups);
     for (auto* all : {&s.positive, &s.base, &s.listed}) all->assign(tiled.size(last - first), 0);
@@ -178,7 +182,7 @@ struct SalientWeight {
     }
   }
 
-  // Calls use(column, code of 8 bits) for what is listed of a row.
+  // Calls use(column, 8-bit code) for the listed weights of a row.
   template <typename Use>
   INLINE void each_listed(const State& s, int r, Use use) const {
     const int64_t from = (int64_t)r * w.columns, to = from + w.columns;
@@ -189,7 +193,7 @@ struct SalientWeight {
       const int end = s.list.begin[c + 1 - s.list.first];
       for (int i = s.list.begin[c - s.list.first]; i < end; i++) {
         const int64_t at = column + place[i];
-        if (at < 0 || at >= w.columns) continue;  // of a neighbouring row
+        if (at < 0 || at >= w.columns) continue;  // it belongs to a neighbouring row
         const int sign = at < blocks * BLOCK ? signs[at / BLOCK * 16 + at % 16] >> at % BLOCK / 16 & 1
                                              : code_at(signs, at, w.columns, 1);
         use(at, code[i] | sign << 7);
@@ -205,7 +209,7 @@ struct SalientWeight {
 #endif
   }
 
-  // Both in the order of torch's operations.
+  // decode_halves and decode_row compute in the order of torch's operations.
   void decode_halves(const State& s, int r, int first, Dtype dtype, uint16_t* out) const {
 #ifdef __AVX512VNNI__
     const int64_t at = (int64_t)(r - first) * w.groups;
@@ -254,9 +258,9 @@ struct SalientWeight {
   }
 };
 
-// Up to 16 of what is listed of one cell of every row of a tile.
+// Up to 16 listed weights of one cell, for each row of a tile.
 struct Listed {
-  Bytes place, code, some;  // some: 255 for those that there are
+  Bytes place, code, some;  // some: 255 where there is a listed weight
 
   INLINE Listed(const List& list, const int32_t* const* begin, int passed) {
     static constexpr uint8_t masks[32] = {255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255};
@@ -285,7 +289,7 @@ void dot_salient(const SalientWeight& weight, const SalientWeight::State& s, con
     const Rows<1> rows(w.weight, w.row_bytes, r, last - 1);
     const int64_t at = tiled.row(r - first);
     const Floats own = each_row(s.own_scale.data() + r - first);
-    const int32_t* begin_of[TILE];  // rows behind the last are that one
+    const int32_t* begin_of[TILE];  // the last row stands in for rows behind it
     for (int i = 0; i < TILE; i++)
       begin_of[i] = s.list.begin.data() + (int64_t)std::min(r + i, last - 1) * weight.blocks - s.list.first;
     Floats sums[TOKENS];

@@ -1,4 +1,4 @@
-// Vectors of bytes and of floats as wide as the instruction set of this build has them: AVX-512 with VNNI, or AVX2.
+// Vectors of bytes and of floats, as wide as this build's instruction set allows: AVX-512 with VNNI, or AVX2.
 #pragma once
 #include <immintrin.h>
 
@@ -6,7 +6,7 @@
 
 #define INLINE inline __attribute__((always_inline))
 
-// The same number all over, as a constant: making one takes longer than loading it.
+// A constant vector of equal numbers: loading one is faster than computing it.
 struct alignas(64) Number {
   int32_t all[16];
   constexpr Number(int n) : all{n, n, n, n, n, n, n, n, n, n, n, n, n, n, n, n} {}
@@ -29,13 +29,13 @@ INLINE Bytes minus(Bytes v) { return _mm512_sub_epi8(_mm512_setzero_si512(), v);
 INLINE Bytes eights(uint64_t v) { return _mm512_set1_epi64(v); }
 // 255 where a has the one bit that b has.
 INLINE Bytes tested(Bytes a, Bytes b) { return _mm512_movm_epi8(_mm512_test_epi8_mask(a, b)); }
-// Of every 16 bytes those that q numbers; the upper 8 bytes first; the first or last two of each, in turns.
+// In each 16 bytes: pick takes those at the indices q; turned swaps the two halves.
 INLINE Bytes pick(Bytes table, Bytes q) { return _mm512_shuffle_epi8(table, q); }
 INLINE Bytes flip(Bytes v, int mask) { return _mm512_xor_si512(v, _mm512_set1_epi8(mask)); }
 INLINE Bytes saturated(Bytes v, int n) { return _mm512_adds_epu8(v, _mm512_set1_epi8(n)); }
 INLINE Bytes turned(Bytes v) { return _mm512_shuffle_epi32(v, _MM_PERM_BADC); }
 INLINE Bytes plus8(Bytes v, int n) { return _mm512_add_epi8(v, _mm512_set1_epi8(n)); }
-// Narrowed: of every 16 bytes those of a, then those of b.
+// Narrowed with saturation: in each 16 bytes those of a, then those of b.
 INLINE Bytes packed32(Bytes a, Bytes b) { return _mm512_packs_epi32(a, b); }
 INLINE Bytes packed16(Bytes a, Bytes b) { return _mm512_packus_epi16(a, b); }
 INLINE __m128i lane16(Bytes v, int lane) {
@@ -56,7 +56,7 @@ INLINE float largest(Floats v) { return _mm512_reduce_max_ps(v); }
 INLINE Bytes rounded(Floats v) { return _mm512_cvtps_epi32(v); }
 INLINE Floats greater(Floats a, Floats b) { return _mm512_max_ps(a, b); }
 INLINE Floats size(Floats v) { return _mm512_abs_ps(v); }
-// The same four floats all over; of every four floats numbers A, B, C, D; of every four floats the first.
+// quads: a vector that repeats four floats; quad: numbers A, B, C, D of each four floats; firsts: the first of each four.
 INLINE Floats quads(float a, float b, float c, float d) { return _mm512_broadcast_f32x4(_mm_setr_ps(a, b, c, d)); }
 template <int A, int B, int C, int D>
 INLINE Floats quad(Floats v) {
@@ -76,7 +76,7 @@ INLINE Bytes widened(const uint8_t* p) { return _mm512_cvtepu8_epi32(_mm_loadu_s
 INLINE Floats look_up(const float* table, const uint8_t* q) {
   return _mm512_permutexvar_ps(widened(q), _mm512_castps256_ps512(_mm256_loadu_ps(table)));
 }
-// Sixteen levels, picked by the low 4 bits of every lane.
+// Sixteen levels, selected by the low 4 bits of each lane.
 struct Sixteen {
   Floats all;
   Sixteen() = default;
@@ -91,30 +91,30 @@ struct Sum {
   INLINE void add(Bytes codes, Bytes digits) { v = _mm512_dpbusd_epi32(v, codes, digits); }
   INLINE Bytes ints() const { return v; }
 };
-// 128 high + low, of both digits' sums.
+// 128 high + low, the sums of both digits.
 INLINE Floats joined(Bytes high, Bytes low) {
   return _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(high, 7), low));
 }
 
-// Of every four floats number i, four times.
+// Number i of each four floats, repeated four times.
 INLINE Floats spread(Floats v, int i) {
   static constexpr Number numbers[4] = {Number(0), Number(1), Number(2), Number(3)};
   return _mm512_permutevar_ps(v, _mm512_load_si512(&numbers[i]));
 }
-// Four floats for every row of a tile.
+// The same four floats for each row of a tile.
 INLINE Floats four(const float* p) { return _mm512_broadcast_f32x4(_mm_loadu_ps(p)); }
-// One number for every row of a tile, four times.
+// One number for each row of a tile, repeated four times.
 INLINE Floats each_row(const float* p) {
   const __m512i row = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
   return _mm512_permutexvar_ps(row, _mm512_castps128_ps512(_mm_loadu_ps(p)));
 }
-// The sums of every four floats.
+// The sum of each four floats.
 INLINE void totals(Floats v, float* out) {
   v = _mm512_add_ps(v, _mm512_permute_ps(v, 0xb1));
   v = _mm512_add_ps(v, _mm512_permute_ps(v, 0x4e));
   firsts(v, out);
 }
-// 16 bytes at each of p[0..3] + at, and what a tile holds of one slot of its rows.
+// 16 bytes at each of p[0..3] + at: one slot of the rows of a tile.
 INLINE Bytes rows16(const uint8_t* const* p, int at) {
   Bytes v = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i*)(p[0] + at)));
   v = _mm512_inserti32x4(v, _mm_loadu_si128((const __m128i*)(p[1] + at)), 1);
@@ -200,8 +200,8 @@ INLINE float total(Floats v) {
   return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
 }
 
-// maddubs sums pairs in int16. Of codes up to 15 the sums over a block fit too (8 slots: 8 * 2 * 15 * 127 = 30480); those of 8
-// bits come in halves.
+// maddubs sums pairs in int16. With codes up to 15 the sums over a block fit too (8 slots: 8 * 2 * 15 * 127 = 30480).
+// Codes of 8 bits are therefore split in halves.
 template <int BITS>
 struct Sum {
   Bytes v = _mm256_setzero_si256(), upper = _mm256_setzero_si256();
@@ -246,11 +246,11 @@ INLINE void planes(__m128i v, uint64_t* out) {
 #endif
 
 #ifdef __AVX512VBMI2__
-// Of 128 bytes those that `index` numbers.
+// Those of 128 bytes that have the numbers `index`.
 INLINE Bytes gather128(const int8_t* table, Bytes index) {
   return _mm512_permutex2var_epi8(load(table), index, load(table + WIDTH));
 }
-// Where ones of `bits` stand, less how many came before: that is, how many zeros.
+// For each one in `bits` the number of zeros before it: its position less the number of ones before it.
 INLINE Bytes zeros_before_ones(uint64_t bits) {
   alignas(64) static constexpr uint8_t steps[64] = {
       0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21,
@@ -259,10 +259,10 @@ INLINE Bytes zeros_before_ones(uint64_t bits) {
   const Bytes all = load(steps);
   return _mm512_sub_epi8(_mm512_maskz_compress_epi8(bits, all), all);
 }
-// The same to out[0..]; 64 may be written.
+// The same to out[0..], of which up to 64 bytes may be written.
 INLINE void zeros_before_ones(uint64_t bits, uint8_t* out) { store(out, zeros_before_ones(bits)); }
-// How many ones come before the zeros number n, n + step, ... of `bits`, `count` of them, where there are that many; 16 or a
-// multiple may be written.
+// The number of ones before the zeros n, n + step, ... of `bits`: `count` numbers, of zeros that exist. A multiple of
+// 16 numbers may be written.
 INLINE void ones_before_zeros(uint64_t bits, int n, int step, int count, int32_t* out) {
   const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   const Bytes all = zeros_before_ones(~bits), strides = _mm512_mullo_epi32(lane, _mm512_set1_epi32(step));
@@ -274,7 +274,7 @@ INLINE void ones_before_zeros(uint64_t bits, int n, int step, int count, int32_t
 #else
 INLINE Bytes gather128(const int8_t* table, Bytes index) {
   Bytes found{};
-  for (int slot = 0; slot < 8; slot++)  // a number of another slot gets its top bit, for which `pick` gives zero
+  for (int slot = 0; slot < 8; slot++)  // the index of another slot gets a top bit, for which `pick` gives zero
     found = either(found, pick(both16(table + 16 * slot), saturated(flip(index, 16 * slot), 0x70)));
   return found;
 }
@@ -290,7 +290,7 @@ INLINE void ones_before_zeros(uint64_t bits, int n, int step, int count, int32_t
 }
 #endif
 
-// Several vectors that are treated alike.
+// Several vectors with the same operations.
 template <int N>
 struct Many {
   Bytes v[N];
@@ -316,14 +316,14 @@ INLINE Many<N> either(Many<N> a, const Many<N>& b) {
   return a;
 }
 
-// The bits of `mask` of every 16.
+// Each 16 bits AND `mask`.
 template <int MASK>
 INLINE Bytes keep16(Bytes v) {
   static constexpr Number mask(MASK << 16 | MASK);
   return both(v, load(&mask));
 }
 
-// The same of 16 bytes: one row.
+// The same operations on 16 bytes, one row.
 INLINE __m128i shr(__m128i v, int n) { return _mm_srli_epi16(v, n); }
 INLINE __m128i shl(__m128i v, int n) { return _mm_slli_epi16(v, n); }
 INLINE __m128i keep(__m128i v, int mask) { return _mm_and_si128(v, _mm_set1_epi8((char)mask)); }
@@ -331,7 +331,7 @@ INLINE __m128i either(__m128i a, __m128i b) { return _mm_or_si128(a, b); }
 
 constexpr int LANES = WIDTH / 4;
 constexpr int TILE = WIDTH / 16;  // rows that share a vector: each has 16 bytes of it, or four floats
-// Tiles that are multiplied together with so many tokens, sharing what is loaded of them.
+// Number of tiles that are multiplied together with TOKENS tokens, so that loaded activations are shared.
 template <int BITS, int TOKENS>
 constexpr int TILES = WIDTH == 32 ? (TOKENS == 1 ? 2 : 1) : (TOKENS == 1 && BITS < 4 ? 4 : 2);
 constexpr int MOST_ROWS = 16;

@@ -1,8 +1,8 @@
-// Codes that pick one of a table of levels that the whole matrix shares, times a scale for every group of weights, plus a
-// shift: NormalFloat. Scales and shifts may themselves be 8-bit codes of a map, times a step for 256 of them.
+// Codes of a table of levels that the whole matrix shares (NormalFloat): level times a scale plus a shift, both for
+// each group of weights. Scales and shifts may themselves be 8-bit codes of a map, times a step for each 256 of them.
 //
-// 4-bit codes lie as bitsandbytes puts them, the first of two in the high half of a byte; narrower ones in blocks of 128.
-// For products the levels are numbers of 14 bits, step (128 high + low - MIDDLE), whose digits are picked by code.
+// 4-bit codes lie as in bitsandbytes, the first of two in the high half of a byte. Narrower ones lie in blocks of 128.
+// For products the levels are rounded to 14 bits, step (128 high + low - MIDDLE), and the codes select the two digits.
 #pragma once
 #include "activations.h"
 #include "halves.h"
@@ -12,8 +12,8 @@
 struct Numbers {
   const void* values;  // fp32, or uint8 codes of `map`
   const float* map;    // [256]; null: values are fp32
-  const float* step;   // of 256 codes each
-  const float* mean;   // what is added, or null
+  const float* step;   // one for each 256 codes
+  const float* mean;   // added to all, or null
 };
 
 struct Table {
@@ -23,7 +23,7 @@ struct Table {
   int32_t rows, columns, groups, group_size, bits;
 };
 
-// Numbers from..from + count as floats, in the order of torch's operations.
+// `count` numbers from number `from` on as floats, in the order of torch's operations.
 inline void read_numbers(const Numbers& n, int64_t from, int64_t count, std::vector<float>& out) {
   out.resize(count);
   if (!n.map) {
@@ -39,7 +39,7 @@ inline void read_numbers(const Numbers& n, int64_t from, int64_t count, std::vec
     for (int64_t i = 0; i < count; i++) out[i] += *n.mean;
 }
 
-// Numbers from..from + 3, `from` a multiple of four.
+// Four numbers from number `from` on, a multiple of four.
 INLINE __m128 four_numbers(const Numbers& n, int64_t from) {
   if (!n.map) return _mm_loadu_ps((const float*)n.values + from);
   const uint8_t* code = (const uint8_t*)n.values + from;
@@ -55,7 +55,7 @@ struct TableWeight {
   float step;
   alignas(16) uint8_t digits[32];  // 16 high, 16 low
 
-  // Of some rows, for every group; for products Tiled.
+  // What is read for a chunk of rows, for each group; Tiled for products.
   struct State {
     std::vector<float> scale, shift;
   };
@@ -154,7 +154,7 @@ struct TableWeight {
   }
 };
 
-// Of every 32 columns the odd ones, then the even ones: as slots of 4-bit codes have them here.
+// In each 32 columns the odd ones, then the even ones: the order in which slots of 4-bit codes decode here.
 inline void halve(const float* x, int64_t count, std::vector<float>& out) {
   out.resize(count);
   for (int64_t i = 0; i < count; i += UNIT) {
@@ -165,7 +165,8 @@ inline void halve(const float* x, int64_t count, std::vector<float>& out) {
   }
 }
 
-// out[token][r - first] += rows first..last times the blocks of x, in digits: 4-bit codes, groups of half blocks at least.
+// out[token][r - first] += rows first..last times the blocks of x, in digits. Codes have 4 bits, groups at least 64
+// columns.
 template <int TOKENS>
 void dot_table(const TableWeight& weight, const TableWeight::State& state, const Digits& x, int token, int first, int last,
                float* out) {

@@ -1,5 +1,5 @@
-// Random orthogonal transforms in two factors: a vector is permuted, seen as an [a, b] matrix, multiplied from the left and
-// from the right, and permuted again. All in fp32.
+// Orthogonal transforms in two factors (kernels/views.py: Transform): a vector is permuted, seen as an [a, b] matrix,
+// multiplied from the left and from the right, and permuted again. All in fp32.
 #pragma once
 #include <vector>
 
@@ -7,14 +7,14 @@
 
 // Mirrored by kernels/native.py.
 struct Turn {
-  const int32_t* from;   // [a b]: which number comes first, second, ...
+  const int32_t* from;   // [a b]: indices of the numbers that come first, second, ...
   const float* left;     // [a, a]
   const float* right;    // [b, b], b a multiple of 16
-  const int32_t* to;     // [a b]: which of the products
+  const int32_t* to;     // [a b]: indices of the products that come first, second, ...
   int32_t a, b;
 };
 
-// c [m, n] = l [m, k] r [k, n], of ROWS rows and VECTORS vectors of columns.
+// c [m, n] = l [m, k] r [k, n], for ROWS rows and VECTORS vectors of columns.
 template <int ROWS, int VECTORS>
 INLINE void multiply_panel(const float* l, const float* r, float* c, int k, int n) {
   Floats sums[ROWS][VECTORS];

@@ -1,7 +1,7 @@
-// Uniform codes: value = scale (code - zero), a scale and a zero for every row and group of columns.
+// Uniform codes: value = scale (code - zero), with a scale and a zero for each row and group of columns.
 //
-// Rows are read as they lie in the file. A weight may come in several parts of different widths, each over blocks of columns
-// of its own (mixed precision); their sums add up.
+// Rows are read as they lie in the file. A weight may have several parts of different widths, each with its own blocks
+// of columns (mixed precision); the product is the sum of theirs.
 #pragma once
 #include <functional>
 
@@ -15,7 +15,7 @@ struct Uniform {
   int64_t row_bytes;      // from row to row
   const void* scale;      // [rows, groups] of scale_dtype; NONE: scale_value for all
   const uint8_t* zero;    // packed codes [rows * groups]; null: zero_value for all
-  const int32_t* blocks;  // which 128 columns each block of this part stands for; null: all, in order
+  const int32_t* blocks;  // number of the 128 columns that each block of this part belongs to; null: all, in order
   int32_t rows, columns, bits, groups, group_size, scale_dtype, zero_bits;
   float scale_value, zero_value, zero_step;
 };
@@ -35,14 +35,14 @@ struct Part {
   }
   int source(int k) const { return w.blocks ? w.blocks[k] : k; }
   int group(int64_t column) const { return std::min<int64_t>(column / w.group_size, w.groups - 1); }
-  // Where groups are of half blocks at least.
+  // For groups of at least half a block.
   int group_of_half(int k, int half) const { return group((int64_t)source(k) * BLOCK + half * BLOCK / 2); }
   const uint8_t* row(int r) const { return w.weight + r * w.row_bytes; }
-  // What a code of a zero counts.
+  // The value of one unit in a zero's code.
   float zero_step() const { return w.zero ? w.zero_step : w.zero_value; }
 };
 
-// Scales and zeros of some rows, by group. All parts share them, but for what a zero's code counts.
+// Scales and zeros of a chunk of rows, by group. All parts share them, except for zero_step.
 struct Grids {
   std::vector<float> scale, zero;   // [rows of the chunk][groups]
   std::vector<float> scale_tile;    // Tiled
@@ -62,7 +62,7 @@ struct Grids {
     for (int64_t i = 0; i < count; i++) zero[i] = codes[i];
   }
 
-  // In the order of tiles.
+  // The same in the order of tiles.
   void read_tiles(const Uniform& w, int first, int last) {
     const int64_t from = (int64_t)first * w.groups;
     const Tiled tiled(w.groups);
@@ -70,10 +70,10 @@ struct Grids {
     const auto* scales = (const uint8_t*)w.scale + from * size_of(dtype);
     scale_tile.resize(tiled.size(last - first));
     zero_tile.resize(scale_tile.size());
-    // What is no group must be a number: what an earlier weight left there need not be.
+    // The padding must hold finite numbers; an earlier weight may have left others there.
     if (dtype == NONE || w.groups % 4) std::fill(scale_tile.begin(), scale_tile.end(), w.scale_value);
     const uint8_t* codes = read_zeros(w, from, (int64_t)(last - first) * w.groups);
-    const int groups = w.groups;  // the stores below may be to anything, as far as a compiler knows
+    const int groups = w.groups;  // for the compiler, the stores below might change w.groups
     for (int r = 0; r < last - first; r++, codes += groups, scales += groups * size_of(dtype)) {
       float* scale = scale_tile.data() + tiled.row(r);
       uint8_t* zero = zero_tile.data() + tiled.row(r);
@@ -94,7 +94,7 @@ struct Grids {
  private:
   std::vector<uint8_t> codes_;  // of zeros
 
-  // The codes from..from + count; ones where all zeros are the same.
+  // `count` codes from code `from` on; ones if all zeros are equal.
   const uint8_t* read_zeros(const Uniform& w, int64_t from, int64_t count) {
     if (!w.zero) {
       codes_.assign(count, 1);
@@ -105,8 +105,8 @@ struct Grids {
   }
 };
 
-// out[token][r - first] += the dot products of rows first..last with the blocks of `x`, in digits. HALVES: groups are of 64
-// columns at least, not of 128.
+// out[token][r - first] += rows first..last times the blocks of x, in digits. HALVES: groups have at least 64 columns,
+// instead of whole blocks.
 template <int BITS, int TOKENS, bool HALVES>
 void dot_digits(const Part& part, const Grids& grids, const Digits& x, int token, int first, int last, float* out) {
   constexpr int R = TILES<BITS, TOKENS>, PARTS = HALVES ? 2 : 1;
@@ -156,7 +156,7 @@ void dot_digits(const Part& part, const Grids& grids, const Digits& x, int token
   }
 }
 
-// The fp32 values of block k of a row.
+// The values of block k of a row, in fp32.
 template <int BITS>
 INLINE void values(const Part& part, const float* scale, const float* zero, const uint8_t* row, int k, float* out) {
   alignas(64) uint8_t q[BLOCK];
@@ -185,7 +185,7 @@ inline void tail_values(const Part& part, const float* scale, const float* zero,
   }
 }
 
-// The codes of a row less `centre`, in int8.
+// The codes of a row minus `centre`, in int8.
 inline void centred_row(const Part& part, int r, int centre, uint8_t* out) {
   const uint8_t* p = part.row(r);
   const int bits = part.w.bits, columns = part.w.columns;
@@ -200,7 +200,7 @@ inline void centred_row(const Part& part, int r, int centre, uint8_t* out) {
 }
 
 #ifdef __AVX512VNNI__
-// A row as halves, of codes that have too many levels for a table.
+// Decodes a row to halves where codes have too many levels for a table.
 template <int BITS>
 void compute(const Part& part, const float* scale, const float* zero, int r, Dtype dtype, uint16_t* out) {
   for (int k = 0; k < part.blocks; k++) {
@@ -231,7 +231,7 @@ struct UniformWeight {
 
   void read(State& state, int first, int last) const { state.read(parts[0].w, first, last); }
 
-  // Whether decode_halves serves: groups are of half blocks at least.
+  // Whether decode_halves can be used: groups have at least half a block.
   bool has_halves() const {
 #ifdef __AVX512VNNI__
     for (const Part& part : parts)

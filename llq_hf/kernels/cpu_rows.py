@@ -1,0 +1,91 @@
+"""The rows of the compiled CPU kernels (native.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from .bitpack import BLOCK
+from .native import compiled, digits, floats, integer_tiles, structs, tiles, transform
+from .rows import ALL, HALF, MANY, Kernel, Row
+from .views import (
+    LevelCodes,
+    SalientCodes,
+    Stored,
+    TableCodes,
+    Transform,
+    UniformCodes,
+    View,
+)
+
+FEW = range(1, 17)
+FEW_SALIENT = range(1, 9)
+FEW_FLOATS = range(1, 5)
+
+
+def _any(stored: Stored) -> bool:
+    return True
+
+
+def _whole_blocks(stored: Stored) -> bool:
+    return stored.whole_blocks
+
+
+def _whole_rows(stored: Stored) -> bool:
+    return stored.whole_blocks and stored.columns % BLOCK == 0
+
+
+def _half_blocks(stored: UniformCodes) -> bool:
+    return stored.half_blocks
+
+
+def _half_groups(stored: TableCodes) -> bool:
+    return stored.half_groups
+
+
+def _centred(stored: UniformCodes) -> bool:
+    return stored.centred
+
+
+def _whole_vectors(by: Transform) -> bool:
+    return by.whole_vectors
+
+
+def _row(
+    view: type[View],
+    tokens: range,
+    dtypes: tuple[torch.dtype, ...],
+    fits: Callable[[Any], bool],
+    kernel: Kernel,
+) -> Row:
+    """A row that also asks whether the library is there and whether C can read the tensors."""
+    return Row(
+        view,
+        "cpu",
+        tokens,
+        dtypes,
+        compiled,
+        lambda view: fits(view) and structs(view) is not None,
+        kernel,
+    )
+
+
+ROWS = (
+    #    view          tokens      activations          fits            kernel
+    _row(UniformCodes, FEW, (*HALF, torch.int8), _half_blocks, digits),
+    _row(UniformCodes, MANY, (torch.int8,), _centred, integer_tiles),
+    _row(UniformCodes, FEW_FLOATS, ALL, _any, floats),
+    _row(UniformCodes, MANY, ALL, _any, tiles),
+    _row(LevelCodes, FEW, HALF, _whole_blocks, digits),
+    _row(LevelCodes, FEW_FLOATS, ALL, _whole_blocks, floats),
+    _row(LevelCodes, MANY, ALL, _whole_blocks, tiles),
+    _row(TableCodes, FEW, HALF, _half_groups, digits),
+    _row(TableCodes, FEW_FLOATS, ALL, _whole_blocks, floats),
+    _row(TableCodes, MANY, ALL, _whole_blocks, tiles),
+    _row(SalientCodes, FEW_SALIENT, HALF, _whole_rows, digits),
+    _row(SalientCodes, FEW_FLOATS, ALL, _whole_blocks, floats),
+    _row(SalientCodes, MANY, ALL, _whole_blocks, tiles),
+    _row(Transform, MANY, ALL, _whole_vectors, transform),
+)
