@@ -224,7 +224,7 @@ def test_outputs_of_q_k_and_v_are_quantized(
         assert (distinct <= 15) is quantized_output, name
 
 
-def test_at_serves_q_k_and_v_with_the_same_options_and_layout():
+def test_for_linear_serves_q_k_and_v_with_the_same_options_and_layout():
     method = build("smoothquant", bits=6, alpha=0.5)
     own = method.for_linear("model.layers.3.self_attn.k_proj")
     assert own is not method

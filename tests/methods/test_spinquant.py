@@ -175,8 +175,8 @@ def test_stored_bits_are_codes_and_scales_alone():
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"rotations": "spun"}, "'spun'.*hadamard and learned"),
-        ({"solver": "awq"}, "'awq'.*gptq and rtn"),
+        ({"rotations": "spun"}, "'spun'.*hadamard, learned"),
+        ({"solver": "awq"}, "'awq'.*gptq, rtn"),
         ({"levels": "odd"}, "'odd'"),
         ({"a_bits": 1}, "bits=1"),
         ({"kv_bits": 40}, "bits=40"),
