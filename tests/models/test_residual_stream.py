@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from llq_hf.common.errors import LLQError
 from llq_hf.engine.whole_model import rewrite_model
-from llq_hf.models.residual_stream import CHUNK_ROWS, Residual, Turned, residual_of
+from llq_hf.models.residual_stream import CHUNK_ROWS, Residual, RotatedStream, residual_of
 
 SIZES = {
     "hidden_size": 48,
@@ -99,9 +99,9 @@ def rotation_of(n: int, seed: int) -> Callable[[Tensor], Tensor]:
     return lambda x: x @ R
 
 
-def rotation_rewrite(residual: Residual) -> Turned:
+def rotation_rewrite(residual: Residual) -> RotatedStream:
     heads = [rotation_of(residual.head_dim, 2 + i) for i in range(2)]
-    return Turned(residual, rotation_of(residual.width, 1), heads)
+    return RotatedStream(residual, rotation_of(residual.width, 1), heads)
 
 
 @each_model
@@ -144,10 +144,10 @@ def test_image_features_are_rotated_where_they_enter():
 def test_folding_twice_is_folding_once(make: Callable[[], nn.Module]):
     model = randomized(make)
     before = logits(model)
-    rewrite_model(model, Turned(residual_of(model)))
+    rewrite_model(model, RotatedStream(residual_of(model)))
     once = copy.deepcopy(model.state_dict())
     assert (logits(model) - before).norm() <= 1e-5 * before.norm()
-    rewrite_model(model, Turned(residual_of(model)))
+    rewrite_model(model, RotatedStream(residual_of(model)))
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, once[name]), name
 
