@@ -1,4 +1,7 @@
-"""The methods, listed by hand: adding one is a file here and a line below."""
+"""The list of all quantization methods, and how one is built from its name and options.
+
+To add a method, write its file in this folder and add it to `LISTED` (README.md says how).
+"""
 
 from __future__ import annotations
 
@@ -22,16 +25,15 @@ from .slim_llm import SliMLLM
 from .smoothquant import SmoothQuant
 from .spinquant import SpinQuant
 
-# fmt: off
 LISTED = (
-    RTN, GPTQ, AWQ, SmoothQuant, OmniQuant, SpinQuant, QuIP, SliMLLM, DBLLM, PBLLM, BiLLM, NF4, EfficientQAT, Hybrid
-)
-# fmt: on
+    RTN, GPTQ, AWQ, SmoothQuant, OmniQuant, SpinQuant, QuIP, SliMLLM, DBLLM, PBLLM, BiLLM, NF4,
+    EfficientQAT, Hybrid,
+)  # fmt: skip
 METHODS: dict[str, type[Method]] = {method.name: method for method in LISTED}
 
 
 def method_type(name: str) -> type[Method]:
-    """The class of a method; LLQError with the nearest name where there is none."""
+    """The class of a method; LLQError with the nearest name if there is none."""
     if name not in METHODS:
         raise LLQError(
             f"unknown method {name!r}{nearest(name, METHODS)}; there are: {', '.join(METHODS)}"
@@ -40,5 +42,5 @@ def method_type(name: str) -> type[Method]:
 
 
 def build(name: str, preset: str = "study", **options: Any) -> Method:
-    """A method from its name and options: build("gptq", bits=3, group_size=64)."""
+    """A method from its name and options, as in build("gptq", bits=3, group_size=64)."""
     return method_type(name).build(preset, **options)

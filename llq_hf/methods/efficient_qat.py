@@ -61,7 +61,7 @@ from ..common.progress import PassListener
 from ..kernels import bitpack
 from ..method import Flow, Job, Packed, Rewrite, State, Step
 from ..models.decoder import replace_module
-from ..models.residual_stream import Turned, random_turns, residual_of
+from ..models.residual_stream import RotatedStream, random_rotations, residual_of
 from ..numerics.activations import pass_through, round_through
 from ..numerics.cholesky import prepare_hessian
 from ..numerics.coordinate_descent import Objective, refined
@@ -165,7 +165,7 @@ class EfficientQAT(OnUniformGrid):
             return None
         residual = residual_of(model)  # refuses models that cannot be rotated
         notes = {"rotations": "hadamard", "seed": self.seed, "untied": residual.tied}
-        return Turned(residual, *random_turns(residual, self.seed), notes=notes)
+        return RotatedStream(residual, *random_rotations(residual, self.seed), notes=notes)
 
     # --- Block-AP ---------------------------------------------------------------------------------
 

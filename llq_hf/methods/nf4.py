@@ -202,7 +202,8 @@ class NF4(Method):
         # 3. Scales.
         scale_B = self._search_scales(weight_BK) if self.search_range else weight_BK.abs().amax(1)
         packed |= self._pack_scales(scale_B)
-        # 4. Codes, as in the papers for the scales before they are stored in 8 bits.
+        # 4. Codes. Unless ranges are searched, they are for scales before rounding, as in the
+        # papers.
         codes_BK = self._codes(weight_BK, self._scales(packed) if self.search_range else scale_B)
         return {"weight": self._pack_codes(codes_BK.flatten()[: weight_OI.numel()]), **packed}
 

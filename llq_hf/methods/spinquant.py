@@ -53,7 +53,7 @@ from ..common.errors import LLQError
 from ..common.progress import PassListener
 from ..method import Job, Method, Packed, Rewrite
 from ..models.decoder import decoder_of, quantizable
-from ..models.residual_stream import Residual, Turn, Turned, random_turns, residual_of
+from ..models.residual_stream import Residual, Rotate, RotatedStream, random_rotations, residual_of
 from ..numerics.activations import OFF, Attention, TokenQuant, pass_through
 from ..numerics.cholesky import largest_first, prepare_hessian
 from ..numerics.error_feedback import solve
@@ -218,10 +218,10 @@ class SpinQuant(OnUniformGrid):
             "untied": residual.tied,
         }
         if not learned:
-            return Turned(residual, *random_turns(residual, self.seed), notes=notes)
+            return RotatedStream(residual, *random_rotations(residual, self.seed), notes=notes)
         losses = learned["losses"].tolist()
         notes["learning_loss"] = [losses[0], losses[-1]]
-        return Turned(residual, *_matrices([learned["r1"], *learned["r2"]]), notes=notes)
+        return RotatedStream(residual, *_matrices([learned["r1"], *learned["r2"]]), notes=notes)
 
     # --- learning the rotations -------------------------------------------------------------------
 
@@ -244,7 +244,7 @@ class SpinQuant(OnUniformGrid):
         and room for rotating.
         """
         residual = residual_of(model)
-        stream, heads = random_turns(residual, self.seed)
+        stream, heads = random_rotations(residual, self.seed)
         device = ids_NS.device
         eyes = [
             torch.eye(n, device=device) for n in (residual.width, *[residual.head_dim] * len(heads))
@@ -304,7 +304,9 @@ class _Student:
         self.residual = residual
         self.model = model
         self.dense = {name: p.detach() for name, p in model.named_parameters()}
-        self.dense |= {name: self.dense[source] for name, source in Turned(residual).untied.items()}
+        self.dense |= {
+            name: self.dense[source] for name, source in RotatedStream(residual).untied.items()
+        }
         self.roles = {name: _role(method, name.rpartition(".")[2]) for name in quantizable(model)}
         for name, role in self.roles.items():
             hook = partial(_read_rounded, role)
@@ -314,7 +316,7 @@ class _Student:
     def gradients(self, rotations: list[Tensor], ids_BS: Tensor) -> tuple[float, list[Tensor]]:
         """The mean next-token loss, and its gradient in each rotation."""
         leaves = [R.detach().requires_grad_() for R in rotations]
-        turned = Turned(self.residual, *_matrices(leaves), dtype=leaves[0].dtype)
+        turned = RotatedStream(self.residual, *_matrices(leaves), dtype=leaves[0].dtype)
         with torch.no_grad():
             weights = {name: self._weight(name, turned) for name in self.dense}
         weights = {name: weight.detach().requires_grad_() for name, weight in weights.items()}
@@ -337,7 +339,7 @@ class _Student:
             leaf.grad if leaf.grad is not None else torch.zeros_like(leaf) for leaf in leaves
         ]
 
-    def _weight(self, name: str, turned: Turned) -> Tensor:
+    def _weight(self, name: str, turned: RotatedStream) -> Tensor:
         """The tensor of this name, rotated and, where activations are not, quantized."""
         weight = turned(name, self.dense[name], self.dense.__getitem__)
         role = self.roles.get(name.removesuffix(".weight"))
@@ -360,6 +362,6 @@ def _read_rounded(role: SpinQuant, module: nn.Module, args: tuple[Tensor, ...]) 
     return pass_through(x, role.token_quant(x.detach()))
 
 
-def _matrices(rotations: list[Tensor]) -> tuple[Turn, list[Turn]]:
+def _matrices(rotations: list[Tensor]) -> tuple[Rotate, list[Rotate]]:
     stream, *heads = [partial(_times, R) for R in rotations]
     return stream, list(heads)

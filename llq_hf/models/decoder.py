@@ -77,13 +77,13 @@ def input_groups(block: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> li
     architecture needs a table.
     """
     # The list keeps the tensors alive: a freed one's identity could be reused.
-    seen: list[tuple[Tensor, list[str]]] = []
+    readers: list[tuple[Tensor, list[str]]] = []
 
     def watch(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            group = next((names for tensor, names in seen if tensor is args[0]), None)
+            group = next((names for tensor, names in readers if tensor is args[0]), None)
             if group is None:
-                seen.append((args[0], group := []))
+                readers.append((args[0], group := []))
             group.append(name)
 
         return hook
@@ -97,4 +97,4 @@ def input_groups(block: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> li
     finally:
         for handle in handles:
             handle.remove()
-    return [names for _, names in seen]
+    return [names for _, names in readers]

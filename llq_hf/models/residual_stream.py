@@ -34,7 +34,7 @@ from .decoder import block_linears, block_prefixes, decoder_of
 
 CHUNK_ROWS = 4096  # rows rotated at a time, because an embedding in fp64 is four times its bf16
 _TOKENS = 4
-Turn = Callable[[Tensor], Tensor]  # a rotation: x [..., n] -> x R, differentiable
+Rotate = Callable[[Tensor], Tensor]  # a rotation: x [..., n] -> x R, differentiable
 
 
 @dataclass(frozen=True)
@@ -227,15 +227,15 @@ def _unit_weight(norm: nn.Module, name: str) -> float:
     """
     probe = copy.deepcopy(norm).to_empty(device="cpu").float()
     weight: Any = probe.weight
-    turn = hadamard(len(weight), torch.device("cpu")).apply
+    rotate = hadamard(len(weight), torch.device("cpu")).apply
     # The mean of 1 exposes a LayerNorm, which would subtract it.
     x = torch.randn(2, len(weight), generator=torch.Generator().manual_seed(0)) + 1
     for unit in (1.0, 0.0):
         weight.fill_(unit)
-        plain, turned = probe(x), probe(turn(x))
+        plain, rotated = probe(x), probe(rotate(x))
         weight.fill_(unit + 1)
         doubled = torch.allclose(probe(x), 2 * plain)
-        commutes = torch.allclose(turned, turn(plain), atol=1e-4)
+        commutes = torch.allclose(rotated, rotate(plain), atol=1e-4)
         if plain.any() and doubled and commutes and _has_weight_only(probe):
             return unit
     raise LLQError(
@@ -301,26 +301,26 @@ def _apart(name: str) -> bool:
 # --- rotating the stream --------------------------------------------------------------------------
 
 
-def random_turns(residual: Residual, seed: int) -> tuple[Turn, list[Turn]]:
+def random_rotations(residual: Residual, seed: int) -> tuple[Rotate, list[Rotate]]:
     """R1 of the stream, and R2 of the heads of each block: Hadamards with random signs."""
     blocks = 1 + max(residual.values.values())
     heads = [_signed(seed, f"r2.{block}", residual.head_dim) for block in range(blocks)]
     return _signed(seed, "r1", residual.width), heads
 
 
-def _signed(seed: int, part: str, n: int) -> Turn:
+def _signed(seed: int, part: str, n: int) -> Rotate:
     """x -> x diag(signs) H, with random signs that follow from `seed` and `part`."""
     random = np.random.RandomState(zlib.crc32(f"{seed}:{part}".encode()))
     signs = torch.from_numpy(random.randint(0, 2, n) * 2.0 - 1)
 
-    def turn(x: Tensor) -> Tensor:
+    def rotate(x: Tensor) -> Tensor:
         return hadamard(n, x.device).apply(x * signs.to(x))
 
-    return turn
+    return rotate
 
 
 @dataclass(frozen=True)
-class Turned:
+class RotatedStream:
     """A `Rewrite` of the dense model: folds the norms' gains, then rotates stream (R1) and heads
     (R2).
 
@@ -329,8 +329,8 @@ class Turned:
     """
 
     residual: Residual
-    stream: Turn | None = None
-    heads: list[Turn] | None = None
+    stream: Rotate | None = None
+    heads: list[Rotate] | None = None
     dtype: torch.dtype = torch.float64
     notes: dict[str, Any] = field(default_factory=dict)
 
@@ -350,8 +350,8 @@ class Turned:
         residual, (module, _, kind) = self.residual, name.rpartition(".")
         if module in residual.norms:
             return torch.full_like(tensor, residual.norms[module])
-        inputs: list[Turn] = []  # applied along the last axis
-        outputs: list[Turn] = []  # applied along the first axis
+        inputs: list[Rotate] = []  # applied along the last axis
+        outputs: list[Rotate] = []  # applied along the first axis
         if module in residual.readers and kind == "weight":
             norm = residual.readers[module]
             gain_D = read(f"{norm}.weight").to(tensor.device, self.dtype) + (
@@ -368,34 +368,34 @@ class Turned:
                 outputs.append(self._each_head(self.heads[residual.values[module]]))
             elif module in residual.outputs and kind == "weight":
                 inputs.append(self._each_head(self.heads[residual.outputs[module]]))
-        return self._turned(tensor, inputs, outputs)
+        return self._rotated(tensor, inputs, outputs)
 
     @property
     def _in_stream(self) -> set[str]:
         """Parameters whose rows are vectors of the stream."""
         return {f"{self.residual.embedding}.weight", *self.residual.vectors}
 
-    def _each_head(self, turn: Turn) -> Turn:
-        return lambda x: turn(x.reshape(*x.shape[:-1], -1, self.residual.head_dim)).flatten(-2)
+    def _each_head(self, rotate: Rotate) -> Rotate:
+        return lambda x: rotate(x.reshape(*x.shape[:-1], -1, self.residual.head_dim)).flatten(-2)
 
-    def _turned(self, tensor: Tensor, inputs: list[Turn], outputs: list[Turn]) -> Tensor:
+    def _rotated(self, tensor: Tensor, inputs: list[Rotate], outputs: list[Rotate]) -> Tensor:
         """A matrix changed along both axes, or a vector along its only one."""
         if tensor.ndim == 1:
             return next(self._parts([tensor], [*inputs, *outputs])).to(tensor.dtype)
-        turned = tensor
+        rotated = tensor
         if inputs:
             dtype = self.dtype if outputs else tensor.dtype
-            parts = self._parts(torch.split(turned, CHUNK_ROWS), inputs)
-            turned = torch.cat([part.to(dtype) for part in parts])
+            parts = self._parts(torch.split(rotated, CHUNK_ROWS), inputs)
+            rotated = torch.cat([part.to(dtype) for part in parts])
         if outputs:
-            parts = self._parts(torch.split(turned.T, CHUNK_ROWS), outputs)
-            turned = torch.cat([part.to(tensor.dtype) for part in parts]).T.contiguous()
-        return turned
+            parts = self._parts(torch.split(rotated.T, CHUNK_ROWS), outputs)
+            rotated = torch.cat([part.to(tensor.dtype) for part in parts]).T.contiguous()
+        return rotated
 
-    def _parts(self, parts: Iterable[Tensor], turns: list[Turn]) -> Iterator[Tensor]:
-        """Each part in fp64, with all `turns` applied to its last axis."""
+    def _parts(self, parts: Iterable[Tensor], rotations: list[Rotate]) -> Iterator[Tensor]:
+        """Each part in fp64, with all `rotations` applied to its last axis."""
         for part in parts:
-            turned = part.to(self.dtype)
-            for turn in turns:
-                turned = turn(turned)
-            yield turned
+            rotated = part.to(self.dtype)
+            for rotate in rotations:
+                rotated = rotate(rotated)
+            yield rotated

@@ -1,10 +1,10 @@
-"""The table of the contract: option sets of every method with the errors they may have. A new
-method adds rows here.
+"""Option sets of every method, with ceilings of their errors. A new method adds rows here.
 
-Ceilings are for the problem of `checks`: a Gaussian weight [48, 172], inputs of decaying spectrum with one massive
-channel. By the method's widths (1..8 bits for most): relative Frobenius error |dW| / |W|, and largest error
-max|dW| / rms W. They stand about 10 % over what is measured; calibrated methods pay weight error for output error, so
-theirs are higher than RTN's.
+The ceilings are for the problem of `checks`: a Gaussian weight [48, 172], and inputs of decaying
+spectrum with one massive channel. For each width of the method (1..8 bits for most) there are two:
+the relative Frobenius error |dW| / |W|, and the largest error max|dW| / rms W. They are about 10 %
+above the measured errors. Calibrated methods accept weight error for less output error, so their
+ceilings are higher than RTN's.
 """
 
 from __future__ import annotations
@@ -17,16 +17,17 @@ from llq_hf.method import Method
 from llq_hf.methods import METHODS, build
 
 
-@dataclass(frozen=True, eq=False)  # hashed by identity: results are kept by case
+@dataclass(frozen=True, eq=False)  # hashed by identity, because results are cached by case
 class Case:
-    """words: the test id; frobenius and largest: ceilings by bits, from 1 on.
+    """An option set of a method and its ceilings.
 
-    uniform: `weight` and `scale` hold uniform codes of `bits` bits and their steps; generic faults
-    apply. rows_apart: an outlier hurts its own row only (column scales and rotations spread it).
-    clips: a range fixed in sigmas cuts the tails, so errors level off at high widths; clip_share:
-    what part of the output that may cost. feedback: a factor of the Hessian, where the method takes
-    one, repairs what rounding breaks. compensates: calibration lowers the error of this one linear
-    (smoothing, which needs several, does not).
+    words: for the test id. frobenius, largest: ceilings for each width, from the smallest on.
+    uniform: `weight` and `scale` hold uniform codes of `bits` bits and their steps, so the generic
+    faults apply. rows_apart: an outlier hurts its own row only (column scales and rotations spread
+    it). clips: a range fixed in sigmas cuts off the tails, so errors stop falling at high widths.
+    clip_share: the share of the output that this may cost. feedback: if the method factorizes a
+    Hessian, the factor repairs rounding errors. compensates: calibration lowers the error of this
+    one linear (smoothing needs several and does not).
     """
 
     method: str
@@ -63,7 +64,7 @@ class Case:
 
 
 CASES: tuple[Case, ...] = (
-    #    method  words                 |dW| / |W| at 1, 2, ... bits, then max|dW| / rms W
+    # method, words, |dW| / |W| at 1, 2, ... bits, max|dW| / rms W
     Case(
         "rtn",
         "groups of 128",
@@ -302,7 +303,7 @@ CASES: tuple[Case, ...] = (
         (0.66, 0.37, 0.2, 0.1, 0.051, 0.026, 0.013, 0.0064),
         (3.8, 2.5, 1.2, 0.46, 0.24, 0.081, 0.04, 0.019),
         options={"group_size": 64, "solver": "rtn", "levels": "halves"},
-        clip_share=1e-4,  # its search gives up tails, and is blind to the outputs
+        clip_share=1e-4,  # its search cuts off tails and does not look at outputs
     ),
     Case(
         "spinquant",
@@ -543,7 +544,7 @@ CASES: tuple[Case, ...] = (
     ),
 )
 
-# What the costly checks (save, load, stream) run: one option set per method, and these widths.
+# Option sets and widths of the costly checks (save, load, stream).
 CHECKPOINTS: tuple[tuple[str, float, dict[str, Any]], ...] = (
     ("rtn", 3, {"group_size": 64}),
     ("rtn", 8, {"group_size": 64}),

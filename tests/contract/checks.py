@@ -1,5 +1,5 @@
-"""What every method promises about one linear, as functions that raise AssertionError; the fault
-tests call them too.
+"""Checks of the promises that every method makes about one linear: functions that raise
+AssertionError. The fault tests call them too.
 
 Legend: O out_features, I in_features, T tokens.
 """
@@ -23,9 +23,7 @@ OUT, IN, TOKENS, SEQUENCES = 48, 172, 512, 4
 
 @cache
 def inputs(in_features: int = IN, seed: int = 7) -> Tensor:
-    """Activations [T, I] as models have them: correlated, of decaying spectrum, with one massive
-    channel.
-    """
+    """Activations [T, I] like those of models: correlated, with one massive channel."""
     random = torch.Generator().manual_seed(seed)
     basis, _ = torch.linalg.qr(torch.randn(in_features, in_features, generator=random))
     spectrum = 1 / (1 + torch.arange(in_features) / 8)
@@ -40,11 +38,8 @@ def weight(
 ) -> Tensor:
     """Gaussian weights as a model of `dtype` holds them, in fp32."""
     random = torch.Generator().manual_seed(out_features * 1000 + in_features)
-    return (
-        (torch.randn(out_features, in_features, generator=random) * in_features**-0.5)
-        .to(dtype)
-        .float()
-    )
+    weight_OI = torch.randn(out_features, in_features, generator=random) * in_features**-0.5
+    return weight_OI.to(dtype).float()
 
 
 class OneLinear(nn.Module):
@@ -61,7 +56,10 @@ class OneLinear(nn.Module):
 
 @dataclass
 class Data:
-    """The test problem as calibration data of that block; the full-precision stream is the same."""
+    """The test problem as calibration data of that block.
+
+    The activations of the full-precision model are the same.
+    """
 
     x_NSI: Tensor
     weight_OI: Tensor
@@ -102,10 +100,11 @@ def statistic(method: Method, x_TI: Tensor) -> Stat | None:
 
 
 def step(method: Method, weight_OI: Tensor, x_TI: Tensor | None = None) -> Step:
-    """What a walk would hand over for a block of one linear called "test"."""
+    """The step that a walk would give for a block of one linear called "test"."""
     x_TI = inputs(weight_OI.shape[1]) if x_TI is None else x_TI
     block, stat = OneLinear(weight_OI), statistic(method, x_TI)
-    data = Data(x_TI.view(SEQUENCES, -1, x_TI.shape[1]), weight_OI) if method.calibrated else None
+    x_NSI = x_TI.view(SEQUENCES, -1, x_TI.shape[1])
+    data = Data(x_NSI, weight_OI) if method.calibrated else None
     stats = {} if stat is None else {"test": stat}
     return Step("model.layers.0", block, {"test": block.test}, stats, [["test"]], data)
 
@@ -117,8 +116,9 @@ def quantize(method: Method, weight_OI: Tensor, x_TI: Tensor | None = None) -> P
 
 @cache
 def solved(case: Case, bits: float, dtype: torch.dtype = torch.float32) -> Packed:
-    """The packed tensors of a case on the test problem, solved once for all tests: not to be
-    changed.
+    """The packed tensors of a case on the test problem, computed once for all tests.
+
+    Tests must not change them.
     """
     return quantize(case.build(bits), weight(dtype=dtype))
 
@@ -133,16 +133,15 @@ def proxy_loss(error_OI: Tensor, x_TI: Tensor) -> float:
 
 
 def loss_of(method: Method, weight_OI: Tensor, x_TI: Tensor) -> float:
-    return proxy_loss(
-        weight_OI - restore(method, quantize(method, weight_OI, x_TI), weight_OI), x_TI
-    )
+    restored_OI = restore(method, quantize(method, weight_OI, x_TI), weight_OI)
+    return proxy_loss(weight_OI - restored_OI, x_TI)
 
 
 # --- checks ---------------------------------------------------------------------------------------
 
 
 def check_layout(method: Method, packed: Packed, weight_OI: Tensor) -> None:
-    """Names, shapes and dtypes as declared; codes are int32 and never in the dense shape."""
+    """Names, shapes, dtypes are those of `layout`; codes are int32 and not in the dense shape."""
     layout = checked_layout(method, *weight_OI.shape)
     assert set(packed) == set(layout)
     for name, spec in layout.items():
@@ -161,7 +160,7 @@ def check_same_bits(first: Packed, second: Packed) -> None:
 
 
 def relative_errors(weight_OI: Tensor, restored_OI: Tensor) -> tuple[float, float]:
-    """(|dW| / |W|, max|dW| / rms W): both see what a cosine hides."""
+    """(|dW| / |W|, max|dW| / rms W). Both show errors that a cosine hides."""
     error_OI = (weight_OI - restored_OI).double()
     rms = weight_OI.double().square().mean().sqrt()
     return float(error_OI.square().mean().sqrt() / rms), float(error_OI.abs().max() / rms)
@@ -180,9 +179,7 @@ def check_errors(
 
 
 def check_linear(method: Method, packed: Packed, weight_OI: Tensor, dtype: torch.dtype) -> None:
-    """`linear` is F.linear with the dequantized weight: to rounding in fp32, to a few roundings of
-    bf16 else.
-    """
+    """`linear` is F.linear with the dequantized weight, but for rounding of `dtype`."""
     restored_OI = restore(method, packed, weight_OI)
     tolerance = 1e-5 if dtype == torch.float32 else 2.0**-6
     random = torch.Generator().manual_seed(3)
@@ -198,12 +195,9 @@ def check_linear(method: Method, packed: Packed, weight_OI: Tensor, dtype: torch
 
 
 def check_gradient(method: Method, packed: Packed, weight_OI: Tensor) -> None:
-    """What adapters in front of a linear are trained by: the gradient is that of the dequantized
-    weight.
-    """
-    x = torch.randn(
-        5, weight_OI.shape[1], generator=torch.Generator().manual_seed(4)
-    ).requires_grad_()
+    """The input's gradient, by which adapters are trained, is that of the dequantized weight."""
+    random = torch.Generator().manual_seed(4)
+    x = torch.randn(5, weight_OI.shape[1], generator=random).requires_grad_()
     y = method.linear(x, packed, None, len(weight_OI))
     y.square().sum().backward()
     restored_OI = restore(method, packed, weight_OI).double()
@@ -213,14 +207,13 @@ def check_gradient(method: Method, packed: Packed, weight_OI: Tensor) -> None:
 
 
 def check_pure(method: Method, weight_OI: Tensor, x_TI: Tensor) -> None:
-    """Quantizing changes neither the weight nor the statistic (q, k and v share one) nor the
+    """Quantizing changes neither the weight, nor the statistic (q, k and v share one), nor the
     inputs.
     """
     given = step(method, weight_OI.clone(), x_TI.clone())
     stat = given.stats.get("test")
-    before = (
-        {name: t.clone() for name, t in vars(stat).items() if isinstance(t, Tensor)} if stat else {}
-    )
+    tensors = vars(stat) if stat else {}
+    before = {name: t.clone() for name, t in tensors.items() if isinstance(t, Tensor)}
     with torch.no_grad():
         method.quantize_block(given)
     assert torch.equal(given.linears["test"].weight, weight_OI)
@@ -231,6 +224,6 @@ def check_pure(method: Method, weight_OI: Tensor, x_TI: Tensor) -> None:
 
 
 def check_deterministic(method: Method, first: Packed, weight_OI: Tensor) -> None:
-    """The same bits as in `first` again, whatever the global generator is doing."""
+    """Quantizing again gives the bits of `first`, whatever the state of the global generator."""
     torch.manual_seed(1)
     check_same_bits(first, quantize(type(method).build(**method.to_dict()), weight_OI))

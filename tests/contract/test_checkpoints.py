@@ -1,5 +1,5 @@
-"""The contract of a checkpoint: what a streamed run writes is what loads, in every way that people
-load models.
+"""The contract of a checkpoint: what a streamed run writes loads, in all ways in which people load
+models.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ once_per_method = pytest.mark.parametrize(
 def quantized(
     tmp_path_factory: pytest.TempPathFactory, calibration_npy: Path
 ) -> Callable[[Path, str, int, dict[str, Any]], Path]:
-    """Folder of the packed checkpoint that a streamed run writes; each is made once."""
+    """Makes packed checkpoints by streamed runs, each once, and gives their folders."""
     made: dict[str, Path] = {}
 
     def make(base: Path, name: str, bits: int, options: dict[str, Any]) -> Path:
@@ -88,13 +88,13 @@ def assert_same_tensors(first: dict[str, Tensor], second: dict[str, Tensor]) -> 
         assert torch.equal(tensor, second[name]), name
 
 
-def fitted(base: Path, name: str, bits: float, options: dict[str, Any]) -> Method:
-    """The method as a run on this model has it."""
+def bound_method(base: Path, name: str, bits: float, options: dict[str, Any]) -> Method:
+    """The method with the facts of this model filled in, as in a run."""
     return build(name, bits=bits, **options).bound_to(build_skeleton(base))
 
 
 def rewritten(base: Path, method: Method) -> Checkpoint:
-    """The dense checkpoint as the method has it before it quantizes (most methods: as it is)."""
+    """The dense checkpoint after the method's rewrite, which most methods do not have."""
     checkpoint = Checkpoint.open(str(base))
     return Rewritten.of(checkpoint, method.rewrite(build_skeleton(checkpoint.path), {}))
 
@@ -125,7 +125,7 @@ def test_loading_twice_sharded_and_dispatched_gives_the_same_logits(
     folder = quantized(tiny_llama, name, bits, options)
     first = load(folder)
     assert count_quantized(first) == LINEARS
-    assert check_quantized(first).method == fitted(tiny_llama, name, bits, options)
+    assert check_quantized(first).method == bound_method(tiny_llama, name, bits, options)
     expected = logits(first, calibration_ids)
     assert torch.isfinite(expected).all()
     stored = packed_of(first)
@@ -219,7 +219,7 @@ def test_stored_bits_in_the_file_are_those_declared(
 ):
     folder, method = (
         quantized(tiny_llama, name, bits, options),
-        fitted(tiny_llama, name, bits, options),
+        bound_method(tiny_llama, name, bits, options),
     )
     dense, tensors = file_tensors(tiny_llama), file_tensors(folder)
     report = json.loads((folder / "llq_report.json").read_text())
@@ -256,15 +256,13 @@ def test_everything_else_is_bitwise_the_base(
     bits: int,
     options: dict,
 ):
-    """Embeddings, head, norms and biases: same names, dtypes and bytes, also when loaded; the model
-    still runs.
+    """Embeddings, head, norms and biases keep names, dtypes and bytes, also when loaded.
 
-    Of a method that rewrites the model: those that its rewrite gives (which its own tests look
-    into).
+    If a method rewrites the model, they are those of its rewrite, which its own tests check.
     """
     dense_folder = request.getfixturevalue(base)
     folder = quantized(dense_folder, name, bits, options)
-    source = rewritten(dense_folder, fitted(dense_folder, name, bits, options))
+    source = rewritten(dense_folder, bound_method(dense_folder, name, bits, options))
     dense, tensors = source.read(source.files), file_tensors(folder)
     replaced = {key for key in dense if ".layers." in key and key.endswith("_proj.weight")}
     assert len(replaced) == LINEARS
@@ -294,9 +292,7 @@ def test_everything_else_is_bitwise_the_base(
 def test_a_loaded_model_is_as_large_as_its_file_also_after_use(
     quantized: Run, tiny_llama: Path, calibration_ids: Tensor, name: str, bits: int, options: dict
 ):
-    """No dense copy is kept, no cache grows inside the model: every storage that a module holds,
-    counted once.
-    """
+    """The model keeps no dense copy and no cache: its storages add up to the size of the file."""
     folder = quantized(tiny_llama, name, bits, options)
     model = load(folder)
     logits(model, calibration_ids)
@@ -329,7 +325,7 @@ def test_a_loaded_model_generates(
 
 
 def test_without_the_plugin_loading_fails_loudly(quantized: Run, tiny_llama: Path):
-    """No warning and random weights: the packed shape does not fit."""
+    """There are no random weights after a warning, because the packed shape does not fit."""
     folders = [quantized(tiny_llama, name, bits, options) for name, bits, options in CHECKPOINTS]
     script = """
 import json, sys
@@ -362,7 +358,7 @@ print("SAID" + json.dumps(said))
 def test_token_ids_need_no_tokenizer(
     tiny_llama: Path, calibration_npy: Path, tmp_path: Path, name: str, bits: int, options: dict
 ):
-    """A folder of weights and config alone can be calibrated on a .npy file of ids."""
+    """A folder that has only weights and config can be calibrated on a .npy file of ids."""
     base = tmp_path / "base"
     base.mkdir()
     for file in ("config.json", "model.safetensors"):
@@ -392,7 +388,7 @@ def test_config_json_round_trip(
     again = CONFIGS[name].from_dict(section if isinstance(section, dict) else section.to_dict())
     assert again.to_dict() == raw
     assert json.loads(json.dumps(again.to_dict())) == raw
-    assert again.method == fitted(tiny_llama, name, bits, options)
+    assert again.method == bound_method(tiny_llama, name, bits, options)
     assert raw["quant_method"] == f"llq_{name}"
     again.packed.check()
 

@@ -1,4 +1,4 @@
-"""Deliberate faults: each must make the contract's own checks fail, or the suite would not notice a
+"""Deliberate faults: each must make the contract's checks fail, or the suite would not notice a
 broken method.
 """
 
@@ -159,7 +159,7 @@ def test_every_method_faces_at_least_three(name: str):
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.uniform and c.method != "quip"], ids=str)
 def test_shifted_groups_are_seen(case: Case):
-    """Weights whose groups differ in size, so that a scale read from the neighbour shows."""
+    """Groups differ in size, so that a scale read from the neighbouring group is noticed."""
     method = case.build(case.near(BITS))
     groups = method.layout(checks.OUT, checks.IN)["scale"].shape[1]
     if groups == 1:
@@ -298,7 +298,7 @@ def test_a_tensor_of_another_dtype_shape_or_name_is_seen(case: Case, which: str)
 
 
 def test_scales_cast_on_the_way_are_seen(case: Case):
-    """What a cast through bf16 leaves of a scale."""
+    """Scales that were cast to bf16 and back have other bits."""
     packed = checks.solved(case, case.near(BITS))
     name = a_scale(packed)
     cast = {**packed, name: packed[name].to(torch.bfloat16).to(packed[name].dtype)}

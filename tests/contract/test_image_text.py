@@ -1,5 +1,5 @@
-"""The contract on models that see: the text decoder's linears are quantized, everything else is
-bitwise the base.
+"""The contract on vision-language models: the text decoder's linears are quantized, and everything
+else keeps the bits of the base.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def quantize(
 
 @torch.no_grad()
 def logits(model: nn.Module) -> Tensor:
-    """Of a question about an image in three tiles."""
+    """Logits for a question about an image in three tiles."""
     random = torch.Generator().manual_seed(1)
     pixels, sizes = torch.randn(1, 3, 3, 28, 28, generator=random), torch.tensor([[28, 56]])
     image = model.config.image_token_index
@@ -72,15 +72,15 @@ def logits(model: nn.Module) -> Tensor:
 def test_only_the_text_decoder_is_quantized(
     tiny_llava: Path, calibration_npy: Path, tmp_path: Path, name: str, bits: float, options: dict
 ):
-    """Streamed from files under the Hub's names, loaded twice, equal to quantizing in memory."""
+    """A streamed run on files with the Hub's names, loaded twice, equals quantizing in memory."""
     out = quantize(tiny_llava, tmp_path / "out", calibration_npy, name, bits, options)
     streamed = load(out)
     assert check_quantized(streamed).quantized_linears == LINEARS
     quantized = {n for n, module in streamed.named_modules() if isinstance(module, QuantLinear)}
     assert all(n.startswith("model.language_model.layers.") for n in quantized)
-    told = inspect_checkpoint(out)
-    assert told["quantized_linears"] == LINEARS
-    assert told["stored_bits"] > 0
+    facts = inspect_checkpoint(out)
+    assert facts["quantized_linears"] == LINEARS
+    assert facts["stored_bits"] > 0
     expected = logits(streamed)
     assert torch.isfinite(expected).all()
 
@@ -93,7 +93,7 @@ def test_only_the_text_decoder_is_quantized(
     assert torch.equal(logits(load(tmp_path / "again")), expected)
 
     base, stored, again = (tensors_of(folder) for folder in (tiny_llava, out, tmp_path / "again"))
-    assert set(stored) == set(again)  # the Hub's names, whoever writes
+    assert set(stored) == set(again)  # both writers use the Hub's names
     assert {key for key in base if key not in stored} == set()
     checkpoint = Checkpoint.open(str(tiny_llava))
     skeleton = build_skeleton(checkpoint.path)
@@ -109,11 +109,10 @@ def test_only_the_text_decoder_is_quantized(
             assert torch.equal(tensor, base[source.in_file(key)]), key
 
 
-def test_a_rotation_keeps_what_the_model_says(
-    tiny_llava: Path, calibration_npy: Path, tmp_path: Path
-):
-    """At 8 bits the turned model answers as the dense one, images included: projector and
-    image_newline turn along.
+def test_a_rotation_keeps_the_logits(tiny_llava: Path, calibration_npy: Path, tmp_path: Path):
+    """At 8 bits the rotated model has the logits of the dense one, also for images.
+
+    Projector and image_newline are rotated too.
     """
     out = quantize(tiny_llava, tmp_path / "out", calibration_npy, "spinquant", 8, {})
     base, stored = tensors_of(tiny_llava), tensors_of(out)
@@ -126,8 +125,9 @@ def test_a_rotation_keeps_what_the_model_says(
 def test_the_layout_of_published_checkpoints(
     tiny_llava: Path, calibration_npy: Path, tmp_path: Path
 ):
-    """`vision_tower.vision_model.`, and a buffer that models have no longer: both stay in the file,
-    and it loads.
+    """`vision_tower.vision_model.` names, and a buffer that models no longer have.
+
+    Both stay in the file, and it loads.
     """
     base = tmp_path / "base"
     shutil.copytree(tiny_llava, base, ignore=shutil.ignore_patterns("*.safetensors"))
@@ -185,10 +185,10 @@ def test_a_tied_head_stays_tied_or_is_untied_by_a_rotation(calibration_npy: Path
 
 
 @pytest.mark.parametrize("kind", ["Llava", "Mistral3", "PaliGemma"])
-def test_other_models_that_see(
+def test_other_vision_language_models(
     kind: str, calibration_npy: Path, tmp_path: Path, others: dict[str, Callable]
 ):
-    """The same mechanism, no table of architectures."""
+    """They work by the same mechanism, without a table of architectures."""
     others[kind]().save_pretrained(tmp_path / "base")
     base = load(tmp_path / "base")
     out = quantize(tmp_path / "base", tmp_path / "out", calibration_npy, "gptq", 8, {})
@@ -238,10 +238,8 @@ def others() -> dict[str, Callable[[], nn.Module]]:
         return transformers.Mistral3ForConditionalGeneration(config)
 
     def paligemma() -> nn.Module:
-        siglip, gemma = (
-            transformers.SiglipVisionConfig(**tower),
-            transformers.GemmaConfig(**text, head_dim=12),
-        )
+        siglip = transformers.SiglipVisionConfig(**tower)
+        gemma = transformers.GemmaConfig(**text, head_dim=12)
         config = transformers.PaliGemmaConfig(
             vision_config=siglip,
             text_config=gemma,

@@ -1,6 +1,4 @@
-"""The contract of one linear: every case of the table at every width, for weights of an fp32 and of
-a bf16 model.
-"""
+"""The contract of one linear: each case at each width, for weights of fp32 and bf16 models."""
 
 from __future__ import annotations
 
@@ -61,35 +59,31 @@ def test_more_bits_less_error(case: Case):
         restored_OI = checks.restore(case.build(bits), checks.solved(case, bits), weight_OI)
         losses.append(checks.proxy_loss(weight_OI - restored_OI, x_TI))
     for bits, (fewer, more) in zip(case.all_bits, pairwise(losses), strict=False):
-        limit = (
-            1.02 if case.clips and bits >= 5 else 0.999
-        )  # a fixed range clips: past 5 bits nothing is won
+        # A fixed range clips, so more than 5 bits gain nothing.
+        limit = 1.02 if case.clips and bits >= 5 else 0.999
         assert more <= limit * fewer, f"{bits} bits and the next width: {fewer:.4g} -> {more:.4g}"
 
 
 @pytest.mark.parametrize("case", CALIBRATED, ids=str)
 @pytest.mark.parametrize("near", [1, 2, 4, 8])
 def test_calibration_beats_rounding_to_nearest_on_the_same_grid(case: Case, near: int, monkeypatch):
-    """By proxy loss. The rival is the method's own fallback, which rounds to nearest when no factor
-    is found.
-    """
+    """By proxy loss. The other one is the method's own fallback, which has no factor."""
     bits = case.near(near)
     method, weight_OI, x_TI = case.build(bits), checks.weight(), checks.inputs()
-    loss = checks.proxy_loss(
-        weight_OI - checks.restore(method, checks.solved(case, bits), weight_OI), x_TI
-    )
+    restored_OI = checks.restore(method, checks.solved(case, bits), weight_OI)
+    loss = checks.proxy_loss(weight_OI - restored_OI, x_TI)
     if not case.feedback:
         pytest.skip("no feedback: there is nothing to fall back from")
     monkeypatch.setattr(cholesky, "factorize", lambda *args, **options: None)
-    # A range that clips (2.4 sigma at many bits) costs both the same, and rounding nearly nothing:
-    # a tie but for noise.
+    # A range that clips (2.4 sigma at many bits) costs both the same, and rounding costs nearly
+    # nothing, so they tie but for noise.
     tie = 1.02 if case.clips and bits > 4 else 1.0
     assert loss <= checks.loss_of(method, weight_OI, x_TI) * tie
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_preset_best_costs_no_bits_and_is_no_worse_at_2_bits(name: str):
-    # Where the presets matter; one problem at 4 bits says nothing of a method that sees no data.
+    # At 2 bits the presets matter. One problem at 4 bits cannot judge a method without data.
     bits = min(METHODS[name].bits_range, key=lambda own: abs(own - 2))
     weight_OI, x_TI = checks.weight(), checks.inputs()
     study, best = build(name, bits=bits), build(name, "best", bits=bits)
@@ -116,7 +110,7 @@ def test_zero_row_and_zero_column(case: Case, near: int):
 @each_case
 @pytest.mark.parametrize("near", [2, 8])
 def test_dead_channels_are_finite_and_leave_the_others_alone(case: Case, near: int):
-    """Channels that never fired: no factorization may fail on them, no error may flow from them."""
+    """Channels that never fired break no factorization, and add no error to the others."""
     bits = case.near(near)
     method, weight_OI, x_TI = case.build(bits), checks.weight(), checks.inputs().clone()
     x_TI[:, [0, 7, 171]] = 0
@@ -138,9 +132,7 @@ def test_dead_channels_are_finite_and_leave_the_others_alone(case: Case, near: i
 @each_case
 @pytest.mark.parametrize("near", [2, 8])
 def test_no_calibration_signal_at_all(case: Case, near: int):
-    """All inputs zero: every channel is dead; the result is finite and as good as rounding to
-    nearest can be.
-    """
+    """With all inputs zero, the result is finite and as good as rounding to nearest."""
     bits = case.near(near)
     method, weight_OI = case.build(bits), checks.weight()
     restored_OI = checks.restore(
@@ -200,9 +192,7 @@ def test_gradients_flow_to_the_input(case: Case):
 
 @each_case
 def test_training_after_inference_mode(case: Case):
-    """What a method keeps between calls (rotations, tables) must not be bound to the mode of the
-    first call.
-    """
+    """What a method caches between calls (rotations, tables) works in both modes."""
     method, weight_OI = case.build(case.near(4)), checks.weight()
     packed = checks.quantize(method, weight_OI)
     forget_caches()

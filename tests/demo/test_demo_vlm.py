@@ -70,7 +70,7 @@ def test_bundled_model_tells_true_claims_from_false() -> None:
 
 @pytest.mark.parametrize(("bits", "least", "most"), [(4, 0.7, 1.0), (2, 0.0, 0.4)])
 def test_four_bits_keep_it_and_two_break_it(bits: int, least: float, most: float) -> None:
-    """As in the study. At two bits the model gives no verdict at all; guesses would be half right."""
+    """As in the study. At two bits the model gives no verdict; guesses would be half right."""
     vision = VisionModel.load(str(FOLDER), dtype=torch.float32)
     quantize_model(vision.model, build("rtn", bits=bits), None)
     assert least <= share_right(vision, 6) <= most

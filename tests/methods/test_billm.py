@@ -1,4 +1,4 @@
-"""BiLLM: equal to the literal solver, last blocks of any width, its storage, its refinements."""
+"""BiLLM equals the literal solver; last blocks of any width, its storage, its refinements."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_equals_the_literal_solver(
 
 @pytest.mark.parametrize("last", [1, 2, 49, 50, 51])
 def test_a_last_block_of_any_width(last: int):
-    """The authors' code asks for the 50 largest columns of every block and crashes where there are
+    """The authors' code asks for the 50 largest columns of each block, and crashes if there are
     less.
     """
     weight_OI = checks.weight(6, 64 + last)
@@ -118,7 +118,7 @@ def test_without_a_factor_salience_is_the_square_and_nothing_is_repaired():
 
 
 def test_refits_never_cost_weight_error_without_feedback():
-    """Each step of ARB is the best for the others: more rounds, less |dW|."""
+    """Each step of ARB is the best given the others, so more rounds give less |dW|."""
     weight_OI = checks.weight()
     errors = []
     for rounds in (0, 1, 5, 15):
@@ -146,16 +146,16 @@ def test_every_round_of_refinement_lowers_the_loss_and_best_halves_it():
 
 @pytest.mark.parametrize(("large", "found"), [(45, 45), (55, 49)])
 def test_up_to_49_columns_are_salient(large: int, found: int):
-    """Large columns in a block of small ones are told apart from them, as far as the authors'
-    search goes.
-    """
+    """Large columns among small ones are found, up to the limit of the authors' search."""
     weight_OI = checks.weight(32, 128) * torch.where(torch.arange(128) < large, 1.0, 0.01)
     packed = checks.quantize(build("billm", feedback=False, salience="magnitude"), weight_OI)
     assert salient_columns(packed, 128).sum() == found
 
 
 def test_dense_share_is_what_the_refinement_aims_at():
-    """With the full-precision stream twice the quantized one, the outputs grow with the share."""
+    """The full-precision activations are twice the quantized ones, so outputs grow with the
+    share.
+    """
     weight_OI, x_TI = checks.weight(24, 64), well_conditioned(64)
     stat = statistic(x_TI)
     stat.pair(x_TI, 2 * x_TI)
@@ -170,7 +170,7 @@ def test_dense_share_is_what_the_refinement_aims_at():
     assert norms[0] + 0.1 < norms[1] < norms[2]
 
 
-def test_the_full_precision_stream_is_asked_for_only_where_it_is_used():
+def test_the_full_precision_model_runs_only_if_it_is_used():
     assert build("billm").flow is Flow.QUANTIZED
     assert build("billm", refine=1, dense_share=0.0).flow is Flow.QUANTIZED
     assert build("billm", refine=1).flow is Flow.BOTH

@@ -1,5 +1,5 @@
-"""DB-LLM: levels and start against loops, the gradient of its scales, distillation that helps, runs
-that are killed.
+"""DB-LLM: levels and first scales against loops, the gradient of its scales, distillation that
+helps, runs that are killed.
 """
 
 from __future__ import annotations
@@ -41,9 +41,8 @@ def test_stored_bits_of_llama_shapes():
 def test_two_thresholds_choose_the_nearest_of_four_levels(mirrored: bool):
     random = torch.Generator().manual_seed(0)
     a1 = torch.rand(200, generator=random) + 0.5
-    a2 = -a1 * torch.rand(
-        200, generator=random
-    )  # |a2| <= |a1|, not only half of it: scales are trained
+    # |a2| <= |a1|, and not only half of it, because scales are trained.
+    a2 = -a1 * torch.rand(200, generator=random)
     scale = torch.stack([a1, a2], dim=-1) * (-1 if mirrored else 1)
     weight = torch.randn(200, generator=random) * 1.5
     first, second = planes(weight, scale)
@@ -66,12 +65,9 @@ def test_codes_and_scales_equal_the_slow_start(group_size: int):
             group = weight_OI[row, begin : begin + size].tolist()
             a1, a2, error = slow.start(group)
             assert packed["scale"][row, g].tolist() == pytest.approx([a1, a2], rel=1e-5)
-            found = (
-                (restored_OI[row, begin : begin + size] - weight_OI[row, begin : begin + size])
-                .square()
-                .sum()
-            )
-            assert float(found) == pytest.approx(error, rel=1e-4)
+            part = slice(begin, begin + size)
+            own_error = (restored_OI[row, part] - weight_OI[row, part]).square().sum()
+            assert float(own_error) == pytest.approx(error, rel=1e-4)
 
 
 def test_a_group_of_negative_weights_takes_the_mirrored_levels():
@@ -91,7 +87,7 @@ def test_feedback_lowers_the_output_error_on_the_same_scales():
 
 
 class Packed(nn.Linear):
-    """A stand-in for QuantLinear with what DualLinear reads."""
+    """A stand-in for QuantLinear that has what DualLinear reads."""
 
 
 @pytest.mark.parametrize("group_size", [16, 24])
@@ -161,7 +157,7 @@ def test_sampling_with_a_cache_is_sampling_without(tiny_llama: Path):
 
 
 def divergence(model: nn.Module, teacher: nn.Module, ids_NS: Tensor) -> float:
-    """KL of the quantized model's predictions from the full-precision one's, in nats per token."""
+    """KL divergence of a model's predictions from the full-precision ones, in nats per token."""
     with torch.no_grad():
         t, s = (m(ids_NS).logits.log_softmax(-1) for m in (teacher, model))
     return float((t.exp() * (t - s)).sum(-1).mean())
@@ -194,18 +190,18 @@ def test_only_scales_change_and_all_of_them(tiny_llama: Path, calibration_ids: T
         assert torch.equal(tensor, after[name]) is not name.endswith("_proj.scale"), name
 
 
-class CachedTensors(State):
-    """Keeps what is saved, and stops the run at the `stop`-th save."""
+class SavedState(State):
+    """State in memory, which raises KeyboardInterrupt at the `stop`-th save."""
 
     def __init__(self, stop: int = 10**9) -> None:
-        self.kept: dict[str, Tensor] | None = None
+        self.saved: dict[str, Tensor] | None = None
         self.stop = stop
 
     def load(self) -> dict[str, Tensor] | None:
-        return self.kept
+        return self.saved
 
     def save(self, tensors: dict[str, Tensor]) -> None:
-        self.kept = {name: tensor.clone() for name, tensor in tensors.items()}
+        self.saved = {name: tensor.clone() for name, tensor in tensors.items()}
         self.stop -= 1
         if self.stop == 0:
             raise KeyboardInterrupt
@@ -223,22 +219,24 @@ def packed_model(tiny_llama: Path, method: DBLLM) -> tuple[nn.Module, nn.Module]
 def test_a_stopped_training_goes_on_to_the_same_bits(tiny_llama: Path, calibration_ids: Tensor):
     method = DBLLM(**{**FAST, "steps": 70})
     whole = method.tune(
-        *packed_model(tiny_llama, method), calibration_ids, Progress(), CachedTensors()
+        *packed_model(tiny_llama, method), calibration_ids, Progress(), SavedState()
     )
-    state = CachedTensors(stop=2)
+    state = SavedState(stop=2)
     with pytest.raises(KeyboardInterrupt):
         method.tune(*packed_model(tiny_llama, method), calibration_ids, Progress(), state)
-    assert state.kept is not None
-    assert int(state.kept["step"]) == 64
+    assert state.saved is not None
+    assert int(state.saved["step"]) == 64
     resumed = method.tune(*packed_model(tiny_llama, method), calibration_ids, Progress(), state)
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
 class Stop(Progress):
-    """Ends a run when its `place`-th stage of this name begins, or at the `place`-th advance in it."""
+    """Raises KeyboardInterrupt when a stage of this name begins, or after `advances` in it."""
 
     def __init__(self, stage: str, advances: int = 0) -> None:
-        self.name, self.left, self.inside = stage, advances, False
+        self.name = stage
+        self.left = advances
+        self.inside = False
 
     def stage(self, text: str, total: int = 0) -> None:
         self.inside = text.startswith(self.name)
@@ -274,14 +272,16 @@ def test_killed_while_and_after_tuning_the_files_are_the_same(
     assert all(record["tuned"] and "output_error" not in record for record in report["linears"])
     assert not list(tmp_path.glob("whole.t*.safetensors")), "nothing of the training stays behind"
 
-    with pytest.raises(KeyboardInterrupt):  # in the middle of training, after it was saved once
+    # Killed in the middle of training, after its state was saved once.
+    with pytest.raises(KeyboardInterrupt):
         quantize_checkpoint(
             str(tiny_llama), out, method, calibration, progress=Stop("training the scales", 36)
         )
     assert (tmp_path / "out.training.safetensors").exists()
     assert not (out / "config.json").exists()
 
-    real = Journal.replace_block  # while tuned tensors are written: the line is, they are not yet
+    # Killed while tuned tensors are written: the journal's line is written, but they are not.
+    real = Journal.replace_block
 
     def dies(self: Journal, line: dict) -> None:
         real(self, line)
@@ -321,7 +321,7 @@ def test_live_and_streamed_runs_agree(
         assert torch.equal(live(calibration_ids).logits, loaded(calibration_ids).logits)
 
 
-def test_a_learning_rate_that_explodes_is_told(
+def test_an_exploding_learning_rate_is_an_error(
     tiny_llama: Path, calibration_ids: Tensor, monkeypatch
 ):
     monkeypatch.setattr(DBLLM, "_loss", lambda self, *args: torch.tensor(float("nan")))

@@ -1,5 +1,5 @@
-"""Hybrid: who serves what, by rules and by allocation; stored bits within the budget; runs that are
-killed.
+"""Hybrid: which method serves which linear, by rules and by allocation; stored bits within the
+budget; runs that are killed.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ CHEAP = {"candidates": "rtn:2:group_size=32+rtn:3:group_size=32+rtn:6:group_size
 MIXED = "*.down_proj=rtn:4:group_size=64+*.0.self_attn.*=gptq:2:group_size=64+*=quip:3"
 
 
-# --- how it is written ----------------------------------------------------------------------------
+# --- specs and rules as text ----------------------------------------------------------------------
 
 
-def test_a_method_is_read_as_it_is_spelled():
+def test_a_spelled_method_is_parsed_back():
     for spec, expected in {
         "gptq:2": build("gptq", bits=2),
         "gptq:3:group_size=64:preset=best": build("gptq", "best", bits=3, group_size=64),
@@ -50,7 +50,7 @@ def test_a_method_is_read_as_it_is_spelled():
         assert not set("+,") & set(text) or name == "hybrid", text
 
 
-def test_rules_come_with_commas_too_and_the_first_that_fits_serves():
+def test_rules_may_have_commas_and_the_first_that_fits_serves():
     method = build("hybrid", rules="*.layers.0.*=rtn:8,*.down_proj=rtn:4+*=rtn:3")
     assert parse_rules("a=rtn:8,b=rtn:2+c=x:1") == [("a", "rtn:8"), ("b", "rtn:2"), ("c", "x:1")]
     for name, bits in {
@@ -80,7 +80,7 @@ def test_rules_come_with_commas_too_and_the_first_that_fits_serves():
         ({"samples": 0}, "samples=0"),
     ],
 )
-def test_what_cannot_be_served_is_told(options: dict[str, Any], words: str | None):
+def test_wrong_rules_and_candidates_are_refused(options: dict[str, Any], words: str | None):
     if words is None:
         build("hybrid", **options)
         return
@@ -101,7 +101,7 @@ def test_rules_must_fit_and_cover_the_model(tiny_llama: Path):
         build("hybrid", rules="*.mlp.*=rtn:4", candidates="").bound_to(model)
 
 
-def test_fitted_to_a_model_bits_are_what_rules_come_to(tiny_llama: Path):
+def test_bound_to_a_model_bits_are_the_average_of_the_rules(tiny_llama: Path):
     model = AutoModelForCausalLM.from_pretrained(tiny_llama)
     method = build("hybrid", rules="*=rtn:4:group_size=64:preset=best").bound_to(model)
     assert method.rules == "*=rtn:4:group_size=64:search_range=true"
@@ -125,11 +125,11 @@ def test_one_walk_serves_all_methods():
 
 
 def test_every_linear_gets_what_its_method_gives_alone(tiny_llama: Path, calibration_ids: Tensor):
-    """Of the first block, whose inputs are the same: bit for bit what a run of that method alone
-    packs.
+    """In the first block, whose inputs are the same, the bits are those of a run of that method
+    alone.
     """
 
-    def packed(name: str, **options: Any) -> dict[str, QuantLinear]:
+    def first_block(name: str, **options: Any) -> dict[str, QuantLinear]:
         model = AutoModelForCausalLM.from_pretrained(tiny_llama)
         quantize_model(model, build(name, **options), calibration_ids)
         return {
@@ -138,11 +138,11 @@ def test_every_linear_gets_what_its_method_gives_alone(tiny_llama: Path, calibra
             if isinstance(m, QuantLinear) and ".layers.0." in n
         }
 
-    mixed = packed("hybrid", rules=MIXED)
+    mixed = first_block("hybrid", rules=MIXED)
     alone = {
-        "rtn": packed("rtn", bits=4, group_size=64),
-        "gptq": packed("gptq", bits=2, group_size=64),
-        "quip": packed("quip", bits=3),
+        "rtn": first_block("rtn", bits=4, group_size=64),
+        "gptq": first_block("gptq", bits=2, group_size=64),
+        "quip": first_block("quip", bits=3),
     }
     assert {module.method.name for module in mixed.values()} == set(alone)
     for name, module in mixed.items():
@@ -151,8 +151,13 @@ def test_every_linear_gets_what_its_method_gives_alone(tiny_llama: Path, calibra
 
 def test_methods_that_work_on_blocks_share_one(tiny_llama: Path, calibration_ids: Tensor):
     model = AutoModelForCausalLM.from_pretrained(tiny_llama)
-    rules = "*.self_attn.*=omniquant:4:epochs=1+*.down_proj=efficient_qat:2:tune_epochs=0:epochs=1+*=awq:3:ratios=2"
-    records = quantize_model(model, build("hybrid", rules=rules), calibration_ids[:4])
+    rules = (
+        "*.self_attn.*=omniquant:4:epochs=1",
+        "*.down_proj=efficient_qat:2:tune_epochs=0:epochs=1",
+        "*=awq:3:ratios=2",
+    )
+    method = build("hybrid", rules="+".join(rules))
+    records = quantize_model(model, method, calibration_ids[:4])
     served = {record["name"].rpartition(".")[2]: record["served_by"] for record in records}
     assert served["q_proj"] == "omniquant:4"
     assert served["down_proj"] == "efficient_qat:2"
@@ -160,7 +165,7 @@ def test_methods_that_work_on_blocks_share_one(tiny_llama: Path, calibration_ids
     assert all(record["weight_error"] < 0.7 for record in records)
 
 
-def test_drawers_of_a_state_do_not_meet():
+def test_scoped_states_do_not_share_tensors():
     class Memory(State):
         kept: dict[str, Tensor] | None = None
 
@@ -214,16 +219,14 @@ def test_rules_pin_and_candidates_serve_the_rest(tiny_llama: Path, calibration_i
     ]
 
 
-def test_a_budget_that_cannot_be_met_is_told(tiny_llama: Path, calibration_ids: Tensor):
+def test_a_budget_that_cannot_be_met_is_refused(tiny_llama: Path, calibration_ids: Tensor):
     model = AutoModelForCausalLM.from_pretrained(tiny_llama)
     with pytest.raises(LLQError, match=r"bits=2 is too few for these rules and candidates"):
         quantize_model(model, build("hybrid", bits=2, **CHEAP), calibration_ids)
 
 
 def test_bits_go_where_rounding_costs_most(tiny_llama: Path, calibration_ids: Tensor):
-    """A linear made silent (the next one reads nothing of it) gets the fewest bits, others its
-    share.
-    """
+    """Linears whose output the next one ignores get the fewest bits, and others get the rest."""
     model = AutoModelForCausalLM.from_pretrained(tiny_llama)
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight.mul_(1e-4)
@@ -236,7 +239,7 @@ def test_bits_go_where_rounding_costs_most(tiny_llama: Path, calibration_ids: Te
 
 @pytest.fixture
 def files(tiny_llama: Path, calibration_npy: Path, tmp_path: Path) -> Callable[..., dict[str, str]]:
-    """Run (or go on with) a run into a folder; the digests of its files."""
+    """Run (or resume) a run into a folder, and return the digests of its files."""
 
     def run(name: str, progress: Progress | None = None) -> dict[str, str]:
         method = build(
@@ -255,16 +258,17 @@ def files(tiny_llama: Path, calibration_npy: Path, tmp_path: Path) -> Callable[.
 
 
 class Stop(Progress):
-    """Ends a run when a linear of the second block begins, and counts stages."""
+    """Raises KeyboardInterrupt at the first linear whose name starts with `at`; lists stages."""
 
     def __init__(self, at: str = "") -> None:
-        self.for_linear, self.stages = at, list[str]()
+        self.at = at
+        self.stages: list[str] = []
 
     def stage(self, text: str, total: int = 0) -> None:
         self.stages.append(text)
 
     def linear(self, name: str) -> None:
-        if self.for_linear and name.startswith(self.for_linear):
+        if self.at and name.startswith(self.at):
             raise KeyboardInterrupt
 
 
@@ -277,7 +281,7 @@ def test_a_killed_run_keeps_its_allocation(files: Callable[..., dict[str, str]],
     assert files("out", resumed) == whole, "a finished run is taken as it is"
 
 
-def test_the_allocation_is_in_the_config_guarded_and_loads(
+def test_the_allocation_is_in_the_config_and_protected(
     files: Callable[..., dict[str, str]],
     tiny_llama: Path,
     calibration_ids: Tensor,

@@ -1,8 +1,11 @@
-"""Knapsack against every choice there is, the score against the KL it predicts."""
+"""The knapsack against all possible choices, and costs against the KL that they measure or
+predict.
+"""
 
 from __future__ import annotations
 
 import itertools
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +15,6 @@ from transformers import AutoModelForCausalLM
 
 from llq_hf.common.errors import LLQError
 from llq_hf.common.progress import PassListener
-from llq_hf.methods.hybrid import costs
 from llq_hf.methods.hybrid.costs import Measured, Predicted, observe, output_gradients
 from llq_hf.methods.hybrid.knapsack import Option, knapsack
 from llq_hf.models.decoder import quantizable
@@ -53,7 +55,8 @@ def test_the_knapsack_finds_the_best_of_all_choices(seed: int, step: int, share:
 
 
 def test_with_few_buckets_the_budget_still_holds(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(costs, "BUCKETS", 16)
+    # Not by its dotted name: in the package, `knapsack` is the function.
+    monkeypatch.setattr(sys.modules[knapsack.__module__], "BUCKETS", 16)
     for seed in range(8):
         units = some_units(seed, 1)
         budget = sum(min(option.bits for option in unit) for unit in units) + 61
@@ -70,7 +73,7 @@ def test_a_budget_below_the_cheapest_is_refused():
 def test_the_gradients_are_those_of_the_model_s_own_draws(
     tiny_llama: Path, calibration_ids: Tensor
 ):
-    """Against a loop that asks autograd for one linear's output."""
+    """Compared with a loop that asks autograd for one linear's output."""
     model = AutoModelForCausalLM.from_pretrained(tiny_llama).eval()
     linears = quantizable(model)
     ids_NS = calibration_ids[:2, :6]
@@ -94,8 +97,9 @@ def test_the_gradients_are_those_of_the_model_s_own_draws(
 
 @torch.no_grad()
 def test_costs_are_the_divergence_measured_and_predicted(tiny_llama: Path, calibration_ids: Tensor):
-    """Of small random changes of one linear: measured as a literal KL is, predicted within a factor
-    of 2 of that.
+    """For small random changes of one linear, the measured cost is the literal KL.
+
+    The predicted one is within a factor of 2 of it.
     """
     model = AutoModelForCausalLM.from_pretrained(tiny_llama).eval()
     linears, listener = quantizable(model), PassListener()

@@ -1,5 +1,5 @@
-"""NF4: equal to its literal loops, bits of the tables, stored shifts, blocks that cross rows,
-kernels' layout.
+"""NF4 equals its literal loops; the published levels, stored shifts, blocks that cross rows, the
+layout that kernels read.
 """
 
 from __future__ import annotations
@@ -96,9 +96,7 @@ def test_bits_stored_are_those_of_the_papers():
 
 
 def test_zeros_are_zeros():
-    """All-zero blocks and an all-zero matrix: no division by zero, no noise from the mean of the
-    scales.
-    """
+    """All-zero blocks and matrices stay zero: no division by zero, no noise from the mean scale."""
     weight_OI = checks.weight(8, 64).clone()
     weight_OI[3] = 0
     for options in ({}, {"icq": True}, {"icq": True, "search_range": True}):

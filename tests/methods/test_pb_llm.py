@@ -1,4 +1,4 @@
-"""PB-LLM: equal to the literal solver, positions in every density, sizes, both ends of its widths,
+"""PB-LLM equals the literal solver; its list of positions, its sizes, both ends of its widths, its
 refinement.
 """
 
@@ -36,6 +36,7 @@ def statistic(x_TI: torch.Tensor) -> Stat:
 
 
 def salient(packed: dict, method, shape: tuple[int, int]) -> torch.Tensor:
+    """Mask of the salient weights."""
     at_S = method._positions(*shape).unpack(packed, torch.device("cpu"))
     mask_N = torch.zeros(shape[0] * shape[1], dtype=torch.bool)
     mask_N[at_S] = True
@@ -106,8 +107,9 @@ def test_stored_bits_on_llama_shapes(shape: tuple[int, int]):
 
 
 def test_the_ends_of_the_range():
-    """At 1 bit no weight is salient, at 8 every one is: the authors' rule would index past the end,
-    or binarize one.
+    """At 1 bit no weight is salient, at 8 bits all are.
+
+    The authors' rule would index past the end at 1 bit, and binarize one weight at 8.
     """
     weight_OI, x_TI = checks.weight(8, 64), well_conditioned(64)
     names = {}
@@ -119,25 +121,20 @@ def test_the_ends_of_the_range():
         assert share == (bits == 8)
     assert "code" not in names[1.0]
     assert names[8.0] - names[1.0] == {"code"}  # no positions at either end
-    levels = checks.restore(
-        build("pb_llm", bits=1.0, group_size=32),
-        checks.quantize(build("pb_llm", bits=1.0, group_size=32), weight_OI, x_TI),
-        weight_OI,
-    )
+    one_bit = build("pb_llm", bits=1.0, group_size=32)
+    levels = checks.restore(one_bit, checks.quantize(one_bit, weight_OI, x_TI), weight_OI)
     assert all(len(row.unique()) == 2 for half in levels.split(32, dim=1) for row in half)
 
 
 def test_any_figure_between_and_the_exact_count():
-    """floor(N * r) + 1 weights are binarized, also where N * r is a whole number that floats may
-    miss.
-    """
+    """floor(N * r) + 1 weights are binarized, also if N * r is whole but its float is not."""
     for bits, rows, low in ((1.7, 10, 577), (2.0, 7, 385), (4.5, 2, 65), (1.07, 100, 6337)):
         method = build("pb_llm", bits=bits)
         assert method._positions(rows, 64).count == rows * 64 - low, bits
 
 
 def test_ties_leave_the_count_alone():
-    """All weights alike: the authors would binarize them all."""
+    """All weights are equal: the authors' code would binarize them all."""
     weight_OI = torch.ones(8, 64)
     method = build("pb_llm", bits=2.0, group_size=32, salience="magnitude")
     packed = checks.quantize(method, weight_OI, well_conditioned(64))
@@ -149,13 +146,11 @@ def test_ties_leave_the_count_alone():
 
 def test_alpha_shrinks_by_the_salient_share_unless_averaged_over_the_binarized():
     weight_OI, x_TI = checks.weight(48, 128), well_conditioned(128)
-    theirs, papers = (
-        checks.quantize(build("pb_llm", bits=2.0, mean_over=over), weight_OI, x_TI)["scale"]
-        .float()
-        .mean()
-        for over in ("group", "binarized")
-    )
-    assert theirs / papers == pytest.approx(6 / 7, rel=0.02)
+    alphas = {}
+    for over in ("group", "binarized"):
+        method = build("pb_llm", bits=2.0, mean_over=over)
+        alphas[over] = checks.quantize(method, weight_OI, x_TI)["scale"].float().mean()
+    assert alphas["group"] / alphas["binarized"] == pytest.approx(6 / 7, rel=0.02)
 
 
 def test_without_a_factor_salience_is_magnitude_and_nothing_is_repaired():
@@ -179,7 +174,9 @@ def test_every_round_of_refinement_lowers_the_loss(bits: float):
 
 
 def test_dense_share_is_what_the_refinement_aims_at():
-    """With the full-precision stream twice the quantized one, the outputs grow with the share."""
+    """The full-precision activations are twice the quantized ones, so outputs grow with the
+    share.
+    """
     weight_OI, x_TI = checks.weight(24, 64), well_conditioned(64)
     stat = statistic(x_TI)
     stat.pair(x_TI, 2 * x_TI)
@@ -217,7 +214,7 @@ def test_levels_that_fp16_cannot_hold_are_refused():
 
 @pytest.mark.parametrize("word", [-1, 0], ids=["more", "fewer"])
 def test_a_list_of_the_wrong_length_is_an_error(word: int):
-    """Whoever multiplies: kernels would read codes that are not there."""
+    """It is checked before any product: kernels would read codes that are not there."""
     method, x_TI = build("pb_llm", bits=1.7), torch.randn(2, 256).bfloat16()
     packed = method.quantize(torch.randn(16, 256), statistic(torch.randn(300, 256)), Job("x"))
     method.linear(x_TI, packed, None, 16)

@@ -1,4 +1,4 @@
-"""QuIP: equal to the literal algorithm with the same rotations; its seeds, its bits, its search."""
+"""QuIP equals the literal algorithm with the same rotations; its seeds, its bits, its search."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def statistic(x_TI: torch.Tensor) -> Hessian:
 
 
 def dense(seed: int, n: int, blocked: bool) -> torch.Tensor:
-    """The rotation as a matrix Q, Q x = apply(x)."""
+    """The rotation as a matrix Q, with Q x = apply(x)."""
     return rotation(seed, n, blocked, torch.device("cpu")).apply(torch.eye(n)).T
 
 
@@ -127,7 +127,7 @@ def test_seeds_differ_per_layer_linear_and_side_and_are_stored(tiny_llama, calib
 
 
 def test_a_stored_seed_is_what_counts():
-    """A checkpoint's meaning comes from the seeds in the file, not from the config's."""
+    """A checkpoint is decoded with the seeds in the file, not with the one of the config."""
     weight_OI = checks.weight()
     packed = checks.quantize(build("quip", bits=4, seed=0), weight_OI)
     assert torch.equal(
@@ -143,7 +143,7 @@ def test_two_bits_take_two_bits():
 
 @pytest.mark.parametrize("bits", [2, 8])
 def test_searching_the_range_beats_2_4_sigma(bits: int):
-    """Where rotations make weights Gaussian: 64 and 256 have square factors."""
+    """At sizes that rotations make Gaussian: 64 and 256 have square factors."""
     weight_OI, x_TI = checks.weight(64, 256), inputs(256)
     searched = checks.loss_of(build("quip", bits=bits, search_range=True), weight_OI, x_TI)
     assert searched < checks.loss_of(build("quip", bits=bits), weight_OI, x_TI)
@@ -159,7 +159,7 @@ def test_the_notes_say_which_range_won():
 
 @pytest.mark.parametrize("bits", [1, 2, 8])
 def test_large_inputs_do_not_overflow_fp16(bits: int):
-    """LLaMA-3's massive activations: half precision at run time must stay finite."""
+    """With inputs as large as LLaMA-3's massive activations, fp16 outputs stay finite."""
     method, weight_OI = build("quip", bits=bits), checks.weight()
     packed = checks.quantize(method, weight_OI)
     x = (checks.inputs()[:8] * 500).half()

@@ -1,5 +1,5 @@
-"""SliM-LLM: equal to the literal solver; its allocation, grids and storage; what the authors' code
-does otherwise.
+"""SliM-LLM equals the literal solver; its allocation, grids and storage; the differences of the
+authors' code.
 """
 
 from __future__ import annotations
@@ -31,8 +31,9 @@ LLAMA_SHAPES = [
 
 
 def inputs(in_features: int, dead: tuple[int, ...] = ()) -> torch.Tensor:
-    """Activations [T, I] with correlations but no tiny eigenvalue, so that fp32 and fp64 round
-    alike.
+    """Activations [T, I] with correlations but no tiny eigenvalue.
+
+    So fp32 and fp64 round alike.
     """
     random = torch.Generator().manual_seed(in_features)
     mix_II = (
@@ -45,7 +46,7 @@ def inputs(in_features: int, dead: tuple[int, ...] = ()) -> torch.Tensor:
     return x_TI
 
 
-def solved(
+def solve(
     weight_OI: torch.Tensor, x_TI: torch.Tensor, **options: object
 ) -> tuple[Packed, torch.Tensor, dict]:
     """(packed, restored weight, notes)."""
@@ -71,7 +72,7 @@ VARIANTS = {
 @pytest.mark.parametrize("dead", [(), (3, 20)], ids=["all channels alive", "dead channels"])
 def test_equals_the_literal_solver(options: dict, shape: tuple[int, int], dead: tuple[int, ...]):
     weight_OI, x_TI = checks.weight(*shape), inputs(shape[1], dead)
-    packed, restored_OI, notes = solved(weight_OI, x_TI, group_size=8, scale_bits=32, **options)
+    packed, restored_OI, notes = solve(weight_OI, x_TI, group_size=8, scale_bits=32, **options)
     restored, widths, divergences = slim_llm(
         weight_OI.numpy(), x_TI.numpy(), checks.SEQUENCES, group_size=8, **options
     )
@@ -86,10 +87,10 @@ def test_equals_the_literal_solver(options: dict, shape: tuple[int, int], dead: 
 
 
 def test_the_mean_width_is_bits_and_salient_groups_get_more():
-    """Inputs whose last groups are loud: they gain what the silent first ones lose."""
+    """The last groups have the largest inputs: they gain the bits that the first ones lose."""
     x_TI = inputs(64) * torch.linspace(0.05, 2, 64)
     for bits in (2, 3, 5):
-        packed, _, notes = solved(checks.weight(8, 64), x_TI, bits=bits, group_size=8, pairs=3)
+        packed, _, notes = solve(checks.weight(8, 64), x_TI, bits=bits, group_size=8, pairs=3)
         assert packed["widths"].tolist() == [bits - 1] * 3 + [bits] * 2 + [bits + 1] * 3
         assert notes["pairs"] == 3
 
@@ -97,34 +98,33 @@ def test_the_mean_width_is_bits_and_salient_groups_get_more():
 def test_a_short_last_group_keeps_its_width_however_salient():
     x_TI = inputs(70).clone()
     x_TI[:, 64:] *= 100
-    packed, _, _ = solved(checks.weight(8, 70), x_TI, bits=2, group_size=8, pairs=4)
+    packed, _, _ = solve(checks.weight(8, 70), x_TI, bits=2, group_size=8, pairs=4)
     assert packed["widths"][-1] == 2
     assert sorted(packed["widths"].tolist()) == [1] * 4 + [2] + [3] * 4
 
 
 def test_few_groups_all_have_the_same_width_and_the_notes_say_so():
-    packed, _, notes = solved(checks.weight(8, 48), inputs(48), group_size=16)
+    packed, _, notes = solve(checks.weight(8, 48), inputs(48), group_size=16)
     assert packed["widths"].tolist() == [2, 2, 2]
     assert notes["allocation"] == "uniform: 3 groups are too few to move bits"
-    assert "allocation" not in solved(checks.weight(8, 64), inputs(64), group_size=16)[2]
+    assert "allocation" not in solve(checks.weight(8, 64), inputs(64), group_size=16)[2]
 
 
 def test_no_pairs_may_win_only_if_asked_for():
-    """Groups alike, so that moving bits hurts. (The authors' -nonsalient_block 0 widens every group
-    instead.)
+    """The groups are alike, so moving bits hurts.
+
+    (The authors' -nonsalient_block 0 widens every group instead.)
     """
-    weight_OI, x_TI = (
-        checks.weight(16, 64),
-        torch.randn(256, 64, generator=torch.Generator().manual_seed(0)),
-    )
-    assert solved(weight_OI, x_TI, group_size=16)[2]["pairs"] == 1
-    assert solved(weight_OI, x_TI, group_size=16, try_uniform=True)[2]["pairs"] == 0
-    assert solved(weight_OI, x_TI, group_size=16, pairs=0)[0]["widths"].tolist() == [2] * 4
+    weight_OI = checks.weight(16, 64)
+    x_TI = torch.randn(256, 64, generator=torch.Generator().manual_seed(0))
+    assert solve(weight_OI, x_TI, group_size=16)[2]["pairs"] == 1
+    assert solve(weight_OI, x_TI, group_size=16, try_uniform=True)[2]["pairs"] == 0
+    assert solve(weight_OI, x_TI, group_size=16, pairs=0)[0]["widths"].tolist() == [2] * 4
 
 
 @pytest.mark.parametrize("group_size", [16, 24], ids=["groups that divide", "a short last group"])
 def test_divergences_are_those_of_the_outputs_with_bias(group_size: int):
-    """The literal formula, for every count of pairs; the authors add the bias on one side only."""
+    """The literal formula, for each count of pairs; the authors add the bias on one side only."""
     linear, x_TI = torch.nn.Linear(112, 12), inputs(112)
     method = build("slim_llm", bits=2, group_size=group_size)
     ranking = [2, 0, 1, 3] if group_size == 24 else [4, 2, 0, 6, 1, 3, 5]
@@ -146,7 +146,7 @@ def test_divergences_are_those_of_the_outputs_with_bias(group_size: int):
             r_TO = torch.softmax(y_TO, 1).clamp_min(1e-6)
             expected = (p_TO * (p_TO / r_TO).log()).sum()
             assert float(search.divergence_P[pairs]) == pytest.approx(float(expected), rel=1e-4)
-    assert search.divergence_P[0] == 0  # not looked at unless try_uniform
+    assert search.divergence_P[0] == 0  # not measured unless try_uniform
     assert search.best() == 1 + int(search.divergence_P[1:].argmin())
 
 
@@ -178,14 +178,14 @@ def test_salient_is_what_reaches_the_least_outlier_and_nothing_without_one():
 
 
 def test_a_leading_narrow_group_has_a_symmetric_zero_only_as_published():
-    """The first group, of positive weights and few bits: a symmetric zero clips its upper half."""
+    """In a first group of positive weights and few bits, a symmetric zero clips the upper half."""
     weight_OI = checks.weight(8, 64).clone()
     weight_OI[:, :8] = weight_OI[:, :8].abs()
     x_TI = inputs(64) * torch.linspace(0.05, 2, 64)
     errors = {}
     for as_published in (False, True):
         options = {"bits": 4, "group_size": 8, "pairs": 2, "as_published": as_published}
-        packed, restored_OI, _ = solved(weight_OI, x_TI, **options)
+        packed, restored_OI, _ = solve(weight_OI, x_TI, **options)
         assert packed["widths"][0] == 3
         errors[as_published] = float((restored_OI - weight_OI)[:, :8].norm())
     assert errors[True] > 3 * errors[False]
@@ -195,7 +195,7 @@ def test_one_bit_groups_have_two_levels_around_their_mean():
     weight_OI = checks.weight(8, 64) + 0.02
     x_TI = inputs(64) * torch.linspace(0.05, 2, 64)
     for scale_bits, tolerance in ((32, 1e-6), (16, 1 / 16)):
-        packed, restored_OI, _ = solved(
+        packed, restored_OI, _ = solve(
             weight_OI, x_TI, group_size=8, pairs=3, scale_bits=scale_bits
         )
         assert packed["widths"][0] == 1
@@ -208,7 +208,7 @@ def test_one_bit_groups_have_two_levels_around_their_mean():
 def test_zeros_between_whole_steps_are_stored_at_2_bits_only_if_searched():
     weight_OI, x_TI = checks.weight(16, 64), inputs(64)
     for search_range in (False, True):
-        packed, _, _ = solved(weight_OI, x_TI, group_size=16, pairs=0, search_range=search_range)
+        packed, _, _ = solve(weight_OI, x_TI, group_size=16, pairs=0, search_range=search_range)
         zeros = bitpack.unpack(packed["zero"], 4, 64)
         assert bool((zeros % 4).any()) is search_range
 
@@ -237,9 +237,9 @@ def test_words_do_not_depend_on_the_allocation():
 
 
 def test_a_one_bit_group_takes_one_bit():
-    """Codes lie in three runs: that of the 1-bit groups is 32 columns a word."""
+    """Codes are stored in three runs; that of the 1-bit groups has 32 columns in a word."""
     weight_OI, x_TI = checks.weight(4, 256), inputs(256) * torch.linspace(0.05, 2, 256)
-    packed, restored_OI, _ = solved(weight_OI, x_TI, group_size=32, pairs=3)
+    packed, restored_OI, _ = solve(weight_OI, x_TI, group_size=32, pairs=3)
     assert packed["widths"].tolist() == [1, 1, 1, 2, 2, 3, 3, 3]
     codes = bitpack.unpack(packed["weight"][:, :3], 1, 96)
     groups = restored_OI[:, :96].view(4, 3, 32)
@@ -269,7 +269,7 @@ def test_without_a_factor_it_rounds_to_nearest_and_says_so(monkeypatch):
     weight_OI, x_TI = checks.weight(8, 64), inputs(64)
     monkeypatch.setattr("llq_hf.numerics.cholesky.factorize", lambda *args, **options: None)
     for preset in ({}, {"search_range": True, "act_group_aware": True, "gptaq": 0.25, "refine": 2}):
-        _, restored_OI, notes = solved(weight_OI, x_TI, bits=4, group_size=16, pairs=0, **preset)
+        _, restored_OI, notes = solve(weight_OI, x_TI, bits=4, group_size=16, pairs=0, **preset)
         assert notes["fallback"] == "rtn"
         assert (restored_OI - weight_OI).norm() < 0.1 * weight_OI.norm()
 
@@ -299,12 +299,12 @@ def test_group_aware_order_moves_columns_inside_groups_only():
 
 
 def test_refining_leaves_means_where_they_are():
-    """With fp32 means, the groups of 1 bit keep them and the loss falls all the same."""
+    """With fp32 means, the groups of 1 bit keep their means and the loss falls nevertheless."""
     weight_OI, x_TI = checks.weight(8, 64), inputs(64) * torch.linspace(0.05, 2, 64)
     losses = []
     for rounds in (0, 1, 3):
         options = {"group_size": 8, "pairs": 3, "scale_bits": 32, "refine": rounds}
-        _, restored_OI, _ = solved(weight_OI, x_TI, **options)
+        _, restored_OI, _ = solve(weight_OI, x_TI, **options)
         losses.append(checks.proxy_loss(weight_OI - restored_OI, x_TI))
     assert losses[2] <= losses[1] < losses[0]
 
@@ -312,7 +312,7 @@ def test_refining_leaves_means_where_they_are():
 # --- SliM-LLM+ ------------------------------------------------------------------------------------
 
 
-def trained(epochs: int, state: State | None = None, **options: object):
+def train_block(epochs: int, state: State | None = None, **options: object):
     """(packed, notes, step) of a trained block."""
     method = build(
         "slim_llm", group_size=16, plus=True, epochs=epochs, learning_rate=0.05, **options
@@ -328,14 +328,14 @@ def trained(epochs: int, state: State | None = None, **options: object):
     "options", [{"bits": 2}, {"bits": 3}, {"bits": 3, "aug_loss": True}], ids=str
 )
 def test_training_lowers_the_loss_and_leaves_the_block_alone(options: dict):
-    _, notes, given = trained(6, **options)
+    _, notes, given = train_block(6, **options)
     assert notes["loss"][-1] < 0.97 * notes["loss"][0]
     assert torch.equal(given.block.test.weight, checks.weight(8, 64))
     assert given.block.test.weight.grad is None
 
 
 class SavedState(State):
-    """State in memory; `stop_after` saves it pretends to be killed."""
+    """State in memory, which raises KeyboardInterrupt after `stop_after` saves."""
 
     def __init__(self, stop_after: int = 99) -> None:
         self.tensors, self.left = None, stop_after
@@ -350,20 +350,21 @@ class SavedState(State):
 
 
 def test_a_training_resumes_bit_for_bit():
-    whole, expected, _ = trained(4)
+    whole, expected, _ = train_block(4)
     state = SavedState(stop_after=2)
     with pytest.raises(KeyboardInterrupt):
-        trained(4, state)
+        train_block(4, state)
     assert len(state.tensors["losses"]) == 2
     state.left = 99
-    resumed, notes, _ = trained(4, state)
+    resumed, notes, _ = train_block(4, state)
     checks.check_same_bits(whole, resumed)
-    assert notes == expected  # they go into the report, which must not tell of the interruption
+    assert notes == expected  # they go into the report, which must not depend on interruptions
 
 
 def test_what_is_trained_is_what_is_stored():
-    """The weight that the last forward pass saw, up to the rounding of scales to fp16 (none in
-    fp32).
+    """The stored weight is that of the last forward pass, but for the rounding of scales to fp16.
+
+    With fp32 scales there is none.
     """
     method = build("slim_llm", group_size=16, plus=True, scale_bits=32)
     linear = torch.nn.Linear(70, 8, bias=False)

@@ -1,5 +1,5 @@
-"""The residual stream: found in any model, folded and turned without changing a logit, refused
-where it cannot be.
+"""The residual stream is found in many architectures; folding and rotating it changes no logit;
+models where that is impossible are refused.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from llq_hf.common.errors import LLQError
 from llq_hf.engine.whole_model import rewrite_model
-from llq_hf.models.residual_stream import CHUNK_ROWS, Residual, Turned, residual_of
+from llq_hf.models.residual_stream import CHUNK_ROWS, Residual, RotatedStream, residual_of
 
 SIZES = {
     "hidden_size": 48,
@@ -70,7 +70,7 @@ each_model = pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
 
 
 def randomized(make: Callable[[], nn.Module]) -> nn.Module:
-    """Weights large enough that every part matters; gains and biases all different."""
+    """A model with weights so large that every part matters, and different gains and biases."""
     torch.manual_seed(0)
     model = make().eval().requires_grad_(False)
     for name, parameter in model.named_parameters():
@@ -99,17 +99,17 @@ def rotation_of(n: int, seed: int) -> Callable[[Tensor], Tensor]:
     return lambda x: x @ R
 
 
-def turned(residual: Residual) -> Turned:
+def rotation_rewrite(residual: Residual) -> RotatedStream:
     heads = [rotation_of(residual.head_dim, 2 + i) for i in range(2)]
-    return Turned(residual, rotation_of(residual.width, 1), heads)
+    return RotatedStream(residual, rotation_of(residual.width, 1), heads)
 
 
 @each_model
-def test_turning_changes_every_tensor_of_the_stream_and_no_logit(make: Callable[[], nn.Module]):
+def test_rotating_changes_every_tensor_of_the_stream_and_no_logit(make: Callable[[], nn.Module]):
     model = randomized(make)
     before, dense = logits(model), copy.deepcopy(model.state_dict())
     residual = residual_of(model)
-    rewrite_model(model, turned(residual))
+    rewrite_model(model, rotation_rewrite(residual))
     after = logits(model)
     assert before.std() > 0.1
     assert (after - before).norm() <= 1e-4 * before.norm()
@@ -123,7 +123,7 @@ def test_turning_changes_every_tensor_of_the_stream_and_no_logit(make: Callable[
             assert (tensor == residual.norms[name.rpartition(".")[0]]).all()
 
 
-def test_image_features_are_turned_where_they_enter():
+def test_image_features_are_rotated_where_they_enter():
     model = randomized(llava)
     residual = residual_of(model)
     assert "model.multi_modal_projector.linear_2" in residual.writers
@@ -136,7 +136,7 @@ def test_image_features_are_turned_where_they_enter():
         other, part = copy.deepcopy(model), copy.copy(residual)
         for key, value in forgotten.items():
             object.__setattr__(part, key, value)
-        rewrite_model(other, turned(part))
+        rewrite_model(other, rotation_rewrite(part))
         assert (logits(other) - before).norm() > 1e-3 * before.norm(), forgotten
 
 
@@ -144,23 +144,23 @@ def test_image_features_are_turned_where_they_enter():
 def test_folding_twice_is_folding_once(make: Callable[[], nn.Module]):
     model = randomized(make)
     before = logits(model)
-    rewrite_model(model, Turned(residual_of(model)))
+    rewrite_model(model, RotatedStream(residual_of(model)))
     once = copy.deepcopy(model.state_dict())
     assert (logits(model) - before).norm() <= 1e-5 * before.norm()
-    rewrite_model(model, Turned(residual_of(model)))
+    rewrite_model(model, RotatedStream(residual_of(model)))
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, once[name]), name
 
 
 @each_model
-def test_a_model_on_the_meta_device_shows_the_same(make: Callable[[], nn.Module]):
+def test_a_model_on_the_meta_device_gives_the_same(make: Callable[[], nn.Module]):
     with torch.device("meta"):
         skeleton = make()
     assert residual_of(skeleton) == residual_of(make())
 
 
 @pytest.mark.parametrize(
-    ("make", "said"),
+    ("make", "message"),
     [
         (of("Gemma2Config", head_dim=16), "no rotation passes"),
         (of("Olmo2Config"), "past its norm"),
@@ -169,23 +169,23 @@ def test_a_model_on_the_meta_device_shows_the_same(make: Callable[[], nn.Module]
     ],
     ids=["norms behind", "norms behind only", "LayerNorm", "experts"],
 )
-def test_what_cannot_be_turned_is_refused(make: Callable[[], nn.Module], said: str):
+def test_what_cannot_be_rotated_is_refused(make: Callable[[], nn.Module], message: str):
     with torch.device("meta"):
         skeleton = make()
-    with pytest.raises(LLQError, match=said):
+    with pytest.raises(LLQError, match=message):
         residual_of(skeleton)
 
 
-def test_a_parameter_that_nobody_knows_is_refused():
+def test_an_unknown_parameter_is_refused():
     model = of("LlamaConfig")()
     model.model.layers[1].mlp.register_parameter("gate_shift", nn.Parameter(torch.zeros(76)))
     with pytest.raises(LLQError, match=r"layers\.1\.mlp\.gate_shift"):
         residual_of(model)
 
 
-def test_large_matrices_are_turned_in_parts():
+def test_large_matrices_are_rotated_in_parts():
     residual = residual_of(of("LlamaConfig", num_key_value_heads=4)())
-    turn = turned(residual)
+    turn = rotation_rewrite(residual)
     weight = torch.randn(CHUNK_ROWS + 7, 48, generator=torch.Generator().manual_seed(0))
     whole = turn(f"{residual.embedding}.weight", weight, {}.__getitem__)
     assert torch.equal(whole, turn.stream(weight.double()).float())
@@ -196,12 +196,10 @@ def test_large_matrices_are_turned_in_parts():
     )
 
 
-def test_bf16_is_turned_in_fp64_and_cast_once():
+def test_bf16_is_rotated_in_fp64_and_cast_once():
     residual = residual_of(of("LlamaConfig")())
-    turn, weight = (
-        turned(residual),
-        torch.randn(60, 48, generator=torch.Generator().manual_seed(0)).bfloat16(),
-    )
+    turn = rotation_rewrite(residual)
+    weight = torch.randn(60, 48, generator=torch.Generator().manual_seed(0)).bfloat16()
     assert torch.equal(
         turn(f"{residual.embedding}.weight", weight, {}.__getitem__),
         turn.stream(weight.double()).bfloat16(),

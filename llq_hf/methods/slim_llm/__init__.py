@@ -30,7 +30,7 @@ Storage (n = ceil(I / group_size) groups); value = scale * (code - zero)
     widths  [n]            uint8   8 / (O * group_size)
     mean    [O, n]         fp32    only at 2 bits with scale_bits=32: it is added to the value
 
-    A short last group keeps `bits`. storage.py tells how codes and zeros lie.
+    A short last group keeps `bits`. storage.py describes how codes and zeros lie.
 
 Departures
     * Saliences come from the factor that the feedback uses, dead columns are zeroed, and each zero
