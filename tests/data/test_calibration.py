@@ -1,4 +1,4 @@
-"""CalibrationOptions, and that every place where a user asks for a quantization takes them alike."""
+"""CalibrationOptions: every place where a user asks for a quantization takes them alike."""
 
 from __future__ import annotations
 
