@@ -126,6 +126,6 @@ def _agree(model: str, packed: PackedConfig, method: str | None, options: dict[s
     for key, value in {**asked, **options}.items():
         if stored.get(key) != value:
             raise LLQError(
-                f"{model} is a packed checkpoint with {key}={stored.get(key)!r}, but {key}={value!r}"
-                " was asked for; leave that option out, or give the dense model"
+                f"{model} is a packed checkpoint with {key}={stored.get(key)!r}, but"
+                f" {key}={value!r} was asked for; leave that option out, or give the dense model"
             )
