@@ -1,4 +1,7 @@
-"""The command line, a file per command. Every error is one sentence on stderr and exit status 1."""
+"""The command line: one file per command, or per two that belong together.
+
+An LLQError is printed on stderr as one sentence, without a traceback, and the exit status is 1.
+"""
 
 from __future__ import annotations
 
@@ -37,8 +40,8 @@ def main() -> None:
         )
         sys.exit(1)
     except SystemExit as stop:
-        if stop.code == 130:  # Ctrl-C, which typer turns into this
+        if stop.code == 130:  # Ctrl-C, which typer turns into this exit
             Console(stderr=True).print(
-                "Interrupted; the same command goes on where this one stopped."
+                "Interrupted; the same command continues where this one stopped."
             )
         raise

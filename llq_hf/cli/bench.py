@@ -1,4 +1,4 @@
-"""llq bench."""
+"""`llq bench`: size and speed of packed checkpoints."""
 
 from __future__ import annotations
 
@@ -9,43 +9,47 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from .app import app, console
+from ..common.errors import LLQError
+from .app import MEASURE, app, console
+from .options import RUN, Device
 
 
-@app.command()
+@app.command(rich_help_panel=MEASURE)
 def bench(
     paths: Annotated[list[str], typer.Argument(help="Folders or Hub ids of packed checkpoints.")],
     base: Annotated[
         str,
         typer.Option(help="The full-precision model to compare with: folder, Hub id, or `demo`."),
     ],
-    batches: Annotated[str, typer.Option(help="Batch sizes: 1,8")] = "1,8",
-    prompt_tokens: Annotated[int, typer.Option(help="Of the prefill.")] = 128,
+    batches: Annotated[str, typer.Option(help="Batch sizes, joined by commas.")] = "1,8",
+    prompt_tokens: Annotated[int, typer.Option(help="Tokens of the prefill.")] = 128,
     new_tokens: Annotated[int, typer.Option(help="Steps of decoding.")] = 16,
-    rounds: Annotated[int, typer.Option(help="Medians are of so many, models in turn.")] = 5,
-    device: Annotated[
-        str, typer.Option(help="cpu, cuda, ...; auto takes a GPU where there is one.")
-    ] = "auto",
+    rounds: Annotated[
+        int, typer.Option(help="Rounds, in which all models take turns; medians are shown.")
+    ] = 5,
+    device: Device = "auto",
     as_json: Annotated[
-        bool, typer.Option("--json", help="For programs, with every round.")
+        bool, typer.Option("--json", help="Print JSON, with every round.", rich_help_panel=RUN)
     ] = False,
 ) -> None:
-    """Size on disk and in memory, prefill and decode speed, beside the full-precision model in the
-    same run.
+    """Measure size and speed of packed checkpoints beside the full-precision model.
 
-    Example: **llq bench /tmp/demo-gptq /tmp/demo-quip --base demo**
+    Size is on disk and in memory; speed is that of prefill and decode. All models are measured in
+    the same run, taking turns.
+
+    Example:
+
+    - `llq bench /tmp/demo-gptq /tmp/demo-quip --base demo`
     """
     import torch
 
-    from ..common.machine import chosen_device
+    from ..common.machine import auto_device
     from ..common.terminal import RichProgress
     from ..demo import resolve
     from ..study.cost import Workload, measure
 
-    device = chosen_device(device)
-    load = Workload(
-        tuple(int(word) for word in batches.split(",")), prompt_tokens, new_tokens, rounds
-    )
+    device = auto_device(device)
+    load = Workload(_sizes(batches), prompt_tokens, new_tokens, rounds)
     progress = RichProgress()
     try:
         found = measure(resolve(base), [resolve(path) for path in paths], load, device, progress)
@@ -56,13 +60,21 @@ def bench(
         return
     console.print(_table(base, found))
     console.print(
-        f"[dim]{device}, {torch.get_num_threads()} threads; medians of {rounds} rounds, models in turn",
+        f"[dim]{device}, {torch.get_num_threads()} threads; medians of {rounds} rounds, models in"
+        " turn",
         highlight=False,
     )
 
 
+def _sizes(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(word) for word in text.split(","))
+    except ValueError:
+        raise LLQError(f"--batches {text} are no batch sizes; write them as 1,8") from None
+
+
 def _table(base: str, found: dict[str, Any]) -> Table:
-    """A row per figure, a column per model: that fits a terminal."""
+    """A row per figure and a column per model, which fits a terminal."""
     table = Table(
         "", *(Path(name).name for name in found), title=f"Beside {base}", title_justify="left"
     )

@@ -1,16 +1,20 @@
-"""llq build-kernels."""
+"""`llq build-kernels`: compile the CPU kernels."""
 
 from __future__ import annotations
 
 import os
 
 from ..common.errors import LLQError
-from .app import app, console
+from .app import OTHER, app, console
 
 
-@app.command(name="build-kernels")
+@app.command(name="build-kernels", rich_help_panel=OTHER)
 def build_kernels() -> None:
-    """Compile the CPU kernels with g++ or clang++, where installing llq-hf could not."""
+    """Compile the CPU kernels, with g++ or clang++.
+
+    Installing llq-hf compiles them where it finds a compiler. Run this where it found none, and
+    one is there now. Without kernels PyTorch decodes the weights, which is slower.
+    """
     from ..kernels.build import PACKAGED, BuildError, build
     from ..kernels.native import backend, cache_folder, describe
 

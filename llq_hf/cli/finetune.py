@@ -1,4 +1,4 @@
-"""llq finetune."""
+"""`llq finetune`: train a LoRA adapter on a packed model."""
 
 from __future__ import annotations
 
@@ -11,16 +11,24 @@ import typer
 from rich.table import Table
 
 from ..common.errors import LLQError
+from ..common.words import nearest
 from ..data.calibration import CalibrationOptions
 from ..methods import METHODS, build
 from ..methods.nf4 import NF4
-from .app import app, console
-from .options import with_calibration_options
+from .app import OTHER, app, console
+from .options import RUN, Device, with_calibration_options
 
-ADAPTERS = {"qlora": False, "ir_qlora": True}  # whether base and adapters are IR-QLoRA's
+# Name -> whether the base is calibrated and has elastic connections, as IR-QLoRA's.
+ADAPTERS = {"qlora": False, "ir_qlora": True}
 
 
-@app.command()
+ADAPTER = "Adapter"
+DATA = "Data"
+TRAINING = "Training"
+BASE_MODEL = "Packing a dense base first"
+
+
+@app.command(rich_help_panel=OTHER)
 @with_calibration_options
 def finetune(
     model: Annotated[
@@ -28,68 +36,131 @@ def finetune(
         typer.Argument(help="A packed checkpoint of any method, a dense model to pack, or `demo`."),
     ],
     out: Annotated[
-        Path, typer.Argument(help="Folder of the adapter; must not exist, or hold the same run.")
+        Path,
+        typer.Argument(help="Folder of the adapter. It must not exist, or hold the same run."),
     ],
-    calibration: CalibrationOptions,
-    method: Annotated[str, typer.Option(help=f"One of: {', '.join(ADAPTERS)}.")] = "qlora",
+    *,
+    method: Annotated[
+        str,
+        typer.Option(
+            help="`qlora`, or `ir_qlora` with a calibrated base and elastic connections.",
+            rich_help_panel=ADAPTER,
+        ),
+    ] = "qlora",
     data: Annotated[
         str,
         typer.Option(
-            help="alpaca, demo, a .json, .jsonl or .parquet file, or a dataset on the Hub."
+            help="alpaca, demo, a .json, .jsonl or .parquet file, or a dataset on the Hub.",
+            rich_help_panel=DATA,
         ),
     ] = "alpaca",
     base_method: Annotated[
-        str, typer.Option(help=f"How a dense model is packed first: one of {', '.join(METHODS)}.")
+        str, typer.Option(help=f"{', '.join(METHODS)}.", rich_help_panel=BASE_MODEL)
     ] = NF4.name,
-    bits: Annotated[float | None, typer.Option(help="Of that; default: the method's.")] = None,
-    rank: Annotated[int, typer.Option(help="Of the adapters.")] = 64,
-    alpha: Annotated[int, typer.Option(help="Adapters count alpha / rank.")] = 16,
-    dropout: Annotated[float, typer.Option(help="In front of the adapters.")] = 0.0,
-    max_steps: Annotated[int, typer.Option(help="Steps of the optimizer.")] = 10_000,
-    batch_size: Annotated[int, typer.Option(help="Rows per step, over all processes.")] = 16,
-    micro_batch: Annotated[int, typer.Option(help="Rows per forward pass of one process.")] = 4,
-    learning_rate: Annotated[float, typer.Option(help="Constant.")] = 2e-4,
-    prompt_tokens: Annotated[int, typer.Option(help="Longer prompts are cut.")] = 384,
-    answer_tokens: Annotated[int, typer.Option(help="Longer answers are cut.")] = 128,
-    heldout: Annotated[int, typer.Option(help="Rows kept out of training, to score on.")] = 1024,
+    bits: Annotated[
+        float | None,
+        typer.Option(help="Width of the base. Default: the method's.", rich_help_panel=BASE_MODEL),
+    ] = None,
+    calibration: CalibrationOptions,
+    rank: Annotated[int, typer.Option(help="Rank of the LoRA.", rich_help_panel=ADAPTER)] = 64,
+    alpha: Annotated[
+        int,
+        typer.Option(help="The LoRA is scaled by alpha / rank.", rich_help_panel=ADAPTER),
+    ] = 16,
+    dropout: Annotated[
+        float, typer.Option(help="Dropout before the LoRA.", rich_help_panel=ADAPTER)
+    ] = 0.0,
+    max_steps: Annotated[
+        int, typer.Option(help="Steps of the optimizer.", rich_help_panel=TRAINING)
+    ] = 10_000,
+    batch_size: Annotated[
+        int, typer.Option(help="Rows per step, over all processes.", rich_help_panel=TRAINING)
+    ] = 16,
+    micro_batch: Annotated[
+        int,
+        typer.Option(help="Rows per forward pass of one process.", rich_help_panel=TRAINING),
+    ] = 4,
+    learning_rate: Annotated[
+        float, typer.Option(help="Constant learning rate.", rich_help_panel=TRAINING)
+    ] = 2e-4,
+    prompt_tokens: Annotated[
+        int, typer.Option(help="Longer prompts are cut.", rich_help_panel=DATA)
+    ] = 384,
+    answer_tokens: Annotated[
+        int, typer.Option(help="Longer answers are cut.", rich_help_panel=DATA)
+    ] = 128,
+    heldout: Annotated[
+        int,
+        typer.Option(help="Rows kept out of training, to score on.", rich_help_panel=DATA),
+    ] = 1024,
     packing: Annotated[
-        bool, typer.Option("--packing", help="Rows of a pass one after the other, no padding.")
+        bool,
+        typer.Option(
+            "--packing",
+            help="Put the rows of a pass one after the other, without padding.",
+            rich_help_panel=DATA,
+        ),
     ] = False,
     streaming: Annotated[
-        bool, typer.Option("--streaming", help="Read rows while training; store none.")
+        bool,
+        typer.Option(
+            "--streaming", help="Read rows while training, store none.", rich_help_panel=DATA
+        ),
     ] = False,
     paged: Annotated[
-        bool, typer.Option("--paged", help="AdamW's state may leave the GPU (bitsandbytes).")
+        bool,
+        typer.Option(
+            "--paged",
+            help="Let the state of AdamW leave the GPU (needs bitsandbytes).",
+            rich_help_panel=TRAINING,
+        ),
     ] = False,
-    recompute: Annotated[bool, typer.Option(help="Gradient checkpointing.")] = True,
+    recompute: Annotated[
+        bool, typer.Option(help="Gradient checkpointing.", rich_help_panel=TRAINING)
+    ] = True,
     seed: Annotated[
-        int, typer.Option(help="Of adapters, order of rows and what is held out.")
+        int,
+        typer.Option(
+            help="Seed of the adapter, of the order of rows and of what is held out.",
+            rich_help_panel=TRAINING,
+        ),
     ] = 42,
     save_steps: Annotated[
-        int, typer.Option(help="Steps between checkpoints, from which a killed run goes on.")
+        int,
+        typer.Option(
+            help="Steps between saved states, from which a killed run continues.",
+            rich_help_panel=RUN,
+        ),
     ] = 250,
-    device: Annotated[
-        str, typer.Option(help="cpu, cuda, ...; auto takes a GPU where there is one.")
-    ] = "auto",
+    device: Device = "auto",
     dtype: Annotated[
-        str, typer.Option(help="Of activations: float32, bfloat16; auto: float32 on a CPU.")
+        str,
+        typer.Option(
+            help="Of activations: float32, bfloat16; `auto`: float32 on a CPU.",
+            rich_help_panel=RUN,
+        ),
     ] = "auto",
 ) -> None:
-    """Train a LoRA adapter on a packed model: QLoRA, or IR-QLoRA (calibrated base, elastic
-    connections).
+    """Train a LoRA adapter on a packed model (QLoRA, IR-QLoRA).
 
-    OUT becomes an ordinary peft adapter. A dense model is packed first, into OUT/base. A killed run
-    goes on where it stopped when the same command is given again. Defaults are the study's recipe
-    for Alpaca.
+    OUT becomes an ordinary peft adapter. A dense model is packed first, into OUT/base. After a
+    kill, the same command continues where the run stopped. Defaults are the study's recipe for
+    Alpaca.
 
-    Example: **llq finetune demo /tmp/demo-lora --data demo --max-steps 200 --rank 16**
+    Examples:
+
+    - `llq finetune demo /tmp/demo-lora --data demo --max-steps 200 --rank 16`
+    - `llq finetune meta-llama/Meta-Llama-3-8B lora --method ir_qlora`
     """
     from ..common.progress import Progress
     from ..common.terminal import RichProgress
     from ..finetune import trainer
 
     if method not in ADAPTERS:
-        raise LLQError(f"unknown method {method!r}; there are: {', '.join(ADAPTERS)}")
+        raise LLQError(
+            f"unknown method {method!r}{nearest(method, ADAPTERS)}; give one of"
+            f" {', '.join(ADAPTERS)} (how a dense base is packed is --base-method)"
+        )
     # transformers has new names for gradient checkpointing, which its earlier 5.x do not know
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated")
     recipe = trainer.Recipe(

@@ -1,4 +1,4 @@
-"""llq info, llq methods."""
+"""`llq info`, `llq methods`: look into a packed checkpoint, and at what can be made."""
 
 from __future__ import annotations
 
@@ -13,19 +13,25 @@ from rich.table import Table
 from ..checkpoints.records import LinearRecord
 from ..method import Method, field_defaults, stored_bits
 from ..methods import METHODS
-from .app import app, console
+from .app import QUANTIZE, app, console
 
 
-@app.command()
+@app.command(rich_help_panel=QUANTIZE)
 def info(
     path: Annotated[Path, typer.Argument(help="Folder of a packed checkpoint.")],
-    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with all linears.")] = False,
     linears: Annotated[
-        bool, typer.Option("--linears", help="Also a line per quantized linear.")
+        bool, typer.Option("--linears", help="Also print a row per quantized linear.")
     ] = False,
 ) -> None:
-    """What a packed checkpoint is: method, options, bits counted from its files, fingerprint, how
-    each linear went.
+    """Show what a packed checkpoint is: method, options, bits, calibration, fingerprint.
+
+    Bits are counted from the stored tensors. With --linears it also shows the errors and notes of
+    each linear.
+
+    Example:
+
+    - `llq info /tmp/demo-quip --linears`
     """
     from ..checkpoints.inspection import inspect_checkpoint
     from ..kernels import describe
@@ -63,11 +69,11 @@ def _brief(text: str) -> str:
 
 
 def print_served(records: list[LinearRecord]) -> None:
-    """Where methods are mixed: which serves which linear, a row per block."""
+    """Where methods are mixed, print which one serves which linear, a row per block."""
     served: dict[str, dict[str, str]] = {}
     for record in records:
         if "served_by" in record:
-            block, linear = re.fullmatch(r"(.*?\.\d+)\.(.*)", record["name"]).groups()  # type: ignore[union-attr]
+            block, linear = re.findall(r"^(.*?\.\d+)\.(.*)$", record["name"])[0]
             served.setdefault(block, {})[linear] = record["served_by"]
     if served:
         columns = list(dict.fromkeys(linear for linears in served.values() for linear in linears))
@@ -96,9 +102,13 @@ def _linears_table(records: list[LinearRecord]) -> Table:
     return table
 
 
-@app.command()
-def methods(as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False) -> None:
-    """The methods, their options with defaults, and what preset=best changes."""
+@app.command(rich_help_panel=QUANTIZE)
+def methods(
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print JSON, with stored bits for every width.")
+    ] = False,
+) -> None:
+    """List the methods: their widths, their options with defaults, and what preset=best changes."""
     described = {name: _describe(method) for name, method in METHODS.items()}
     if as_json:
         print(json.dumps(described, indent=2))

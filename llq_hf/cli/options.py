@@ -1,4 +1,6 @@
-"""Command-line options made from dataclasses: those of every method, and those of the calibration."""
+"""Command-line options that are made from dataclasses (every method, the calibration), and those
+that several commands share.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +17,18 @@ from ..methods import METHODS
 
 Command = Callable[..., None]
 
+RUN = "Run"  # the panel of options that decide how, and not what, is computed
+Device = Annotated[
+    str,
+    typer.Option(
+        help="cpu, cuda, cuda:1, ...; `auto` takes a GPU where there is one.", rich_help_panel=RUN
+    ),
+]
+
 
 def with_method_options(command: Command) -> Command:
-    """Give a command an option per method field; it receives those that were set as the dict
-    `options`.
+    """Give a command one option per field of any method; it receives those that were set as the
+    dict `options`.
     """
 
     def gather(given: dict[str, Any]) -> dict[str, Any]:
@@ -58,21 +68,18 @@ def _with_options(
         given = {key: value for key, value in values.items() if value is not None}
         command(**kwargs, **{name: gather(given)})
 
-    own = [
-        each.replace(kind=inspect.Parameter.KEYWORD_ONLY)
-        for each in inspect.signature(command, eval_str=True).parameters.values()
-        if each.name != name
-    ]
-    wrapper.__signature__ = inspect.Signature([*own, *parameters])  # type: ignore[attr-defined]
+    signature: list[inspect.Parameter] = []
+    for each in inspect.signature(command, eval_str=True).parameters.values():
+        keyword = each.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+        signature += parameters if each.name == name else [keyword]
+    wrapper.__signature__ = inspect.Signature(signature)  # type: ignore[attr-defined]
     wrapper.__name__ = command.__name__
     wrapper.__doc__ = command.__doc__
     return wrapper
 
 
 def _method_options() -> list[inspect.Parameter]:
-    """One command-line option per field of any method; the help says which methods have it, with
-    which default.
-    """
+    """One command-line option per field of any method; the help gives defaults and owners."""
     owners: dict[str, dict[str, Any]] = {}
     types: dict[str, type] = {}
     for name, method in METHODS.items():
@@ -80,17 +87,21 @@ def _method_options() -> list[inspect.Parameter]:
             types[field] = float if {kind, types.get(field, kind)} == {int, float} else kind
         for field, default in field_defaults(method).items():
             owners.setdefault(field, {})[name] = default
-    parameters = []
-    for field, defaults in owners.items():
-        values = set(map(str, defaults.values()))
-        shown = (
-            values.pop() if len(values) == 1 else ", ".join(f"{n} {v}" for n, v in defaults.items())
-        )
-        whose = "all methods" if len(defaults) == len(METHODS) else ", ".join(defaults)
-        parameters.append(
-            _option(field, types[field], f"default {shown}; {whose}", "Options of the method")
-        )
-    return parameters
+    return [
+        _option(field, types[field], _owners(defaults), "Options of the method")
+        for field, defaults in owners.items()
+    ]
+
+
+def _owners(defaults: dict[str, Any]) -> str:
+    """ "Default: 4 (rtn, gptq), 8 (smoothquant).", from method -> default."""
+    methods: dict[str, list[str]] = {}
+    for method, default in defaults.items():
+        text = f"{default:g}" if isinstance(default, float) else str(default) or "none"
+        methods.setdefault(text, []).append(method)
+    shown = "; ".join(f"{default} ({', '.join(names)})" for default, names in methods.items())
+    everywhere = "Of all methods. " if len(defaults) == len(METHODS) else ""
+    return f"{everywhere}Default: {shown}."
 
 
 def _calibration_options() -> list[inspect.Parameter]:

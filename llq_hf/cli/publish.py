@@ -1,4 +1,4 @@
-"""llq push, llq card."""
+"""`llq card`, `llq push`: a packed checkpoint's model card, and its upload to the Hub."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from .app import app, console
+from .app import PUBLISH, app, console
 
 Folder = Annotated[Path, typer.Argument(help="Folder of a packed checkpoint.")]
 Results = Annotated[
     list[Path] | None,
     typer.Option(
         "--results",
-        help="Results file of lm-eval or lmms-eval, or a folder of them; default PATH/results.",
+        help="Results file of lm-eval or lmms-eval, or a folder of them. Default: PATH/results.",
     ),
 ]
 Base = Annotated[
     str | None,
     typer.Option(
-        "--base-model", help="Hub id of the base model, where the run started from a folder."
+        "--base-model", help="Hub id of the base model. Needed where the run read it from a folder."
     ),
 ]
 
 
-@app.command()
+@app.command(rich_help_panel=PUBLISH)
 def card(
     path: Folder,
     results: Results = None,
@@ -34,27 +34,32 @@ def card(
     repo: Annotated[
         str | None, typer.Option(help="USER/NAME that the checkpoint will have.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="File to write; default: print.")] = None,
+    out: Annotated[Path | None, typer.Option(help="File to write. Default: print it.")] = None,
 ) -> None:
-    """The model card of a packed checkpoint: bits, options, calibration, results, licence, all from
-    its files.
+    """Write the model card of a packed checkpoint, from its files.
 
-    Written to PATH/README.md and edited, it is what `llq push` takes.
+    The card gives bits, options, calibration, results, and the licence of the base model. Write it
+    to PATH/README.md to edit it: `llq push` then takes that.
+
+    Example:
+
+    - `llq card /tmp/demo-quip --repo me/demo-quip-2bit --out /tmp/demo-quip/README.md`
     """
+    from ..common.files import write_text
     from ..publish.card import make_card
 
     text = str(make_card(path, repo=repo, base=base_model, results=results))
     if out is None:
         print(text)
     else:
-        out.write_text(text)
+        write_text(out, text)
 
 
-@app.command()
+@app.command(rich_help_panel=PUBLISH)
 def push(
     path: Folder,
     repo: Annotated[
-        str, typer.Argument(help="USER/NAME on the Hub; made where it does not exist.")
+        str, typer.Argument(help="USER/NAME on the Hub. It is made if it does not exist.")
     ],
     private: Annotated[bool, typer.Option("--private", help="Make a private repository.")] = False,
     results: Results = None,
@@ -67,7 +72,9 @@ def push(
 
     The token is that of `hf auth login` or of HF_TOKEN.
 
-    Example: **llq push /tmp/demo-quip me/demo-quip-2bit --dry-run**
+    Example:
+
+    - `llq push /tmp/demo-quip me/demo-quip-2bit --dry-run`
     """
     from ..publish.hub import prepare_upload
     from ..publish.hub import push as upload

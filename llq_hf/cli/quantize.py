@@ -1,4 +1,4 @@
-"""llq quantize."""
+"""`llq quantize`: a dense model into a packed checkpoint."""
 
 from __future__ import annotations
 
@@ -13,70 +13,87 @@ from rich.table import Table
 from ..checkpoints.records import Report
 from ..data.calibration import CalibrationOptions
 from ..methods import METHODS, method_type
-from .app import app, console
+from .app import QUANTIZE, app, console
 from .info import print_served
-from .options import with_calibration_options, with_method_options
+from .options import RUN, Device, with_calibration_options, with_method_options
 
 
-@app.command()
+@app.command(rich_help_panel=QUANTIZE)
 @with_method_options
 @with_calibration_options
 def quantize(
     model: Annotated[
-        str, typer.Argument(help="Folder or Hub id of the full-precision model, or `demo`.")
+        str,
+        typer.Argument(help="The full-precision model: a folder, a Hub id, `demo` or `demo-vlm`."),
     ],
     out: Annotated[
         Path,
-        typer.Argument(
-            help="Folder to write; must not exist, or hold an interrupted run of the same."
-        ),
+        typer.Argument(help="Folder to write. It must not exist, or hold the same run, killed."),
     ],
     method: Annotated[
-        str, typer.Option(help=f"One of: {', '.join(METHODS)}. `llq methods` tells more.")
+        str, typer.Option(help=f"{', '.join(METHODS)}. `llq methods` lists their options.")
     ],
-    options: dict[str, Any],
-    calibration: CalibrationOptions,
     preset: Annotated[
         str,
-        typer.Option(
-            help="`study` reproduces the paper; `best` stores no more bits, and is better."
-        ),
+        typer.Option(help="`study`: as in the paper; `best`: better, and no more bits are stored."),
     ] = "study",
-    device: Annotated[
-        str, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes a GPU where there is one.")
-    ] = "auto",
+    *,
+    calibration: CalibrationOptions,
+    device: Device = "auto",
     dtype: Annotated[
         str,
         typer.Option(
-            help="Of the calibration passes: auto (the model's), float32, bfloat16, float16."
+            help="Of the calibration passes: auto (the model's), float32, bfloat16, float16.",
+            rich_help_panel=RUN,
         ),
     ] = "auto",
     offload: Annotated[
-        Path | None, typer.Option(help="Keep calibration activations in files of this folder.")
+        Path | None,
+        typer.Option(
+            help="Keep the calibration activations in files of this folder, not in memory.",
+            rich_help_panel=RUN,
+        ),
     ] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
+    revision: Annotated[
+        str | None,
+        typer.Option(
+            help="Branch, tag or commit of the model on the Hub. Default: main.",
+            rich_help_panel=RUN,
+        ),
+    ] = None,
     shards: Annotated[
         int | None,
         typer.Option(
-            help="Partial sums of the statistics; default 1, or as many as torchrun starts processes."
+            help="Partial sums of the statistics; they decide the last bits of the result. "
+            "Default: the number of processes.",
+            rich_help_panel=RUN,
         ),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything, run one block, write nothing.")
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Check everything, run one block, write nothing.",
+            rich_help_panel=RUN,
+        ),
     ] = False,
+    options: dict[str, Any],
 ) -> None:
-    """Quantize a model block by block into a packed checkpoint that from_pretrained loads.
+    """Quantize a model into a packed checkpoint, which from_pretrained loads.
 
-    Peak memory is one block, whatever the depth. A killed run goes on where it stopped when the
-    same command is given again. `torchrun --nproc_per_node 2 -m llq_hf quantize ...` shares
-    sequences and linears between two processes.
+    The model is read, quantized and written one block at a time: peak memory is one block, whatever
+    the depth. After a kill, the same command continues where the run stopped.
 
-    Example: **llq quantize demo /tmp/demo-quip --method quip --bits 2**
+    Examples:
+
+    - `llq quantize demo /tmp/demo-quip --method quip --bits 2`
+    - `llq quantize meta-llama/Meta-Llama-3-8B out --method gptq --bits 3 --calibration c4`
+    - `torchrun --nproc_per_node 2 -m llq_hf quantize ...` shares one run between two processes.
     """
     import torch
     from transformers import AutoConfig
 
-    from ..common.machine import check_device, chosen_device, peak_bytes
+    from ..common.machine import auto_device, check_device, peak_bytes
     from ..common.progress import Progress
     from ..common.terminal import RichProgress
     from ..demo import resolve
@@ -88,7 +105,7 @@ def quantize(
 
     built = method_type(method).build(preset, **options)
     data = calibration.for_model(model)
-    device = chosen_device(device, f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
+    device = auto_device(device, f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
     check_device(device)
     team = Team.join(torch.device(device))
     run = RunOptions(
@@ -136,5 +153,6 @@ def _warn_of_fallbacks(report: Report) -> None:
     fallen = [record["name"] for record in report["linears"] if "fallback" in record]
     if fallen:
         console.print(
-            f"[yellow]{len(fallen)} linears fell back to rounding to nearest, the first: {fallen[0]}"
+            f"[yellow]{len(fallen)} linears fell back to rounding to nearest, the first:"
+            f" {fallen[0]}"
         )

@@ -1,4 +1,4 @@
-"""llq show."""
+"""`llq show`: ask several vision-language models about a picture."""
 
 from __future__ import annotations
 
@@ -14,30 +14,36 @@ from rich.panel import Panel
 from rich.text import Text
 
 from ..common.errors import LLQError
-from .app import app, console
+from ..common.words import one_line
+from .app import MEASURE, app, console
+from .options import Device
 
 
-@app.command()
+@app.command(rich_help_panel=MEASURE)
 def show(
     paths: Annotated[
-        list[str], typer.Argument(help="Folders or Hub ids of models that see: dense, packed.")
+        list[str],
+        typer.Argument(help="Folders or Hub ids of vision-language models, dense or packed."),
     ],
     image: Annotated[Path, typer.Option(help="The picture to ask about.")],
     question: Annotated[
-        list[str], typer.Option(help="What to ask; give it again for more questions.")
+        list[str], typer.Option(help="What to ask. Give it again for more questions.")
     ],
-    html: Annotated[Path | None, typer.Option(help="Also write one self-contained page.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Length of an answer.")] = 64,
-    device: Annotated[
-        str, typer.Option(help="cpu, cuda, ...; auto takes a GPU where there is one.")
-    ] = "auto",
+    html: Annotated[
+        Path | None, typer.Option(help="Also write one self-contained page to this file.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 64,
+    device: Device = "auto",
 ) -> None:
-    """Ask several models the same about a picture: their answers side by side, as in the study's
-    figures 2 to 6.
+    """Ask several models about a picture and print their answers side by side.
 
-    Example: **llq show demo-vlm /tmp/vlm-rtn-2 --image picture.png --question "How many circles are
-    there?"**
+    This is how figures 2 to 6 of the study were made.
+
+    Example:
+
+    - `llq show demo-vlm /tmp/vlm-gptq --image picture.png --question "How many circles?"`
     """
+    from ..common.files import write_text
     from ..demo import resolve
 
     picture = _picture(image)
@@ -53,7 +59,7 @@ def show(
         ]
         console.print(Columns(panels, equal=True))
     if html is not None:
-        html.write_text(_page(picture, question, answers), encoding="utf-8")
+        write_text(html, _page(picture, question, answers))
         print(f"Written: {html}")
 
 
@@ -66,35 +72,36 @@ def _picture(file: Path) -> Any:
         with truncated_images_refused():
             return Image.open(file).convert("RGB")
     except (OSError, ValueError) as error:
-        raise LLQError(f"{file} is no picture that can be read ({error})") from error
+        raise LLQError(
+            f"{file} is no picture that can be read ({one_line(error)}); give a PNG or JPEG file"
+        ) from error
 
 
 def _asked(
     path: str, picture: Any, questions: list[str], max_new_tokens: int, device: str
 ) -> tuple[str, list[str]]:
-    """(what the model is, its answers). One model is in memory at a time."""
-    from ..common.machine import chosen_device, usable_device
+    """(what the model is, its answers). Only one model is in memory at a time."""
+    from ..common.machine import auto_device, usable_device
     from ..hosts.hf_quantizer import check_quantized, described
     from ..models.vision import Prompt, VisionModel
 
-    seeing = VisionModel.load(path, device=usable_device(chosen_device(device)))
-    told = described(seeing.model)
-    if told["method"] == "none":
-        label = f"full precision ({str(seeing.model.dtype).removeprefix('torch.')})"
+    vision = VisionModel.load(path, device=usable_device(auto_device(device)))
+    facts = described(vision.model)
+    if facts["method"] == "none":
+        label = f"full precision ({str(vision.model.dtype).removeprefix('torch.')})"
     else:
-        check_quantized(seeing.model)
-        label = (
-            f"{told['method']}, {told['nominal_bits']:g} bits ({told['stored_bits']:.3f} stored)"
-        )
+        check_quantized(vision.model)
+        bits = f"{facts['nominal_bits']:g} bits ({facts['stored_bits']:.3f} stored)"
+        label = f"{facts['method']}, {bits}"
     prompts = [
         Prompt(text, [picture], f"question {number}")
         for number, text in enumerate(questions, start=1)
     ]
-    return label, [seeing.answers([prompt], max_new_tokens)[0].strip() for prompt in prompts]
+    return label, [vision.answers([prompt], max_new_tokens)[0].strip() for prompt in prompts]
 
 
 def _page(picture: Any, questions: list[str], answers: dict[str, list[str]]) -> str:
-    """One HTML file with the picture inside."""
+    """One HTML page with the picture inside it."""
     import jinja2
 
     encoded = io.BytesIO()

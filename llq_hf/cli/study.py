@@ -1,4 +1,4 @@
-"""llq study, llq report."""
+"""`llq study`, `llq report`: run a plan of many cells, and make tables and plots of the records."""
 
 from __future__ import annotations
 
@@ -12,83 +12,136 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..common.errors import LLQError
-from .app import app, console
+from ..common.words import nearest
+from .app import MEASURE, app, console
+from .options import RUN, Device
 
 if TYPE_CHECKING:
     from ..study.launch import Engine
     from ..study.plan import Cell
 
 
-@app.command()
+PLAN = "Plan, by flags (they replace what a plan file or a preset says)"
+
+
+@app.command(rich_help_panel=MEASURE)
 def study(
     out: Annotated[
-        Path, typer.Option(help="Folder of records; the same command goes on where it was killed.")
+        Path,
+        typer.Option(help="Folder of records. After a kill, the same command continues there."),
     ],
     plan: Annotated[
-        Path | None, typer.Argument(help="Plan file (YAML); or give --preset, or flags alone.")
+        Path | None,
+        typer.Argument(help="Plan file (YAML). Or give --preset, or flags alone."),
     ] = None,
     preset: Annotated[
         str | None,
         typer.Option(
-            help="Tables of the study, paper-table1 to paper-table12: a,b,...; paper: all."
+            help="Tables of the paper, `paper-table1` to `paper-table12`, joined by commas; "
+            "`paper`: all."
         ),
     ] = None,
     models: Annotated[
-        str | None, typer.Option(help="Folders or Hub ids, or `demo`: a,b,...")
+        str | None,
+        typer.Option(help="Folders, Hub ids or `demo`, joined by commas.", rich_help_panel=PLAN),
     ] = None,
-    methods: Annotated[str | None, typer.Option(help="gptq,quip,... or all.")] = None,
+    methods: Annotated[
+        str | None, typer.Option(help="gptq,quip,... or `all`.", rich_help_panel=PLAN)
+    ] = None,
     bits: Annotated[
-        str | None, typer.Option(help="Widths, 4,3,2; all: every width of the method.")
+        str | None,
+        typer.Option(
+            help="Widths, as 4,3,2; `all`: every width of the method. Default: the method's.",
+            rich_help_panel=PLAN,
+        ),
     ] = None,
     option: Annotated[
         list[str] | None,
-        typer.Option(help="Another option of the methods, with its values: group_size=64,128"),
+        typer.Option(
+            help="Another option of the methods, with its values: group_size=64,128. "
+            "May be given again.",
+            rich_help_panel=PLAN,
+        ),
     ] = None,
-    presets: Annotated[str | None, typer.Option(help="Of the methods: study,best.")] = None,
+    presets: Annotated[
+        str | None,
+        typer.Option(
+            help="Presets of the methods: study,best. Default: study.", rich_help_panel=PLAN
+        ),
+    ] = None,
     tasks: Annotated[
-        str | None, typer.Option(help="Of lm-eval or lmms-eval: llq_wikitext2,llq_csqa,...")
+        str | None,
+        typer.Option(
+            help="Tasks of lm-eval or lmms-eval: llq_wikitext2,llq_csqa,...", rich_help_panel=PLAN
+        ),
     ] = None,
-    seeds: Annotated[str | None, typer.Option(help="Of the calibration draws: 0,1,2")] = None,
+    seeds: Annotated[
+        str | None,
+        typer.Option(
+            help="Seeds of the calibration draws: 0,1,2. Default: 0.", rich_help_panel=PLAN
+        ),
+    ] = None,
     limit: Annotated[
-        int | None, typer.Option(help="Only so many documents a task, to try a plan out.")
+        int | None,
+        typer.Option(
+            help="Only so many documents of each task, to try a plan out.", rich_help_panel=PLAN
+        ),
     ] = None,
     metadata: Annotated[
-        str | None, typer.Option(help="JSON for the tasks, as lm-eval's --metadata.")
+        str | None,
+        typer.Option(help="JSON for the tasks, as lm-eval's --metadata.", rich_help_panel=PLAN),
     ] = None,
-    device: Annotated[
-        str, typer.Option(help="cpu, cuda, ...; auto takes a GPU where there is one.")
-    ] = "auto",
+    device: Device = "auto",
     batch_size: Annotated[
-        str, typer.Option(help="Of the evaluation; auto where the harness can.")
+        str,
+        typer.Option(help="Of the evaluation; `auto` where the harness can.", rich_help_panel=RUN),
     ] = "1",
     parallelize: Annotated[
-        bool, typer.Option("--parallelize", help="Spread a model over all GPUs.")
+        bool,
+        typer.Option("--parallelize", help="Spread a model over all GPUs.", rich_help_panel=RUN),
     ] = False,
     cache_dir: Annotated[
-        Path | None, typer.Option(help="Where packed checkpoints are kept.")
+        Path | None,
+        typer.Option(
+            help="Where packed checkpoints are kept. Default: $LLQ_CACHE, or ~/.cache/llq.",
+            rich_help_panel=RUN,
+        ),
     ] = None,
     speed: Annotated[
-        bool, typer.Option(help="Also measure speed beside the full-precision model.")
+        bool,
+        typer.Option(
+            help="Also measure speed beside the full-precision model.", rich_help_panel=RUN
+        ),
     ] = True,
     engine: Annotated[
-        str, typer.Option(help="local, or ray: the cells are tasks of a Ray cluster.")
+        str,
+        typer.Option(
+            help="`local`, or `ray`: the cells are tasks of a Ray cluster.", rich_help_panel=RUN
+        ),
     ] = "local",
     resources: Annotated[
         str,
         typer.Option(
-            help="Of a cell on Ray: cpus=4,gpus=1,memory_gib=40,retries=2,address=ray://..."
+            help="What a cell needs on Ray: cpus=4,gpus=1,memory_gib=40,retries=2,address=ray://...",
+            rich_help_panel=RUN,
         ),
     ] = "",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the cells, run none.")] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="List the cells, run none.", rich_help_panel=RUN),
+    ] = False,
 ) -> None:
-    """Run every cell of a plan: quantize, evaluate, measure; one record file each. Safe to kill at
-    any time.
+    """Run every cell of a plan (quantize, evaluate, measure), with a record file for each.
 
-    A cell that fails or is refused is recorded with its reason and does not stop the rest.
+    A cell that fails or is refused is recorded with its reason and does not stop the rest. A kill
+    does no harm at any time.
 
-    Example: **llq study --models demo --methods gptq,quip --bits 3,2 --tasks llq_demo --out runs**
+    Examples:
+
+    - `llq study --models demo --methods gptq,quip --bits 3,2 --tasks llq_demo --out runs`
+    - `llq study --preset paper-table1 --out runs --dry-run`
     """
-    from ..common.machine import chosen_device
+    from ..common.machine import auto_device
     from ..study.cell import Setup, run_cell
     from ..study.cost import Workload
     from ..study.launch import sweep
@@ -110,9 +163,13 @@ def study(
         for cell in cells:
             print(cell.name, cell.title)
         return
-    device = chosen_device(device)
+    device = auto_device(device)
     setup = Setup(
-        device, _values(batch_size)[0], parallelize, cache_dir, load=Workload() if speed else None
+        device,
+        (_values(batch_size) or [1])[0],
+        parallelize,
+        cache_dir,
+        load=Workload() if speed else None,
     )
     chosen = _engine(engine, resources)
     remember(out, _presets(preset))
@@ -130,18 +187,21 @@ def _conclude(out: Path, cells: list[Cell]) -> None:
     print(f"Look at it: llq report {out}")
 
 
-@app.command()
+@app.command(rich_help_panel=MEASURE)
 def report(
-    out: Annotated[Path, typer.Argument(help="Folder of records, of `llq study`.")],
+    out: Annotated[Path, typer.Argument(help="Folder of records that `llq study` wrote.")],
     formats: Annotated[
-        str, typer.Option("--format", help="html, md, csv, latex: a,b,...")
+        str, typer.Option("--format", help="Any of html, md, csv, latex, joined by commas.")
     ] = "html,md,csv,latex",
-    into: Annotated[Path | None, typer.Option(help="Folder to write; default: OUT itself.")] = None,
+    into: Annotated[Path | None, typer.Option(help="Folder to write. Default: OUT itself.")] = None,
 ) -> None:
-    """Tables and plots of a study: ours beside the published figures, each with the record file it
-    stands in.
+    """Write tables and plots of a study, with the published figures beside ours.
 
-    Example: **llq report runs --format html,md**
+    Every figure names the record file that it comes from.
+
+    Example:
+
+    - `llq report runs --format html,md`
     """
     from ..study.report import write_report
 
@@ -150,12 +210,12 @@ def report(
 
 
 def _plans(path: Path | None, preset: str | None) -> list[dict[str, Any]]:
-    """The plan of a file, those of presets, or an empty one for the flags to fill."""
+    """The plan of a file, those of presets, or an empty one that flags fill."""
     from ..study.paper import plan_of
     from ..study.plan import load_plan
 
     if path is not None and preset is not None:
-        raise LLQError("give a plan file or --preset, not both")
+        raise LLQError("give either a plan file or --preset, not both")
     if preset is not None:
         return [plan_of(name) for name in _presets(preset)]
     return [{} if path is None else load_plan(path)]
@@ -170,14 +230,14 @@ def _presets(text: str | None) -> list[str]:
 
 
 def _values(text: str) -> list[Any]:
-    """What a YAML list of these words would hold: "3,2" is two numbers."""
+    """The values that a YAML list of these words would hold: "3,2" gives two numbers."""
     import yaml
 
     return [yaml.safe_load(word) for word in text.split(",") if word.strip()]
 
 
 def _methods(methods: str | None, bits: str | None, options: list[str] | None) -> dict[str, Any]:
-    """The `methods` of a plan, from flags."""
+    """The entry `methods` of a plan, from flags; {} where there are none."""
     varied: dict[str, Any] = {
         key: _values(values)
         for key, _, values in (option.partition("=") for option in options or [])
@@ -186,13 +246,11 @@ def _methods(methods: str | None, bits: str | None, options: list[str] | None) -
         varied = {"bits": bits if bits == "all" else _values(bits), **varied}
     if methods is None and varied:
         raise LLQError(
-            "--bits and --option belong to --methods; a plan file or preset says them itself"
+            "--bits and --option belong to --methods; a plan file or a preset says them itself"
         )
-    return (
-        {}
-        if methods is None
-        else {"methods": [{"method": name, **varied} for name in methods.split(",")]}
-    )
+    if methods is None:
+        return {}
+    return {"methods": [{"method": name, **varied} for name in methods.split(",")]}
 
 
 def _json(text: str | None) -> Any:
@@ -215,9 +273,13 @@ def _engine(name: str, resources: str) -> Engine:
         return local
     if name != "ray":
         raise LLQError(
-            f"--engine {name} with --resources {resources!r}: engines are local, and ray with resources"
+            f"--engine {name} with --resources {resources!r} cannot be run: engines are local,"
+            " and ray with resources"
         )
     known = [each.name for each in fields(RayCluster)]
     if unknown := set(given) - set(known):
-        raise LLQError(f"--resources has no {unknown.pop()!r}; it has: {', '.join(known)}")
+        name = unknown.pop()
+        raise LLQError(
+            f"--resources has no {name!r}{nearest(name, known)}; it has: {', '.join(known)}"
+        )
     return RayCluster(**{key: _values(value)[0] for key, value in given.items()})

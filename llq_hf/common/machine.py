@@ -26,7 +26,7 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def chosen_device(name: str, gpu: str = "cuda") -> str:
+def auto_device(name: str, gpu: str = "cuda") -> str:
     """The device that a user named; "auto" is `gpu` where there is one, else the CPU."""
     if name != "auto":
         return name

@@ -41,7 +41,7 @@ from ..checkpoints.dense import fetch
 from ..checkpoints.fingerprint import differences, sha256_file
 from ..common.errors import LLQError
 from ..common.files import read_json, write_json
-from ..common.machine import chosen_device
+from ..common.machine import auto_device
 from ..common.progress import Progress
 from ..hosts.hf_quantizer import check_quantized, count_quantized
 from ..layers.linear import QuantLinear
@@ -133,7 +133,7 @@ def machine(device: str, dtype: str, save_steps: int) -> Machine:
     """From what a user says: "auto" is a GPU where there is one, and the model's usual bf16 there,
     fp32 on a CPU.
     """
-    device = chosen_device(device)
+    device = auto_device(device)
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     dtypes["auto"] = dtypes["float32" if device == "cpu" else "bfloat16"]
     if dtype not in dtypes:

@@ -1,1 +1,1 @@
-"""Sockets of other people's programs: transformers, lm-evaluation-harness, lmms-eval."""
+"""What plugs llq-hf into transformers, lm-evaluation-harness and lmms-eval."""

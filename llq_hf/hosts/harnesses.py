@@ -1,7 +1,7 @@
-"""Which harness serves a task: lm-eval those about text that it declares, lmms-eval all others that
-it declares.
+"""Find the harness that a task belongs to: lm-eval or lmms-eval.
 
-Names are read from the YAML files themselves: importing either harness takes half a minute.
+A task about text that both declare is lm-eval's. Names are read from the YAML files themselves,
+since importing either harness takes half a minute.
 """
 
 from __future__ import annotations
@@ -19,27 +19,34 @@ _DECLARED = re.compile(
 
 
 def harness_of(tasks: str) -> str:
-    """ "lm_eval" or "lmms_eval" for names joined by commas; LLQError where they belong to both."""
+    """ "lm_eval" or "lmms_eval", for task names joined by commas.
+
+    Raises LLQError where they belong to different harnesses, or lmms-eval is not installed.
+    """
     names = [name for name in tasks.split(",") if name]
-    seeing = _declared_by("lmms_eval") & set(names)
-    seeing -= _declared_by("lm_eval", without="doc_to_image") if seeing else set()
-    if not seeing:
+    visual = _declared_by("lmms_eval") & set(names)
+    if visual:
+        visual -= _declared_by("lm_eval", without="doc_to_image")
+    if not visual:
         return "lm_eval"
-    others = [name for name in names if name not in seeing]
+    others = [name for name in names if name not in visual]
     if others:
         raise LLQError(
-            f"{', '.join(sorted(seeing))} belong to lmms-eval, {', '.join(others)} do not: ask in two commands"
+            f"{', '.join(sorted(visual))} belong to lmms-eval, {', '.join(others)} do not: ask in"
+            " two commands"
         )
     if importlib.util.find_spec("lmms_eval") is None:
         raise LLQError(
-            f"{tasks} needs lmms-eval, which is not installed: uv sync --extra vision, or pip install .[vision]"
+            f"{tasks} needs lmms-eval, which is not installed: uv sync --extra vision, or pip"
+            " install .[vision]"
         )
     return "lmms_eval"
 
 
 def _declared_by(harness: str, without: str | None = None) -> set[str]:
-    """Tasks, groups and tags of the harness, if it is installed, and ours for it; not of files that
-    hold `without`.
+    """Tasks, groups and tags that we have for the harness, and its own if it is installed.
+
+    without: files that contain this text are left out.
     """
     spec = importlib.util.find_spec(harness)
     folders = [tasks_folder(harness)]

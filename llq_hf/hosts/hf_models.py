@@ -1,10 +1,10 @@
-"""QuantizedLlama and QuantizedLlavaNext: model classes for those who want one; the auto classes
-load the same files.
+"""QuantizedLlama and QuantizedLlavaNext: model classes that quantize while they load.
+
+They are optional: the auto classes of transformers load the same files.
 """
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 from collections.abc import Iterable
@@ -17,7 +17,7 @@ from ..checkpoints.dense import fetch, provenance
 from ..checkpoints.format import REPORT
 from ..checkpoints.packed import copy_small_files
 from ..common.errors import LLQError
-from ..common.files import write_json
+from ..common.files import read_json, write_json
 from ..data.calibration import CalibrationOptions
 from ..demo import resolve
 from ..methods import METHODS, method_type
@@ -26,9 +26,7 @@ from .hf_quantizer import CONFIGS, check_quantized
 
 
 class _Quantized:
-    """from_pretrained that quantizes a dense model where a method is given; save_pretrained under
-    the plain class.
-    """
+    """Adds to a model class: quantizing in from_pretrained, saving under the plain class's name."""
 
     plain: ClassVar[type]
 
@@ -45,9 +43,9 @@ class _Quantized:
         CalibrationOptions.split({key: kwargs[key] for key in calibration})
         owned = {key for each in METHODS.values() for key in each.field_names()} & set(kwargs)
         if method is None and (owned or calibration):
+            names = ", ".join(sorted(owned | calibration))
             raise LLQError(
-                f"{', '.join(sorted(owned | calibration))} is an option of a method: give"
-                " method=... (llq methods lists them)"
+                f"{names} is an option of a method: give method=... (llq methods lists them)"
             )
         if method is not None:
             if kwargs.get("quantization_config") is not None:
@@ -63,13 +61,11 @@ class _Quantized:
     def save_pretrained(
         self, save_directory: Any, *args: Any, push_to_hub: bool = False, **kwargs: Any
     ) -> None:
-        """config.json names the plain class, so every loader finds its way."""
+        """Save an ordinary checkpoint, whose config.json names the plain class."""
         repo_id = kwargs.pop("repo_id", Path(save_directory).name)
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
         path = Path(save_directory) / "config.json"
-        config = json.loads(path.read_text())
-        config["architectures"] = [self.plain.__name__]
-        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        write_json(path, {**read_json(path), "architectures": [self.plain.__name__]})
         if push_to_hub:
             self.push_to_hub(repo_id)
 
@@ -82,11 +78,10 @@ class _Quantized:
         base_model: str | None = None,
         results: Iterable[Path] | None = None,
     ) -> str:
-        """Upload the packed model, its tokenizer and its card, as `llq push` does a folder; returns
-        the address.
+        """Upload the packed model with its tokenizer and its card, as `llq push` uploads a folder.
 
-        base_model: Hub id of the base, where the model was loaded from a folder; results: see
-        `card.make_card`.
+        base_model: Hub id of the base, where the model was loaded from a folder. results: see
+        `card.make_card`. Returns the address.
         """
         model: Any = self
         source = fetch(
@@ -114,9 +109,9 @@ class QuantizedLlama(_Quantized, LlamaForCausalLM):  # type: ignore[misc]
     """A Llama with packed low-bit weights.
 
     QuantizedLlama.from_pretrained("meta-llama/Meta-Llama-3-8B", method="quip", bits=2) quantizes a
-    dense model; QuantizedLlama.from_pretrained(folder or Hub id of a packed checkpoint) loads one.
-    What it saves and pushes is an ordinary LlamaForCausalLM checkpoint that AutoModelForCausalLM
-    loads.
+    dense model. QuantizedLlama.from_pretrained(PACKED), a folder or a Hub id, loads a packed
+    checkpoint. What it saves and pushes is an ordinary LlamaForCausalLM checkpoint, which
+    AutoModelForCausalLM loads.
     """
 
     plain = LlamaForCausalLM
@@ -126,9 +121,9 @@ class QuantizedLlavaNext(_Quantized, LlavaNextForConditionalGeneration):  # type
     """A LLaVA-Next whose language model has packed low-bit weights; vision tower and projector stay
     as they are.
 
-    QuantizedLlavaNext.from_pretrained("llava-hf/llama3-llava-next-8b-hf", method="gptq", bits=4)
-    quantizes a dense model; of a packed checkpoint it loads one. What it saves and pushes is an
-    ordinary checkpoint that AutoModelForImageTextToText loads.
+    QuantizedLlavaNext.from_pretrained("llava-hf/llama3-llava-next-8b-hf", method="...", bits=4)
+    quantizes a dense model; without `method` it loads a packed checkpoint. What it saves and pushes
+    is an ordinary checkpoint, which AutoModelForImageTextToText loads.
     """
 
     plain = LlavaNextForConditionalGeneration

@@ -1,10 +1,13 @@
-"""The socket of transformers: a `quantization_config` type per method, and one quantizer for all.
+"""A `quantization_config` type for each method, and one quantizer for all, registered with
+transformers.
 
-The only file that knows transformers.quantizers. Loading a packed checkpoint builds QuantLinears on
-the meta device from config and layout, and the ordinary loader fills them by name: no repacking, no
-conversion. A config given for a dense model quantizes the loaded model in place. `_startup` imports
-this module when transformers imports its quantizers, which happens in the middle of importing its
-models: no model class may be imported here.
+Loading a packed checkpoint builds QuantLinears on the meta device from config and layout; the
+ordinary loader then fills them by name, without repacking. A config given for a dense model
+quantizes the loaded model in place.
+
+`_startup` imports this module when transformers imports its quantizers, which happens in the middle
+of importing its models: no model class may be imported here. No other file knows
+transformers.quantizers.
 """
 
 from __future__ import annotations
@@ -94,11 +97,14 @@ def _is_stored(key: str, options: Mapping[str, Any]) -> bool:
     In a checkpoint `calibration` is a mapping: what the calibration data were. For a dense model
     it is the name of what to calibrate on.
     """
-    return key in options and (key != "calibration" or not isinstance(options[key], str))
+    return key in options and (key != "calibration" or isinstance(options[key], Mapping))
 
 
 def _config_type(method: type[Method]) -> type[LLQConfig]:
-    doc = f"`quantization_config` of {method.title}: the fields of `{method.__name__}`, and those of LLQConfig."
+    doc = (
+        f"`quantization_config` of {method.title}: the fields of `{method.__name__}`, and those of"
+        " LLQConfig."
+    )
     return type(
         f"{method.__name__}Config",
         (LLQConfig,),
@@ -109,13 +115,12 @@ def _config_type(method: type[Method]) -> type[LLQConfig]:
 CONFIGS: dict[str, type[LLQConfig]] = {
     name: _config_type(method) for name, method in METHODS.items()
 }
-globals().update(
-    {config.__name__: config for config in CONFIGS.values()}
-)  # RTNConfig, GPTQConfig, ...
+# RTNConfig, GPTQConfig, ... as names of this module
+globals().update({config.__name__: config for config in CONFIGS.values()})
 
 
 class LLQQuantizer(HfQuantizer):  # type: ignore[misc]
-    """Serves every LLQConfig: packed checkpoints and dense models."""
+    """The quantizer of every LLQConfig: it loads packed checkpoints, and quantizes dense models."""
 
     requires_calibration = False
     quantization_config: LLQConfig
@@ -134,7 +139,8 @@ class LLQQuantizer(HfQuantizer):  # type: ignore[misc]
         linears = quantizable(model)
         if len(linears) != config.quantized_linears:
             raise LLQError(
-                f"the model has {len(linears)} linears in its blocks, the checkpoint {config.quantized_linears}"
+                f"the model has {len(linears)} linears in its blocks, the checkpoint"
+                f" {config.quantized_linears}; restore its config.json"
             )
         for name, linear in linears.items():
             new = QuantLinear(
@@ -186,10 +192,10 @@ class LLQQuantizer(HfQuantizer):  # type: ignore[misc]
 
 
 def _check_files(model: PreTrainedModel, files: list[str]) -> None:
-    """Every tensor of every QuantLinear is in the files, with its shape and dtype; else LLQError,
-    before any is loaded.
+    """Raise LLQError unless every tensor of every QuantLinear is in the files, with its shape and
+    dtype. This is checked before any is loaded.
 
-    transformers fills a missing buffer with whatever memory holds and only warns.
+    transformers itself would fill a missing buffer with whatever memory holds, and only warn.
     """
     found: dict[str, Any] = {}
     for file in files:
@@ -202,22 +208,25 @@ def _check_files(model: PreTrainedModel, files: list[str]) -> None:
             stored = found.get(f"{name}.{key}")
             if stored is None:
                 raise LLQError(
-                    f"the checkpoint lacks {name}.{key}; it is incomplete, or its quantization_config was edited"
+                    f"the checkpoint lacks {name}.{key}; it is incomplete, or its"
+                    " quantization_config was edited"
                 )
             if stored != spec:
                 raise LLQError(
-                    f"{name}.{key} is stored as {list(stored.shape)} {stored.dtype}, its quantization_config says "
-                    f"{list(spec.shape)} {spec.dtype}: one of them was edited"
+                    f"{name}.{key} is stored as {list(stored.shape)} {stored.dtype}, its"
+                    f" quantization_config says {list(spec.shape)} {spec.dtype}: one of them was"
+                    " edited"
                 )
 
 
 def count_quantized(model: nn.Module) -> int:
+    """The number of packed linears in a model."""
     return sum(isinstance(module, QuantLinear) for module in model.modules())
 
 
 def check_quantized(model: nn.Module) -> LLQConfig:
-    """The model's LLQConfig; LLQError unless exactly the linears it counts are packed: never score
-    the wrong model.
+    """The model's LLQConfig; LLQError unless exactly the linears that it counts are packed, so that
+    no other model is scored in its place.
     """
     config = getattr(model.config, "quantization_config", None)
     if not isinstance(config, LLQConfig):
@@ -227,23 +236,24 @@ def check_quantized(model: nn.Module) -> LLQConfig:
     packed = count_quantized(model)
     if packed != config.quantized_linears or packed == 0:
         raise LLQError(
-            f"{packed} linears are packed, the checkpoint says {config.quantized_linears}: not the quantized model"
+            f"{packed} linears are packed, the checkpoint says {config.quantized_linears}: not the"
+            " quantized model"
         )
     return config
 
 
 def _register() -> None:
     for name, config in CONFIGS.items():
-        if f"llq_{name}" not in AUTO_QUANTIZATION_CONFIG_MAPPING:
-            register_quantization_config(f"llq_{name}")(config)
-            register_quantizer(f"llq_{name}")(LLQQuantizer)
+        if PREFIX + name not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+            register_quantization_config(PREFIX + name)(config)
+            register_quantizer(PREFIX + name)(LLQQuantizer)
 
 
 _register()
 
 
 def described(model: nn.Module) -> dict[str, Any]:
-    """What results carry of the model that was really scored: method, options, bits, fingerprint."""
+    """What results say about the model that was really scored: method, options, bits, ..."""
     config = getattr(model.config, "quantization_config", None)
     if not isinstance(config, LLQConfig):
         return {"method": "none"}

@@ -1,11 +1,11 @@
 """Multiple-choice tasks for lm-evaluation-harness, from the Hub or from local files.
 
-`MultipleChoice`: the prompts, answers and scores of lm-eval's built-in tasks, read from the Hub or
-from local files. All formats end in one shape: `{query, choices, gold}`, for WinoGrande
-`{context_options, continuation, gold}`, for MMLU `{question, choices, answer, subject}`.
+`MultipleChoice` has the prompts, answers and scores of lm-eval's built-in tasks. Rows of all
+formats are converted to one shape: `{query, choices, gold}`, for WinoGrande `{context_options,
+continuation, gold}`, for MMLU `{question, choices, answer, subject}`.
 
-What a user passes as `--metadata '{"folder": "..."}'` reaches every task as `config.metadata`, on
-top of the task's own and together with all model_args. Other keys are ignored.
+`--metadata '{"folder": "..."}'` reaches every task as `config.metadata`, together with the task's
+own metadata and with all model_args. Other keys are ignored.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from lm_eval.api.task import ConfigurableTask
 from ..common.errors import LLQError
 from ..data.readers import read_records
 from ..data.sources import hub_rows
-from .lm_eval_perplexity import _without_class
+from .lm_eval_perplexity import without_class
 
 Doc = dict[str, Any]
 
@@ -30,16 +30,16 @@ Doc = dict[str, Any]
 class MultipleChoice(ConfigurableTask):  # type: ignore[misc]
     """A benchmark of `BENCHMARKS`; see the head of the file.
 
-    From the YAML: `dataset_kwargs: {benchmark: NAME}`, and `dataset_path`, `dataset_name` for the
-    Hub. From the user's metadata: `folder`, where the files of all benchmarks lie; the `demo`
-    questions are made, not read.
+    The YAML says `dataset_kwargs: {benchmark: NAME}`, and `dataset_path`, `dataset_name` for the
+    Hub. The user's metadata may say `folder`, where the files of all benchmarks lie. The questions
+    of `demo` are made, not read.
     """
 
     def __init__(self, config: dict[str, Any]) -> None:
-        super().__init__(config=_without_class(config))
+        super().__init__(config=without_class(config))
 
     def download(self, dataset_kwargs: Mapping[str, Any] | None = None, **_: Any) -> None:
-        """Load the questions; runs inside `ConfigurableTask.__init__`."""
+        """Load the questions; `ConfigurableTask.__init__` calls this."""
         import datasets
 
         name = (dataset_kwargs or {})["benchmark"]
@@ -53,15 +53,14 @@ class MultipleChoice(ConfigurableTask):  # type: ignore[misc]
             }
         else:
             splits = {split: self._hub_docs(name, split) for split in self._splits()}
-        self.config.metadata["data_source"] = (
-            name if name == "demo" else str(folder) if folder else "hub"
-        )
+        source = str(folder) if folder else "hub"
+        self.config.metadata["data_source"] = name if name == "demo" else source
         self.dataset = datasets.DatasetDict(
             {split: datasets.Dataset.from_list(docs) for split, docs in splits.items()}
         )
 
     def build_all_requests(self, **kwargs: Any) -> None:
-        # the cache of --cache_requests knows the task's name only, not the folder
+        # the cache of --cache_requests goes by the task's name, and would mix up two folders
         if self.config.metadata["data_source"] != "hub":
             kwargs["cache_requests"] = False
         super().build_all_requests(**kwargs)
@@ -75,24 +74,18 @@ class MultipleChoice(ConfigurableTask):  # type: ignore[misc]
         ]
 
     def _hub_docs(self, name: str, split: str) -> list[Doc]:
-        cure = (
-            'pass --metadata \'{"folder": "FOLDER"}\' with a folder that holds '
-            + " or ".join(_local_names(name, split, self.DATASET_NAME))
-            + "."
-        )
+        files = " or ".join(_local_names(name, split, self.DATASET_NAME))
+        cure = f'pass --metadata \'{{"folder": "FOLDER"}}\' with a folder that holds {files}.'
         rows = hub_rows(self.DATASET_PATH, self.DATASET_NAME, split=split, offline_cure=cure)
         return _converted(rows, name, self.DATASET_NAME, f"{self.DATASET_PATH} on the Hub")
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Where a benchmark lies in a local folder and what its rows may look like.
+    """Where a benchmark lies in a local folder, and what its rows may look like."""
 
-    `shapes`: (fields of a row, conversion to the common shape), tried in order. `{split}` and
-    `{subject}` in `files` are filled in.
-    """
-
-    files: tuple[str, ...]
+    files: tuple[str, ...]  # the first one that is there; `{split}` and `{subject}` are filled in
+    # (fields of a row, conversion to the common shape): the first whose fields the row has
     shapes: tuple[tuple[tuple[str, ...], Callable[[Doc], Doc]], ...]
 
 
@@ -114,7 +107,7 @@ def _arc(row: Doc) -> Doc:
 
 
 def _asked(row: Doc) -> Doc:
-    """A row that begins with `Question: ` already, and may lack the `Answer:`."""
+    """A row whose query may hold `Question: ` and `Answer:` already."""
     query = row["query"] if row["query"].startswith("Question: ") else f"Question: {row['query']}"
     query = query if query.endswith("\nAnswer:") else f"{query}\nAnswer:"
     return {"query": query, "choices": list(row["choices"]), "gold": int(row["gold"])}
@@ -134,7 +127,7 @@ def _hellaswag_joined(row: Doc) -> Doc:
 
 
 def _without_wikihow_marks(text: str) -> str:
-    """Marks such as `[title]` are left from the WikiHow pages; lm-eval's task drops them like this."""
+    """Drop marks such as `[title]`, left from the WikiHow pages, as lm-eval's task does."""
     text = text.strip().replace(" [title]", ". ")
     return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
 
@@ -213,8 +206,9 @@ def _local_docs(name: str, folder: Path, split: str, subject: str | None) -> lis
     path = next((path for path in paths if path.is_file()), None)
     if path is None:
         raise LLQError(
-            f"There is no file {paths[0]} for the benchmark {name!r} ({' and '.join(str(p) for p in paths[1:])} were"
-            " looked for too); put the data there or name another folder."
+            f"There is no file {paths[0]} for the benchmark {name!r}"
+            f" ({' and '.join(str(p) for p in paths[1:])} were looked for too); put the data there"
+            " or name another folder."
         )
     if path.suffix == ".csv":
         rows = list(_hendrycks_rows(path))
@@ -227,6 +221,7 @@ def _local_docs(name: str, folder: Path, split: str, subject: str | None) -> lis
 
 def _converted(rows: Any, name: str, subject: str | None, where: str) -> list[Doc]:
     shapes = BENCHMARKS[name].shapes
+    """The rows in the common shape; LLQError names the row that has no known shape."""
     docs = []
     for number, row in enumerate(rows, start=1):
         convert = next(
@@ -250,25 +245,27 @@ def _converted(rows: Any, name: str, subject: str | None, where: str) -> list[Do
 
 
 def _labelled(rows: list[Doc], path: Path) -> list[Doc]:
-    """PIQA keeps its answers in a file of their own, a digit a line."""
+    """The rows of PIQA with their answers, which lie in a file of their own, a digit a line."""
     labels_path = path.with_name(f"{path.stem}-labels.lst")
     if not labels_path.is_file():
         raise LLQError(f"There is no file {labels_path} with the labels of {path}; put it there.")
     labels = labels_path.read_text(encoding="utf-8").split()
     if len(labels) != len(rows):
         raise LLQError(
-            f"{labels_path} has {len(labels)} labels for {len(rows)} questions; give one a question."
+            f"{labels_path} has {len(labels)} labels for {len(rows)} questions; give one a"
+            " question."
         )
     return [{**row, "label": label} for row, label in zip(rows, labels, strict=True)]
 
 
 def _hendrycks_rows(path: Path) -> Iterator[Doc]:
-    """MMLU as first published: question, four answers, letter; no header."""
+    """The rows of MMLU as first published: question, four answers, letter; without a header."""
     with path.open(encoding="utf-8", newline="") as file:
         for number, row in enumerate(csv.reader(file), start=1):
             if len(row) != 6:
                 raise LLQError(
-                    f"Row {number} of {path} has {len(row)} columns; it needs question, A, B, C, D, answer."
+                    f"Row {number} of {path} has {len(row)} columns; it needs question, A, B, C,"
+                    " D, answer."
                 )
             yield {"question": row[0], "choices": row[1:5], "answer": row[5]}
 

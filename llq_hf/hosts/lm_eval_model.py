@@ -1,12 +1,16 @@
-"""`lm_eval --model llq`: quantize (once, cached), load the packed checkpoint, score it.
+"""The model behind `lm_eval --model llq`: quantize (once, cached), load the packed checkpoint,
+score it.
 
-    lm_eval --model llq --model_args method=quip,bits=2 --tasks llq_wikitext2
-    lm_eval --model llq --model_args pretrained=FOLDER --tasks llq_csqa          a packed checkpoint is just evaluated
-    lm_eval --model llq --model_args pretrained=ADAPTER --tasks llq_csqa         an adapter, on the base it belongs to
-    lm_eval --model llq --model_args method=none --tasks llq_study               the full-precision baseline
+    lm_eval --model llq --model_args ARGS --tasks llq_wikitext2
 
-`_startup` registers the class; results carry method, options, nominal and stored bits, and the
-fingerprint. Of a model that sees, the language part is scored on text.
+ARGS                  | what is scored
+method=quip,bits=2    | a dense model, quantized first
+pretrained=FOLDER     | a packed checkpoint, as it is
+pretrained=ADAPTER    | an adapter, on the base that it belongs to
+method=none           | the full-precision baseline
+
+`_startup` registers the class. Results carry method, options, nominal and stored bits, and the
+fingerprint. A vision-language model is scored on text, by its language part.
 """
 
 from __future__ import annotations
@@ -28,50 +32,46 @@ HOST_OPTIONS = set(inspect.signature(HFLM).parameters) - {"kwargs"}
 
 
 class LLQLM(HFLM):  # type: ignore[misc]
-    """HFLM over a packed model. model_args are those of `model_args.ModelArgs`, of the method, and of
-    HFLM.
-    """
+    """HFLM over a packed model. It takes the model_args of `ModelArgs`, of the method, of HFLM."""
 
     def __init__(self, **options: Any) -> None:
         asked, host = ModelArgs.split(options, DEFAULT_MODEL, HOST_OPTIONS)
         if is_adapter(asked.pretrained):
-            host["peft"], asked = (
-                asked.pretrained,
-                replace(asked, pretrained=base_of(asked.pretrained)),
-            )
+            host["peft"] = asked.pretrained
+            asked = replace(asked, pretrained=base_of(asked.pretrained))
         loadable = asked.loadable(host.get("device"), host.get("dtype"))
         host.setdefault("softmax_dtype", "float32")  # log-softmax in bf16 shifts perplexities
         super().__init__(pretrained=loadable.path, revision=loadable.revision, **host)
-        accelerator = getattr(
-            self, "accelerator", None
-        )  # HFLM takes ranks from it only where it sees several GPUs
+        # HFLM takes the ranks from its accelerator only where it sees several GPUs.
+        accelerator = getattr(self, "accelerator", None)
         if accelerator is not None and accelerator.num_processes > 1 and self.world_size == 1:
-            self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
+            self._rank = accelerator.process_index
+            self._world_size = accelerator.num_processes
         if loadable.quantized:
             check_quantized(self.model)
 
     def _get_backend(self, config: Any, backend: Any = "default", **kwargs: Any) -> None:
-        """lm-eval knows causal models; one that sees is causal, too, but has an auto class of its
-        own.
+        """lm-eval takes only models of AutoModelForCausalLM as causal; a vision-language model is
+        causal too, but has another auto class.
         """
         if takes_images(config):
-            self.AUTO_MODEL_CLASS, backend = auto_class(config), "causal"
+            self.AUTO_MODEL_CLASS = auto_class(config)
+            backend = "causal"
         super()._get_backend(config, backend=backend, **kwargs)
 
     def _create_model(self, *args: Any, peft: str | None = None, **kwargs: Any) -> None:
         with warnings.catch_warnings():
-            # lm-eval hands the checkpoint's own quantization_config back to from_pretrained, which
+            # lm-eval gives the checkpoint's own quantization_config back to from_pretrained, which
             # warns about that.
             warnings.filterwarnings("ignore", message="You passed `quantization_config`")
             super()._create_model(*args, **kwargs)
-        if (
-            peft is not None
-        ):  # lm-eval's own way first resizes the embeddings where the tokenizer has other tokens
+        if peft is not None:
+            # lm-eval itself would first resize the embeddings where the tokenizer has other tokens.
             from peft import PeftModel
 
             self._model: Any = PeftModel.from_pretrained(self._model, peft)
 
     def get_model_info(self) -> dict[str, Any]:
-        """What lm-eval writes into the results file, with what was really scored."""
+        """What lm-eval writes into the results file; `llq` says what was really scored."""
         adapter = {} if self.peft is None else {"adapter": self.peft}
         return {**super().get_model_info(), "llq": {**described(self.model), **adapter}}

@@ -1,19 +1,25 @@
 """Token perplexity in fixed windows, as a task of lm-evaluation-harness.
 
-The YAML files in `tasks/lm_eval` name the class here (`class: !function
-llq_hf.hosts.lm_eval_perplexity.X`).
+The YAML files in `tasks/lm_eval` name the class `WindowPerplexity` here.
 
-`WindowPerplexity`: the protocol of the GPTQ repository, which is neither lm-eval's `wikitext`
-(words, documents, rolling windows) nor its rolling log-likelihood. The text is tokenised once and
-cut into disjoint windows of S tokens; the first token of a window is context only; perplexity =
-exp(mean over the N * (S - 1) scored tokens). lm-eval has no request type for that, so the task has
-its own, `llq_windows_nll`: the evaluator calls the method of that name on the model, which
-`llq_hf._startup` adds to HFLM and which is `windows_nll` below. The windows are dealt out to
-`SHARDS` documents, since data-parallel ranks divide the work by documents.
+Protocol
+--------
+It is that of the GPTQ repository, and differs from lm-eval's `wikitext` (words, documents, rolling
+windows) and from its rolling log-likelihood. The text is tokenized once and cut into N disjoint
+windows of S tokens. The first token of a window is context only, so N * (S - 1) tokens are scored;
+perplexity is exp of their mean negative log-likelihood.
 
-What a user passes as `--metadata '{"text_file": "...", "seqlen": 256}'` reaches every task as
-`config.metadata`, on top of the task's own and together with all model_args. Other keys are
-ignored.
+How lm-eval runs it
+-------------------
+lm-eval has no request type for this, so the task has its own, `llq_windows_nll`. The evaluator
+calls the model's method of that name, which is `windows_nll` below; `llq_hf._startup` adds it to
+HFLM. The windows are spread over `SHARDS` documents, because data-parallel ranks divide the work by
+documents.
+
+Options
+-------
+`--metadata '{"text_file": "...", "seqlen": 256}'` reaches every task as `config.metadata`, together
+with the task's own metadata and with all model_args. Other keys are ignored.
 """
 
 from __future__ import annotations
@@ -41,28 +47,23 @@ METRIC = "token_perplexity"
 _log = logging.getLogger("llq_hf")
 
 
-# --- perplexity -----------------------------------------------------------------------------------
-
-
 class WindowPerplexity(ConfigurableTask):  # type: ignore[misc]  # lm_eval has no types
     """Token perplexity of one evaluation text; see the head of the file.
 
-    From the YAML: `dataset_kwargs: {text: NAME}` (a name of `EVALUATION_TEXTS`), `metadata:
-    {seqlen: S}`. From the user's metadata: `seqlen`, and `text_file`: a path for all texts, or an
-    object of paths by name. The `demo` text is fixed: it heeds only a file given under its own
-    name.
+    The YAML says `dataset_kwargs: {text: NAME}`, a name of `EVALUATION_TEXTS`, and `metadata:
+    {seqlen: S}`. The user's metadata may say `seqlen`, and `text_file`: a path for all texts, or an
+    object of paths by name. The `demo` text is bundled: only a file given under its own name
+    replaces it.
     """
 
     def __init__(self, config: dict[str, Any]) -> None:
-        # an output type of lm-eval's own gets through its checks; requests carry ours
-        super().__init__(
-            config=_without_class(config)
-            | {"output_type": "loglikelihood_rolling", "metric_list": []}
-        )
+        # lm-eval checks that the output type is one of its own; the requests then carry ours
+        checked = {"output_type": "loglikelihood_rolling", "metric_list": []}
+        super().__init__(config=without_class(config) | checked)
         self.OUTPUT_TYPE = REQUEST_TYPE
 
     def download(self, dataset_kwargs: Mapping[str, Any] | None = None, **_: Any) -> None:
-        """Load the text; runs inside `ConfigurableTask.__init__`."""
+        """Load the text; `ConfigurableTask.__init__` calls this."""
         import datasets
 
         name = (dataset_kwargs or {})["text"]
@@ -76,7 +77,7 @@ class WindowPerplexity(ConfigurableTask):  # type: ignore[misc]  # lm_eval has n
         self.dataset = datasets.DatasetDict(test=datasets.Dataset.from_list(shards))
 
     def build_all_requests(self, **kwargs: Any) -> None:
-        # the cache of --cache_requests knows the task's name only, neither its text nor seqlen
+        # the cache of --cache_requests goes by the task's name, and would mix up texts and seqlens
         super().build_all_requests(**kwargs | {"cache_requests": False})
 
     def doc_to_text(self, doc: Any, doc_to_text: Any = None) -> str:
@@ -89,8 +90,8 @@ class WindowPerplexity(ConfigurableTask):  # type: ignore[misc]  # lm_eval has n
         return ""  # no shots, system prompt or chat template around a window
 
     def construct_requests(self, doc: dict[str, Any], ctx: str, **kwargs: Any) -> Instance:
-        """One request per shard. `arguments` are logged and hashed, hence the text itself travels
-        in `doc`.
+        """One request per shard. `arguments` are logged and hashed, so the text itself travels in
+        `doc`.
         """
         arguments = (str(self.source), self.seqlen, doc["shard"], doc["shards"])
         return Instance(
@@ -105,9 +106,8 @@ class WindowPerplexity(ConfigurableTask):  # type: ignore[misc]  # lm_eval has n
         self, doc: Any, results: Sequence[tuple[float, int, int]]
     ) -> dict[str, Any]:
         logprob, tokens, seqlen = results[0]
-        self.config.metadata["seqlen"] = (
-            seqlen  # what was scored; a short model cuts what was asked for
-        )
+        # the length that was scored, which is less than asked for where the model takes less
+        self.config.metadata["seqlen"] = seqlen
         return {METRIC: (logprob, tokens)}
 
     def aggregation(self) -> dict[str, Callable[[Any], float]]:
@@ -118,8 +118,8 @@ class WindowPerplexity(ConfigurableTask):  # type: ignore[misc]  # lm_eval has n
 
 
 def token_perplexity(shards: Sequence[tuple[float, int]]) -> float:
-    """exp(mean negative log-likelihood) of `(sum of log-probabilities, tokens)`; shards without
-    windows weigh 0.
+    """exp(mean negative log-likelihood) of shards `(sum of log-probabilities, tokens)`; those
+    without windows weigh 0.
     """
     tokens = sum(count for _, count in shards)
     if tokens == 0:
@@ -127,17 +127,18 @@ def token_perplexity(shards: Sequence[tuple[float, int]]) -> float:
     nats = -math.fsum(logprob for logprob, _ in shards) / tokens
     if math.isnan(nats):
         _log.warning(
-            "The model gives logits that are no numbers (NaN); its token perplexity is reported as NaN."
+            "The model gives logits that are no numbers (NaN); its token perplexity is reported as"
+            " NaN."
         )
     return math.inf if nats > 700 else math.exp(nats)
 
 
 def windows_nll(lm: Any, requests: Sequence[Instance]) -> list[tuple[float, int, int]]:
-    """The request type `llq_windows_nll` for an HFLM: per shard (sum of log-probabilities, tokens,
-    window length).
+    """Serve requests of the type `llq_windows_nll` with an HFLM.
 
-    Shard i of n scores windows i, i + n, i + 2n, ... A window longer than the model allows is cut
-    to the model's length, with a warning. Log-softmax is float32 whatever the model's dtype.
+    Gives (sum of log-probabilities, tokens, window length) for each shard. Shard i of n scores
+    windows i, i + n, i + 2n, ... Where windows are longer than the model allows, they get the
+    model's length, with a warning. Log-softmax is float32 whatever the model's dtype.
     """
     results: list[tuple[float, int, int]] = [(0.0, 0, 0)] * len(requests)
     for (_, seqlen), indices in _by_text(requests).items():
@@ -176,8 +177,8 @@ def _usable_seqlen(lm: Any, seqlen: int, name: str) -> int:
     if seqlen <= lm.max_length:
         return seqlen
     _log.warning(
-        "%s: the model takes at most %d tokens, so its windows are %d tokens long and not %d; the perplexity is not"
-        " comparable with that of longer windows.",
+        "%s: the model takes at most %d tokens, so its windows are %d tokens long and not %d; the"
+        " perplexity is not comparable with that of longer windows.",
         name,
         lm.max_length,
         lm.max_length,
@@ -210,8 +211,7 @@ def _batch_logprobs(lm: Any, batch_BS: Tensor) -> list[float]:
     with torch.no_grad():
         batch_BS = batch_BS.to(lm.device)
         logits_BSV = lm._model_call(batch_BS)
-        # one window at a time: float32 logits of a window of 2048 in a vocabulary of 128k take 1
-        # GiB
+        # One window at a time: its float32 logits take 1 GiB (2048 tokens, vocabulary of 128k).
         losses = [
             torch.nn.functional.cross_entropy(
                 logits_SV[:-1].float(), ids_S[1:].to(logits_SV.device), reduction="none"
@@ -230,7 +230,7 @@ def _seqlen(value: Any) -> int:
 
 
 def _text_file(value: Any, name: str) -> str | None:
-    """The file for the text `name`, None for the Hub (or, for `demo`, the bundled text)."""
+    """The file for the text `name`; None: from the Hub, or for `demo` the bundled text."""
     if isinstance(value, Mapping):
         unknown = [key for key in value if key not in EVALUATION_TEXTS]
         if unknown:
@@ -243,14 +243,12 @@ def _text_file(value: Any, name: str) -> str | None:
         return None
     if value is not None and not isinstance(value, str):
         raise LLQError(
-            f"text_file={value!r} in the metadata is no path; give a string or an object of strings."
+            f"text_file={value!r} in the metadata is no path; give a string or an object of"
+            " strings."
         )
     return value
 
 
-# --- multiple choice ------------------------------------------------------------------------------
-
-
-def _without_class(config: dict[str, Any]) -> dict[str, Any]:
+def without_class(config: dict[str, Any]) -> dict[str, Any]:
     """The config for ConfigurableTask, which does not know the key that chose this class."""
     return {key: value for key, value in config.items() if key != "class"}

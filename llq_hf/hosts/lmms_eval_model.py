@@ -1,16 +1,24 @@
-"""`lmms-eval --model llq`: quantize (once, cached), load the packed checkpoint, ask it about
-images.
+"""The model behind `lmms-eval --model llq`: quantize (once, cached), load the packed
+checkpoint, ask it about images.
 
-    lmms-eval --model llq --model_args pretrained=MODEL,method=gptq,bits=4 --tasks llq_mllm --batch_size 8
-    lmms-eval --model llq --model_args pretrained=FOLDER --tasks mme             a packed checkpoint is just evaluated
-    lmms-eval --model llq --model_args method=none --tasks llq_mllm              the full-precision baseline
+    lmms-eval --model llq --model_args ARGS --tasks llq_mllm --batch_size 8
 
-lmms-eval finds the class by an entry point. A row that cannot be asked (its image is missing or
-damaged, it has none, its prompt is too long) ends the evaluation with an error that names it:
-lmms-eval's own models answer such rows with an empty string and score that. With `text_only=true`
-rows without an image are asked as text, and counted in the results. Those carry method, options,
-nominal and stored bits, and the fingerprint under `llq`, and the command exits with 1 where an
-evaluation failed; see the hooks at the end, which `_startup` puts in place.
+ARGS                              | what is scored
+pretrained=MODEL,method=M,bits=4  | a dense model, quantized first
+pretrained=FOLDER                 | a packed checkpoint, as it is
+method=none                       | the full-precision baseline
+
+lmms-eval finds the class by an entry point.
+
+Departures from lmms-eval's own models
+--------------------------------------
+* A row that cannot be asked (its image is missing or damaged, it has no image, its prompt is too
+  long) ends the evaluation with an error that names the row. The others answer such rows with an
+  empty string, which is then scored.
+* With `text_only=true` rows without an image are asked as text, and counted in the results.
+* Results carry method, options, nominal and stored bits, and the fingerprint under `llq`.
+* The command exits with 1 where an evaluation failed. See the hooks at the end of this file, which
+  `_startup` puts in place.
 """
 
 from __future__ import annotations
@@ -36,23 +44,14 @@ from .model_args import ModelArgs
 
 DEFAULT_MODEL = "llava-hf/llama3-llava-next-8b-hf"
 HOST_OPTIONS = {"device", "dtype", "batch_size", "text_only"}
-GENERATION = {
-    "do_sample",
-    "temperature",
-    "top_p",
-    "top_k",
-    "num_beams",
-    "repetition_penalty",
-}  # go to generate()
-OTHER_MODELS = {
-    "image_aspect_ratio",
-    "until",
-    "max_new_tokens",
-}  # how llava's own code cuts images; done here
+# generation_kwargs of a task: those that generate() takes, and those that mean something only to
+# llava's own code (how it cuts images) or are done here.
+GENERATION = {"do_sample", "temperature", "top_p", "top_k", "num_beams", "repetition_penalty"}
+NOT_FOR_GENERATE = {"image_aspect_ratio", "until", "max_new_tokens"}
 
 
 class LLQ(lmms):  # type: ignore[misc]
-    """model_args: those of `model_args.ModelArgs`, of the method, and dtype, device, batch_size,
+    """Its model_args are those of `ModelArgs`, of the method, and dtype, device, batch_size,
     text_only.
     """
 
@@ -62,51 +61,50 @@ class LLQ(lmms):  # type: ignore[misc]
         super().__init__()
         asked, host = ModelArgs.split(options, DEFAULT_MODEL, HOST_OPTIONS)
         self.accelerator = Accelerator()
-        self._rank, self._world_size = (
-            self.accelerator.process_index,
-            self.accelerator.num_processes,
-        )
+        self._rank = self.accelerator.process_index
+        self._world_size = self.accelerator.num_processes
         several = self._world_size > 1
         device = str(self.accelerator.device) if several else usable_device(host.get("device"))
         dtype = host.get("dtype", "auto")
         loadable = asked.loadable(device, dtype)
-        self.seeing = VisionModel.load(loadable.path, loadable.revision, device, dtype)
+        self.vision = VisionModel.load(loadable.path, loadable.revision, device, dtype)
         if loadable.quantized:
-            check_quantized(self.seeing.model)
+            check_quantized(self.vision.model)
         self.batch_size = _batch_size(host.get("batch_size"))
-        self.text_only, self.asked_as_text = bool(host.get("text_only", False)), 0
+        self.text_only = bool(host.get("text_only", False))
+        self.asked_as_text = 0
 
     @property
     def device(self) -> torch.device:
-        found: torch.device = self.seeing.model.device
+        found: torch.device = self.vision.model.device
         return found
 
     def llq(self) -> dict[str, Any]:
-        """What the results file gets to know about what was scored."""
+        """What the results file says about what was scored."""
         return {
-            **described(self.seeing.model),
+            **described(self.vision.model),
             "rows_without_image_asked_as_text": self.asked_as_text,
         }
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         raise LLQError(
-            "llq answers questions; tasks that score given answers by log-likelihood are not served"
+            "llq answers questions; it cannot serve tasks that score given answers by"
+            " log-likelihood"
         )
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
-        raise LLQError("llq answers single questions; tasks of several rounds are not served")
+        raise LLQError("llq answers single questions; it cannot serve tasks of several rounds")
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
-        """An answer per request, in their order; LLQError naming the first row that cannot be
-        asked.
+        """An answer per request, in their order; LLQError, which names the row, for the first that
+        cannot be asked.
         """
         answers: dict[int, str] = {}
         with tqdm(total=len(requests), desc="Model Responding", disable=self.rank != 0) as bar:
             for indices, options, until in self._batches(requests):
                 prompts = [self._prompt(requests[index]) for index in indices]
-                for index, answer in zip(
-                    indices, self.seeing.answers(prompts, **options), strict=True
-                ):
+                found = self.vision.answers(prompts, **options)
+                for index, answer in zip(indices, found, strict=True):
                     for stop in until:
                         answer = answer.split(stop)[0]
                     answers[index] = answer
@@ -118,8 +116,8 @@ class LLQ(lmms):  # type: ignore[misc]
     def _batches(
         self, requests: list[Instance]
     ) -> Iterator[tuple[list[int], dict[str, Any], list[str]]]:
-        """(indices, options of generate(), strings to stop at): questions of like length and one
-        way to be answered.
+        """Batches (indices, options of generate(), strings to stop at): questions of like length
+        that are to be answered in the same way.
         """
         groups: dict[str, list[int]] = {}
         for index, request in enumerate(requests):
@@ -143,34 +141,35 @@ class LLQ(lmms):  # type: ignore[misc]
                 f"{where}: its image is missing or damaged ({one_line(error)})"
             ) from error
         if any(not hasattr(image, "convert") for image in images):
-            raise LLQError(f"{where}: llq looks at images; this row has {type(images[0]).__name__}")
+            kind = type(images[0]).__name__
+            raise LLQError(f"{where}: llq can be asked about images, and this row has {kind}")
         if not images and not self.text_only:
             raise LLQError(
-                f"{where}: a question without an image; text_only=true in model_args asks it as text"
+                f"{where}: a question without an image; text_only=true in model_args asks it as"
+                " text"
             )
         self.asked_as_text += not images
         return Prompt(context, images, where)
 
 
 def _generation(request: Instance) -> tuple[dict[str, Any], list[str]]:
-    """What a task asks of generate(), and where an answer ends; LLQError for what would be ignored."""
-    given, task = dict(request.args[1]), request.args[4]  # a copy: requests share the object
-    unknown = set(given) - GENERATION - OTHER_MODELS
+    """(options of generate(), strings that end an answer) of a task; LLQError for an option that
+    would be ignored.
+    """
+    given = dict(request.args[1])  # a copy: requests share the object
+    task = request.args[4]
+    unknown = set(given) - GENERATION - NOT_FOR_GENERATE
     if unknown:
         raise LLQError(
-            f"{task} asks for {', '.join(sorted(unknown))} in its generation_kwargs, which llq does not know"
+            f"{task} asks for {', '.join(sorted(unknown))} in its generation_kwargs, which llq does"
+            " not know"
         )
     until: str | Sequence[str] = given.get("until") or []
-    options = {
-        key: value for key, value in given.items() if key in GENERATION and value is not None
-    }
-    if not options.get("temperature"):
-        options = {
-            key: value
-            for key, value in options.items()
-            if key not in ("temperature", "top_p", "top_k")
-        }
-        options["do_sample"] = False
+    taken = GENERATION
+    if not given.get("temperature"):  # greedy: options of sampling would only raise warnings
+        taken = GENERATION - {"temperature", "top_p", "top_k"}
+        given["do_sample"] = False
+    options = {key: given[key] for key in given if key in taken and given[key] is not None}
     options["max_new_tokens"] = int(given.get("max_new_tokens") or 1024)
     return options, [until] if isinstance(until, str) else list(until)
 
@@ -189,7 +188,7 @@ def _batch_size(value: Any) -> int:
 
 
 def carrying_llq(evaluate: Callable[..., Any]) -> Callable[..., Any]:
-    """lmms-eval's `evaluate`, whose results tell what was scored."""
+    """Wrap lmms-eval's `evaluate` so that its results say what was scored."""
 
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         results = evaluate(*args, **kwargs)
@@ -202,11 +201,11 @@ def carrying_llq(evaluate: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def failing_loudly(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function of lmms-eval's command, whose errors its caller logs and forgets: of `--model llq`
-    they end it.
+    """Wrap a function of lmms-eval's command, so that an error ends the command with `--model llq`;
+    its caller would only log it.
 
-    The command's arguments are its only argument or its `cli_args`; without them, it is called by a
-    program.
+    The command's arguments are the function's only argument, or its `cli_args`. Without them a
+    program called it, and the error is raised as it is.
     """
 
     def wrapped(*args: Any, **kwargs: Any) -> Any:

@@ -1,12 +1,12 @@
 """`llq_demo_vqa` for lmms-eval: questions about the bundled drawings, made in memory, so that
 nothing is downloaded.
 
-The YAML files in `tasks/lmms_eval/llq_demo_vqa` name the class here. Two tasks, as MME has two
-halves: perception and cognition. Of each fact three questions are asked: two of MME's form, one to
-be answered yes and one no, and one of MMBench's form, a letter from A to D. `accuracy` is over all
-of them, `yes_no` and `choice` over one form each, of which chance gets 50 % and 25 %. The demo VLM
-says what it sees before it decides ("blue no", "blue C"), so the last yes or no, or the last
-letter, of an answer counts.
+The YAML files in `tasks/lmms_eval/llq_demo_vqa` name the class here. There are two tasks, as MME
+has two halves: perception and cognition. Three questions are asked about each fact: two in MME's
+form, of which one is to be answered yes and one no, and one in MMBench's form, whose answer is a
+letter from A to D. `accuracy` is over all questions, `yes_no` and `choice` over one form each, in
+which chance gets 50 % and 25 %. The demo VLM names what it found before it decides ("blue no",
+"blue C"), so the last yes or no, or the last letter, of an answer counts.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ COLUMNS = ("category", "question", "answer")
 
 
 class DrawingQuestions(ConfigurableTask):  # type: ignore[misc]  # lmms_eval has no types
-    """From the YAML: `dataset_kwargs: {categories: [...], facts_each: N}`, N facts of every
-    category.
+    """A task of questions about drawings.
+
+    The YAML says `dataset_kwargs: {categories: [...], facts_each: N}`: N facts of every category.
     """
 
     def __init__(self, config: dict[str, Any]) -> None:
@@ -30,7 +31,7 @@ class DrawingQuestions(ConfigurableTask):  # type: ignore[misc]  # lmms_eval has
         super().__init__(config={key: value for key, value in config.items() if key != "class"})
 
     def download(self, dataset_kwargs: dict[str, Any] | None = None) -> None:
-        """Make the questions; runs inside `ConfigurableTask.__init__`."""
+        """Make the questions; `ConfigurableTask.__init__` calls this."""
         import datasets
 
         assert dataset_kwargs is not None
@@ -56,6 +57,6 @@ def doc_to_visual(doc: dict[str, Any]) -> list[Any]:
 
 
 def process_results(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
-    """1 where `drawings.is_right`."""
+    """1 for a right answer, else 0, in the metrics that count this question."""
     hit = float(drawings.is_right(doc["answer"], results[0]))
     return {"accuracy": hit, "yes_no" if doc["answer"] in ("yes", "no") else "choice": hit}

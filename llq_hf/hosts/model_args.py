@@ -1,7 +1,7 @@
-"""Which model a harness scores: the options that lm-eval and lmms-eval share, quantizing once, and
-what results carry.
+"""model_args: the options of `--model llq`, alike in lm-eval and lmms-eval, and the checkpoint that
+they stand for.
 
-A packed checkpoint is scored as it is. A dense one is quantized first by `method` and kept in the
+A packed checkpoint is scored as it is. A dense one is first quantized by `method` and kept in the
 cache under the fingerprint of everything that decides its bytes; `method=none` is the
 full-precision baseline.
 """
@@ -26,18 +26,16 @@ from ..methods import METHODS, build
 
 
 class Loadable(NamedTuple):
-    """What from_pretrained is to load (folder or Hub id, with its revision), and whether it has to
-    be packed.
-    """
+    """What from_pretrained is to load."""
 
-    path: str
+    path: str  # folder or Hub id
     revision: str
-    quantized: bool
+    quantized: bool  # whether it must turn out to be a packed checkpoint
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelArgs:
-    """model_args of ours; `method_options` are those of the method, by name, as in `llq methods`."""
+    """The model_args that are ours and not the harness's. `llq methods` lists those of methods."""
 
     pretrained: str
     method: str | None = None
@@ -52,19 +50,19 @@ class ModelArgs:
     def split(
         cls, options: dict[str, Any], default: str, host: set[str]
     ) -> tuple[Self, dict[str, Any]]:
-        """(ours, the host's) of model_args; an option that neither knows is refused. default: the
-        model.
+        """Split model_args into (ours, the harness's); LLQError for one that nobody knows.
+
+        default: the model to score where `pretrained` is not given. host: names of the harness's
+        own options.
         """
         ours = {each.name for each in fields(cls)} - {"method_options"}
         ours |= set(CalibrationOptions.option_names())
-        of_methods = (
-            {name for each in METHODS.values() for name in each.field_names()} - host - ours
-        )
+        of_methods = {name for each in METHODS.values() for name in each.field_names()}
+        of_methods -= host | ours
+        known = sorted(ours | host | of_methods)
         for name in options:
-            if name not in ours | host | of_methods:
-                raise LLQError(
-                    f"unknown option {name!r} in model_args{nearest(name, sorted(ours | host | of_methods))}"
-                )
+            if name not in known:
+                raise LLQError(f"unknown option {name!r} in model_args{nearest(name, known)}")
         own = {name: value for name, value in options.items() if name in ours}
         chosen = {name: value for name, value in options.items() if name in of_methods}
         rest = {name: value for name, value in options.items() if name in host - ours}
@@ -72,7 +70,9 @@ class ModelArgs:
         return cls(**own, calibration=calibration, method_options=chosen), rest
 
     def loadable(self, device: str | None, dtype: Any) -> Loadable:
-        """The model, quantized first where that is asked for. device, dtype: the host's."""
+        """The checkpoint to load, made first where `method` asks for that. device, dtype: the
+        harness's.
+        """
         model = resolve(self.pretrained)
         packed = _packed_config(model, self.revision)
         if packed is not None:
@@ -84,9 +84,8 @@ class ModelArgs:
             )
         elif self.method == "none":
             if self.method_options:
-                raise LLQError(
-                    f"method=none takes no options, but {', '.join(self.method_options)} was given"
-                )
+                given = ", ".join(self.method_options)
+                raise LLQError(f"method=none takes no options, but {given} was given")
         else:
             return Loadable(str(self._quantized(model, device, dtype)), "main", True)
         return Loadable(model, self.revision or "main", packed is not None)
@@ -105,7 +104,7 @@ class ModelArgs:
 
 
 def _packed_config(model: str, revision: str | None) -> PackedConfig | None:
-    """What a checkpoint of ours says about its weights; None for a dense model.
+    """What a packed checkpoint says about its weights; None for a dense model.
 
     LLQError for a checkpoint that another tool quantized.
     """
@@ -121,12 +120,12 @@ def _packed_config(model: str, revision: str | None) -> PackedConfig | None:
 
 
 def _agree(model: str, packed: PackedConfig, method: str | None, options: dict[str, Any]) -> None:
-    """LLQError where options ask for something else than the packed checkpoint is."""
+    """Raise LLQError where options contradict the packed checkpoint, which is scored as it is."""
     stored = {"method": packed.method.name, **packed.method.to_dict()}
     asked = {"method": method} if method is not None else {}
     for key, value in {**asked, **options}.items():
         if stored.get(key) != value:
             raise LLQError(
-                f"{model} is a packed checkpoint with {key}={stored.get(key)!r}, but "
-                f"{key}={value!r} was asked for"
+                f"{model} is a packed checkpoint with {key}={stored.get(key)!r}, but"
+                f" {key}={value!r} was asked for; leave that option out, or give the dense model"
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import struct
 import sys
 from collections.abc import Callable
@@ -12,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.main import get_command
 from typer.testing import CliRunner
 
-from llq_hf import cli
+from llq_hf import LLQError, cli
+from llq_hf.cli.app import ORDER
 from llq_hf.methods import METHODS
 
 BITS = {"rtn": 4, "gptq": 3, "quip": 2}
@@ -202,10 +205,37 @@ COMMANDS = [[], *([name] for name in NAMED)]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_has_help(command):
+def test_every_command_has_help(command, monkeypatch):
+    """Except where there is nothing to choose, the help shows a command to paste."""
+    monkeypatch.setenv("COLUMNS", "300")
     result = CliRunner().invoke(cli.app, [*command, "--help"])
     assert result.exit_code == 0
     assert "Usage" in result.stdout
+    if command not in (["methods"], ["build-kernels"]):
+        assert re.search(rf"• llq {' '.join(command)}", result.stdout)
+
+
+def test_the_help_has_every_command_in_order(llq):
+    """`llq --help` names the commands in panels, in the order that a newcomer needs."""
+    assert sorted(ORDER) == sorted(NAMED)
+    rows = re.findall(r"^│ ([a-z-]+) +\S", llq("--help"), re.MULTILINE)
+    assert [row for row in rows if row in ORDER] == list(ORDER)
+
+
+def test_every_option_has_help():
+    """No option says only its name: each has a sentence, and its default where it has one."""
+    for command in get_command(cli.app).commands.values():
+        for parameter in command.params:
+            assert parameter.help, f"{command.name} {parameter.name}"
+
+
+def test_batch_sizes_that_are_no_numbers_are_refused(tmp_path):
+    with pytest.raises(LLQError, match="--batches 1,x are no batch sizes; write them as 1,8"):
+        CliRunner().invoke(
+            cli.app,
+            ["bench", str(tmp_path), "--base", "demo", "--batches", "1,x"],
+            catch_exceptions=False,
+        )
 
 
 def test_options_reach_the_method(llq, tiny_llama, calibration_npy, tmp_path):

@@ -1,4 +1,4 @@
-"""CalibrationOptions, and that every place where a user asks for a quantization takes them alike."""
+"""CalibrationOptions: every place where a user asks for a quantization takes them alike."""
 
 from __future__ import annotations
 
@@ -180,11 +180,12 @@ def refusal(door: Door, options: dict[str, Any], capsys: pytest.CaptureFixture[s
     ("options", "words"),
     [
         ({"calibration": "wikitxt2"}, ["'wikitxt2'", "'wikitext2'"]),
+        ({"calibration": 5}, ["5", "give one of wikitext2"]),
         ({"calibration_samples": 0}, ["calibration_samples=0", "give 1 or more"]),
         ({"calibration_seqlen": -1}, ["calibration_seqlen=-1", "give 1 or more"]),
         ({"calibration_sample": 8}, ["sample", "samples"]),
     ],
-    ids=["source", "samples", "seqlen", "name"],
+    ids=["source", "type", "samples", "seqlen", "name"],
 )
 def test_every_door_refuses_what_makes_no_sense(
     door: Door, options: dict[str, Any], words: list[str], capsys: pytest.CaptureFixture[str]

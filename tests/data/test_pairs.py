@@ -36,7 +36,7 @@ SHAPES = [(48, 32), (30, 60), (28, 28), (64, 64), (90, 20)]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Five pictures of different shapes, questions and answers of different lengths, one caption."""
+    """Five pictures of different shapes, with texts of different lengths; one is a caption."""
     folder = tmp_path_factory.mktemp("pairs")
     lines = []
     for index, (width, height) in enumerate(SHAPES):

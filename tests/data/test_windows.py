@@ -1,4 +1,4 @@
-"""Token windows: the draws of the GPTQ repository, the local file formats, and what the errors say."""
+"""Token windows: the draws of the GPTQ repository, local files, and what the errors say."""
 
 import json
 import random

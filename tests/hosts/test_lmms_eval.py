@@ -29,7 +29,7 @@ def picture(level: int, size: tuple[int, int] = (48, 32)) -> Image.Image:
 
 
 def request(row: int, text: str = "Is it a cat?", **generation: Any) -> Any:
-    """What the evaluator hands over, as far as a model looks at it."""
+    """The part of an evaluator's request that a model reads."""
     visual = lambda doc: [doc["image"].convert("RGB")]  # noqa: E731 (a task's doc_to_visual)
     return SimpleNamespace(
         args=(text, {"max_new_tokens": 4, **generation}, visual, row, "t", "test")
@@ -89,7 +89,7 @@ def test_control_characters_do_not_reach_spreadsheets(
     llq: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = llq(ROWS)
-    tokenizer = type(model.seeing.processor.tokenizer)
+    tokenizer = type(model.vision.processor.tokenizer)
     monkeypatch.setattr(
         tokenizer, "batch_decode", lambda self, ids, **options: ["a\x00b\x0b\nc"] * len(ids)
     )
@@ -97,7 +97,7 @@ def test_control_characters_do_not_reach_spreadsheets(
 
 
 def damaged() -> Any:
-    """As `datasets` gives it: an image that is opened, and fails when it is looked at."""
+    """An image as `datasets` gives it: opened, but its pixels cannot be read."""
     import io
 
     whole = io.BytesIO()
@@ -321,7 +321,7 @@ def test_our_group_is_known(manager: Any) -> None:
 def test_the_command_finds_the_model_and_fails_with_a_status(
     tiny_llama: Path, tmp_path: Path
 ) -> None:
-    """As typed, from another folder: `lmms-eval --model llq`; here on a model that cannot see."""
+    """`lmms-eval --model llq` as typed, from another folder, on a model that takes no images."""
     command = [str(Path(sys.executable).parent / "lmms-eval"), "--model", "llq", "--tasks", "mme"]
     command += ["--model_args", f"pretrained={tiny_llama},method=none"]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}

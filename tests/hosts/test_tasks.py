@@ -22,7 +22,7 @@ from lm_eval.tasks._yaml_loader import load_yaml  # noqa: E402
 
 from llq_hf.common.errors import LLQError  # noqa: E402
 from llq_hf.data.evaluation import EVALUATION_TEXTS, evaluation_windows, load_evaluation  # noqa: E402
-from llq_hf.hosts import lm_eval_perplexity  # noqa: E402
+from llq_hf.hosts import lm_eval_choice, lm_eval_perplexity  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 YAMLS = ROOT / "tasks" / "lm_eval"
@@ -37,7 +37,7 @@ LETTERS = "abcdefghijklmnopqrstuvwxyzABCD0123456789 .,:?'_\n"
 
 @pytest.fixture(scope="module")
 def lm():
-    """A random LLaMA of two layers with a tokenizer of one id a character, at most 64 tokens long."""
+    """A random LLaMA of two layers that takes 64 tokens; its tokenizer has one id a character."""
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -52,12 +52,17 @@ def lm():
     )
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(vocab), hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=64, initializer_range=0.4,
-    )  # fmt: skip
-    if not hasattr(
-        HFLM, "llq_windows_nll"
-    ):  # the start-up hook adds it where the project is installed
+        vocab_size=len(vocab),
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=64,
+        initializer_range=0.4,
+    )
+    # The start-up hook adds it where the project is installed.
+    if not hasattr(HFLM, "llq_windows_nll"):
         HFLM.llq_windows_nll = lm_eval_perplexity.windows_nll
     return HFLM(
         pretrained=LlamaForCausalLM(config).eval(), tokenizer=tokenizer, device="cpu", batch_size=3
@@ -393,7 +398,8 @@ def test_mmlu_prompts_are_those_of_lm_eval(tmp_path):
     got = prompts(ours)
     assert got == prompts(theirs)
     assert got[0][2][0].startswith(
-        "The following are multiple choice questions (with answers) about high school physics.\n\nIs"
+        "The following are multiple choice questions (with answers) about high school"
+        " physics.\n\nIs"
     )
     assert got[0][2][0].count("Answer:") == 6
     assert scores(ours) == scores(theirs)
@@ -533,9 +539,9 @@ def test_mmlu_has_the_subjects_and_categories_of_lm_eval():
 def test_study_holds_every_task(tmp_path, monkeypatch):
     rows = {"mmlu": mmlu_rows(6, 0), **HUB_ROWS}
     monkeypatch.setattr(
-        lm_eval_perplexity,
+        lm_eval_choice,
         "_local_docs",
-        lambda name, folder, split, subject: lm_eval_perplexity._converted(
+        lambda name, folder, split, subject: lm_eval_choice._converted(
             rows[name], name, subject, "x"
         ),
     )

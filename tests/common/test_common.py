@@ -1,0 +1,73 @@
+"""Files that are written whole or not at all, and what device=auto means."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from llq_hf.common.errors import LLQError
+from llq_hf.common.files import read_json, replaced, write_json
+from llq_hf.common.machine import auto_device
+from llq_hf.common.words import nearest, one_line
+
+
+def test_a_file_is_replaced_when_the_block_ends(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    with replaced(path) as draft:
+        draft.write_text("new")
+        assert path.read_text() == "old"
+    assert path.read_text() == "new"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_stays_where_the_block_fails(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+
+    def fail() -> None:
+        with replaced(path) as draft:
+            draft.write_text("half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert path.read_text() == "old"
+
+
+def test_equal_json_gives_equal_bytes(tmp_path: Path) -> None:
+    first, second = tmp_path / "1.json", tmp_path / "2.json"
+    write_json(first, {"b": 1, "a": [2]})
+    write_json(second, {"a": [2], "b": 1})
+    assert first.read_bytes() == second.read_bytes()
+    assert read_json(first) == {"a": [2], "b": 1}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("{", "is not valid JSON"), ("[]", "should hold a JSON object")]
+)
+def test_broken_json_is_named(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(text)
+    with pytest.raises(LLQError, match=message):
+        read_json(path)
+    with pytest.raises(LLQError, match="is missing"):
+        read_json(tmp_path / "none.json")
+
+
+@pytest.mark.parametrize(("there", "device"), [(True, "cuda:1"), (False, "cpu")])
+def test_auto_is_a_gpu_where_there_is_one(
+    there: bool, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    assert auto_device("auto", "cuda:1") == device
+    assert auto_device("mps", "cuda:1") == "mps"
+
+
+def test_words() -> None:
+    assert nearest("gpqt", ["gptq", "rtn"]) == " (did you mean 'gptq'?)"
+    assert nearest("xxxx", ["gptq", "rtn"]) == ""
+    assert one_line(ValueError("first\nsecond")) == "first"
+    assert one_line(ValueError("")) == "ValueError"
