@@ -79,6 +79,9 @@ def study(
             help="Of a cell on Ray: cpus=4,gpus=1,memory_gib=40,retries=2,address=ray://..."
         ),
     ] = "",
+    only: Annotated[
+        str, typer.Option(help="Only the cells whose title (see --dry-run) contains this.")
+    ] = "",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the cells, run none.")] = False,
 ) -> None:
     """Run every cell of a plan: quantize, evaluate, measure; one record file each. Safe to kill at
@@ -106,13 +109,19 @@ def study(
         if value is not None
     }
     cells = expand([{**each, **over} for each in _plans(plan, preset)])
+    cells = [cell for cell in cells if only in cell.title]
+    if not cells:
+        raise LLQError(f"no cell has a title that contains {only!r}; list them with --dry-run")
     if dry_run:
         for cell in cells:
             print(cell.name, cell.title)
         return
-    device = chosen_device(device)
     setup = Setup(
-        device, _values(batch_size)[0], parallelize, cache_dir, load=Workload() if speed else None
+        chosen_device(device),
+        _values(batch_size)[0],
+        parallelize,
+        cache_dir,
+        load=Workload() if speed else None,
     )
     chosen = _engine(engine, resources)
     remember(out, _presets(preset))
@@ -134,9 +143,10 @@ def _conclude(out: Path, cells: list[Cell]) -> None:
 def report(
     out: Annotated[Path, typer.Argument(help="Folder of records, of `llq study`.")],
     formats: Annotated[
-        str, typer.Option("--format", help="html, md, csv, latex: a,b,...")
+        str, typer.Option("--format", help="html, md, csv, latex, svg: a,b,...")
     ] = "html,md,csv,latex",
     into: Annotated[Path | None, typer.Option(help="Folder to write; default: OUT itself.")] = None,
+    name: Annotated[str, typer.Option(help="Of the files, without suffix.")] = "report",
 ) -> None:
     """Tables and plots of a study: ours beside the published figures, each with the record file it
     stands in.
@@ -145,7 +155,7 @@ def report(
     """
     from ..study.report import write_report
 
-    for path in write_report(out, into or out, formats.split(",")):
+    for path in write_report(out, into or out, formats.split(","), name):
         print(path)
 
 
@@ -215,7 +225,8 @@ def _engine(name: str, resources: str) -> Engine:
         return local
     if name != "ray":
         raise LLQError(
-            f"--engine {name} with --resources {resources!r}: engines are local, and ray with resources"
+            f"--engine {name} with --resources {resources!r}: engines are local, and ray with "
+            "resources"
         )
     known = [each.name for each in fields(RayCluster)]
     if unknown := set(given) - set(known):
