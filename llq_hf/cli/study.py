@@ -126,6 +126,12 @@ def study(
             rich_help_panel=RUN,
         ),
     ] = "",
+    only: Annotated[
+        str,
+        typer.Option(
+            help="Only the cells whose title (see --dry-run) contains this.", rich_help_panel=RUN
+        ),
+    ] = "",
     dry_run: Annotated[
         bool,
         typer.Option("--dry-run", help="List the cells, run none.", rich_help_panel=RUN),
@@ -159,13 +165,15 @@ def study(
         if value is not None
     }
     cells = expand([{**each, **over} for each in _plans(plan, preset)])
+    cells = [cell for cell in cells if only in cell.title]
+    if not cells:
+        raise LLQError(f"no cell has a title that contains {only!r}; list them with --dry-run")
     if dry_run:
         for cell in cells:
             print(cell.name, cell.title)
         return
-    device = auto_device(device)
     setup = Setup(
-        device,
+        auto_device(device),
         (_values(batch_size) or [1])[0],
         parallelize,
         cache_dir,
@@ -191,9 +199,10 @@ def _conclude(out: Path, cells: list[Cell]) -> None:
 def report(
     out: Annotated[Path, typer.Argument(help="Folder of records that `llq study` wrote.")],
     formats: Annotated[
-        str, typer.Option("--format", help="Any of html, md, csv, latex, joined by commas.")
+        str, typer.Option("--format", help="Any of html, md, csv, latex, svg, joined by commas.")
     ] = "html,md,csv,latex",
     into: Annotated[Path | None, typer.Option(help="Folder to write. Default: OUT itself.")] = None,
+    name: Annotated[str, typer.Option(help="Name of the files, without suffix.")] = "report",
 ) -> None:
     """Write tables and plots of a study, with the published figures beside ours.
 
@@ -205,7 +214,7 @@ def report(
     """
     from ..study.report import write_report
 
-    for path in write_report(out, into or out, formats.split(",")):
+    for path in write_report(out, into or out, formats.split(","), name):
         print(path)
 
 

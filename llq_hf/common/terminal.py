@@ -17,19 +17,24 @@ from .machine import peak_bytes
 from .progress import Progress as Listener
 
 
+def progress_bars(console: Console | None) -> Progress:
+    """Bars on `console` (default: stderr) whose tasks have a field `note`."""
+    return Progress(
+        TextColumn("[bold]{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("[dim]{task.fields[note]}"),
+        console=console or Console(stderr=True),
+    )
+
+
 class RichProgress(Listener):
     """Draws two bars on stderr: blocks of the model, and sequences of the current pass."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self._bars = Progress(
-            TextColumn("[bold]{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            TextColumn("[dim]{task.fields[note]}"),
-            console=console or Console(stderr=True),
-        )
+        self._bars = progress_bars(console)
         self._blocks: TaskID | None = None
         self._stage: TaskID | None = None
 

@@ -1,6 +1,4 @@
-"""From a packed checkpoint of ours to one of the formats that other libraries read. A file per
-format.
-"""
+"""Exports a packed checkpoint to a format that other libraries read. There is a file per format."""
 
 from __future__ import annotations
 
@@ -8,11 +6,11 @@ from .awq import AWQFormat
 from .base import Format
 from .compressed import CompressedTensors
 from .convert import export
-from .dense import Dense, GGUFSource
+from .dense import DenseFormat, GGUFSource
 from .gptq import GPTQFormat
 
 FORMATS: dict[str, type[Format]] = {
-    f.name: f for f in (CompressedTensors, GPTQFormat, AWQFormat, Dense, GGUFSource)
+    f.name: f for f in (CompressedTensors, GPTQFormat, AWQFormat, DenseFormat, GGUFSource)
 }
 
 __all__ = ["FORMATS", "Format", "export"]

@@ -1,5 +1,8 @@
-"""AutoAWQ's format ("gemm"), as AutoAWQ, GPTQModel, vLLM and SGLang read it: 4 bits, groups in
-order.
+"""AutoAWQ's format ("gemm"), which AutoAWQ, GPTQModel, vLLM and SGLang read.
+
+It holds 4-bit codes whose groups are of consecutive columns.
+
+Legend: O out_features, I in_features, G groups.
 
 name     shape        dtype
 qweight  [I, O / 8]   int32   eight output features a word, in the order 0 2 4 6 1 3 5 7
@@ -32,15 +35,16 @@ class AWQFormat(AffineFormat):
         super().check(affine)
         if not affine.in_order:
             raise LLQError(
-                "its groups are of scattered columns (act_order), which this format has no index for"
+                "its groups are of scattered columns (act_order), and this format has no index "
+                "for them"
             )
         for what, features in zip(("output", "input"), affine.codes_OI.shape, strict=True):
             whole(what, features)
 
     def pack(self, affine: Affine) -> dict[str, Tensor]:
         return {
-            "qweight": _interleaved(affine.codes_OI.T),
-            "qzeros": _interleaved(affine.zero_OG.T.to(torch.uint8)),
+            "qweight": _interleave(affine.codes_OI.T),
+            "qzeros": _interleave(affine.zero_OG.T.to(torch.uint8)),
             "scales": affine.scale_OG.T.contiguous().to(self.dtype),
         }
 
@@ -56,9 +60,8 @@ class AWQFormat(AffineFormat):
         }
 
 
-def _interleaved(codes_RO: Tensor) -> Tensor:
-    """4-bit codes [R, O] -> int32 [R, O / 8]."""
+def _interleave(codes_RO: Tensor) -> Tensor:
+    """4-bit codes [R, O] -> int32 [R, O / 8]; the codes of a word are in ORDER."""
     rows, features = codes_RO.shape
-    return bitstream(
-        codes_RO.reshape(rows, features // 8, 8)[..., ORDER].reshape(rows, features), 4
-    )
+    words_RW8 = codes_RO.reshape(rows, features // 8, 8)[..., ORDER]
+    return bitstream(words_RW8.reshape(rows, features), 4)

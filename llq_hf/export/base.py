@@ -1,4 +1,4 @@
-"""What a format must say, and the one way of packing that most of them share.
+"""The contract of an export format, and the packing that most formats share.
 
 Legend: O out_features, I in_features, G groups, b bits.
 """
@@ -21,7 +21,7 @@ WORD = 32  # codes that take whole int32 words at every width
 
 @dataclass(frozen=True)
 class Format(ABC):
-    """A format for one checkpoint. dtype: of everything that is no code."""
+    """A format, for one checkpoint. dtype: of scales and of all that is not quantized."""
 
     name: ClassVar[str]
     reader: ClassVar[str]  # for people: who loads it
@@ -31,33 +31,34 @@ class Format(ABC):
 
     @abstractmethod
     def tensors(self, linear: Exported) -> dict[str, Tensor]:
-        """What is stored of a linear whose input scale is gone, by name inside its module."""
+        """What is stored of a linear without input scale, by name inside its module."""
 
     @abstractmethod
     def linear(self, method: Method, packed: Packed, shape: tuple[int, int]) -> Exported:
-        """The linear of `shape` (O, I) in this format. LLQError, with the reason, where it does not
-        fit.
+        """The linear of `shape` (O, I), to be stored in this format.
+
+        LLQError, with the reason, where it does not fit.
         """
 
     def section(self, first: Affine | None) -> dict[str, Any] | None:
-        """The `quantization_config`, from any of the linears; None: the model is dense."""
+        """The `quantization_config`, from any of the linears; None where the model is dense."""
         return None
 
 
 @dataclass
 class Exported:
-    """A linear on its way: as codes, whose scales others' input scales are folded into, or dense."""
+    """A linear that is being exported: as codes (`affine`) or dense (`weight_OI`)."""
 
     affine: Affine | None
     weight_OI: Tensor | None = None  # where affine is None
 
     @property
     def in_scale_I(self) -> Tensor | None:
-        """What its input must be divided by before; None: nothing."""
+        """What its input must be divided by; None: nothing."""
         return self.affine.in_scale_I if self.affine is not None else None
 
     def divide_outputs(self, s_O: Tensor) -> None:
-        """y <- y / s, by the scales of the rows: the codes stay."""
+        """Divide the outputs by s, by means of the rows' scales; the codes stay."""
         assert self.affine is not None
         self.affine = self.affine._replace(scale_OG=self.affine.scale_OG / s_O[:, None])
 
@@ -72,7 +73,8 @@ class AffineFormat(Format):
     def linear(self, method: Method, packed: Packed, shape: tuple[int, int]) -> Exported:
         if not method.weight_only:
             raise LLQError(
-                f"{method.name} quantizes activations while the model runs; this format holds weights only"
+                f"{method.name} quantizes activations while the model runs; "
+                "this format holds weights only"
             )
         affine = method.affine(packed, *shape)
         self.check(affine)
@@ -81,17 +83,18 @@ class AffineFormat(Format):
     def check(self, affine: Affine) -> None:
         """LLQError where codes or grids do not fit. Formats add their own rules."""
         if affine.bits not in self.widths:
-            raise LLQError(
-                f"{affine.bits}-bit codes have no place in it: it has {', '.join(map(str, self.widths))}"
-            )
+            widths = ", ".join(map(str, self.widths))
+            raise LLQError(f"{affine.bits}-bit codes have no place in it: it has {widths}")
         if (affine.zero_OG != affine.zero_OG.round()).any():
             raise LLQError(
                 "its levels lie at odd halves of a step, and zero points of this format are whole"
             )
-        columns, size = len(affine.groups_I), affine.group_size
+        columns = len(affine.groups_I)
+        size = affine.group_size
         if size != -1 and columns % size:
             raise LLQError(
-                f"its {columns} columns are no multiple of the group of {size}, and no last group is shorter"
+                f"its {columns} columns are no multiple of the group of {size}, "
+                "and no last group is shorter"
             )
 
     def tensors(self, linear: Exported) -> dict[str, Tensor]:
@@ -108,8 +111,9 @@ class AffineFormat(Format):
 
 
 def bitstream(codes: Tensor, bits: int) -> Tensor:
-    """uint8 codes [R, n] -> int32 [R, ceil(n * b / 32)]: one after the other, lowest bit first,
-    across word borders.
+    """uint8 codes [R, n] -> int32 [R, ceil(n * b / 32)].
+
+    Codes follow one after the other, lowest bit first, and may cross the borders of words.
     """
     rows, n = codes.shape
     codes = torch.nn.functional.pad(codes, (0, -n % WORD))
@@ -123,5 +127,6 @@ def whole(what: str, features: int) -> None:
     """LLQError unless `features` codes of any width fill whole words."""
     if features % WORD:
         raise LLQError(
-            f"its {features} {what} features are no multiple of {WORD}, which the readers' kernels need"
+            f"its {features} {what} features are no multiple of {WORD}, "
+            "which the readers' kernels need"
         )

@@ -1,12 +1,15 @@
-"""compressed-tensors, "pack-quantized": what vLLM, SGLang and transformers read. Asymmetric grids
-included, 1..8 bits.
+"""compressed-tensors' format "pack-quantized", which vLLM, SGLang and transformers read.
+
+It holds codes of 1 to 8 bits on symmetric and asymmetric grids. Kernels of vLLM and SGLang take 4
+and 8 bits; the library itself unpacks the other widths.
+
+Legend: O out_features, I in_features, G groups, b bits.
 
     name                shape                 dtype
     weight_packed       [O, ceil(I * b / 32)] int32   codes, a stream of bits
     weight_scale        [O, G]                dtype
-    weight_zero_point   [ceil(O * b / 32), G] int32   a stream down the rows (absent if every zero is the middle)
+    weight_zero_point   [ceil(O * b / 32), G] int32   a stream down the rows; absent if symmetric
     weight_shape        [2]                   int64
-Kernels of vLLM and SGLang take 4 and 8 bits; the other widths are unpacked by the library itself.
 """
 
 from __future__ import annotations
@@ -32,7 +35,8 @@ class CompressedTensors(AffineFormat):
         super().check(affine)
         if not affine.in_order:
             raise LLQError(
-                "its groups are of scattered columns (act_order), which this format has no index for"
+                "its groups are of scattered columns (act_order), and this format has no index "
+                "for them"
             )
 
     def pack(self, affine: Affine) -> dict[str, Tensor]:

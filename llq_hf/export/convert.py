@@ -1,10 +1,10 @@
-"""One pass over a packed checkpoint's files, a block at a time, into a folder that another library
-reads.
+"""Writes a packed checkpoint in another format, in one pass over its files, a block at a time.
 
-Codes are carried over as they are; no weight is rounded to a grid again. An input scale (AWQ,
-SmoothQuant, QuIP) has no place in others' formats: it moves into the norm or the linear that the
-input comes from, whose gain or scales are divided by it, where every reader of that output has the
-same one; else the export is refused. The folder appears when it is whole.
+Codes are carried over as they are; no weight is rounded to a grid again. Other formats have no
+place for an input scale (of AWQ, SmoothQuant, QuIP). It is folded into the norm or the linear that
+the input comes from, whose gain or scales are divided by it. That needs the same input scale in
+every linear that reads the same output; else the export is refused. The folder appears when it is
+whole.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ def export(
     dtype: torch.dtype | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Write the packed checkpoint in the folder `path` to the new folder `out`, as `kind`.
+    """Write the packed checkpoint in the folder `path` to the new folder `out`, in format `kind`.
 
-    dtype: of everything that is no code; by default the format's, or the base's. Returns stored
-    bits per quantized weight before and after, and bytes after. LLQError where the method's storage
-    does not fit the format.
+    dtype: of scales and of all that is not quantized; by default the format's, or the base's.
+    Returns "stored_bits" and "exported_bits" per quantized weight, and "bytes" of the export.
+    LLQError where the method's storage does not fit the format.
     """
     progress = progress or Progress()
     found = inspect_checkpoint(path)
@@ -94,7 +94,7 @@ def _write(
 ) -> Exported:
     """Write one file per block, after one of everything outside the blocks.
 
-    Returns the first linear, which tells what all of them are.
+    Returns the first linear, from which `Format.section` is made.
     """
     first = None
     shapes = _shapes(folds.skeleton)
@@ -126,7 +126,7 @@ def _shapes(skeleton: nn.Module) -> dict[str, tuple[int, int]]:
 def _linears(
     tensors: dict[str, Tensor], method: Method, form: Format, shapes: dict[str, tuple[int, int]]
 ) -> dict[str, Exported]:
-    """The quantized linears among a block's tensors, taken out of them; biases stay."""
+    """Take a block's quantized linears out of its tensors; biases stay among the tensors."""
     linears = {}
     for name, shape in shapes.items():
         if f"{name}.weight" not in tensors:
@@ -171,7 +171,10 @@ def _linear_bytes(folder: Path, names: Iterable[str]) -> int:
 
 @dataclass
 class _Folds:
-    """Where the input of each linear comes from, found when the first input scale asks."""
+    """Folds input scales into what comes before.
+
+    It looks up where the input of each linear comes from, and does so when it is first needed.
+    """
 
     skeleton: Any
     _residual: Residual | None = field(default=None)
@@ -182,9 +185,7 @@ class _Folds:
         return self._residual
 
     def apply(self, linears: dict[str, Exported], tensors: dict[str, Tensor]) -> None:
-        """Fold every input scale of a block's linears into what comes before; changes both in
-        place.
-        """
+        """Fold every input scale of a block's linears; changes both arguments in place."""
         for name, linear in linears.items():
             s_I = linear.in_scale_I
             if s_I is None:
@@ -210,7 +211,8 @@ class _Folds:
             other_I = linears[reader].in_scale_I if reader in linears else None
             if other_I is None or not torch.equal(other_I, s_I):
                 raise LLQError(
-                    f"{norm} feeds {', '.join(readers)}, whose input scales differ: they cannot be folded"
+                    f"{norm} feeds {', '.join(readers)}, whose input scales differ: "
+                    "they cannot be folded"
                 )
         offset = 1 - self.residual.norms[norm]  # the gain is weight + offset
         gain = tensors[f"{norm}.weight"]
@@ -233,7 +235,8 @@ class _Folds:
             heads = s_I.view(rows // self.residual.head_dim, -1, self.residual.head_dim)
             if (heads != heads[:, :1]).any():
                 raise LLQError(
-                    f"heads of {name} that share values have different input scales: they cannot be folded"
+                    f"heads of {name} that share values have different input scales: "
+                    "they cannot be folded"
                 )
             s_I = heads[:, 0].flatten()
         linears[source].divide_outputs(s_I)

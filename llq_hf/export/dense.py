@@ -1,10 +1,10 @@
-"""Dense weights: what the packed ones mean, for loaders that know no quantization. Every method of
-weights only fits.
+"""Dense weights, dequantized, for loaders that know no quantization.
 
-`gguf-f16` is the same in fp16: what llama.cpp's `convert_hf_to_gguf.py OUT --outtype f16` takes. A
-GGUF is not written here: that converter knows each architecture's order of heads and RoPE scaling,
-and tells tokenizers apart by hash; a second one would go stale, and a tokenizer that it mistakes
-gives a model that is wrong without an error.
+Every method fits that quantizes weights only. `gguf-f16` is the same in fp16, for llama.cpp's
+`convert_hf_to_gguf.py OUT --outtype f16`. We write no GGUF ourselves: that converter knows each
+architecture's order of heads and RoPE scaling, and recognizes tokenizers by hash. A second
+converter would go out of date, and one that mistakes a tokenizer makes a wrong model without an
+error.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .base import Exported, Format
 
 
 @dataclass(frozen=True)
-class Dense(Format):
+class DenseFormat(Format):
     name: ClassVar[str] = "dense"
     reader: ClassVar[str] = "anything that reads Hugging Face checkpoints"
 
@@ -38,7 +38,7 @@ class Dense(Format):
 
 
 @dataclass(frozen=True)
-class GGUFSource(Dense):
+class GGUFSource(DenseFormat):
     name: ClassVar[str] = "gguf-f16"
     reader: ClassVar[str] = "llama.cpp's convert_hf_to_gguf.py"
     preferred: ClassVar[torch.dtype | None] = torch.float16

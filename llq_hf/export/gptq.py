@@ -1,4 +1,6 @@
-"""GPTQ's format, as GPTQModel, vLLM, SGLang and transformers read it; with act_order too.
+"""GPTQ's format, which GPTQModel, vLLM, SGLang and transformers read; it takes act_order too.
+
+Legend: O out_features, I in_features, G groups, b bits.
 
     name     shape             dtype
     qweight  [I * b / 32, O]   int32   codes, a stream of bits down each column
@@ -7,8 +9,8 @@
     g_idx    [I]               int32   group of each input column
 
 Version 2 of the format (`checkpoint_format` "gptq_v2") holds zero points as they are. Version 1
-holds them less one, which a zero point of 0 does not survive; it is used for symmetric grids, where
-all are the middle code and every kernel reads it.
+holds them less one, so it cannot hold a zero point of 0. It is used for symmetric grids, where
+every zero point is the middle code, because every kernel reads version 1.
 """
 
 from __future__ import annotations

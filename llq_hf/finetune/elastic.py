@@ -1,4 +1,4 @@
-"""IR-QLoRA's information elastic connection (Qin et al. 2024), as weights.
+"""IR-QLoRA's information elastic connections (Qin et al. 2024), computed as plain LoRA weights.
 
 Legend: r rank, I in_features, O out_features, g = gcd of the rank and the width at hand.
 
@@ -7,13 +7,13 @@ Each half of a LoRA pair is bridged by a fixed averaging map with one trainable 
     u = A x + beta1 P x     (P x)_k: mean of the (k mod g)-th of g chunks of x
     v = B u + beta2 R u     (R u)_j: mean of the chunk of u that belongs to the j-th of O outputs
 
-P and R are linear, so the pair is at every moment a plain one with the weights A + beta1 P and B +
-beta2 R. That is how it is computed here and what `merge` leaves behind: the merged adapter is the
-trained one to the last bit, and any LoRA loader serves it. Where r divides both widths, as the
+P and R are linear, so the pair always equals a plain pair with the weights A + beta1 P and
+B + beta2 R. This is how it is computed here and what `merge` leaves behind: the merged adapter is
+bit for bit the trained one, and any LoRA loader serves it. Where r divides both widths, as the
 authors' code demands, P averages chunks of I / r inputs and R repeats each entry O / r times; else
 the paper's rule with the greatest common divisor holds.
 
-Departure: with dropout, P sees the inputs that A sees; theirs sees all.
+Departure: with dropout, P gets the inputs that A gets; in the authors' code it gets all.
 """
 
 from __future__ import annotations
@@ -27,21 +27,19 @@ from torch import Tensor, nn
 
 
 class Elastic(nn.Linear):
-    """One half of a LoRA pair with its connection; takes the place of peft's own Linear and of its
-    weight.
-    """
+    """One half of a LoRA pair with its connection, in place of peft's own Linear."""
 
     def __init__(self, half: nn.Linear) -> None:
         nn.Module.__init__(self)
-        self.in_features, self.out_features = half.in_features, half.out_features
+        self.in_features = half.in_features
+        self.out_features = half.out_features
         self.weight = half.weight
         self.register_parameter("bias", None)
-        self.beta = nn.Parameter(
-            half.weight.new_zeros(1, 1)
-        )  # peft takes a vector for a torn matrix
+        # A matrix, because peft takes a vector for a damaged one.
+        self.beta = nn.Parameter(half.weight.new_zeros(1, 1))
 
     def connected(self) -> Tensor:
-        """The weight that this half amounts to."""
+        """The weight of the plain linear that this half equals."""
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
@@ -81,7 +79,7 @@ def connect(model: nn.Module) -> None:
 
 @torch.no_grad()
 def merge(model: nn.Module) -> None:
-    """Leave plain LoRA pairs that compute the same; nothing happens to those that are plain."""
+    """Replace pairs with connections by plain LoRA pairs that compute the same."""
     for layer in _layers(model):
         for half in (layer.lora_A, layer.lora_B):
             for name, module in half.items():

@@ -1,16 +1,17 @@
-"""Rows to learn from: where they come from, one at a time, and the tokens that each becomes.
+"""Reads training rows from a source, one at a time, and turns each into tokens.
 
 A row is an object with `instruction`, `output` and perhaps `input` (put into Alpaca's prompt), or
 with `prompt` and `completion` (taken as they are). Only the tokens of the answer, and the EOS after
 it, are targets.
 
-`alpaca`     tatsu-lab/alpaca on the Hub, 52 002 rows
-`demo`       questions about the bundled world (prompt and completion)
-a file       .jsonl and .parquet are read row by row; a .json list is read whole
-another name a dataset on the Hub, split `train`, streamed
+source       | rows
+alpaca       | tatsu-lab/alpaca on the Hub, 52 002 rows
+demo         | questions about the bundled world (prompt and completion)
+a file       | .jsonl and .parquet are read row by row; a .json list is read whole
+another name | a dataset on the Hub, split `train`, streamed
 
-Nothing is ever held as a list: tokens go to a memory-mapped file of `datasets`, or, streamed, to
-the trainer.
+Rows are never held as a list: their tokens go to a memory-mapped file of `datasets` or, when they
+are streamed, to the trainer.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..common.errors import LLQError
+from ..common.files import replaced
 from ..data.readers import json_lines, open_parquet, read_json_list
 from ..data.sources import hub_rows
 from ..demo import instructions
@@ -32,14 +34,20 @@ if TYPE_CHECKING:
 SUFFIXES = (".json", ".jsonl", ".parquet")
 SHUFFLED_ROWS = 10_000  # of a stream, from which the next one is drawn
 HEAD = "Below is an instruction that describes a task"
-WRITE = "Write a response that appropriately completes the request.\n\n### Instruction:\n{instruction}\n\n"
+WRITE = (
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n"
+)
 PROMPT = f"{HEAD}. {WRITE}### Response: "
-PROMPT_WITH_INPUT = f"{HEAD}, paired with an input that provides further context. {WRITE}### Input:\n{{input}}\n\n### Response: "
+PROMPT_WITH_INPUT = (
+    f"{HEAD}, paired with an input that provides further context. "
+    f"{WRITE}### Input:\n{{input}}\n\n### Response: "
+)
 HUB_CURE = "check the name and the network, or give a local .json, .jsonl or .parquet file."
 
 
-class Row(NamedTuple):
-    """What is read and what is to be answered."""
+class Example(NamedTuple):
+    """A row: the text that is read, and the text to answer."""
 
     prompt: str
     completion: str
@@ -47,17 +55,17 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Tokens:
-    """How a row becomes tokens; a prompt keeps its first `prompt_tokens` (BOS among them), an
-    answer likewise.
+    """Turns a row into tokens: `input_ids`, and `labels` with -100 where nothing is learned.
 
-    An answer that is cut has no EOS: it did not end there.
+    A prompt keeps its first `prompt_tokens` tokens, BOS among them, an answer its first
+    `answer_tokens`. An answer that is cut has no EOS, because it does not end there.
     """
 
     tokenizer: Any
     prompt_tokens: int
     answer_tokens: int
 
-    def __call__(self, row: Row) -> dict[str, list[int]]:
+    def __call__(self, row: Example) -> dict[str, list[int]]:
         bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         prompt = [] if bos is None else [bos]
         prompt = (prompt + self._ids(row.prompt))[: self.prompt_tokens]
@@ -69,18 +77,17 @@ class Tokens:
         return ids
 
 
-def rows_of(source: str) -> Iterator[Row]:
-    """The rows of a source, in order. LLQError names the first bad one: its file, its place, and
-    what is wrong.
-    """
+def rows_of(source: str) -> Iterator[Example]:
+    """The rows of a source, in order. LLQError names the first bad one, its place and its fault."""
     if source == "demo":
-        return (Row(*row) for row in instructions.rows("train"))
+        return (Example(*row) for row in instructions.rows("train"))
     path = Path(source).expanduser()
     if path.suffix.lower() not in SUFFIXES and not path.exists():
         return _hub("tatsu-lab/alpaca" if source == "alpaca" else source)
     if path.suffix.lower() not in SUFFIXES:
         raise LLQError(
-            f"{source} is of a kind that cannot be read here; give a file that ends in {', '.join(SUFFIXES)}"
+            f"{source} is of a kind that cannot be read here; "
+            f"give a file that ends in {', '.join(SUFFIXES)}"
         )
     if not path.is_file():
         raise LLQError(
@@ -89,18 +96,18 @@ def rows_of(source: str) -> Iterator[Row]:
     return {".json": _json, ".jsonl": _jsonl, ".parquet": _parquet}[path.suffix.lower()](path)
 
 
-def _json(path: Path) -> Iterator[Row]:
+def _json(path: Path) -> Iterator[Example]:
     for number, value in enumerate(read_json_list(path), start=1):
         yield _row(value, f"Entry {number} of {path}")
 
 
-def _jsonl(path: Path) -> Iterator[Row]:
+def _jsonl(path: Path) -> Iterator[Example]:
     with path.open(encoding="utf-8") as lines:
         for number, value in json_lines(lines, path):
             yield _row(value, f"Line {number} of {path}")
 
 
-def _parquet(path: Path) -> Iterator[Row]:
+def _parquet(path: Path) -> Iterator[Example]:
     number = 0
     for batch in open_parquet(path).iter_batches(1024):
         for value in batch.to_pylist():
@@ -108,17 +115,17 @@ def _parquet(path: Path) -> Iterator[Row]:
             yield _row(value, f"Row {number} of {path}")
 
 
-def _hub(name: str) -> Iterator[Row]:
-    for number, value in enumerate(
-        hub_rows(name, split="train", offline_cure=HUB_CURE, streaming=True), start=1
-    ):
+def _hub(name: str) -> Iterator[Example]:
+    values = hub_rows(name, split="train", offline_cure=HUB_CURE, streaming=True)
+    for number, value in enumerate(values, start=1):
         yield _row(value, f"Row {number} of {name}")
 
 
-def _row(value: Any, where: str) -> Row:
+def _row(value: Any, where: str) -> Example:
     if not isinstance(value, dict):
         raise LLQError(
-            f"{where} is {type(value).__name__}, not an object with the fields instruction and output"
+            f"{where} is {type(value).__name__}, not an object with the fields instruction "
+            "and output"
         )
     if "instruction" in value:
         fields = {
@@ -128,15 +135,16 @@ def _row(value: Any, where: str) -> Row:
         }
         _check(fields, "instruction", where)
         prompt = (PROMPT_WITH_INPUT if fields["input"].strip() else PROMPT).format_map(fields)
-        return Row(prompt, fields["output"])
+        return Example(prompt, fields["output"])
     fields = {"prompt": value.get("prompt"), "completion": value.get("completion")}
     if fields["prompt"] is None:
         raise LLQError(
-            f"{where} has neither the field instruction nor prompt (fields: {', '.join(map(str, value)) or 'none'}); "
+            f"{where} has neither the field instruction nor prompt "
+            f"(fields: {', '.join(map(str, value)) or 'none'}); "
             "write instruction, output and perhaps input, or prompt and completion"
         )
     _check(fields, "prompt", where)
-    return Row(**fields)
+    return Example(**fields)
 
 
 def _check(fields: dict[str, Any], question: str, where: str) -> None:
@@ -155,19 +163,19 @@ def _check(fields: dict[str, Any], question: str, where: str) -> None:
 # --- data sets ------------------------------------------------------------------------------------
 
 
-def stored(
+def stored_rows(
     source: str, tokens: Tokens, heldout: int, seed: int, cache: Path
 ) -> tuple[Dataset, Dataset]:
-    """(training rows, held-out rows) as memory-mapped files under `cache`; every row is checked
-    before any is learned.
+    """(training rows, held-out rows) as memory-mapped files under `cache`.
 
-    At most a tenth of the rows is held out. `demo` has held-out people of its own.
+    Every row is checked before training starts. At most a tenth of the rows is held out; `demo` has
+    held-out people of its own.
     """
     import datasets
 
     everything = _written(lambda: map(tokens, rows_of(source)), cache / "rows")
     if source == "demo":
-        own = (Row(*row) for row in islice(instructions.rows("heldout"), heldout))
+        own = (Example(*row) for row in islice(instructions.rows("heldout"), heldout))
         return everything, datasets.Dataset.from_list([tokens(row) for row in own])
     if len(everything) < 2:
         raise LLQError(
@@ -177,11 +185,12 @@ def stored(
     return split["train"], split["test"]
 
 
-def streamed(
+def streamed_rows(
     source: str, tokens: Tokens, heldout: int, seed: int
 ) -> tuple[IterableDataset, Dataset]:
-    """(a stream of the rows behind the first `heldout`, shuffled in a window; these as held-out
-    rows).
+    """(a stream of training rows, shuffled in a window, held-out rows).
+
+    The first `heldout` rows are held out, the others are streamed.
     """
     import datasets
 
@@ -204,11 +213,10 @@ def _written(rows: Callable[[], Iterable[dict[str, list[int]]]], folder: Path) -
     from datasets.arrow_writer import ArrowWriter
 
     folder.mkdir(parents=True, exist_ok=True)
-    file, draft = folder / "rows.arrow", folder / "rows.arrow.tmp"
+    file = folder / "rows.arrow"
     if not file.is_file():
-        with ArrowWriter(path=str(draft)) as writer:
+        with replaced(file) as draft, ArrowWriter(path=str(draft)) as writer:
             for row in rows():
                 writer.write(row)
             writer.finalize()
-        draft.replace(file)
     return datasets.Dataset.from_file(str(file))

@@ -1,15 +1,18 @@
-"""A fine-tuning run: packed base, peft adapter, Trainer; killed at any point it goes on, to the
-same loss curve.
+"""Trains a LoRA adapter on a packed base. A run that is killed goes on to the same loss curve.
 
-OUT.training/ beside OUT holds what only the run needs: the tokens of the rows, and Trainer's
-checkpoints. OUT itself becomes an adapter when its adapter_config.json is written, as the last
-file; before that nothing loads it as one.
+Files
+    OUT.training/ beside OUT holds what only the run needs: the tokens of the rows, and Trainer's
+    checkpoints. OUT becomes an adapter when its adapter_config.json is written, as the last file;
+    before that nothing loads it as one.
 
-The recipe's defaults are those of the study's LoRA track (QLoRA's Alpaca script, constant learning
-rate). Departures: rows are shuffled, not grouped by length, because Trainer's grouping draws from
-the global generator and a resumed run would see another order (`packing` saves the padding
-instead); a model without a pad token is padded with EOS behind the attention mask, where theirs
-adds a token and resizes embeddings.
+Recipe
+    The defaults are those of the study's LoRA track: QLoRA's Alpaca script, constant learning rate.
+
+Departures
+    Rows are shuffled, not grouped by length: Trainer's grouping draws from the global generator, so
+    that a resumed run would get another order. `packing` saves the padding instead. A model without
+    a pad token is padded with EOS behind the attention mask; the authors' code adds a token and
+    resizes the embeddings.
 """
 
 from __future__ import annotations
@@ -48,20 +51,19 @@ from ..layers.linear import QuantLinear
 from ..models.load import load_tokenizer
 from . import elastic, rows
 
-IDENTITY, FINISHED = (
-    "identity.json",
-    "trainer_state.json",
-)  # Trainer writes its state as the last file of a checkpoint
+IDENTITY = "identity.json"
+FINISHED = "trainer_state.json"  # Trainer writes it as the last file of a checkpoint
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """connections: IR-QLoRA's. batch_size: rows per step, over all processes; micro_batch: rows per
-    pass of one.
+    """Everything about a run that decides the adapter, except base and data.
 
-    packing: the rows of a pass follow each other in one sequence without padding, each seeing
-    itself only. streaming: rows are read while training, none are stored. paged: AdamW whose state
-    may leave the GPU (bitsandbytes).
+    connections: IR-QLoRA's. batch_size: rows per step, over all processes. micro_batch: rows per
+    forward pass of one process. packing: the rows of a pass follow each other in one sequence
+    without padding, and each attends to itself only. streaming: rows are read while training, and
+    none are stored. paged: AdamW whose state may leave the GPU (bitsandbytes). recompute: gradient
+    checkpointing.
     """
 
     connections: bool = False
@@ -107,15 +109,15 @@ class Recipe:
         passes, rest = divmod(self.batch_size, self.micro_batch * processes)
         if rest or not passes:
             raise LLQError(
-                f"batch_size={self.batch_size} is no multiple of micro_batch={self.micro_batch} x {processes} "
-                "processes; change one of them"
+                f"batch_size={self.batch_size} is no multiple of "
+                f"micro_batch={self.micro_batch} x {processes} processes; change one of them"
             )
         return passes
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Where to train, as opposed to what: dtype of activations, steps between checkpoints."""
+    """Where to train. dtype: of activations; save_steps: steps between checkpoints."""
 
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
@@ -123,16 +125,16 @@ class Machine:
 
     @property
     def processes(self) -> PartialState:
-        """Those that train together. Whoever asks accelerate first must say that it is on CPUs, or
-        each is alone.
+        """The processes that train together.
+
+        accelerate must be told that it runs on CPUs when it is first asked, else each process
+        trains alone.
         """
         return PartialState(cpu=self.device == "cpu")
 
 
 def machine(device: str, dtype: str, save_steps: int) -> Machine:
-    """From what a user says: "auto" is a GPU where there is one, and the model's usual bf16 there,
-    fp32 on a CPU.
-    """
+    """The machine of a user's options. dtype "auto" is bf16 on a GPU and fp32 on a CPU."""
     device = auto_device(device)
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     dtypes["auto"] = dtypes["float32" if device == "cpu" else "bfloat16"]
@@ -151,11 +153,11 @@ def finetune(
     machine: Machine,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Train an adapter for the packed checkpoint `base` (folder or Hub id) into `out`; returns its
-    note.
+    """Train an adapter for the packed checkpoint `base` (folder or Hub id) into the folder `out`.
 
-    LLQError for anything wrong with the input. The same call goes on where a killed one stopped; a
-    finished one is left as it is.
+    Returns its note: "base", "identity", "losses" of all steps, and "before" and "after", the
+    held-out scores without and with the adapter. The same call goes on where a killed one stopped;
+    it leaves a finished adapter as it is. LLQError for anything wrong with the input.
     """
     progress = progress or Progress()
     work = out.with_name(out.name + ".training")
@@ -173,9 +175,8 @@ def finetune(
     with processes.main_process_first():
         train_rows, heldout_rows = _rows(data, tokenizer, recipe, work)
     model = _adapted(model, base, recipe)
-    progress.stage(
-        "scoring the base"
-    )  # through adapters that add nothing yet: Trainer takes no bare packed model
+    # The base is scored with adapters that add nothing yet: Trainer takes no bare packed model.
+    progress.stage("scoring the base")
     before = score(model, tokenizer, heldout_rows, machine)
     trainer = _trainer(model, tokenizer, train_rows, recipe, machine, work, accumulation)
     trainer.add_callback(TrainerProgress(progress))
@@ -206,7 +207,8 @@ def _check(out: Path, work: Path, recipe: Recipe, machine: Machine) -> None:
     others = [file.name for file in sorted(out.glob("*")) if not file.name.startswith(BASE)]
     if out.is_file() or (others and not (out / NOTE).is_file() and not (work / IDENTITY).is_file()):
         raise LLQError(
-            f"{out} is not empty ({others[0] if others else 'a file'}) and no adapter; give another folder"
+            f"{out} is not empty ({others[0] if others else 'a file'}) and no adapter; "
+            "give another folder"
         )
 
 
@@ -217,7 +219,8 @@ def _load(base: str, machine: Machine) -> tuple[Any, Any]:
     tokenizer = load_tokenizer(folder)
     if tokenizer.eos_token_id is None:
         raise LLQError(
-            f"the tokenizer of {base} has no EOS token, with which every answer ends; name one in its config"
+            f"the tokenizer of {base} has no EOS token, with which every answer ends; "
+            "name one in its config"
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -248,7 +251,7 @@ def _same(begun: dict[str, Any], identity: dict[str, Any], out: Path) -> None:
 
 
 def _begin(work: Path, identity: dict[str, Any], out: Path, processes: PartialState) -> None:
-    """Note what is trained, or check that an interrupted run trained the same."""
+    """Write down what is trained, or check that an interrupted run trained the same."""
     if (work / IDENTITY).is_file():
         _same(read_json(work / IDENTITY), identity, out)
         return
@@ -262,8 +265,8 @@ def _begin(work: Path, identity: dict[str, Any], out: Path, processes: PartialSt
 def _rows(data: str, tokenizer: Any, recipe: Recipe, work: Path) -> tuple[Any, Any]:
     tokens = rows.Tokens(tokenizer, recipe.prompt_tokens, recipe.answer_tokens)
     if recipe.streaming:
-        return rows.streamed(data, tokens, recipe.heldout, recipe.seed)
-    return rows.stored(data, tokens, recipe.heldout, recipe.seed, work)
+        return rows.streamed_rows(data, tokens, recipe.heldout, recipe.seed)
+    return rows.stored_rows(data, tokens, recipe.heldout, recipe.seed, work)
 
 
 def _adapted(model: Any, base: str, recipe: Recipe) -> Any:
@@ -287,7 +290,8 @@ def _adapted(model: Any, base: str, recipe: Recipe) -> Any:
     adapted = sum(hasattr(module, "lora_A") for module in model.modules())
     if adapted != quantized:
         raise LLQError(
-            f"{adapted} linears would get adapters, but {quantized} are quantized; is it a text model?"
+            f"{adapted} linears would get adapters, but {quantized} are quantized; "
+            "is it a text model?"
         )
     if recipe.connections:
         elastic.connect(model)
@@ -321,9 +325,8 @@ def _trainer(
         save_total_limit=2,
         seed=recipe.seed,
         data_seed=recipe.seed,
-        accelerator_config={
-            "dispatch_batches": False
-        },  # every process reads: batches of one row cannot be split
+        # Every process reads for itself: batches of one row cannot be split.
+        accelerator_config={"dispatch_batches": False},
         ddp_find_unused_parameters=False,
         disable_tqdm=True,
         report_to="none",
@@ -342,11 +345,10 @@ def _silent(trainer: Trainer) -> Trainer:
 
 
 def score(model: Any, tokenizer: Any, heldout: Any, machine: Machine) -> dict[str, float]:
-    """Nats per token of held-out answers (tokens as `rows` makes them), and the share that is right
-    to the last token.
+    """{"loss": nats per token of held-out answers, "accuracy": share of answers that are right}.
 
-    Right: every token of the answer, and the EOS after it, is the likeliest one. {} where nothing
-    is held out.
+    An answer is right where every token of it, and the EOS after it, is the likeliest one. heldout:
+    tokens as `rows.Tokens` makes them. {} where nothing is held out.
     """
     if len(heldout) == 0:
         return {}
@@ -362,11 +364,11 @@ def score(model: Any, tokenizer: Any, heldout: Any, machine: Machine) -> dict[st
         compute_metrics=_right_answers,
         preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(-1),
     )
-    found = _silent(trainer).evaluate(heldout)
+    metrics = _silent(trainer).evaluate(heldout)
     # accelerate marks what it prepared to be scored, and would then not wrap it to be trained by
     # several processes
     vars(model).pop("_is_accelerate_prepared", None)
-    return {"loss": found["eval_loss"], "accuracy": found["eval_right"]}
+    return {"loss": metrics["eval_loss"], "accuracy": metrics["eval_right"]}
 
 
 def _right_answers(prediction: Any) -> dict[str, float]:
@@ -382,13 +384,10 @@ def _last_checkpoint(work: Path) -> str | None:
 
 
 def _write(model: Any, out: Path, work: Path, note: dict[str, Any]) -> None:
-    """Adapter and note into OUT, the config that makes it an adapter as the last; then the run's
-    own files go.
-    """
+    """Write adapter and note into OUT, the adapter's config last; then delete the run's files."""
     draft = work / "adapter"
-    for (
-        config
-    ) in model.peft_config.values():  # peft writes a set, in an order of its own in every process
+    for config in model.peft_config.values():
+        # peft writes a set, in another order in every process.
         config.target_modules = sorted(config.target_modules)
     model.save_pretrained(draft)
     out.mkdir(parents=True, exist_ok=True)
@@ -399,7 +398,7 @@ def _write(model: Any, out: Path, work: Path, note: dict[str, Any]) -> None:
 
 
 class TrainerProgress(TrainerCallback):  # type: ignore[misc]
-    """Tells our progress what Trainer does."""
+    """Passes Trainer's progress on to ours."""
 
     def __init__(self, progress: Progress) -> None:
         self.progress = progress

@@ -1,1 +1,1 @@
-"""What only installers read: the build hook of the wheel, the start-up files, optimum's plug-in."""
+"""Files that only installers read: the wheel's build hook, start-up files, optimum's plug-in."""

@@ -1,8 +1,7 @@
-"""Build hook: the CPU kernels go into the wheel where a compiler is at hand, else the wheel is pure
-Python.
+"""Build hook: compiles the CPU kernels into the wheel.
 
-Installing never fails for want of a compiler. An editable install (uv sync) gets them beside the
-sources.
+Without a compiler the wheel is pure Python; installing does not fail. An editable install (uv sync)
+gets the kernels beside the sources.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ BUILD = "llq_hf/kernels/build.py"
 
 
 class KernelsHook(BuildHookInterface):  # type: ignore[misc]
-    """Runs for wheels, editable ones too; sdists carry the sources."""
+    """Runs for wheels, editable ones too. Source distributions hold the sources."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         if self.target_name != "wheel":
@@ -39,7 +38,7 @@ class KernelsHook(BuildHookInterface):  # type: ignore[misc]
 
 
 def _module(path: Path) -> ModuleType:
-    """The builder alone: importing llq_hf would need torch."""
+    """The build module alone: importing llq_hf would need torch."""
     spec = importlib.util.spec_from_file_location("llq_kernels_build", path)
     assert spec is not None
     assert spec.loader is not None

@@ -1,7 +1,7 @@
-"""`optimum-cli llq ...`: the commands of llq under optimum's, with their own options and help.
+"""Adds `optimum-cli llq ...`: the commands of llq, with their own options and help.
 
-Installed as optimum/commands/register/register_llq.py, where optimum looks for subcommands. It is
-imported at every call of optimum-cli, so nothing of ours is imported before it runs.
+It is installed as optimum/commands/register/register_llq.py, where optimum looks for subcommands.
+optimum-cli imports it at every call, so it imports nothing of ours before it runs.
 """
 
 from argparse import REMAINDER, ArgumentParser
@@ -10,7 +10,7 @@ from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
 
 class LLQCommand(BaseOptimumCLICommand):  # type: ignore[misc]
-    """Hands all that follows `llq` to llq itself: there is no second list of options."""
+    """Passes all that follows `llq` to llq itself, so that there is no second list of options."""
 
     COMMAND = CommandInfo(
         name="llq", help="Low-bit LLaMA models: all of llq, as `llq quantize --help`."

@@ -1,1 +1,1 @@
-"""Model cards, and uploads to the Hub."""
+"""Writes model cards and uploads packed checkpoints to the Hub."""

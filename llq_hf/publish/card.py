@@ -1,9 +1,8 @@
-"""The model card of a packed checkpoint, from what its files say: nothing in it is typed by hand,
-nothing invented.
+"""Makes the model card of a packed checkpoint from its files; nothing in it is typed by hand.
 
-Text and order are in `model_cards/template.md`; here is what fills it. Evaluation results come from
-the results files of lm-eval and lmms-eval, and only where their fingerprint says that they scored
-this very checkpoint. The licence is the base's, as far as its card or its LICENSE file came along.
+The text is `model_cards/template.md`; this module fills it in. Evaluation results come from the
+results files of lm-eval and lmms-eval, and only where their fingerprint says that they scored this
+very checkpoint. The licence is the base's, where its card or its LICENSE file came along.
 """
 
 from __future__ import annotations
@@ -42,9 +41,8 @@ class Result:
     error: float | None  # standard error
     shots: int | None
     higher_is_better: bool | None
-    dataset: dict[
-        str, str | None
-    ]  # as EvalResult names it: dataset_type, dataset_config, dataset_split
+    # As EvalResult names it: dataset_type, dataset_config, dataset_split.
+    dataset: dict[str, str | None]
     harness: str
 
     @property
@@ -62,35 +60,29 @@ def make_card(
 ) -> ModelCard:
     """The card of the packed checkpoint in the folder `path`.
 
-    repo: where it will be, "user/name"; base: Hub id of the base model, where the checkpoint does
-    not know it; results: results files and folders of them, by default those in `path`/results.
+    repo: its repository, "user/name". base: Hub id of the base model, where the checkpoint does not
+    know it. results: results files and folders of them, by default those in `path`/results.
     LLQError where the folder is no whole checkpoint of ours, or a results file is of another one.
     """
-    found = inspect_checkpoint(path)
-    method = build(found["method"], **found["config"])
-    made_from: dict[str, Any] = found["made_from"] or {
-        "model": "unknown",
-        "revision": None,
-        "card": {},
-    }
+    packed = inspect_checkpoint(path)
+    method = build(packed["method"], **packed["config"])
+    unknown: dict[str, Any] = {"model": "unknown", "revision": None, "card": {}}
+    made_from: dict[str, Any] = packed["made_from"] or unknown
+    base_card = made_from["card"]
     base = base or made_from["model"]
-    config, said, name = (
-        read_json(path / CONFIG),
-        made_from["card"],
-        (repo or path.resolve().name).rpartition("/")[2],
-    )
-    scored = read_results(results_files(path, results), found)
-    task = said.get("pipeline_tag") or (
-        "image-text-to-text" if "vision_config" in config else "text-generation"
-    )
+    name = (repo or path.resolve().name).rpartition("/")[2]
+    scored = read_results(results_files(path, results), packed)
+    vision = "vision_config" in read_json(path / CONFIG)
+    task = base_card.get("pipeline_tag") or ("image-text-to-text" if vision else "text-generation")
     texts = sorted(
         file.name for pattern in ("LICENSE*", "USE_POLICY*") for file in path.glob(pattern)
     )
-    licence = _licence(said, texts)
+    licence = _licence(base_card, texts)
+    takes_images = task == "image-text-to-text"
     data = ModelCardData(
         base_model=base if _is_repo(base) else None,
         base_model_relation="quantized" if _is_repo(base) else None,
-        language=said.get("language"),
+        language=base_card.get("language"),
         library_name="transformers",
         pipeline_tag=task,
         tags=["llq-hf", "quantized", method.name, f"{method.nominal_bits:g}-bit"],
@@ -98,7 +90,6 @@ def make_card(
         eval_results=[_as_eval_result(each, task) for each in scored] or None,
         **licence,
     )
-    vision = task == "image-text-to-text"
     return ModelCard.from_template(
         data,
         template_path=str(template_path()),
@@ -109,19 +100,19 @@ def make_card(
         base_revision=made_from["revision"],
         title=method.title,
         nominal=f"{method.nominal_bits:g}",
-        stored=f"{found['stored_bits']:.3f}",
-        whole_model=f"{found['whole_model_bits']:.3f}" if found["whole_model_bits"] else None,
-        linears=found["quantized_linears"],
-        rewritten=found["rewritten"],
-        size=f"{found['bytes'] / 2**20:.1f} MiB",
-        auto_class="AutoModelForImageTextToText" if vision else "AutoModelForCausalLM",
-        processor="AutoProcessor" if vision else "AutoTokenizer",
+        stored=f"{packed['stored_bits']:.3f}",
+        whole_model=f"{packed['whole_model_bits']:.3f}" if packed["whole_model_bits"] else None,
+        linears=packed["quantized_linears"],
+        rewritten=packed["rewritten"],
+        size=f"{packed['bytes'] / 2**20:.1f} MiB",
+        auto_class="AutoModelForImageTextToText" if takes_images else "AutoModelForCausalLM",
+        processor="AutoProcessor" if takes_images else "AutoTokenizer",
         method=method.name,
-        options=found["config"],
-        calibration=_calibration(found["calibration"], made_from.get("calibration")),
-        fingerprint=found["fingerprint"],
-        command=_command(method, base, name, made_from, found["identity"])
-        if found["identity"]
+        options=packed["config"],
+        calibration=_calibration(packed["calibration"], made_from.get("calibration")),
+        fingerprint=packed["fingerprint"],
+        command=_command(method, base, name, made_from, packed["identity"])
+        if packed["identity"]
         else None,
         results=scored,
         harness=" and ".join(sorted({each.harness for each in scored})),
@@ -132,15 +123,15 @@ def make_card(
     )
 
 
-def _licence(said: dict[str, Any], texts: list[str]) -> dict[str, str]:
+def _licence(base_card: dict[str, Any], texts: list[str]) -> dict[str, str]:
     """The licence fields of the front matter: the base's own, or a link to its text, or nothing."""
-    passed = {key: str(value) for key, value in said.items() if key.startswith("license")}
+    passed = {key: str(value) for key, value in base_card.items() if key.startswith("license")}
     text = next((name for name in texts if name.startswith("LICENSE")), None)
     return passed or ({"license": "other", "license_link": text} if text else {})
 
 
 def _is_repo(name: str) -> bool:
-    """Whether this is the Hub id of somebody's model, and not the name of a folder."""
+    """Whether the name can be a Hub id, "user/name", and is not that of a folder."""
     try:
         validate_repo_id(name)
     except HFValidationError:
@@ -152,13 +143,14 @@ def _calibration(used: dict[str, Any] | None, drawn: dict[str, Any] | None) -> s
     if used is None:
         return "none: the method needs no data"
     source = f"`{drawn['source']}`, seed {drawn['seed']}, " if drawn else ""
-    return f"{source}{used['samples']} x {used['seqlen']} tokens (ids sha256 `{used['ids_sha256'][:16]}`)"
+    ids = used["ids_sha256"][:16]
+    return f"{source}{used['samples']} x {used['seqlen']} tokens (ids sha256 `{ids}`)"
 
 
 def _command(
     method: Method, base: str, name: str, made_from: dict[str, Any], identity: dict[str, Any]
 ) -> str:
-    """`llq quantize` with all that differs from its defaults."""
+    """The `llq quantize` command with every option that differs from its default."""
     words = ["llq", "quantize", base, name, "--method", method.name]
     defaults = field_defaults(type(method))
     for field, value in method.to_dict().items():
@@ -190,35 +182,31 @@ def results_files(path: Path, given: Iterable[Path] | None) -> list[Path]:
     for each in given if given is not None else [path / RESULTS]:
         if not each.exists() and given is not None:
             raise LLQError(
-                f"{each} does not exist; give a results file of lm-eval or lmms-eval, or a folder of them"
+                f"{each} does not exist; give a results file of lm-eval or lmms-eval, or a folder "
+                "of them"
             )
-        files += (
-            sorted(each.rglob("*results*.json"))
-            if each.is_dir()
-            else [each]
-            if each.is_file()
-            else []
-        )
+        if each.is_dir():
+            files += sorted(each.rglob("*results*.json"))
+        elif each.is_file():
+            files.append(each)
     return files
 
 
 def read_results(files: Iterable[Path], checkpoint: Inspection) -> list[Result]:
-    """The figures in results files, the newest of each task and metric. LLQError for one that
-    scored another model.
+    """The figures in results files, the newest of each task and metric.
+
+    checkpoint: as `inspect_checkpoint` gives it. LLQError for a file that scored another model.
     """
     newest: dict[tuple[str, str], tuple[float, Result]] = {}
     for file in files:
         content = read_json(file)
         check_scored(file, content, checkpoint)
-        date = (
-            float(content.get("date") or 0)
-            if not isinstance(content.get("date"), str)
-            else file.stat().st_mtime
-        )
+        date = content.get("date") or 0
+        seconds = file.stat().st_mtime if isinstance(date, str) else float(date)
         for result in _figures(content):
             key = (result.task, result.metric)
-            if key not in newest or date >= newest[key][0]:
-                newest[key] = (date, result)
+            if key not in newest or seconds >= newest[key][0]:
+                newest[key] = (seconds, result)
     return [result for _, result in newest.values()]
 
 
@@ -228,12 +216,14 @@ def check_scored(file: Path, content: dict[str, Any], checkpoint: Inspection) ->
     scored = (config.get("llq") if isinstance(config, dict) else None) or content.get("llq")
     if not isinstance(content.get("results"), dict) or not isinstance(scored, dict):
         raise LLQError(
-            f"{file} holds no results of a model that `--model llq` scored; score the checkpoint with that"
+            f"{file} holds no results of a model that `--model llq` scored; "
+            "score the checkpoint with that"
         )
     for key in ("fingerprint", "method", "config"):
         if scored.get(key) != checkpoint[key]:
             raise LLQError(
-                f"{file} scored another model: its {key} is {scored.get(key)}, the checkpoint's {checkpoint[key]}"
+                f"{file} scored another model: its {key} is {scored.get(key)}, "
+                f"the checkpoint's {checkpoint[key]}"
             )
 
 
@@ -242,17 +232,11 @@ def _figures(content: dict[str, Any]) -> Iterable[Result]:
         (name for key, name in HARNESSES.items() if key in content), HARNESSES["lm_eval_version"]
     )
     for task, values in content["results"].items():
-        config = content.get("configs", {}).get(task, {})
-        path = config.get("dataset_path")
-        known = isinstance(path, str) and _is_repo(path)
+        dataset = _dataset(task, content.get("configs", {}).get(task, {}))
         for key, value in values.items():
             metric, _, kind = key.partition(",")
-            if (
-                not kind
-                or metric.endswith("_stderr")
-                or isinstance(value, bool)
-                or not isinstance(value, int | float)
-            ):
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not kind or metric.endswith("_stderr") or not number:
                 continue
             error = values.get(f"{metric}_stderr,{kind}")
             yield Result(
@@ -262,13 +246,20 @@ def _figures(content: dict[str, Any]) -> Iterable[Result]:
                 error=error if isinstance(error, int | float) else None,
                 shots=content.get("n-shot", {}).get(task),
                 higher_is_better=content.get("higher_is_better", {}).get(task, {}).get(metric),
-                dataset={
-                    "dataset_type": path if known else task,
-                    "dataset_config": config.get("dataset_name") if known else None,
-                    "dataset_split": config.get("test_split") or config.get("validation_split"),
-                },
+                dataset=dataset,
                 harness=harness,
             )
+
+
+def _dataset(task: str, config: dict[str, Any]) -> dict[str, str | None]:
+    """The dataset of a task, by its Hub id if it has one."""
+    path = config.get("dataset_path")
+    known = isinstance(path, str) and _is_repo(path)
+    return {
+        "dataset_type": path if known else task,
+        "dataset_config": config.get("dataset_name") if known else None,
+        "dataset_split": config.get("test_split") or config.get("validation_split"),
+    }
 
 
 def _as_eval_result(result: Result, task_type: str) -> EvalResult:

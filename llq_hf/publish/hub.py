@@ -1,8 +1,8 @@
-"""From a packed checkpoint's folder to a repository of the Hub, in one commit, with its card.
+"""Uploads a packed checkpoint to a repository of the Hub, in one commit, with its card.
 
-Up go the files that a loader needs, the report, the run's journal (it lies beside the folder) and
-evaluation results without what they tell of the machine. Nothing is ever uploaded but by `push`;
-the token stays in huggingface_hub.
+It uploads the files that a loader needs, the report, the run's journal (which lies beside the
+folder), and evaluation results without what they say about the machine. Only `push` uploads
+anything. The token stays in huggingface_hub.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 JOURNAL = "llq_journal.jsonl"
 UPLOADED = ("*.safetensors", *CARRIED)
 WEIGHTS = ".safetensors"
-# What a results file keeps in the repository: figures and what they are of, not paths, processors
-# and drivers.
+# What a results file keeps in the repository: figures and what they are figures of, but no paths,
+# processors and drivers.
 KEPT = (
     "results",
     "groups",
@@ -47,7 +47,7 @@ KEPT_VERSIONS = ("lm_eval_version", "lmms_eval_version", "transformers_version")
 
 @dataclass(frozen=True)
 class Upload:
-    """Everything that goes into the repository: name there -> the file, or its text."""
+    """Everything that goes into the repository. files: name there -> file here, or its content."""
 
     repo: str
     files: dict[str, Path | bytes]
@@ -56,18 +56,18 @@ class Upload:
     def sizes(self) -> dict[str, int]:
         """Bytes by name."""
         return {
-            n: f.stat().st_size if isinstance(f, Path) else len(f)
-            for n, f in sorted(self.files.items())
+            name: file.stat().st_size if isinstance(file, Path) else len(file)
+            for name, file in sorted(self.files.items())
         }
 
 
 def prepare_upload(
     path: Path, repo: str, *, base: str | None = None, results: Iterable[Path] | None = None
 ) -> Upload:
-    """Check the checkpoint in `path` and gather what goes up; uploads nothing.
+    """Check the checkpoint in `path` and gather the files to upload; uploads nothing.
 
-    A README.md in `path` goes up as it is, else the card is made. LLQError for a name that no
-    repository can have, a checkpoint that is not whole, a results file of another one.
+    A README.md in `path` is taken as it is, else the card is made. LLQError for a name that no
+    repository can have, a checkpoint that is not whole, or a results file of another checkpoint.
     """
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
@@ -78,18 +78,8 @@ def prepare_upload(
         raise LLQError(
             f"{repo!r} cannot be a repository's name ({error}); give USER/NAME"
         ) from None
-    found = inspect_checkpoint(path)
-    if (
-        found["quantized_linears"]
-        != read_json(path / CONFIG)["quantization_config"]["quantized_linears"]
-    ):
-        raise LLQError(
-            f"{path} holds {found['quantized_linears']} packed linears, and not what its config.json says"
-        )
-    if damaged := Journal.damaged(path):
-        raise LLQError(
-            f"{path / damaged[0]} is not as it was written; run the same `llq quantize` again to mend it"
-        )
+    checkpoint = inspect_checkpoint(path)
+    _check_whole(path, checkpoint["quantized_linears"])
     files: dict[str, Path | bytes] = {
         file.name: file
         for pattern in UPLOADED
@@ -100,18 +90,27 @@ def prepare_upload(
         files[JOURNAL] = Journal.beside(path)
     scored = results_files(path, results)
     for file in scored:
-        files[f"{RESULTS}/{file.name}"] = _reduced(file, found)
-    own = path / CARD
-    files[CARD] = (
-        own
-        if own.is_file()
-        else str(make_card(path, repo=repo, base=base, results=scored)).encode()
-    )
+        files[f"{RESULTS}/{file.name}"] = _without_machine(file, checkpoint)
+    files[CARD] = path / CARD
+    if not (path / CARD).is_file():
+        card = make_card(path, repo=repo, base=base, results=scored)
+        files[CARD] = str(card).encode()
     return Upload(repo, files)
 
 
-def _reduced(file: Path, checkpoint: Inspection) -> bytes:
-    """A results file's JSON, less what it tells of the machine."""
+def _check_whole(path: Path, linears: int) -> None:
+    """LLQError unless the checkpoint has all of its linears, and every file as it was written."""
+    if linears != read_json(path / CONFIG)["quantization_config"]["quantized_linears"]:
+        raise LLQError(f"{path} holds {linears} packed linears, and not what its config.json says")
+    if damaged := Journal.damaged(path):
+        raise LLQError(
+            f"{path / damaged[0]} is not as it was written; "
+            "run the same `llq quantize` again to mend it"
+        )
+
+
+def _without_machine(file: Path, checkpoint: Inspection) -> bytes:
+    """A results file's JSON without what it says about the machine."""
     content = read_json(file)
     check_scored(file, content, checkpoint)
     kept = {key: content[key] for key in (*KEPT, *KEPT_VERSIONS) if key in content}
@@ -124,12 +123,11 @@ def _reduced(file: Path, checkpoint: Inspection) -> bytes:
 
 
 def push(upload: Upload, *, private: bool = False, token: str | None = None) -> str:
-    """Put it all into the repository in one commit, and make the repository if there is none;
-    returns its address.
+    """Upload everything in one commit; returns the repository's address.
 
-    Weights of an earlier checkpoint that would be loaded instead, or beside, are deleted in the
-    same commit. token: by default the one of `hf auth login` or HF_TOKEN. LLQError where the Hub
-    does not take it.
+    The repository is made if there is none. Weights of an earlier checkpoint, which would be loaded
+    in place of these or beside them, are deleted in the same commit. token: by default the one of
+    `hf auth login` or HF_TOKEN. LLQError where the Hub does not accept the upload.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
@@ -141,12 +139,11 @@ def push(upload: Upload, *, private: bool = False, token: str | None = None) -> 
         add = [CommitOperationAdd(name, file) for name, file in sorted(upload.files.items())]
         stale = [CommitOperationDelete(name) for name in _stale(api, upload)]
         api.create_commit(upload.repo, [*add, *stale], commit_message="Packed checkpoint by llq-hf")
-    except (
-        Exception
-    ) as error:  # the Hub client's own, its HTTP library's, RuntimeError around either
+    except Exception as error:
+        # Of the Hub client, of its HTTP library, or a RuntimeError around either.
         raise LLQError(
-            f"{upload.repo} was not uploaded ({_said(error, token)}); check the name, the network, and that "
-            "`hf auth login` knows a token that may write there"
+            f"{upload.repo} was not uploaded ({_one_line(error, token)}); check the name, the "
+            "network, and that `hf auth login` knows a token that may write there"
         ) from None
     return str(url)
 
@@ -161,13 +158,12 @@ def _stale(api: HfApi, upload: Upload) -> list[str]:
     ]
 
 
-def _said(error: Exception, token: str | None) -> str:
-    """What the Hub said, in one line, with its cause, and with no token in it."""
+def _one_line(error: Exception, token: str | None) -> str:
+    """The message of an error and of its cause, on one line, with no token in it."""
     from huggingface_hub import get_token
 
     causes = [error, *([error.__cause__] if error.__cause__ else [])]
     text = ": ".join(" ".join(str(each).split()) or type(each).__name__ for each in causes)
-    secrets = [
-        part for secret in (token, get_token()) if secret for part in secret.split()
-    ]  # quoted, maybe escaped
+    # Part by part, because a message may quote and escape a token.
+    secrets = [part for secret in (token, get_token()) if secret for part in secret.split()]
     return re.sub("|".join([r"hf_\w+", *map(re.escape, secrets)]), "***", text)

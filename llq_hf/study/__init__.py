@@ -1,16 +1,23 @@
-"""The study as a product: a plan of cells, run to records, drawn as a report.
+"""Sweeps: a plan expands to cells, each cell leaves a record, records become a report.
 
     llq study plan.yaml --out runs
     llq study --preset paper-table1 --models demo --out runs
     llq report runs
 
-plan     what to run: a plan expands to cells (model, method, preset, options, tasks, seed)
-record   one JSON file per cell, written when it is done, failed or refused: the only thing a report reads
-cell     runs one cell: quantize (cached), evaluate, measure
-engine   runs many: in a process of their own on this machine, or as tasks of a Ray cluster
-paper    the study's tables as data: published figures, and the cells that make them again
-report   tables and plots of a folder of records, every figure with the file it stands in
+file        | what it does
+plan        | expands a plan to cells: model, method, preset, options, tasks, seed
+cell        | runs one cell: quantize (or take it from the cache), evaluate, measure
+evaluate    | calls lm-eval and lmms-eval for a cell's tasks
+divergence  | KL divergence of a packed model from the full-precision one
+cost        | bytes, prefill and decode speed beside the full-precision model; also `llq bench`
+launch      | runs many cells: in a process on this machine, or as tasks of a Ray cluster
+watch       | progress bars of a sweep
+record      | one JSON file per cell: all that a report reads
+paper/      | the study's tables as data: published figures, and the cells that make them again
+tables      | a report's tables
+plots       | a report's plots
+report      | writes tables and plots as HTML, Markdown, CSV, LaTeX, SVG
 
-Records are data: figures under `results` and `quantized` are the same wherever a cell runs, what
-differs from run to run (seconds, memory, the machine) is under `cost` and `run`.
+Figures under `results` and `quantized` of a record are the same wherever a cell runs. What differs
+from run to run (seconds, memory, the machine) is under `cost` and `run`.
 """

@@ -1,5 +1,6 @@
-"""One cell: quantize (or take it from the cache), evaluate, measure. Whatever goes wrong becomes
-its record.
+"""Runs one cell: quantize (or take it from the cache), fine-tune, evaluate, measure.
+
+Whatever goes wrong becomes the cell's record.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections import defaultdict
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -29,9 +30,13 @@ from ..engine.options import RunOptions
 from ..method import Method
 from ..methods import build
 from .cost import Workload, compare, disk_bytes, journalled, load_model, peak_memory, ratios
-from .evaluate import evaluate
+from .divergence import DivergenceOptions, load_windows, measure_divergence
+from .evaluate import Results, evaluate
 from .plan import DENSE, Cell
 from .record import DONE, FAILED, REFUSED, Record
+
+if TYPE_CHECKING:
+    from ..finetune.trainer import Recipe
 
 PACKAGES = ("llq-hf", "torch", "transformers", "lm-eval")
 
@@ -49,16 +54,19 @@ class Setup:
 
 
 def run_cell(cell: Cell, progress: Progress, setup: Setup) -> Record:
-    """The record of a cell: done, refused with a reason, or failed with a trace. Never raises what
-    a cell did wrong.
+    """The record of a cell: done, refused with a reason, or failed with a trace.
+
+    Never raises: not even where the cell does something wrong.
     """
-    began, started = datetime.now(UTC).isoformat(timespec="seconds"), time.perf_counter()
+    began = datetime.now(UTC).isoformat(timespec="seconds")
+    started = time.perf_counter()
     figures: dict[str, Any] = {}
     try:
         _fill(figures, cell, setup, progress)
         status = DONE
     except LLQError as error:
-        status, figures = REFUSED, {"reason": str(error)}
+        status = REFUSED
+        figures = {"reason": str(error)}
     except Exception as error:  # of torch, lm-eval, the disk, ...: one cell must not stop the rest
         status = FAILED
         figures = {"reason": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()}
@@ -72,26 +80,26 @@ def _fill(figures: dict[str, Any], cell: Cell, setup: Setup, progress: Progress)
     if cell.method != DENSE:
         folder, cost["quantize"] = _quantize(cell, setup, progress)
         path = str(folder)
-        figures["quantized"] = _quantized(folder)
+        figures["quantized"] = _read_quantized(folder)
     cost["disk_bytes"] = disk_bytes(path)
+    answers: Results = {}
     if cell.finetune:
-        folder, cost["finetune"] = _finetune(path, cell, setup, progress)
+        folder, cost["finetune"], answers = _finetune(path, cell, setup, progress)
         path = str(folder)
         cost["disk_bytes"] += disk_bytes(path)
     progress.stage("evaluating")
-    figures["results"] = evaluate(path, cell, setup.device, setup.batch_size, setup.parallelize)
+    results = evaluate(path, cell, setup.device, setup.batch_size, setup.parallelize)
+    figures["results"] = results | answers
+    if cell.divergence:
+        figures["results"]["divergence"] = _divergence(path, base, cell, setup, progress)
     if setup.load is not None:
         cost |= _speed(path, base, setup.load, setup, progress)
     figures["cost"] = cost
 
 
 def _quantize(cell: Cell, setup: Setup, progress: Progress) -> tuple[Path, dict[str, Any]]:
-    """The packed checkpoint, and what it cost to make: kept beside it for the next cell that finds
-    it made.
-    """
-    from ..engine.cached import (
-        cached,
-    )  # imports transformers, which the parent of a sweep can do without
+    """The packed checkpoint, and what it cost to make."""
+    from ..engine.cached import cached  # imports transformers: the parent of a sweep does not
 
     method: Method = build(cell.method, cell.preset, **cell.options)
     data = CalibrationOptions(**cell.calibration, seed=cell.seed).for_model(cell.model)
@@ -102,11 +110,14 @@ def _quantize(cell: Cell, setup: Setup, progress: Progress) -> tuple[Path, dict[
     timed = Timed(progress)
     with peak_memory(setup.device) as memory:
         path = cached(resolve(cell.model), method, data, run, setup.cache, timed)
-    return path, _kept(path, {**timed.figures(), **memory} if timed.worked else None)
+    return path, _cost_of(path, {**timed.figures(), **memory} if timed.worked else None)
 
 
-def _kept(made: Path, cost: dict[str, Any] | None) -> dict[str, Any]:
-    """What it cost to make a folder, from beside it; `cost` where it was made just now."""
+def _cost_of(made: Path, cost: dict[str, Any] | None) -> dict[str, Any]:
+    """What it cost to make a folder: `cost` where it was made just now, else as noted then.
+
+    The note lies beside the folder, for the next cell that finds it made.
+    """
     path = made.with_name(made.name + ".cost.json")
     if cost is not None:
         write_json(path, cost)
@@ -115,39 +126,55 @@ def _kept(made: Path, cost: dict[str, Any] | None) -> dict[str, Any]:
 
 def _finetune(
     base: str, cell: Cell, setup: Setup, progress: Progress
-) -> tuple[Path, dict[str, Any]]:
-    """A LoRA adapter of the packed checkpoint, beside it in the cache, and what it cost to train."""
-    from ..checkpoints.adapter import is_adapter
-    from ..finetune import trainer  # transformers again
+) -> tuple[Path, dict[str, Any], Results]:
+    """A LoRA adapter of the packed checkpoint, what it cost to train, and its held-out answers.
 
-    asked = {"data": "alpaca", **cell.finetune}
-    data, known = asked.pop("data"), [each.name for each in fields(trainer.Recipe)]
-    if unknown := set(asked) - set(known):
-        raise LLQError(f"finetune has no {unknown.pop()!r}; it has: data, {', '.join(known)}")
+    The adapter lies beside the checkpoint in the cache.
+    """
+    from ..checkpoints.adapter import is_adapter
+    from ..finetune import trainer  # imports transformers
+
+    data, recipe = recipe_of(cell)
     machine = trainer.machine(setup.device, cell.dtype, save_steps=250)
     out = Path(base).with_name(f"{Path(base).name}-lora-{fingerprint(dict(cell.finetune))}")
-    made, timed = not is_adapter(str(out)), Timed(progress)
+    made = not is_adapter(str(out))
+    timed = Timed(progress)
     with peak_memory(setup.device) as memory:
-        trainer.finetune(base, out, data, trainer.Recipe(**asked), machine, timed)
+        note = trainer.finetune(base, out, data, recipe, machine, timed)
         timed.close()
-    return out, _kept(out, {**timed.figures(), **memory} if made else None)
+    answers = {"answers": note["after"], "answers_before": note["before"]}
+    return out, _cost_of(out, {**timed.figures(), **memory} if made else None), answers
+
+
+def recipe_of(cell: Cell) -> tuple[str, Recipe]:
+    """The data and the recipe of a cell's fine-tuning. LLQError for a field that there is not."""
+    from ..finetune import trainer  # imports transformers
+
+    asked = {"data": "alpaca", **cell.finetune}
+    data = asked.pop("data")
+    known = [each.name for each in fields(trainer.Recipe)]
+    if unknown := set(asked) - set(known):
+        raise LLQError(f"finetune has no {unknown.pop()!r}; it has: data, {', '.join(known)}")
+    return data, trainer.Recipe(**asked)
 
 
 class Timed(Progress):
     """Passes everything on, and keeps the seconds of each phase."""
 
     def __init__(self, inner: Progress) -> None:
-        self.inner, self.seconds = inner, defaultdict[str, float](float)
-        self.worked, self.resumed = False, False
-        self._phase, self._since = "preparing", time.perf_counter()
+        self.inner = inner
+        self.seconds = defaultdict[str, float](float)
+        self.worked = False
+        self.resumed = False
+        self._phase = "preparing"
+        self._since = time.perf_counter()
+        self._processor_began = time.process_time()
 
     def _enter(self, phase: str) -> None:
         now = time.perf_counter()
         self.seconds[self._phase] += now - self._since
-        self._phase, self._since = (
-            phase.replace(".", " "),
-            now,
-        )  # dots part the names of a path in records
+        self._phase = phase.replace(".", " ")  # a path in a record has dots between its names
+        self._since = now
 
     def stage(self, text: str, total: int = 0) -> None:
         self._enter(text)
@@ -171,18 +198,20 @@ class Timed(Progress):
         self.inner.close()
 
     def figures(self) -> dict[str, Any]:
-        """resumed: a killed run was gone on with, the seconds are those since."""
+        """Seconds, in all and by phase; processor_seconds: of all threads of this process.
+
+        resumed: the run went on with a killed one, and the seconds are those since.
+        """
         return {
             "seconds": sum(self.seconds.values()),
+            "processor_seconds": time.process_time() - self._processor_began,
             "phases": dict(self.seconds),
             "resumed": self.resumed,
         }
 
 
-def _quantized(folder: Path) -> dict[str, Any]:
-    """From the checkpoint's own report: what was made, bits counted from the file, errors of every
-    linear.
-    """
+def _read_quantized(folder: Path) -> dict[str, Any]:
+    """From the checkpoint's own report: method, bits counted from the file, linears' errors."""
     report = read_report(folder)
     identity, bits = report["identity"], report["bits"]
     return {
@@ -198,32 +227,45 @@ def _quantized(folder: Path) -> dict[str, Any]:
     }
 
 
+def _divergence(
+    path: str, base: str, cell: Cell, setup: Setup, progress: Progress
+) -> dict[str, float]:
+    """KL divergence of the model in `path` from that in `base`. Both are in memory meanwhile."""
+    windows_NS = load_windows(base, DivergenceOptions(**cell.divergence))
+    model, reference = (
+        load_model(each, setup.device, setup.parallelize, cell.dtype) for each in (path, base)
+    )
+    progress.stage("measuring the divergence", len(windows_NS))
+    return measure_divergence(model, reference, windows_NS, progress.advance)
+
+
 def _speed(
     path: str, base: str, load: Workload, setup: Setup, progress: Progress
 ) -> dict[str, Any]:
-    """Speed of the model, and of the full-precision one beside it; why not, where both do not fit
-    into memory.
+    """Speed of the model, and of the full-precision one beside it.
+
+    Where both do not fit into memory: the reason.
     """
     try:
         models = {"own": load_model(path, setup.device, setup.parallelize)}
         if path != base:
             models["reference"] = load_model(base, setup.device, setup.parallelize)
         progress.stage("measuring", (load.rounds + 1) * len(models))
-        found = compare(models, load, progress.advance)
+        timed = compare(models, load, progress.advance)
     except (MemoryError, torch.OutOfMemoryError) as error:
         return {"not_measured": f"{type(error).__name__}: {error}"}
-    if "reference" in found:
-        return {**found, "ratios": ratios(found["own"], found["reference"])}
-    return dict(found)
+    if "reference" in timed:
+        return {**timed, "ratios": ratios(timed["own"], timed["reference"])}
+    return dict(timed)
 
 
 def _machine(setup: Setup) -> dict[str, Any]:
-    cuda = setup.device.startswith("cuda") and torch.cuda.is_available()
+    processor = platform.processor() or platform.machine()
+    if setup.device.startswith("cuda") and torch.cuda.is_available():
+        processor = torch.cuda.get_device_name()
     return {
         "host": platform.node(),
-        "processor": torch.cuda.get_device_name()
-        if cuda
-        else platform.processor() or platform.machine(),
+        "processor": processor,
         "cores": os.cpu_count(),
         "device": setup.device,
         "threads": torch.get_num_threads(),

@@ -1,9 +1,8 @@
-"""What a packed model costs beside the full-precision one: bytes on disk and in memory, prefill and
-decode speed.
+"""Measures what a packed model costs: bytes on disk and in memory, prefill and decode speed.
 
-The same code on CPU and CUDA. Models are timed in turn, round after round, in one process: what
-slows the machine for a moment slows all of them, and the medians of the rounds can be divided by
-each other. Every round's seconds are kept.
+It is measured beside the full-precision model, by the same code on CPU and CUDA. The models are
+timed in turn, round after round, in one process: whatever slows the machine for a moment slows all
+of them, so the medians of the rounds can be divided by each other. Every round's seconds are kept.
 
 phase   | what is timed                                                    | per
 prefill | one forward pass over B prompts of `prompt_tokens` random tokens | pass
@@ -36,7 +35,7 @@ Figures = dict[str, Any]
 
 @dataclass(frozen=True)
 class Workload:
-    """What the models are given to do."""
+    """What the models are timed at: see the table at the head of this file."""
 
     batches: tuple[int, ...] = (1, 8)
     prompt_tokens: int = 128
@@ -53,9 +52,10 @@ class Workload:
             raise LLQError(f"batches={self.batches} holds no batch size; give numbers of 1 or more")
 
 
-def load_model(path: str, device: str, parallelize: bool = False) -> nn.Module:
-    """The model of a folder or Hub id, packed or dense or an adapter, on `device`, or over all GPUs
-    there are.
+def load_model(path: str, device: str, parallelize: bool = False, dtype: str = "auto") -> nn.Module:
+    """The model of a folder or Hub id (packed, dense, or an adapter) on `device`.
+
+    parallelize: over all GPUs there are.
     """
     from transformers import AutoConfig
 
@@ -64,9 +64,9 @@ def load_model(path: str, device: str, parallelize: bool = False) -> nn.Module:
     config_of = base_of(path) if is_adapter(path) else path
     kind = auto_class(AutoConfig.from_pretrained(config_of, trust_remote_code=False))
     if parallelize:
-        spread: nn.Module = kind.from_pretrained(path, dtype="auto", device_map="auto")
+        spread: nn.Module = kind.from_pretrained(path, dtype=dtype, device_map="auto")
         return spread.eval()
-    model: nn.Module = kind.from_pretrained(path, dtype="auto")
+    model: nn.Module = kind.from_pretrained(path, dtype=dtype)
     return model.to(device).eval()
 
 
@@ -84,7 +84,7 @@ def compare(
         for name, model in models.items():
             for batch in load.batches:
                 seconds = time_phases(model, _prompt(model, batch, load), load.new_tokens)
-                if number:  # the first is to warm up
+                if number:  # the first round warms up
                     rounds[name][batch].append(seconds)
             tick()
     return {
@@ -99,7 +99,7 @@ def compare(
 
 
 def ratios(own: Figures, reference: Figures) -> Figures:
-    """Of one model's figures over another's: below 1 is smaller or quicker."""
+    """One model's figures divided by another's: below 1 is smaller or quicker."""
     speed = {
         batch: {phase: figures[phase] / reference["speed"][batch][phase] for phase in PHASES}
         for batch, figures in own["speed"].items()
@@ -112,7 +112,7 @@ PHASES = ("prefill_seconds", "decode_seconds")
 
 @torch.inference_mode()
 def time_phases(model: nn.Module, ids_BS: Tensor, new_tokens: int) -> list[float]:
-    """[seconds of the prompt's pass, seconds of one step after it]."""
+    """[seconds of the pass over the prompt, seconds of one decoding step after it]."""
     started = _now(ids_BS.device)
     out = model(input_ids=ids_BS, use_cache=True, logits_to_keep=1)
     prefilled = _now(ids_BS.device)
@@ -135,7 +135,8 @@ def _prompt(model: nn.Module, batch: int, load: Workload) -> Tensor:
     room = text.max_position_embeddings - load.new_tokens
     if load.prompt_tokens > room:
         raise LLQError(
-            f"prompt_tokens={load.prompt_tokens} and new_tokens={load.new_tokens} exceed the model's length"
+            f"prompt_tokens={load.prompt_tokens} and new_tokens={load.new_tokens} "
+            "exceed the model's length"
         )
     random = torch.Generator().manual_seed(0)
     ids_BS = torch.randint(text.vocab_size, (batch, load.prompt_tokens), generator=random)
@@ -155,10 +156,8 @@ def _medians(rounds: list[list[float]], batch: int, load: Workload) -> Figures:
 
 def loaded_bytes(model: nn.Module) -> int:
     """Bytes of all parameters and buffers, each storage once."""
-    tensors = [*model.parameters(), *model.buffers()]
-    return sum(
-        {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values()
-    )
+    storages = [t.untyped_storage() for t in (*model.parameters(), *model.buffers())]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def disk_bytes(path: str) -> int:
@@ -167,10 +166,10 @@ def disk_bytes(path: str) -> int:
 
 
 def journalled(path: Path) -> Figures | None:
-    """Seconds and peak memory of a quantization, of its blocks only, from the journal beside the
-    folder; None if gone.
+    """Seconds and peak memory of a quantization, from the journal beside the folder; None if gone.
 
-    The peak is that of the whole process, whatever else it held.
+    The seconds are those of the blocks only. The peak is that of the whole process, whatever else
+    it held.
     """
     blocks = Journal.read(Journal.beside(path))[1:]
     if not blocks:
@@ -185,24 +184,24 @@ def journalled(path: Path) -> Figures | None:
 
 @contextmanager
 def peak_memory(device: str) -> Iterator[Figures]:
-    """Fills a dict with the memory of what runs inside: `peak_bytes` of the process (resident, or
-    allocated on the GPU), `added_bytes` of it since the start.
+    """Fills a dict with the memory that the body of the `with` takes.
 
-    Both stay away where the system cannot start a new peak for a running process (on CPUs, only
-    Linux can).
+    peak_bytes: of the process, resident, or allocated on the GPU. added_bytes: the part of it that
+    was added since the start. Neither is there where the system cannot start a new peak for a
+    running process; on CPUs, only Linux can.
     """
-    found: Figures = {}
+    memory: Figures = {}
     cuda = device.startswith("cuda")
     start = torch.cuda.memory_allocated() if cuda else psutil.Process().memory_info().rss
     known = _reset_peak(cuda)
-    yield found
+    yield memory
     if known:
-        found["peak_bytes"] = peak_bytes()
-        found["added_bytes"] = max(found["peak_bytes"] - start, 0)
+        memory["peak_bytes"] = peak_bytes()
+        memory["added_bytes"] = max(memory["peak_bytes"] - start, 0)
 
 
 def _reset_peak(cuda: bool) -> bool:
-    """Whether the peak that `run.peak_bytes` reads starts anew from here."""
+    """Start the peak that `peak_bytes` reads anew; False where that cannot be done."""
     if cuda:
         torch.cuda.reset_peak_memory_stats()
         return True
@@ -216,21 +215,21 @@ def _reset_peak(cuda: bool) -> bool:
 def measure(
     base: str, paths: list[str], load: Workload, device: str, progress: PassListener
 ) -> dict[str, Figures]:
-    """Figures of each packed model, timed in turn with the full-precision one (also in the result,
-    by the last turn).
+    """Figures of each packed model, timed in turn with the full-precision one in `base`.
 
-    Two models are in memory at a time, the full-precision one and one packed.
+    The figures of `base` itself are those of the last turn. Two models are in memory at a time, the
+    full-precision one and one packed.
     """
     reference = load_model(base, device)
-    found: dict[str, Figures] = {base: {}}
+    measured: dict[str, Figures] = {base: {}}
     for path in paths:
         progress.stage(f"measuring {Path(path).name}", 2 * (load.rounds + 1))
         pair = {base: reference, path: load_model(path, device)}
         timed = compare(pair, load, progress.advance)
-        found[base] = timed[base]
-        found[path] = {
+        measured[base] = timed[base]
+        measured[path] = {
             **timed[path],
             "ratios": ratios(timed[path], timed[base]),
             "quantize": journalled(Path(path)),
         }
-    return {name: {**figures, "disk_bytes": disk_bytes(name)} for name, figures in found.items()}
+    return {name: {**figures, "disk_bytes": disk_bytes(name)} for name, figures in measured.items()}

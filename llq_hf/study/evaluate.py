@@ -1,4 +1,4 @@
-"""How each harness is called for the tasks of a cell."""
+"""Calls lm-eval and lmms-eval for the tasks of a cell."""
 
 from __future__ import annotations
 
@@ -18,21 +18,17 @@ Results = dict[str, dict[str, Any]]
 def evaluate(
     path: str, cell: Cell, device: str, batch_size: int | str, parallelize: bool = False
 ) -> Results:
-    """Task -> metric -> figure, of a packed checkpoint or (method none) a dense model, over all
-    tasks of the cell.
+    """Task -> metric -> figure, over all tasks of the cell.
 
-    parallelize: lm-eval spreads the model over all GPUs it sees.
+    path: a packed checkpoint, an adapter, or (method none) a dense model. parallelize: lm-eval
+    spreads the model over all GPUs that it sees.
     """
     text = [task for task in cell.tasks if _harness_of(task) == "lm_eval"]
     image = [task for task in cell.tasks if task not in text]
     results: Results = {}
     if text:
-        results |= _lm_eval(
-            path,
-            cell,
-            text,
-            {"device": device, "batch_size": batch_size, "parallelize": parallelize},
-        )
+        host = {"device": device, "batch_size": batch_size, "parallelize": parallelize}
+        results |= _lm_eval(path, cell, text, host)
     if image:
         results |= _lmms_eval(path, cell, image, device, batch_size)
     return results
@@ -43,8 +39,9 @@ _harness_of = cache(harness_of)  # it reads thousands of files
 
 @lru_cache(maxsize=4)
 def _text_manager(metadata: str) -> Any:
-    """lm-eval's index of tasks: building it reads thousands of files, so one for all cells with
-    this metadata.
+    """lm-eval's index of tasks, one for all cells with this metadata.
+
+    Building it reads thousands of files.
     """
     from lm_eval.models import huggingface  # noqa: F401 (registers what the hook extends)
     from lm_eval.tasks import TaskManager
@@ -60,7 +57,7 @@ def _lm_eval(path: str, cell: Cell, tasks: list[str], host: dict[str, Any]) -> R
     method = {"method": DENSE} if cell.method == DENSE else {}
     model = LLQLM(pretrained=path, dtype=cell.dtype, **method, **host)
     try:
-        found = simple_evaluate(
+        output = simple_evaluate(
             model=model,
             tasks=tasks,
             task_manager=_text_manager(json.dumps(dict(cell.metadata))),
@@ -71,7 +68,7 @@ def _lm_eval(path: str, cell: Cell, tasks: list[str], host: dict[str, Any]) -> R
     finally:
         del model
         _free()
-    return figures(found["results"])
+    return figures(output["results"])
 
 
 def _lmms_eval(
@@ -81,7 +78,7 @@ def _lmms_eval(
 
     args = f"pretrained={path}" + (f",method={DENSE}" if cell.method == DENSE else "")
     try:
-        found = simple_evaluate(
+        output = simple_evaluate(
             model="llq",
             model_args=args,
             tasks=tasks,
@@ -93,7 +90,7 @@ def _lmms_eval(
         )
     finally:
         _free()
-    return figures(found["results"])
+    return figures(output["results"])
 
 
 def _free() -> None:
@@ -103,8 +100,9 @@ def _free() -> None:
 
 
 def figures(results: dict[str, dict[str, Any]]) -> Results:
-    """A harness's results as task -> metric -> number: "acc,none" is acc, other filters stay in the
-    name.
+    """A harness's results as task -> metric -> number.
+
+    "acc,none" becomes acc; other filters stay in the name.
     """
     return {
         task: {

@@ -1,8 +1,8 @@
 """Runs many cells: in a process of their own on this machine, or as tasks of a Ray cluster.
 
-Either yields a record per cell as they are done; `sweep` writes them. lm-eval takes half a minute
-to import, so a local process goes on from cell to cell; one that dies (no memory, a crash in C) is
-replaced, and its cell recorded as failed. What cells print goes to a log file each.
+Either engine yields a record for each cell that is done; `sweep` writes them. lm-eval takes half a
+minute to import, so a local process runs one cell after another. A process that dies (no memory, a
+crash in C) is replaced, and its cell is recorded as failed. What a cell prints goes to its log.
 """
 
 from __future__ import annotations
@@ -24,15 +24,13 @@ from rich.text import Text
 from ..common.errors import LLQError
 from ..common.progress import Progress
 from .plan import Cell
-from .record import FAILED, Record, pending, write_record
+from .record import FAILED, Record, pending, relabel, write_record
 
-Work = Callable[
-    [Cell, Progress], Record
-]  # must be picklable: functools.partial(run_cell, setup=...) is
+Work = Callable[[Cell, Progress], Record]  # picklable, as functools.partial(run_cell, setup=...)
 
 
 class Watcher(Progress):
-    """Told how a sweep goes on, beside what each cell tells; this one is silent."""
+    """Receives the progress of a sweep, and of the cell at work. This base class ignores both."""
 
     def begin(self, total: int, done: int) -> None: ...
     def cell(self, cell: Cell) -> None: ...
@@ -48,14 +46,16 @@ class Engine(Protocol):
 def sweep(
     cells: Sequence[Cell], work: Work, out: Path, engine: Engine, watcher: Watcher | None = None
 ) -> list[Record]:
-    """Run the cells that are not done; the records of this run. Killed at any time, the same call
-    goes on.
+    """Run the cells that are not done; returns the records of this run.
+
+    It can be killed at any time: the same call goes on with what is not done.
     """
     watcher = watcher or Watcher()
     out.mkdir(parents=True, exist_ok=True)
     records = []
     try:
         with FileLock(out / ".lock", timeout=0):
+            relabel(cells, out)
             todo = pending(cells, out)
             watcher.begin(len(cells), len(cells) - len(todo))
             for record in engine(todo, work, out, watcher):
@@ -84,9 +84,8 @@ def local(cells: Sequence[Cell], work: Work, out: Path, watcher: Watcher) -> Ite
             log = log_of(out, cell)
             record = child.run(cell, log, watcher)
             if record is None:
-                record = Record.of(
-                    cell, FAILED, reason=f"its process died ({child.fate()}); its last words: {log}"
-                )
+                reason = f"its process died ({child.fate()}); what it printed last: {log}"
+                record = Record.of(cell, FAILED, reason=reason)
                 child = None
             yield replace(record, run={**record.run, "log": log.name})
     finally:
@@ -100,18 +99,15 @@ def log_of(out: Path, cell: Cell) -> Path:
 
 @dataclass(frozen=True)
 class Child:
-    """A process that runs cells as they are sent to it, and sends back what they tell and at last
-    their record.
-    """
+    """A process that runs the cells it is sent; it sends back their progress, then their record."""
 
     process: Any
     pipe: Connection
 
     @classmethod
     def start(cls, work: Work) -> Child:
-        context = multiprocessing.get_context(
-            "spawn"
-        )  # a fork would inherit locks of torch's threads
+        # A fork would inherit locks of torch's threads.
+        context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
         process = context.Process(target=_serve, args=(theirs, work), name="llq-study-cell")
         process.start()
@@ -119,7 +115,7 @@ class Child:
         return cls(process, ours)
 
     def run(self, cell: Cell, log: Path, watcher: Watcher) -> Record | None:
-        """The cell's record; None where the process died over it."""
+        """The cell's record; None where the process died while it ran the cell."""
         try:
             self.pipe.send((cell, log))
             while True:
@@ -136,7 +132,7 @@ class Child:
         return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
 
     def stop(self) -> None:
-        """At once if it is at work, else by its own way out."""
+        """End the process: at once if it is at work, else by closing its pipe."""
         self.pipe.close()
         self.process.join(timeout=1)
         self.process.terminate()
@@ -144,7 +140,7 @@ class Child:
 
 
 class PipeProgress(Progress):
-    """Sends what a cell tells to the parent."""
+    """Sends a cell's progress to the parent process."""
 
     def __init__(self, pipe: Connection) -> None:
         self._pipe = pipe
@@ -160,10 +156,9 @@ class PipeProgress(Progress):
 
 
 def _serve(pipe: Connection, work: Work) -> None:
-    """What the child does until the parent closes the pipe, or dies."""
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C reaches the parent too, which ends this process
+    """Run cells in the child process until the parent closes the pipe, or dies."""
+    # Ctrl-C reaches the parent too, which ends this process.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_die_with_parent, daemon=True).start()
     while True:
         try:
@@ -179,8 +174,9 @@ def _serve(pipe: Connection, work: Work) -> None:
 
 
 def _die_with_parent() -> None:
-    """A parent killed by SIGKILL cannot end its child, which may be hours away from its next
-    message.
+    """End this process when its parent ends: a parent that is killed cannot do it.
+
+    Without this, a cell could go on for hours until its next message.
     """
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -193,12 +189,11 @@ def _die_with_parent() -> None:
 
 @dataclass(frozen=True)
 class RayCluster:
-    """Cells as tasks of Ray: it finds them a node with what they request, and tries again where a
-    node is lost.
+    """Runs cells as tasks of Ray, which finds a node for each and tries again where a node is lost.
 
-    Records travel back to the caller, which writes them: nothing need be shared. A packed
+    Records travel back to the caller, which writes them, so that nodes share nothing. A packed
     checkpoint stays in the cache of the node that made it; a cache on a shared disk (LLQ_CACHE)
-    serves all.
+    serves all nodes.
     """
 
     address: str | None = None  # None: $RAY_ADDRESS, or a cluster of this machine alone
@@ -233,9 +228,8 @@ class RayCluster:
         try:
             record: Record = ray.get(done)
             return record
-        except (
-            ray.exceptions.RayError
-        ) as error:  # the worker or its node died more often than retries allow
+        except ray.exceptions.RayError as error:
+            # The worker or its node died more often than `retries` allow.
             words = Text.from_ansi(str(error)).plain.split()
             return Record.of(cell, FAILED, reason=f"{type(error).__name__}: {' '.join(words)}")
 

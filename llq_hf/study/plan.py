@@ -1,21 +1,34 @@
-"""What to run: a plan is a mapping (YAML, flags, or a table of the study) that expands to cells.
+"""Plans: what a study runs. A plan is a mapping that expands to cells.
+
+It comes from a YAML file, from the flags of `llq study`, or from a table of the study:
 
     title: two methods at two widths
     models: [demo]
     tasks: [llq_demo]
-    presets: [study, best]                       # of the methods; default: study
-    seeds: [0]                                   # of the calibration draws
-    methods:                                     # every value may be a list: all combinations are cells
+    presets: [study, best]        # of the methods; default: study
+    seeds: [0]                    # of the calibration draws
+    methods:                      # every value may be a list: each combination is a cell
       - {method: gptq, bits: [3, 2], group_size: [64, 128]}
-      - {method: quip, bits: [3, 2]}
-      - {method: nf4, bits: 4, finetune: {data: alpaca}}     # LoRA on the packed model: fields of adapters.train.Recipe
+      - {method: quip, bits: [3, 2], label: "QuIP, {bits} bits"}
+      - {method: rtn, bits: 4, preset: best, calibration: {samples: 64}}
+      - {method: nf4, bits: 4, finetune: {data: alpaca}}    # LoRA on the packed model
     calibration: {source: wikitext2, samples: 128, seqlen: 2048}
-    baseline: true                               # full precision too
-    metadata: {text_file: wiki.txt}              # of the tasks
-    limit, num_fewshot, dtype, revision          # as in lm-eval
+    divergence: {text: wikitext2, windows: 16}    # also measure KL from full precision
+    baseline: true                # full precision too
+    metadata: {text_file: wiki.txt}               # of the tasks
+    limit, num_fewshot, dtype, revision           # as in lm-eval
 
-`method: all` stands for every method, `bits: all` for every width of the method. A combination that
-a method does not have is a cell all the same: it is refused when it runs, and the report says why.
+`method: all` stands for every method, `bits: all` for every width of the method. Keys of an entry
+that are no options of its method:
+
+key         | what
+label       | name of the cell's line in the report; {bits} and other options are filled in
+preset      | in place of the plan's `presets`
+calibration | over the plan's `calibration`
+finetune    | `data`, and fields of `finetune.trainer.Recipe`
+
+A combination that a method does not have is a cell all the same: it is refused when it runs, and
+the report says why.
 """
 
 from __future__ import annotations
@@ -34,6 +47,7 @@ from ..common.errors import LLQError
 from ..common.words import nearest
 from ..data.calibration import CalibrationOptions
 from ..methods import METHODS, build
+from .divergence import DivergenceOptions
 
 DENSE = "none"  # the method that leaves the model as it is
 EVERY = "all"
@@ -47,24 +61,27 @@ class Cell:
     method: str
     tasks: tuple[str, ...]
     preset: str = "study"
-    options: Mapping[str, Any] = field(default_factory=dict)  # of the method, over the preset
-    finetune: Mapping[str, Any] = field(
-        default_factory=dict
-    )  # data, and fields of adapters.train.Recipe; {}: not
-    calibration: Mapping[str, Any] = field(
-        default_factory=dict
-    )  # source, samples, seqlen; else the model's default
+    # Options of the method, over those of the preset.
+    options: Mapping[str, Any] = field(default_factory=dict)
+    # `data`, and fields of finetune.trainer.Recipe; empty: no fine-tuning.
+    finetune: Mapping[str, Any] = field(default_factory=dict)
+    # Source, samples, seqlen; what is left out is the model's default.
+    calibration: Mapping[str, Any] = field(default_factory=dict)
+    # Fields of DivergenceOptions; empty: not measured.
+    divergence: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
     metadata: Mapping[str, Any] = field(default_factory=dict)
     limit: int | None = None
     num_fewshot: int | None = None
     dtype: str = "auto"
     revision: str | None = None
+    label: str | None = None  # for people; decides nothing
 
     @property
     def config(self) -> dict[str, Any]:
-        """Every option of the method; those given, where there is no such method or it refuses
-        them.
+        """Every option of the method, defaults included.
+
+        Only those given, where there is no such method or where it refuses them.
         """
         if self.method == DENSE:
             return {}
@@ -77,13 +94,13 @@ class Cell:
     def fingerprint(self) -> str:
         """16 hex digits; equal for cells that differ in words only, as bits=4 and the default of 4.
 
-        Fields at their defaults do not count: a new one leaves the cells of older studies what they
-        were.
+        Fields at their defaults do not count, so that a new field leaves the fingerprints of older
+        studies as they were.
         """
         given = {
-            f.name: getattr(self, f.name)
-            for f in fields(self)
-            if getattr(self, f.name) != _default(f)
+            each.name: getattr(self, each.name)
+            for each in fields(self)
+            if each.name != "label" and getattr(self, each.name) != _default(each)
         }
         return fingerprint(
             {**given, "options": self.config, "preset": None, "tasks": list(self.tasks)}
@@ -91,25 +108,36 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """For people and file names, unique: demo-gptq-3-1f00dbabe1f00dba."""
-        words = [
-            Path(self.model).name,
-            self.method,
-            *([str(self.options["bits"])] if "bits" in self.options else []),
-        ]
+        """Unique, for file names: demo-gptq-3-1f00dbabe1f00dba."""
+        words = [Path(self.model).name, self.method]
+        if "bits" in self.options:
+            words.append(str(self.options["bits"]))
         return "-".join([*words, self.fingerprint])
 
     @property
     def title(self) -> str:
-        """For people: gptq bits=3 group_size=64 (best)."""
+        """For people: "gptq bits=3 group_size=64 (best)", or the label in place of the options."""
+        remarks = [self.preset] if self.preset != "study" else []
+        remarks += [f"seed {self.seed}"] if self.seed else []
+        if self.calibration:
+            remarks.append(f"calibration {' '.join(map(str, _shown(self.calibration)))}")
+        return (self.label or self._described()) + (f" ({', '.join(remarks)})" if remarks else "")
+
+    def _described(self) -> str:
         if self.method == DENSE:
             return "full precision"
         words = [f"{key}={value}" for key, value in self.options.items()]
-        words += [f"+ LoRA on {self.finetune.get('data')}"] if self.finetune else []
-        words += ["connections"] if self.finetune.get("connections") else []
-        return " ".join([self.method, *words]) + (
-            "" if self.preset == "study" else f" ({self.preset})"
-        )
+        if self.finetune:
+            words.append(f"+ LoRA on {self.finetune.get('data')}")
+        if self.finetune.get("connections"):
+            words.append("connections")
+        return " ".join([self.method, *words])
+
+
+def _shown(calibration: Mapping[str, Any]) -> Iterator[str]:
+    """Words about the calibration: a file by its name only."""
+    for key, value in calibration.items():
+        yield Path(value).name if key == "source" else f"{key}={value}"
 
 
 def _default(each: Field[Any]) -> Any:
@@ -118,27 +146,30 @@ def _default(each: Field[Any]) -> Any:
 
 
 def defaults() -> dict[str, Any]:
-    """What the fields of a cell are that a record written before there was such a field does not
-    name.
-    """
+    """Values of the cell's fields that records do not name which are older than the field."""
     return {each.name: _default(each) for each in fields(Cell)}
 
 
-_SHARED = (
+# Keys of a plan that are the same in all of its cells.
+_SHARED = ("metadata", "limit", "num_fewshot", "dtype", "revision")
+KEYS = (
+    "title",
+    "models",
+    "tasks",
+    "presets",
+    "seeds",
+    "methods",
+    "baseline",
     "calibration",
-    "metadata",
-    "limit",
-    "num_fewshot",
-    "dtype",
-    "revision",
-)  # of a plan, the same in all cells
-KEYS = ("title", "models", "tasks", "presets", "seeds", "methods", "baseline", *_SHARED)
+    "divergence",
+    *_SHARED,
+)
+# Keys of an entry of `methods` that are no options of the method.
+ENTRY_KEYS = ("method", "label", "preset", "calibration", "finetune")
 
 
 def expand(plans: Iterable[Mapping[str, Any]]) -> list[Cell]:
-    """The cells of plans, each once, in their order. LLQError for a plan that makes no sense as
-    such.
-    """
+    """The cells of plans in their order, each once. LLQError for a plan that makes no sense."""
     cells: dict[str, Cell] = {}
     for plan in plans:
         for cell in _expand(plan):
@@ -148,38 +179,61 @@ def expand(plans: Iterable[Mapping[str, Any]]) -> list[Cell]:
 
 def _expand(plan: Mapping[str, Any]) -> Iterator[Cell]:
     _check(plan)
-    shared = {key: plan[key] for key in _SHARED if plan.get(key) is not None}
-    methods = [combination for entry in plan["methods"] for combination in _combinations(entry)]
+    entries = [combination for entry in plan["methods"] for combination in _combinations(entry)]
     if plan.get("baseline", True):
-        methods.insert(0, {"method": DENSE})
+        entries.insert(0, {"method": DENSE})
     for model in plan["models"]:
-        for options, preset, seed in product(
-            methods, _list(plan, "presets", "study"), _list(plan, "seeds", 0)
-        ):
-            yield Cell(
-                model=model,
-                method=options["method"],
-                tasks=tasks_for(model, plan["tasks"]),
-                preset="study" if options["method"] == DENSE else preset,
-                options=own_options(options),
-                finetune=finetune_for(model, options.get("finetune", {})),
-                seed=seed,
-                **shared,
-            )
+        for entry in entries:
+            presets = [entry["preset"]] if "preset" in entry else _list(plan, "presets", "study")
+            for preset, seed in product(presets, _list(plan, "seeds", 0)):
+                yield _cell(plan, model, entry, preset, seed)
+
+
+def _cell(
+    plan: Mapping[str, Any], model: str, entry: Mapping[str, Any], preset: str, seed: int
+) -> Cell:
+    dense = entry["method"] == DENSE
+    options = own_options(entry)
+    shared = {key: plan[key] for key in _SHARED if plan.get(key) is not None}
+    return Cell(
+        model=model,
+        method=entry["method"],
+        tasks=tasks_for(model, plan["tasks"]),
+        preset="study" if dense else preset,
+        options=options,
+        finetune=finetune_for(model, entry.get("finetune", {})),
+        calibration={**(plan.get("calibration") or {}), **entry.get("calibration", {})},
+        divergence={} if dense else divergence_for(model, plan.get("divergence")),
+        seed=seed,
+        label=_filled(entry["label"], {**options, "preset": preset}) if "label" in entry else None,
+        **shared,
+    )
 
 
 def own_options(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """What an entry of a plan's methods says to the method itself."""
-    return {key: value for key, value in entry.items() if key not in ("method", "finetune")}
+    """The options of the method itself in an entry of a plan's `methods`."""
+    return {key: value for key, value in entry.items() if key not in ENTRY_KEYS}
+
+
+def _filled(label: str, options: Mapping[str, Any]) -> str:
+    try:
+        return label.format_map(options)
+    except (KeyError, IndexError, ValueError) as error:
+        raise LLQError(
+            f"label {label!r} asks for {error}, which its entry does not give; "
+            f"it gives: {', '.join(options)}"
+        ) from error
+
+
+# --- bundled models -------------------------------------------------------------------------------
 
 
 @cache
 def stand_ins() -> dict[str, Any]:
-    """Bundled model -> {"task", "figures"}: see the file."""
-    found: dict[str, Any] = yaml.safe_load(
-        Path(__file__).with_name("stand_ins.yaml").read_text(encoding="utf-8")
-    )
-    return found
+    """Bundled model -> {"task", "figures", ...}: what its cells run instead; see the file."""
+    text = Path(__file__).with_name("stand_ins.yaml").read_text(encoding="utf-8")
+    content: dict[str, Any] = yaml.safe_load(text)
+    return content
 
 
 def tasks_for(model: str, tasks: Iterable[str]) -> tuple[str, ...]:
@@ -188,18 +242,37 @@ def tasks_for(model: str, tasks: Iterable[str]) -> tuple[str, ...]:
 
 
 def finetune_for(model: str, asked: Mapping[str, Any]) -> dict[str, Any]:
-    """How a model is fine-tuned where a plan asks for that."""
-    return {**asked, **(stand_ins().get(model, {}).get("finetune", {}) if asked else {})}
+    """How a model is fine-tuned where a plan asks for that.
+
+    A bundled model has a recipe of its own. It goes over what the plan says, unless the plan names
+    the model's own data: then it was written for this model.
+    """
+    own = stand_ins().get(model, {}).get("finetune", {}) if asked else {}
+    if asked.get("data") == own.get("data"):
+        return {**own, **asked}
+    return {**asked, **own}
+
+
+def divergence_for(model: str, asked: Mapping[str, Any] | None) -> dict[str, Any]:
+    """On which text a model's divergence is measured where a plan asks for that."""
+    if asked is None:
+        return {}
+    given = DivergenceOptions(**asked).to_dict()
+    return {**given, **stand_ins().get(model, {}).get("divergence", {})}
 
 
 def figure_for(model: str, figure: str) -> str | None:
-    """Where in a model's record that figure stands, which is at `figure` in the records of others;
+    """Where a figure stands in a model's record that stands at `figure` in the records of others.
+
     None: nowhere.
     """
     if model not in stand_ins() or not figure.startswith("results."):
         return figure
-    found: str | None = stand_ins()[model]["figures"].get(figure.rpartition(".")[2])
-    return found
+    place: str | None = stand_ins()[model]["figures"].get(figure.rpartition(".")[2])
+    return place
+
+
+# --- reading --------------------------------------------------------------------------------------
 
 
 def load_plan(path: Path) -> dict[str, Any]:
@@ -226,18 +299,37 @@ def _check(plan: Mapping[str, Any]) -> None:
     for key in ("models", "tasks", "methods"):
         if not isinstance(plan.get(key), list) or not plan[key]:
             raise LLQError(f"a plan needs a list of {key}, this one has {plan.get(key)!r}")
+    for key in ("calibration", "divergence", "metadata"):
+        _check_mapping(key, plan.get(key) or {})
+    _check_calibration(plan.get("calibration") or {})
+    for key in set(plan.get("divergence") or {}) - set(DivergenceOptions.names()):
+        raise LLQError(
+            f"the divergence of a plan has no {key!r}; it has: "
+            f"{', '.join(DivergenceOptions.names())}"
+        )
     for entry in plan["methods"]:
-        if not isinstance(entry, Mapping) or not isinstance(entry.get("method"), str):
-            raise LLQError(f"{entry!r} names no method; write {{method: NAME, bits: [4, 3], ...}}")
-    for entry in plan["methods"]:
-        if not isinstance(entry.get("finetune", {}), Mapping):
-            raise LLQError(
-                f"finetune: {entry['finetune']!r} should be a mapping, as {{data: alpaca, max_steps: 10000}}"
-            )
-    for key in ("calibration", "metadata"):
-        if not isinstance(plan.get(key) or {}, Mapping):
-            raise LLQError(f"{key}: {plan[key]!r} of a plan should be a mapping")
-    calibration = plan.get("calibration") or {}
+        _check_entry(entry)
+
+
+def _check_entry(entry: Any) -> None:
+    names = _list(entry, "method", []) if isinstance(entry, Mapping) else []
+    if not names or not all(isinstance(name, str) for name in names):
+        raise LLQError(f"{entry!r} names no method; write {{method: NAME, bits: [4, 3], ...}}")
+    _check_mapping("finetune", entry.get("finetune", {}))
+    if not isinstance(entry.get("label", ""), str):
+        raise LLQError(f"label: {entry['label']!r} should be one text")
+    for calibration in _list(entry, "calibration", {}):
+        _check_mapping("calibration", calibration)
+        _check_calibration(calibration)
+
+
+def _check_mapping(key: str, value: Any) -> None:
+    example = "{data: alpaca, max_steps: 10000}" if key == "finetune" else "{key: value}"
+    if not isinstance(value, Mapping):
+        raise LLQError(f"{key}: {value!r} of a plan should be a mapping, as {example}")
+
+
+def _check_calibration(calibration: Mapping[str, Any]) -> None:
     known = [each.name for each in fields(CalibrationOptions) if each.name != "seed"]  # see `seeds`
     for key in calibration:
         if key not in known:
@@ -248,19 +340,19 @@ def _check(plan: Mapping[str, Any]) -> None:
     CalibrationOptions(**calibration)  # raises for a value that no cell could use
 
 
-def _list(plan: Mapping[str, Any], key: str, default: Any) -> Sequence[Any]:
-    value = plan.get(key, default)
+def _list(mapping: Mapping[str, Any], key: str, default: Any) -> Sequence[Any]:
+    value = mapping.get(key, default)
     return value if isinstance(value, list) else [value]
 
 
 def _combinations(entry: Mapping[str, Any]) -> list[dict[str, Any]]:
     """{method: gptq, bits: [3, 2]} -> one mapping per width; `all` written out."""
-    names = list(METHODS) if entry["method"] == EVERY else [entry["method"]]
-    found = []
+    names = list(METHODS) if entry["method"] == EVERY else _list(entry, "method", [])
+    combinations = []
     for name in names:
         options = {**entry, "method": name}
         if options.get("bits") == EVERY:
             options["bits"] = list(METHODS[name].bits_range) if name in METHODS else [EVERY]
         values = [value if isinstance(value, list) else [value] for value in options.values()]
-        found += [dict(zip(options, chosen, strict=True)) for chosen in product(*values)]
-    return found
+        combinations += [dict(zip(options, chosen, strict=True)) for chosen in product(*values)]
+    return combinations

@@ -1,12 +1,11 @@
-"""The plots of a report, as SVG text to embed: quality against stored bits, cost, errors layer by
-layer.
-"""
+"""The plots of a report, as SVG text to embed: quality against stored bits, cost, layer errors."""
 
 from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -20,8 +19,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 INK, MUTED, HAIR = "#1b2430", "#5b6675", "#d8dde3"
-# Colours that differ in lightness too, for print and for the colour-blind; markers tell apart what
-# colours do not.
+# These colours differ in lightness too, for print and for the colour-blind. Methods that share a
+# colour have different markers.
 COLOURS = (
     "#0b5c8a",
     "#c2410c",
@@ -33,11 +32,15 @@ COLOURS = (
     "#4d7c0f",
     "#3730a3",
     "#71717a",
+    "#0f172a",
+    "#a21caf",
+    "#1d4ed8",
+    "#854d0e",
+    "#047857",
 )
 MARKERS = "osD^vP*Xhd<>p8H"
-LOOKS = [
-    (COLOURS[i % len(COLOURS)], marker) for i, marker in enumerate(MARKERS)
-]  # of the methods, in their order
+# Colour and marker of the methods, in their order.
+LOOKS = [(COLOURS[i % len(COLOURS)], marker) for i, marker in enumerate(MARKERS)]
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text: it is set in the page's font and can be searched
     "svg.hashsalt": "llq",  # the same records give the same bytes
@@ -71,30 +74,48 @@ class Point:
     y: float
     method: str
     preset: str
-    label: str
+    bits: float  # nominal
+
+    @property
+    def label(self) -> str:
+        return f"{self.method} {self.bits:g}"
+
+    @property
+    def look(self) -> tuple[str, str]:
+        """Colour and marker."""
+        return LOOKS[list(METHODS).index(self.method) % len(LOOKS)]
 
 
 def plots(records: Sequence[Record]) -> list[Plot]:
     """All plots that the records have figures for."""
+    with style():
+        return [plot for model, own in by_model(records).items() for plot in _plots_of(own, model)]
+
+
+@contextmanager
+def style(**over: Any) -> Iterator[None]:
+    """Matplotlib's settings for all that is drawn here; `over` goes over STYLE."""
     import logging
 
     import matplotlib
 
-    logging.getLogger("matplotlib.font_manager").setLevel(
-        logging.ERROR
-    )  # not every font of the list is everywhere
-    done = [record for record in records if record.status == DONE]
-    models = sorted({str(record.cell["model"]) for record in done})
-    with matplotlib.rc_context(STYLE):
-        found = [
-            plot
-            for model in models
-            for plot in _of_model([r for r in done if r.cell["model"] == model], model)
-        ]
-    return found
+    # Not every font of the list is installed everywhere.
+    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
+    settings: dict[Any, Any] = {**STYLE, **over}
+    with matplotlib.rc_context(settings):
+        yield
 
 
-def _of_model(records: list[Record], model: str) -> list[Plot]:
+def by_model(records: Sequence[Record]) -> dict[str, list[Record]]:
+    """Model -> its finished records, by the models' names."""
+    models: dict[str, list[Record]] = {}
+    for record in sorted(records, key=lambda record: str(record.cell["model"])):
+        if record.status == DONE:
+            models.setdefault(str(record.cell["model"]), []).append(record)
+    return models
+
+
+def _plots_of(records: list[Record], model: str) -> list[Plot]:
     made = [
         *(quality(records, model, kind) for kind in (PERPLEXITY, ACCURACY)),
         effort(records, model),
@@ -108,21 +129,20 @@ def _of_model(records: list[Record], model: str) -> list[Plot]:
 
 
 def quality(records: list[Record], model: str, kind: str) -> Plot | None:
-    """Perplexity or accuracy against stored bits, with the Pareto front; perplexities near the best
-    from close by.
+    """Perplexity or accuracy against stored bits, with the Pareto front.
+
+    A second panel shows the perplexities near the best one.
     """
-    path = _headline(records, kind)
-    points = _points(records, "quantized.stored_bits", path)
+    path = headline_of(records, kind)
+    points = points_of(records, "quantized.stored_bits", path)
     if not points:
         return None
-    lower, name, task = (
-        kind == PERPLEXITY,
-        kind if kind == PERPLEXITY else f"{kind} (%)",
-        path.split(".")[1],
-    )
+    lower = kind == PERPLEXITY
+    name = kind if lower else f"{kind} (%)"
+    task = path.split(".")[1]
     scale = 1 if lower else 100
     points = [replace(p, y=scale * p.y) for p in points]
-    dense = _full_precision(records, path, scale)
+    dense = full_precision(records, path, scale)
     best = front(points, lower)
     floor = min([p.y for p in points] + ([] if dense is None else [dense]))
     near = [p for p in points if p.y <= NEAR * floor] if lower else []
@@ -142,10 +162,12 @@ def quality(records: list[Record], model: str, kind: str) -> Plot | None:
     _legend(figure, panels[-1], points)
     _thin_labels(figure, panels)
     caption = (
-        f"{name.capitalize()} of {task} against the bits that the file really holds. The line is the Pareto front: no "
-        f"cell with fewer stored bits is {'lower' if lower else 'higher'}. Filled: preset best; open: study."
+        f"{name.capitalize()} of {task} against the bits that the file really holds. The line is "
+        f"the Pareto front: no cell with fewer stored bits is {'lower' if lower else 'higher'}. "
+        "Filled: preset best; open: study."
     )
-    return Plot(f"{kind}-{model}", f"{model}: {name} against stored bits", caption, _svg(figure))
+    title = f"{model}: {name} against stored bits"
+    return Plot(f"{kind}-{model}", title, caption, svg_of(figure))
 
 
 NEAR = 1.15  # times the best perplexity: what the second panel shows
@@ -183,9 +205,8 @@ def _thin_labels(figure: Figure, panels: list[Axes]) -> None:
     figure.draw_without_rendering()  # only then is it known where anything lies
     for axes in panels:
         kept: list[Any] = []
-        for text in sorted(
-            axes.texts, key=lambda text: hasattr(text, "xyann")
-        ):  # a line's own text goes first
+        # The texts of lines, which are no annotations, are always kept.
+        for text in sorted(axes.texts, key=lambda text: hasattr(text, "xyann")):
             box = text.get_window_extent()
             if any(box.overlaps(other) for other in kept):
                 text.set_visible(False)
@@ -194,7 +215,7 @@ def _thin_labels(figure: Figure, panels: list[Axes]) -> None:
 
 
 def front(points: list[Point], lower: bool) -> list[Point]:
-    """The points that no point with as few bits beats, by bits."""
+    """The points that no other point with as few bits or fewer beats, in the order of bits."""
     best: list[Point] = []
     for point in sorted(points, key=lambda p: (p.x, p.y if lower else -p.y)):
         if not best or (point.y < best[-1].y if lower else point.y > best[-1].y):
@@ -207,13 +228,13 @@ def front(points: list[Point], lower: bool) -> list[Point]:
 
 def effort(records: list[Record], model: str) -> Plot | None:
     """Perplexity against the seconds that quantization took."""
-    path = _headline(records, PERPLEXITY)
-    points = _points(records, "cost.quantize.seconds", path)
+    path = headline_of(records, PERPLEXITY)
+    points = points_of(records, "cost.quantize.seconds", path)
     if not points:
         return None
     figure, (axes,) = _canvas()
     _scatter(axes, points)
-    dense = _full_precision(records, path, 1)
+    dense = full_precision(records, path)
     if dense is not None:
         _line(axes, dense, "full precision")
     _log(axes, "x", [p.x for p in points])
@@ -221,13 +242,16 @@ def effort(records: list[Record], model: str) -> Plot | None:
     axes.set_xlabel("seconds to quantize, calibration included")
     axes.set_ylabel(f"{path.split('.')[1]} perplexity")
     _legend(figure, axes, points)
-    caption = "Perplexity against the time that quantization took on the machine of the record; all widths of all methods."
-    return Plot(f"effort-{model}", f"{model}: perplexity against time", caption, _svg(figure))
+    caption = (
+        "Perplexity against the time that quantization took on the machine of the record; "
+        "all widths of all methods."
+    )
+    return Plot(f"effort-{model}", f"{model}: perplexity against time", caption, svg_of(figure))
 
 
 def speed(records: list[Record], model: str) -> Plot | None:
     """Decode time against memory, both over the full-precision model."""
-    points = _points(records, "cost.ratios.loaded_bytes", "cost.ratios.speed.1.decode_seconds")
+    points = points_of(records, "cost.ratios.loaded_bytes", "cost.ratios.speed.1.decode_seconds")
     if not points:
         return None
     figure, (axes,) = _canvas()
@@ -237,8 +261,11 @@ def speed(records: list[Record], model: str) -> Plot | None:
     axes.set_xlabel("loaded memory, over full precision")
     axes.set_ylabel("seconds per token, batch 1,\nover full precision")
     _legend(figure, axes, points)
-    caption = "Decoding, packed model beside the full-precision one in the same run. Below the line is quicker."
-    return Plot(f"speed-{model}", f"{model}: decode time against memory", caption, _svg(figure))
+    caption = (
+        "Decoding with the packed model beside the full-precision one in the same run. "
+        "Below the line is quicker."
+    )
+    return Plot(f"speed-{model}", f"{model}: decode time against memory", caption, svg_of(figure))
 
 
 # --- errors ---------------------------------------------------------------------------------------
@@ -267,8 +294,11 @@ def heat_map(records: list[Record], model: str) -> Plot | None:
     _name_linears(axes, names)
     bar = figure.colorbar(image, ax=axes, pad=0.01, fraction=0.03)
     bar.set_label("log10 of the relative squared error", fontsize=8)
-    caption = "Error of every linear's weight, |W - Ŵ|² / |W|², least at the top; from the checkpoints' own reports."
-    return Plot(f"errors-{model}", f"{model}: error, linear by linear", caption, _svg(figure))
+    caption = (
+        "Error of every linear's weight, |W - Ŵ|² / |W|², least at the top; "
+        "from the checkpoints' own reports."
+    )
+    return Plot(f"errors-{model}", f"{model}: error, linear by linear", caption, svg_of(figure))
 
 
 def _by_error(record: Record) -> float:
@@ -294,36 +324,30 @@ def _name_linears(axes: Axes, names: list[str]) -> None:
 # --- shared ---------------------------------------------------------------------------------------
 
 
-def _headline(records: list[Record], kind: str) -> str:
-    """Where the figure of this kind stands that the records are judged by."""
-    found = [
+def headline_of(records: Sequence[Record], kind: str) -> str:
+    """Path in a record to the figure of this kind that the records are judged by."""
+    paths = [
         f"results.{task}.{metric}"
         for task, metric in headlines(records)
         if KINDS.get(metric) == kind
     ]
-    return found[0] if found else "results"
+    return paths[0] if paths else "results"
 
 
-def _points(records: list[Record], x: str, y: str) -> list[Point]:
-    """Of the quantized cells that have both figures."""
-    found = []
+def points_of(records: Sequence[Record], x: str, y: str) -> list[Point]:
+    """A point for each quantized cell that has both figures; x and y are paths in a record."""
+    points = []
     for record in records:
-        a, b = record.find(x), record.find(y)
-        if (
-            record.quantized
-            and isinstance(a, int | float)
-            and isinstance(b, int | float)
-            and math.isfinite(b)
-        ):
-            width = f"{record.quantized['nominal_bits']:g}"
-            label = f"{record.cell['method']} {width}"
-            found.append(Point(a, b, record.cell["method"], record.cell["preset"], label))
-    return found
+        pair = (record.find(x), record.find(y))
+        if record.quantized and all(isinstance(value, int | float) for value in pair):
+            cell, bits = record.cell, record.quantized["nominal_bits"]
+            points.append(Point(*pair, cell["method"], cell["preset"], bits))
+    return [point for point in points if math.isfinite(point.y)]
 
 
 def _scatter(axes: Axes, points: list[Point]) -> None:
     for point in points:
-        colour, marker = LOOKS[list(METHODS).index(point.method) % len(LOOKS)]
+        colour, marker = point.look
         face = colour if point.preset == "best" else "white"
         axes.plot(
             point.x, point.y, marker, color=colour, markerfacecolor=face, markersize=6.5, zorder=3
@@ -332,19 +356,17 @@ def _scatter(axes: Axes, points: list[Point]) -> None:
 
 def _legend(figure: Figure, axes: Axes, points: list[Point]) -> None:
     """Every method that the plot shows, in the order of the methods."""
-    for method in sorted({p.method for p in points}, key=list(METHODS).index):
-        colour, marker = LOOKS[list(METHODS).index(method) % len(LOOKS)]
+    looks = {point.method: point.look for point in points}
+    for method in sorted(looks, key=list(METHODS).index):
+        colour, marker = looks[method]
         axes.plot([], [], marker, color=colour, label=method)
     figure.legend(loc="outside right upper", fontsize=9, handletextpad=0.2)
 
 
-def _full_precision(records: list[Record], path: str, scale: float) -> float | None:
-    found = [
-        record.find(path)
-        for record in records
-        if not record.quantized and record.find(path) is not None
-    ]
-    return found[0] * scale if found else None
+def full_precision(records: Sequence[Record], path: str, scale: float = 1) -> float | None:
+    """The figure of the full-precision cell, if there is one."""
+    figures = [record.find(path) for record in records if not record.quantized]
+    return next((figure * scale for figure in figures if figure is not None), None)
 
 
 def _line(axes: Axes, value: float, text: str) -> None:
@@ -374,7 +396,9 @@ def _canvas(height: float = 4.2, panels: int = 1) -> tuple[Figure, list[Axes]]:
     return figure, list(figure.subplots(1, panels, squeeze=False)[0])
 
 
-def _svg(figure: Figure) -> str:
+def svg_of(figure: Figure, transparent: bool = True) -> str:
+    """The figure as an SVG element. The same figure gives the same text."""
     text = io.StringIO()
-    figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    nothing = {"Date": None, "Creator": None}
+    figure.savefig(text, format="svg", transparent=transparent, metadata=nothing)
     return text.getvalue()[text.getvalue().index("<svg") :]

@@ -1,12 +1,15 @@
-"""One JSON file per cell: OUT/records/<name of the cell>.json, written whole or not at all.
+"""Records: one JSON file per cell, OUT/records/NAME.json, written whole or not at all.
 
 key         | what
 fingerprint | of the cell
-cell        | what was asked for: model, method, preset, options (and in full: config), tasks, calibration, seed, ...
-status      | done, refused (the input makes no sense: `reason` is one sentence), failed (`reason`, and `trace`)
-quantized   | method, config, nominal_bits, stored_bits, whole_model_bits, bytes, fingerprint, errors of the `linears`
-results     | task -> metric -> figure
-cost        | quantize, finetune (seconds, phases, peak_bytes, added_bytes), disk_bytes, own, reference, ratios
+cell        | what was asked for: the fields of `plan.Cell`; `config`: every option of the method
+status      | done; refused: the input makes no sense, see `reason`; failed: see `trace` too
+quantized   | method, config, nominal_bits, stored_bits, whole_model_bits, bytes, fingerprint,
+            | and the errors of the `linears`
+results     | task -> metric -> figure; also `divergence` from full precision, `answers` held out
+            | from fine-tuning, and `answers_before` it
+cost        | quantize, finetune (seconds, processor_seconds, phases, peak_bytes, added_bytes),
+            | disk_bytes, own, reference, ratios
 run         | machine, versions, device, threads, when it began, seconds, log file
 """
 
@@ -14,7 +17,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +31,7 @@ _VOLATILE = ("cost", "run")
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """What became of a cell."""
+    """What became of a cell; see the head of this file."""
 
     cell: dict[str, Any]
     fingerprint: str
@@ -44,11 +47,9 @@ class Record:
 
     @classmethod
     def of(cls, cell: Cell, status: str, **figures: Any) -> Record:
-        asked = json.loads(
-            json.dumps({**asdict(cell), "config": cell.config})
-        )  # tuples are lists, as they come back
+        asked = json.dumps({**asdict(cell), "config": cell.config})
         return cls(
-            cell=asked,
+            cell=json.loads(asked),  # with lists for tuples, as when it is read from its file
             fingerprint=cell.fingerprint,
             name=cell.name,
             title=cell.title,
@@ -62,8 +63,9 @@ class Record:
         return {key: value for key, value in asdict(self).items() if key not in _VOLATILE}
 
     def find(self, path: str) -> Any:
-        """The value at "results.llq_demo_ppl.token_perplexity"; None where there is none. Names may
-        not hold dots.
+        """The value at a path as "results.llq_demo_ppl.token_perplexity"; None where there is none.
+
+        Names in the path hold no dots.
         """
         first, *rest = path.split(".")
         value: Any = getattr(self, first, None)
@@ -88,8 +90,9 @@ def write_record(out: Path, record: Record) -> Path:
 
 
 def read_record(path: Path) -> Record:
-    """LLQError for a file that is no record: a broken one must not pass for a cell that was never
-    run.
+    """The record in a file.
+
+    LLQError for a file that is no record: a broken one must not count as a cell that never ran.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -102,17 +105,27 @@ def read_record(path: Path) -> Record:
 
 def read_records(out: Path) -> list[Record]:
     """All records of a study, by name. LLQError where there are none."""
-    found = [read_record(path) for path in sorted(records_folder(out).glob("*.json"))]
-    if not found:
+    records = [read_record(path) for path in sorted(records_folder(out).glob("*.json"))]
+    if not records:
         raise LLQError(f"{out} holds no records; run `llq study ... --out {out}` first")
-    return found
+    return records
 
 
 def pending(cells: Iterable[Cell], out: Path) -> list[Cell]:
-    """The cells that are not done: those never run, refused or failed. The latter two are tried
-    again.
-    """
+    """The cells that are not done: never run, refused or failed. The latter two are tried again."""
     return [cell for cell in cells if not _is_done(file_of(out, cell.name))]
+
+
+def relabel(cells: Iterable[Cell], out: Path) -> None:
+    """Give the records of cells that are done the cells' titles: a plan's labels may change."""
+    for cell in cells:
+        path = file_of(out, cell.name)
+        if not _is_done(path):
+            continue
+        record = read_record(path)
+        if (record.title, record.cell["label"]) != (cell.title, cell.label):
+            asked = {**record.cell, "label": cell.label}
+            write_record(out, replace(record, title=cell.title, cell=asked))
 
 
 def _is_done(path: Path) -> bool:

@@ -1,23 +1,26 @@
-"""Writes the report of a folder of records: one HTML page that holds all it shows, Markdown, CSV,
-LaTeX.
+"""Writes the report of a folder of records: tables and plots, in the formats that are asked for.
 
-report.html   tables, plots; every figure names its record on hover
-report.md     the tables, with the record of each line
-report.csv    every figure in a line of its own: table, line, column, text, record file, place in it, scale
-report.tex    the tables for booktabs and longtable, with the record of each line as a comment
+format | file        | what
+html   | report.html | tables and plots on one page; figures name their records on hover
+md     | report.md   | the tables, with the record of each line
+csv    | report.csv  | a line for each figure, with its record file, and its place and scale there
+latex  | report.tex  | the tables for booktabs and longtable; records as comments
+svg    | report.svg  | quality against stored bits, for a README: legible at a phone's width
 """
 
 from __future__ import annotations
 
 import csv
 import io
-import os
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from ..common.errors import LLQError
+from ..common.files import replaced
 from ..common.words import nearest
+from .cover import cover
 from .paper import asked_for
 from .plots import Plot, plots
 from .record import DONE, FAILED, REFUSED, Record, read_records
@@ -26,15 +29,15 @@ from .tables import (
     LEVEL_SIGNS,
     SAME,
     WORSE,
-    Grid,
     Line,
+    ReportTable,
     cost,
     overview,
     phases,
     provenance,
     study_tables,
+    unfinished,
 )
-from .tables import unfinished as unfinished_grid
 
 MARKS = (
     f"{LEVEL_SIGNS[SAME]} within the margin of the published figure, {LEVEL_SIGNS[BETTER]} better, "
@@ -42,37 +45,48 @@ MARKS = (
 )
 
 
-def write_report(out: Path, into: Path, formats: Sequence[str]) -> list[Path]:
-    """Report files of the study in `out`, written into a folder; their paths."""
-    for name in formats:
-        if name not in WRITERS:
+def write_report(out: Path, into: Path, formats: Sequence[str], name: str = "report") -> list[Path]:
+    """Write the report of the study in `out` to the folder `into`; returns the files' paths.
+
+    name: of the files, without their suffix. LLQError for a format that there is not, and where
+    there are no records.
+    """
+    for each in formats:
+        if each not in WRITERS:
             raise LLQError(
-                f"there is no format {name!r}{nearest(name, WRITERS)}; there are: {', '.join(WRITERS)}"
+                f"there is no format {each!r}{nearest(each, WRITERS)}; "
+                f"there are: {', '.join(WRITERS)}"
             )
     records = read_records(out)
-    grids = all_grids(records, asked_for(out))
+    tables = all_tables(records, asked_for(out))
     into.mkdir(parents=True, exist_ok=True)
     written = []
-    for name in formats:
-        suffix, write = WRITERS[name]
-        path = into / f"report.{suffix}"
-        draft = path.with_name(path.name + ".tmp")
-        draft.write_text(write(out, records, grids), encoding="utf-8")
-        os.replace(draft, path)
+    for each in formats:
+        suffix, write = WRITERS[each]
+        path = into / f"{name}.{suffix}"
+        with replaced(path) as draft:
+            draft.write_text(write(out, records, tables), encoding="utf-8")
         written.append(path)
     return written
 
 
-def all_grids(records: Sequence[Record], asked: Sequence[str]) -> list[Grid]:
-    """The report's tables, those that have lines."""
-    tables = [*overview(records), *study_tables(records, asked), cost(records), phases(records)]
-    return [grid for grid in [*tables, unfinished_grid(records), provenance(records)] if grid.lines]
+def all_tables(records: Sequence[Record], asked: Sequence[str]) -> list[ReportTable]:
+    """The report's tables, those that have lines. asked: presets of the study's tables."""
+    tables = [
+        *overview(records),
+        *study_tables(records, asked),
+        cost(records),
+        phases(records),
+        unfinished(records),
+        provenance(records),
+    ]
+    return [table for table in tables if table.lines]
 
 
 # --- one page -------------------------------------------------------------------------------------
 
 
-def html(out: Path, records: Sequence[Record], grids: Sequence[Grid]) -> str:
+def html(out: Path, records: Sequence[Record], tables: Sequence[ReportTable]) -> str:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     folder = FileSystemLoader(Path(__file__).parent)
@@ -84,7 +98,7 @@ def html(out: Path, records: Sequence[Record], grids: Sequence[Grid]) -> str:
         title=_title(out),
         facts=_facts(records),
         plots=drawn,
-        grids=_noted(grids),
+        tables=_noted(tables),
         signs=LEVEL_SIGNS,
     )
 
@@ -94,7 +108,7 @@ def _title(out: Path) -> str:
 
 
 def _facts(records: Sequence[Record]) -> list[tuple[str, int]]:
-    """What stands at the head of the page."""
+    """Names and figures for the head of the page."""
     counts = Counter(record.status for record in records)
     models = {record.cell["model"] for record in records}
     methods = {record.quantized["method"] for record in records if record.quantized}
@@ -104,28 +118,32 @@ def _facts(records: Sequence[Record]) -> list[tuple[str, int]]:
     return [*names, ("models", len(models)), ("methods", len(methods))]
 
 
-def _noted(grids: Sequence[Grid]) -> list[Grid]:
-    """The grids, those with marks explaining them."""
-    marked = [any(value.mark for line in grid.lines for value in line.values) for grid in grids]
+def _noted(tables: Sequence[ReportTable]) -> list[ReportTable]:
+    """The tables, with a note on the marks for those that have some."""
+
+    def marked(table: ReportTable) -> bool:
+        return any(value.mark for line in table.lines for value in line.values)
+
     return [
-        Grid(g.name, g.title, g.head, g.lines, [MARKS, *g.notes] if has else g.notes, g.words)
-        for g, has in zip(grids, marked, strict=True)
+        replace(table, notes=[MARKS, *table.notes]) if marked(table) else table for table in tables
     ]
 
 
 # --- text -----------------------------------------------------------------------------------------
 
 
-def markdown(out: Path, records: Sequence[Record], grids: Sequence[Grid]) -> str:
+def markdown(out: Path, records: Sequence[Record], tables: Sequence[ReportTable]) -> str:
     parts = [f"# {_title(out)}\n"]
-    for grid in _noted(grids):
-        rule = ["---" if i < grid.words else "---:" for i in range(len(grid.head))]
-        rows = [[*(value.signed for value in line.values), _record_of(line)] for line in grid.lines]
-        table = [[*grid.head, "record"], [*rule, "---"], *rows]
-        lines = [
-            "| " + " | ".join(text.replace("|", r"\|") for text in row) + " |" for row in table
+    for table in _noted(tables):
+        rule = ["---" if i < table.words else "---:" for i in range(len(table.head))]
+        rows = [
+            [*(value.signed for value in line.values), _record_of(line)] for line in table.lines
         ]
-        parts.append("\n".join([f"## {grid.title}\n", *lines, "", *grid.notes, ""]))
+        lines = [
+            "| " + " | ".join(text.replace("|", r"\|") for text in row) + " |"
+            for row in ([*table.head, "record"], [*rule, "---"], *rows)
+        ]
+        parts.append("\n".join([f"## {table.title}\n", *lines, "", *table.notes, ""]))
     return "\n".join(parts)
 
 
@@ -133,21 +151,22 @@ def _record_of(line: Line) -> str:
     return ", ".join(dict.fromkeys(value.record for value in line.values if value.record))
 
 
-def comma_separated(out: Path, records: Sequence[Record], grids: Sequence[Grid]) -> str:
+def comma_separated(out: Path, records: Sequence[Record], tables: Sequence[ReportTable]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(
         ["table", "line", "label", "column", "text", "mark", "record", "figure", "scale"]
     )
-    for grid in grids:
-        for number, line in enumerate(grid.lines, start=1):
-            label = " ".join(filter(None, (value.text for value in line.values[: grid.words])))
-            for name, value in zip(grid.head[grid.words :], line.values[grid.words :], strict=True):
+    for table in tables:
+        for number, line in enumerate(table.lines, start=1):
+            words, figures = line.values[: table.words], line.values[table.words :]
+            label = " ".join(filter(None, (value.text for value in words)))
+            for name, value in zip(table.head[table.words :], figures, strict=True):
                 if value.text:
                     file = f"records/{value.record}.json" if value.record else ""
                     traced = [file, value.figure, value.scale if file else ""]
                     writer.writerow(
-                        [grid.name, number, label, name, value.text, value.mark, *traced]
+                        [table.name, number, label, name, value.text, value.mark, *traced]
                     )
     return text.getvalue()
 
@@ -159,25 +178,25 @@ LATEX = str.maketrans(
 )
 
 
-def latex(out: Path, records: Sequence[Record], grids: Sequence[Grid]) -> str:
+def latex(out: Path, records: Sequence[Record], tables: Sequence[ReportTable]) -> str:
     """Tables to \\input; they need booktabs, longtable, amssymb."""
-    return "\n".join(_latex_table(grid) for grid in _noted(grids))
+    return "\n".join(_latex_table(table) for table in _noted(tables))
 
 
-def _latex_table(grid: Grid) -> str:
-    columns = "l" * grid.words + "r" * (len(grid.head) - grid.words)
-    head = " & ".join(rf"\textbf{{{name.translate(LATEX)}}}" for name in grid.head)
+def _latex_table(table: ReportTable) -> str:
+    columns = "l" * table.words + "r" * (len(table.head) - table.words)
+    head = " & ".join(rf"\textbf{{{name.translate(LATEX)}}}" for name in table.head)
     lines = [
         " & ".join(value.signed.translate(LATEX) for value in line.values)
         + rf" \\ % {_record_of(line)}"
-        for line in grid.lines
+        for line in table.lines
     ]
-    notes = [note.translate(LATEX) + r"\par" for note in grid.notes]
+    notes = [note.translate(LATEX) + r"\par" for note in table.notes]
     return "\n".join(
         [
-            f"% {grid.title}",
+            f"% {table.title}",
             rf"\begin{{longtable}}{{{columns}}}",
-            rf"\caption{{{grid.title.translate(LATEX)}}}\label{{tab:{grid.name}}} \\",
+            rf"\caption{{{table.title.translate(LATEX)}}}\label{{tab:{table.name}}} \\",
             rf"\toprule {head} \\ \midrule \endhead",
             *lines,
             r"\bottomrule",
@@ -188,10 +207,18 @@ def _latex_table(grid: Grid) -> str:
     )
 
 
-Writer = Callable[[Path, Sequence[Record], Sequence[Grid]], str]
-WRITERS: dict[str, tuple[str, Writer]] = {
+def svg(out: Path, records: Sequence[Record], tables: Sequence[ReportTable]) -> str:
+    picture = cover(records)
+    if picture is None:
+        raise LLQError(f"{out} has no record with stored bits and a perplexity to draw")
+    return picture
+
+
+Writer = Callable[[Path, Sequence[Record], Sequence[ReportTable]], str]
+WRITERS: dict[str, tuple[str, Writer]] = {  # format -> suffix of the file, what it holds
     "html": ("html", html),
     "md": ("md", markdown),
     "csv": ("csv", comma_separated),
     "latex": ("tex", latex),
+    "svg": ("svg", svg),
 }

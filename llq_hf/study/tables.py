@@ -1,5 +1,6 @@
-"""The tables of a report, each made once and written four ways. Every figure knows the record it
-stands in.
+"""The tables of a report. Each is made once and written in every format.
+
+Every figure knows the record it stands in.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from itertools import groupby
 from typing import Any
 
 from . import paper
-from .paper import Column, Row, Table
+from .paper import Column, PublishedRow, PublishedTable
 from .plan import figure_for, stand_ins
 from .record import DONE, Record
 
@@ -21,7 +22,7 @@ LEVEL_SIGNS = {BETTER: "▲", WORSE: "▼", SAME: "≈", "": ""}
 
 @dataclass(frozen=True)
 class Value:
-    """What one cell of a table shows. figure: where in the record of that name it stands."""
+    """What one place of a table shows. figure: where it stands in the record of that name."""
 
     text: str = ""
     record: str = ""
@@ -41,7 +42,7 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Grid:
+class ReportTable:
     name: str  # of the file, and of the place in the page
     title: str
     head: list[str]
@@ -58,16 +59,20 @@ def figure(record: Record, path: str, show: Callable[[Any], str], scale: float =
     return Value(show(value * scale), record.name, path, scale)
 
 
-def bits(value: float) -> str:
+def plain(value: float) -> str:
     return f"{value:g}"
 
 
-def stored(value: float) -> str:
+def three_digits(value: float) -> str:
     return f"{value:.3f}"
 
 
+def four_digits(value: float) -> str:
+    return f"{value:.4f}"
+
+
 def perplexity(value: float) -> str:
-    return f"{value:.3f}" if value < 1000 else f"{value:.1e}".replace("e+0", "e")
+    return three_digits(value) if value < 1000 else f"{value:.1e}".replace("e+0", "e")
 
 
 def percent(value: float) -> str:
@@ -80,33 +85,51 @@ def amount(value: float) -> str:
 
 # --- all cells ------------------------------------------------------------------------------------
 
-PERPLEXITY, ACCURACY = "perplexity", "accuracy"
-KINDS = {"token_perplexity": PERPLEXITY, "acc": ACCURACY, "accuracy": ACCURACY}  # of the metrics
+PERPLEXITY = "perplexity"
+DIVERGENCE = "divergence"
+LOSS = "loss"
+ACCURACY = "accuracy"
+RANKS = (PERPLEXITY, DIVERGENCE, LOSS, ACCURACY)
+KINDS = {  # of the metrics
+    "token_perplexity": PERPLEXITY,
+    "kl": DIVERGENCE,
+    "loss": LOSS,
+    "acc": ACCURACY,
+    "accuracy": ACCURACY,
+}
+SHOWN: dict[str | None, tuple[Callable[[float], str], float]] = {  # how, and times what
+    PERPLEXITY: (perplexity, 1.0),
+    DIVERGENCE: (four_digits, 1.0),
+    LOSS: (three_digits, 1.0),
+    ACCURACY: (percent, 100.0),
+    None: (perplexity, 1.0),  # any other metric
+}
 
 
 def headlines(records: Iterable[Record]) -> list[tuple[str, str]]:
-    """(task, metric) of what the records are judged by: perplexities, then accuracies, then what
-    else there is.
+    """(task, metric) of what the records are judged by: perplexities first, accuracies last.
 
-    Within each, the tasks that were asked for come first, in that order.
+    Within each kind, the tasks that were asked for come first, in that order. Where no metric is of
+    a kind that we know: all metrics.
     """
     records = list(records)
     asked = [task for record in records for task in record.cell["tasks"]]
-    found = {
+    pairs = {
         (task, metric) for r in records for task, metrics in r.results.items() for metric in metrics
     }
-    known = [pair for pair in found if pair[1] in KINDS]
-    chosen = known or [pair for pair in found if "stderr" not in pair[1]]
+    known = [pair for pair in pairs if pair[1] in KINDS]
+    chosen = known or [pair for pair in pairs if "stderr" not in pair[1]]
 
     def rank(pair: tuple[str, str]) -> tuple[Any, ...]:
-        place = asked.index(pair[0]) if pair[0] in asked else len(asked)
-        kind = KINDS.get(pair[1])
-        return (kind != PERPLEXITY, kind != ACCURACY, place, pair[0].count("_"), pair)
+        task, metric = pair
+        kind = RANKS.index(KINDS[metric]) if metric in KINDS else len(RANKS)
+        place = asked.index(task) if task in asked else len(asked)
+        return (kind, place, task.count("_"), pair)
 
     return sorted(chosen, key=rank)
 
 
-def overview(records: Sequence[Record]) -> list[Grid]:
+def overview(records: Sequence[Record]) -> list[ReportTable]:
     """A table per model: every finished cell with its bits and figures."""
     done = [r for r in records if r.status == DONE]
     by_model = groupby(
@@ -115,19 +138,16 @@ def overview(records: Sequence[Record]) -> list[Grid]:
     return [_overview(model, list(group)) for model, group in by_model]
 
 
-def _overview(model: str, records: list[Record]) -> Grid:
+def _overview(model: str, records: list[Record]) -> ReportTable:
     columns = headlines(records)[:10]
-    head = [
-        "method",
-        "options",
-        "preset",
-        "nominal bits",
-        "stored bits",
-        "whole model",
-        *map(_headline, columns),
-    ]
+    bits = ["nominal bits", "stored bits", "whole model"]
+    head = ["cell", *bits, *map(_headline, columns), "seconds"]
     lines = [_overview_line(record, columns) for record in sorted(records, key=_order)]
-    return Grid(f"cells-{model.replace('/', '-')}", f"All cells of {model}", head, lines, words=3)
+    name = f"cells-{model.replace('/', '-')}"
+    return ReportTable(name, f"All cells of {model}", head, lines, [OVERVIEW_NOTE])
+
+
+OVERVIEW_NOTE = "Seconds: of quantizing, calibration included."
 
 
 def _headline(pair: tuple[str, str]) -> str:
@@ -136,28 +156,19 @@ def _headline(pair: tuple[str, str]) -> str:
 
 
 def _overview_line(record: Record, columns: list[tuple[str, str]]) -> Line:
-    lora = [f"LoRA on {record.cell['finetune'].get('data')}"] if record.cell["finetune"] else []
-    options = ", ".join([*(f"{k}={v}" for k, v in record.cell["options"].items()), *lora])
-    words = (
-        [record.cell["method"], options, record.cell["preset"]]
-        if record.quantized
-        else ["full precision", "", ""]
-    )
-    values = [Value(word) for word in words]
-    for key, show in (
-        ("nominal_bits", bits),
-        ("stored_bits", stored),
-        ("whole_model_bits", stored),
-    ):
-        values.append(figure(record, f"quantized.{key}", show))
+    values = [
+        Value(record.title),
+        figure(record, "quantized.nominal_bits", plain),
+        figure(record, "quantized.stored_bits", three_digits),
+        figure(record, "quantized.whole_model_bits", three_digits),
+    ]
     for task, metric in columns:
-        show, scale = (percent, 100.0) if KINDS.get(metric) == ACCURACY else (perplexity, 1.0)
-        values.append(figure(record, f"results.{task}.{metric}", show, scale))
-    return Line(values)
+        values.append(figure(record, f"results.{task}.{metric}", *SHOWN[KINDS.get(metric)]))
+    return Line([*values, figure(record, "cost.quantize.seconds", amount)])
 
 
 def _order(record: Record) -> tuple[Any, ...]:
-    """Full precision, then by method as they come, widest first, study before best."""
+    """Full precision, then by method, widest first, preset study before best."""
     width = record.quantized.get("nominal_bits", 0)
     return (
         bool(record.quantized),
@@ -171,29 +182,28 @@ def _order(record: Record) -> tuple[Any, ...]:
 # --- the study's tables ---------------------------------------------------------------------------
 
 
-def study_tables(records: Sequence[Record], asked: Sequence[str]) -> list[Grid]:
-    """The study's tables that were asked for (`asked`, names of presets) or have figures of ours
-    for a quantized row.
+def study_tables(records: Sequence[Record], asked: Sequence[str]) -> list[ReportTable]:
+    """The study's tables that were asked for, or that we have figures for.
 
-    A bundled model stands in for a table's own only where that table was asked for.
+    asked: names of presets. A bundled model stands in for a table's own model only where that table
+    was asked for.
     """
     bundled = sorted({str(record.cell["model"]) for record in records} & set(stand_ins()))
     made = [
         (table, _study_table(table, records, bundled if table.preset in asked else []))
-        for table in _tables()
+        for table in paper.tables().values()
     ]
-    return [grid for table, (grid, rows) in made if table.preset in asked or rows]
+    return [shown for table, (shown, rows) in made if table.preset in asked or rows]
 
 
-def _tables() -> list[Table]:
-    return list(paper.tables().values())
-
-
-def _study_table(table: Table, records: Sequence[Record], bundled: list[str]) -> tuple[Grid, int]:
+def _study_table(
+    table: PublishedTable, records: Sequence[Record], bundled: list[str]
+) -> tuple[ReportTable, int]:
     """The table with our lines in it, and how many quantized rows have some."""
     identity = list(table.rows[0].identity)
     head = ["method", *identity, "", "stored bits", *(column.name for column in table.columns)]
-    lines, rows = [], 0
+    lines: list[Line] = []
+    rows = 0
     for row in table.rows:
         names = [Value(row.label), *(Value(str(row.identity[key])) for key in identity)]
         published = [
@@ -201,23 +211,26 @@ def _study_table(table: Table, records: Sequence[Record], bundled: list[str]) ->
             for value, c in zip(table.published(row), table.columns, strict=True)
         ]
         lines.append(Line([*names, Value("published"), Value(), *published], "published"))
-        found = paper.matching(row, list(records))
+        matching = paper.matching(row, list(records))
         ours = [
-            *_ours(table, row, found),
-            *(_stand_in(table, r) for r in found if r.cell["model"] in bundled),
+            *_ours(table, row, matching),
+            *(_stand_in(table, r) for r in matching if r.cell["model"] in bundled),
         ]
         ours = [values for values in ours if any(value.text for value in values[2:])]
         lines += [Line([*(Value() for _ in names), *values], "ours") for values in ours]
-        rows += bool(ours) and any(record.quantized for record in found)
+        rows += bool(ours) and any(record.quantized for record in matching)
     notes = [f"Published: {table.source}.", *table.notes, *_stand_in_note(bundled)]
     title = f"Table {table.number}. {table.title}"
-    return Grid(f"table{table.number}", title, head, lines, notes, words=len(identity) + 2), rows
+    return ReportTable(
+        f"table{table.number}", title, head, lines, notes, words=len(identity) + 2
+    ), rows
 
 
 def _stand_in_note(bundled: list[str]) -> list[str]:
     return [
-        f"{model} ran in place of the study's models, on its own task {stand_ins()[model]['task']}; each figure stands "
-        "in the first column of its kind. It is a figure of another model, so no difference is marked."
+        f"{model} ran in place of the study's models, on its own task "
+        f"{stand_ins()[model]['task']}; each figure stands in the first column of its kind. It is "
+        "a figure of another model, so no difference is marked."
         for model in bundled
     ]
 
@@ -230,14 +243,15 @@ def _printed(value: float | str | None, column: Column) -> str:
     return f"{value:g}" if column.within is None or round(value, 1) != value else f"{value:.1f}"
 
 
-def _ours(table: Table, row: Row, found: list[Record]) -> Iterable[list[Value]]:
+def _ours(
+    table: PublishedTable, row: PublishedRow, matching: list[Record]
+) -> Iterable[list[Value]]:
     """Our lines of a row: one per preset and seed, with the records of all the table's models."""
     lines: dict[tuple[str, int], dict[str, Record]] = defaultdict(dict)
-    for record in found:
+    for record in matching:
         if record.cell["model"] in table.models:
-            lines[record.cell["preset"], record.cell["seed"]].setdefault(
-                record.cell["model"], record
-            )
+            line = lines[record.cell["preset"], record.cell["seed"]]
+            line.setdefault(record.cell["model"], record)
     for (preset, seed), by_model in lines.items():
         first = next(iter(by_model.values()))
         words = [
@@ -245,7 +259,7 @@ def _ours(table: Table, row: Row, found: list[Record]) -> Iterable[list[Value]]:
             *([preset] if preset != "study" else []),
             *([f"seed {seed}"] if seed else []),
         ]
-        values = [Value(", ".join(words)), figure(first, "quantized.stored_bits", stored)]
+        values = [Value(", ".join(words)), figure(first, "quantized.stored_bits", three_digits)]
         for column, printed in zip(table.columns, table.published(row), strict=True):
             values.append(_compared(by_model.get(column.model or table.models[0]), column, printed))
         yield values
@@ -264,10 +278,11 @@ def _compared(record: Record | None, column: Column, printed: float | str | None
     return Value(value.text, value.record, value.figure, value.scale, mark)
 
 
-def _stand_in(table: Table, record: Record) -> list[Value]:
+def _stand_in(table: PublishedTable, record: Record) -> list[Value]:
     preset = record.cell["preset"]
     name = f"{record.cell['model']}{'' if preset == 'study' else f', {preset}'}"
-    values, shown = [Value(name), figure(record, "quantized.stored_bits", stored)], set()
+    values = [Value(name), figure(record, "quantized.stored_bits", three_digits)]
+    shown = set()
     for column in table.columns:
         path = figure_for(record.cell["model"], column.figure)
         share = column.better == "higher" and column.within is not None
@@ -283,45 +298,57 @@ def _stand_in(table: Table, record: Record) -> list[Value]:
 # --- cost -----------------------------------------------------------------------------------------
 
 
-def cost(records: Sequence[Record]) -> Grid:
+def cost(records: Sequence[Record]) -> ReportTable:
     """Time, memory, size and speed of every finished cell."""
     done = sorted(
         (r for r in records if r.status == DONE), key=lambda r: (r.cell["model"], *_order(r))
     )
-    batches = sorted({b for r in done for b in (r.find("cost.own.speed") or {})}, key=int)
-    head = ["model", "cell", "quantized in (s)", "memory (MiB)", "on disk (MiB)", "loaded (MiB)"]
-    figures: list[tuple[str, float]] = [
-        ("cost.quantize.seconds", 1),
-        ("cost.quantize.added_bytes", 2**-20),
-    ]
-    figures += [("cost.disk_bytes", 2**-20), ("cost.own.loaded_bytes", 2**-20)]
-    for batch in batches:
-        for phase in ("prefill", "decode"):
-            head += [f"{phase} tok/s, batch {batch}", "x the time"]
-            figures.append((f"cost.own.speed.{batch}.{phase}_tokens_per_second", 1))
-            figures.append((f"cost.ratios.speed.{batch}.{phase}_seconds", 1))
+    columns = _cost_columns(done)
     lines = [
         Line(
             [
-                Value(r.cell["model"]),
-                Value(r.title),
-                *(figure(r, path, amount, scale) for path, scale in figures),
+                Value(record.cell["model"]),
+                Value(record.title),
+                *(figure(record, path, amount, scale) for _, path, scale in columns),
             ]
         )
-        for r in done
+        for record in done
     ]
-    return Grid("cost", "Cost", head, lines, COST_NOTES, words=2)
+    head = ["model", "cell", *(name for name, _, _ in columns)]
+    return ReportTable("cost", "Cost", head, lines, COST_NOTES, words=2)
+
+
+def _cost_columns(records: Sequence[Record]) -> list[tuple[str, str, float]]:
+    """(head, place in a record, scale) of what was measured."""
+    columns = [
+        ("quantized in (s)", "cost.quantize.seconds", 1.0),
+        ("processor (s)", "cost.quantize.processor_seconds", 1.0),
+        ("memory (MiB)", "cost.quantize.added_bytes", 2**-20),
+    ]
+    if any(r.find("cost.finetune") for r in records):
+        columns.append(("fine-tuned in (s)", "cost.finetune.seconds", 1.0))
+    columns += [
+        ("on disk (MiB)", "cost.disk_bytes", 2**-20),
+        ("loaded (MiB)", "cost.own.loaded_bytes", 2**-20),
+    ]
+    for batch in sorted({b for r in records for b in (r.find("cost.own.speed") or {})}, key=int):
+        for phase in ("prefill", "decode"):
+            speed = f"cost.own.speed.{batch}.{phase}_tokens_per_second"
+            columns.append((f"{phase} tok/s, batch {batch}", speed, 1.0))
+            columns.append(("x the time", f"cost.ratios.speed.{batch}.{phase}_seconds", 1.0))
+    return columns
 
 
 COST_NOTES = [
-    "Quantized in: seconds of the run that made the checkpoint, calibration included. Memory: what that run added at "
-    "its peak to what the process held before it, resident on a CPU, allocated on a GPU.",
-    "x the time: over the full-precision model, which was timed in turn with this one in the same run; above 1 is "
-    "slower. Medians of the rounds that the record lists.",
+    "Quantized in: seconds of the run that made the checkpoint, calibration included. Processor: "
+    "seconds of all its threads together. Memory: what that run added at its peak to what the "
+    "process held before it, resident on a CPU, allocated on a GPU.",
+    "x the time: over the full-precision model, which was timed in turn with this one in the same "
+    "run; above 1 is slower. Medians of the rounds that the record lists.",
 ]
 
 
-def phases(records: Sequence[Record]) -> Grid:
+def phases(records: Sequence[Record]) -> ReportTable:
     """Where the seconds of quantization went."""
     made = sorted(
         (r for r in records if r.find("cost.quantize.phases")),
@@ -338,13 +365,13 @@ def phases(records: Sequence[Record]) -> Grid:
         )
         for r in made
     ]
-    return Grid("phases", "Quantization by phase (seconds)", ["cell", *names], lines)
+    return ReportTable("phases", "Quantization by phase (seconds)", ["cell", *names], lines)
 
 
 # --- what did not run, and where everything stands ------------------------------------------------
 
 
-def unfinished(records: Sequence[Record]) -> Grid:
+def unfinished(records: Sequence[Record]) -> ReportTable:
     """Refused and failed cells, each with its reason."""
     lines = [
         Line(
@@ -358,12 +385,12 @@ def unfinished(records: Sequence[Record]) -> Grid:
         for r in records
         if r.status != DONE
     ]
-    return Grid(
+    return ReportTable(
         "unfinished", "Refused and failed", ["model", "cell", "status", "reason"], lines, words=4
     )
 
 
-def provenance(records: Sequence[Record]) -> Grid:
+def provenance(records: Sequence[Record]) -> ReportTable:
     """Every record: its file, the machine and the versions."""
     head = ["record", "status", "began", "seconds", "device", "threads", "versions"]
     lines = [
@@ -374,10 +401,10 @@ def provenance(records: Sequence[Record]) -> Grid:
                 Value(str(r.run.get("began", ""))),
                 figure(r, "run.seconds", amount),
                 Value(f"{r.run.get('device', '')} ({r.run.get('processor', '')})" if r.run else ""),
-                figure(r, "run.threads", bits),
+                figure(r, "run.threads", plain),
                 Value(", ".join(f"{k} {v}" for k, v in r.run.get("versions", {}).items())),
             ]
         )
         for r in records
     ]
-    return Grid("records", "Records", head, lines, words=1)
+    return ReportTable("records", "Records", head, lines, words=1)

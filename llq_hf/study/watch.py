@@ -1,20 +1,11 @@
-"""What a person sees while a sweep goes on: cells done, time left, the cell at work and what it is
-doing.
-"""
+"""Progress bars of a sweep: cells done, time left, the cell at work and its stage."""
 
 from __future__ import annotations
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import TaskID
 
+from ..common.terminal import progress_bars
 from .launch import Watcher
 from .plan import Cell
 from .record import DONE, Record
@@ -24,16 +15,8 @@ class RichWatcher(Watcher):
     """Bars on stderr, and a line for every finished cell."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self._console = console or Console(stderr=True)
-        self._bars = Progress(
-            TextColumn("[bold]{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(elapsed_when_finished=True),
-            TextColumn("[dim]{task.fields[note]}"),
-            console=self._console,
-        )
+        self._bars = progress_bars(console)
+        self._console = self._bars.console
         self._cells: TaskID | None = None
         self._stage: TaskID | None = None
         self._note = ""

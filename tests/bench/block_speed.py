@@ -1,12 +1,13 @@
-"""Time to quantize one block of LLaMA-3-8B's shape by GPTQ on the CPU: llq, llm-compressor and
-GPTQModel in turn.
+"""Measures how long GPTQ takes for one block of LLaMA-3-8B's shape, here and in other tools.
 
-    python tests/bench/block_speed.py [--samples 16] [--length 2048] [--threads 2] [--peers llmcompressor,gptqmodel]
+    python tests/bench/block_speed.py [--samples 16] [--length 2048] [--threads 2]
+        [--peers llmcompressor,gptqmodel]
 
-The same random checkpoint of one block and the same random token ids for all; 4 bits, groups of
-128. Each tool runs as a process of its own (the peers in environments that uv makes for them, 6 GB
-each), whole: loading, quantizing and saving. Printed are the seconds of the clock and of the
-processor, and ratios of the latter to ours: on a machine with other work they are the fairer ones.
+All tools get the same random checkpoint of one block and the same random token ids; 4 bits, groups
+of 128, on the CPU. Each runs as a process of its own, the peers in environments that uv makes for
+them (6 GB each). The whole process counts: loading, quantizing and saving. It prints the seconds of
+the clock and of the processor, and ratios of the latter to ours, which are the fairer ones on a
+machine with other work.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ from llmcompressor.modifiers.gptq import GPTQModifier
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained(model_path, dtype="bfloat16")
 rows = Dataset.from_dict({"input_ids": ids.tolist(), "attention_mask": np.ones_like(ids).tolist()})
-recipe = GPTQModifier(targets="Linear", scheme="W4A16_ASYM", ignore=["lm_head"], dampening_frac=0.01)
+how = {"targets": "Linear", "scheme": "W4A16_ASYM", "ignore": ["lm_head"]}
+recipe = GPTQModifier(**how, dampening_frac=0.01)
 size = {"max_seq_length": ids.shape[1], "num_calibration_samples": len(ids)}
 oneshot(model=model, dataset=rows, recipe=recipe, **size)
 model.save_pretrained(out)
@@ -58,7 +60,7 @@ model.save(out)
 
 
 def timed(command: Sequence[str | Path], log: Path) -> tuple[float, float]:
-    """Seconds of the clock and of the processor; exits with the end of its output where it fails."""
+    """Seconds of the clock and of the processor; exits with the log's end where it fails."""
     started = time.perf_counter()
     with log.open("wb") as file:
         process = subprocess.Popen(
@@ -118,7 +120,8 @@ def main() -> None:
             files = [str(root / "model"), str(root / peer), str(root / "ids.npy")]
             python = environment(Path(tempfile.gettempdir()) / f"llq-{peer}", PACKAGES[peer])
             commands[peer] = [str(python), "-c", PROGRAMS[peer], *files]
-        shape = f"hidden {args.hidden}, ffn {args.ffn}, {args.samples} x {args.length} tokens, {args.threads} threads"
+        size = f"hidden {args.hidden}, ffn {args.ffn}, {args.samples} x {args.length} tokens"
+        shape = f"{size}, {args.threads} threads"
         print(f"GPTQ, 4 bits, groups of 128, one block: {shape}\n")
         print("| tool | clock | processor | ratio |\n|---|---|---|---|")
         base = 0.0

@@ -1,10 +1,11 @@
-"""The `gptq` and `awq` exports of the demo model in GPTQModel, on the CPU, beside our own logits.
+"""Checks the `gptq` and `awq` exports of the demo model: GPTQModel's logits beside our own.
 
     python tests/bench/check_exports.py [--environment /tmp/llq-gptqmodel]
 
-GPTQModel cannot live in one environment with lmms-eval, so uv makes one for it (6 GB) unless it is
-there. Prints the largest difference of a logit in fp32 arithmetic, next to the spread of the
-logits, and fails where it is more than what fp16 scales folded once more explain.
+GPTQModel cannot be installed beside lmms-eval, so uv makes an environment for it (6 GB) unless it
+is there. The script runs on the CPU. It prints the largest difference of a logit in fp32
+arithmetic, next to the spread of the logits, and fails where the difference is more than what
+rounding scales to fp16 once more explains.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ import torch
 from safetensors.torch import save_file
 {imports}
 with torch.no_grad():
-    save_file({{"logits": model(torch.arange(2, 66)[None]).logits.float().contiguous()}}, sys.argv[2])
+    logits = model(torch.arange(2, 66)[None]).logits.float().contiguous()
+save_file({{"logits": logits}}, sys.argv[2])
 """
 OURS = LOGITS.format(
     imports="from transformers import AutoModelForCausalLM\n"
@@ -44,7 +46,8 @@ OURS = LOGITS.format(
 THEIRS = LOGITS.format(
     imports="from gptqmodel import BACKEND, GPTQModel\n"
     "backend = BACKEND.TORCH_AWQ if sys.argv[3] == 'awq' else BACKEND.TORCH\n"
-    "model = GPTQModel.load(sys.argv[1], backend=backend, device='cpu', dtype=torch.float16).model.eval()"
+    "how = {'backend': backend, 'device': 'cpu', 'dtype': torch.float16}\n"
+    "model = GPTQModel.load(sys.argv[1], **how).model.eval()"
 )
 TOLERANCE = 0.02  # of the logits' standard deviation: GPTQModel computes in fp16
 

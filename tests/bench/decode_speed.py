@@ -1,11 +1,10 @@
-"""Whole decoding steps from packed weights beside bf16, on a random checkpoint in the shape of
-LLaMA-3-8B.
+"""Measures whole decoding steps from packed weights beside bf16, in the shape of LLaMA-3-8B.
 
     python tests/bench/decode_speed.py [--methods rtn:4,rtn:2] [--blocks 4] [--threads 1]
 
-Makes the checkpoint (436 MB a block; the vocabulary is small, for real heads stay dense), quantizes
-it and calls `llq bench`: attention, norms and Python count as they do in use. Sizes stand beside
-it: what is loaded should be the file.
+It makes a random checkpoint (436 MB a block; the vocabulary is small, as heads stay dense anyway),
+quantizes it and calls `llq bench`: attention, norms and Python count as they do in use. It also
+prints sizes: the loaded weights should be as large as the file.
 """
 
 from __future__ import annotations

@@ -1,10 +1,9 @@
-"""The cards of the demo checkpoints in `model_cards/`: quantize, score, `llq card`, all by the
-commands of README.
+"""Makes the cards of the demo checkpoints in `model_cards/`: quantize, score, `llq card`.
 
     python tests/bench/demo_cards.py [--out model_cards]
 
-About two minutes on one core. A card changes when the code, the demo model or the last digit of a
-sum does.
+It takes about two minutes on one core. A card changes when the code, the demo model or the last
+digit of a sum does.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
-"""Speed of one packed linear beside bf16 F.linear, on LLaMA-3-8B's shapes: how many times as fast,
-batch by batch.
+"""Measures the speed of one packed linear as a multiple of bf16 F.linear, on LLaMA-3-8B's shapes.
 
-    python tests/bench/kernel_speed.py [--methods rtn:4,quip:2] [--shapes 4096x4096] [--batches 1,4,8,64,512]
-        [--rounds 9] [--threads 1]
+    python tests/bench/kernel_speed.py [--methods rtn:4,quip:2] [--shapes 4096x4096]
+        [--batches 1,4,8,64,512] [--rounds 9] [--threads 1]
 
-The whole linear counts: input scales, rotations and the preparation of activations. As many threads
-on both sides, taking turns in one process; weights rotate over more than 128 MB, so that none is
-found in the cache. Seconds of one thread are its own (time.thread_time): a shared machine's other
-work does not count as ours, though it takes memory bandwidth from both. With more threads they are
-the clock's, and want an idle machine. Codes are random: speed does not depend on them.
+The whole linear counts: input scales, rotations and the preparation of activations. Both sides have
+as many threads and take turns in one process. The weights rotate over more than 128 MB, so that
+none is found in the cache. With one thread, its own seconds count (time.thread_time): a shared
+machine's other work does not, although it takes memory bandwidth from both. With more threads, the
+clock's seconds count, and the machine should be idle. Codes are random: speed does not depend on
+them.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""kill -9 inside the training of `llq finetune`, the same command again, and the same adapter as a
-run nobody killed.
+"""Checks that `llq finetune`, killed and repeated, makes the same adapter as an unbroken run.
 
     python tests/bench/kill_finetune.py [--steps 120] [--save-steps 20] [--kills 3]
 
-On NF4 of the bundled demo model and its own questions, CPU. Each kill comes when a checkpoint has
-just appeared, the kills spread over the run. Exits with 1 where a byte differs.
+It trains on NF4 of the bundled demo model and its own questions, on the CPU. Each kill (SIGKILL)
+comes when a checkpoint has just appeared; the kills are spread over the run. It exits with 1 where
+a byte differs.
 """
 
 import argparse
@@ -45,7 +45,8 @@ def kill_at(command: list[str], checkpoint: Path) -> None:
     while not checkpoint.exists():
         if process.poll() is not None:
             sys.exit(
-                f"{' '.join(command)} ended with {process.returncode} before {checkpoint.name} was there"
+                f"{' '.join(command)} ended with {process.returncode} "
+                f"before {checkpoint.name} was there"
             )
         time.sleep(0.02)
     process.kill()

@@ -1,12 +1,11 @@
-"""kill -9 at random moments of `llq quantize`, the same command again, and the same bytes as a run
-that nobody killed.
+"""Checks that `llq quantize`, killed and repeated, writes the same bytes as an unbroken run.
 
-The kill moments are spread over the whole of a run's real duration, one at random in each of
-`--kills` equal parts: from the moment its journal appears (before that nothing is on disk) to that
-of its config.json, which is written last. Exits with 1 where a single byte differs.
+    python tests/bench/kill_resume.py               the bundled demo, GPTQ at 3 bits
+    python tests/bench/kill_resume.py --model FOLDER --method quip --bits 2 --calibration ids.npy
 
-    python tests/bench/kill_resume.py                                         the bundled demo, GPTQ at 3 bits
-    python tests/bench/kill_resume.py --model FOLDER --method quip --bits 2 --calibration ids.npy --kills 20
+The kills (SIGKILL, `--kills` of them) are spread over the whole run, one at random in each of as
+many equal parts: from the moment the run's journal appears, before which nothing is on disk, to
+that of its config.json, which is written last. It exits with 1 where a single byte differs.
 """
 
 import argparse
@@ -25,8 +24,9 @@ POLL_SECONDS = 0.005
 
 @dataclass
 class Run:
-    """A finished process: seconds in all, from its journal to its config.json; whether it was
-    killed before that.
+    """A finished process.
+
+    seconds: in all. work_seconds: from its journal to its config.json. killed: before that.
     """
 
     seconds: float
@@ -35,9 +35,7 @@ class Run:
 
 
 def run(command: list[str], out: Path, kill_after: float | None = None) -> Run:
-    """Run `command`; kill -9 it `kill_after` seconds after its journal appeared, if it is not done
-    by then.
-    """
+    """Run `command`; kill it `kill_after` seconds after its journal appeared, if not yet done."""
     started = time.perf_counter()
     appeared = done = None
     journal, last = journal_of(out), out / "config.json"
@@ -61,7 +59,8 @@ def run(command: list[str], out: Path, kill_after: float | None = None) -> Run:
         if code not in (0, -9):
             log.seek(0)
             sys.exit(
-                f"{' '.join(command)} ended with {code}:\n{log.read().decode(errors='replace')[-3000:]}"
+                f"{' '.join(command)} ended with {code}:\n"
+                f"{log.read().decode(errors='replace')[-3000:]}"
             )
     ended = time.perf_counter()
     return Run(
@@ -120,10 +119,12 @@ def main() -> int:
         wanted = digests(unbroken)
         print(f"llq quantize {arguments.model} OUT {' '.join(options)}")
         print(
-            f"unbroken: {whole.seconds:.1f} s, {whole.work_seconds:.2f} s of them work, {len(wanted)} files"
+            f"unbroken: {whole.seconds:.1f} s, {whole.work_seconds:.2f} s of them work, "
+            f"{len(wanted)} files"
         )
         print(
-            f"{'kill':>4} {'after s':>8} {'blocks done':>11} {'files':>5} {'resumed in s':>12}  result",
+            f"{'kill':>4} {'after s':>8} {'blocks done':>11} {'files':>5} {'resumed in s':>12}"
+            "  result",
             flush=True,
         )
         wrong = 0
@@ -132,9 +133,7 @@ def main() -> int:
             journal = journal_of(out)
             moment = whole.work_seconds * (index + draw.random()) / arguments.kills
             tries = 0
-            while not run(
-                command(out), out, moment
-            ).killed:  # it was faster this time, and finished
+            while not run(command(out), out, moment).killed:  # it was faster, and finished
                 for file in (*out.iterdir(), journal):
                     file.unlink()
                 moment *= 0.8
@@ -151,7 +150,8 @@ def main() -> int:
             )
             wrong += bool(differing)
             result = f"DIFFERS: {', '.join(differing)}" if differing else "same bytes"
-            row = f"{index + 1:4d} {moment:8.2f} {blocks:11d} {files:5d} {again.seconds:12.1f}  {result}"
+            row = f"{index + 1:4d} {moment:8.2f} {blocks:11d} {files:5d} {again.seconds:12.1f}"
+            row += f"  {result}"
             print(row, flush=True)
     print(f"{arguments.kills - wrong} of {arguments.kills} killed runs resumed to the same bytes")
     return 1 if wrong else 0

@@ -1,12 +1,11 @@
-"""kill -9 in the middle of the cells of `llq study`, the same command again, and the same records
-as an unbroken study.
+"""Checks that `llq study`, killed and repeated, leaves the same records as an unbroken study.
 
     python tests/bench/kill_study.py [--methods rtn,gptq,quip,billm] [--bits 3,2] [--kills 3]
 
-On the bundled demo model and its own tasks, CPU. Each kill takes the study and all its processes,
-two seconds into a cell. Compared is all that a record says but time, memory and the machine:
-results, fingerprints, stored bits, what was refused and why. Exits with 1 where a record differs or
-is missing.
+It runs on the bundled demo model and its own tasks, on the CPU. Each kill (SIGKILL) hits the study
+and all its processes, two seconds into a cell. It compares everything in a record except time,
+memory and machine: results, fingerprints, stored bits, what was refused and why. It exits with 1
+where a record differs or is missing.
 """
 
 from __future__ import annotations
@@ -28,24 +27,22 @@ INTO_A_CELL = 2.0  # seconds
 MEASURED = {"cost", "run", "seconds", "peak_bytes", "finished", "began", "added_bytes"}
 
 
-def said(value: Any) -> Any:
+def unmeasured(value: Any) -> Any:
     """A record without what differs from run to run."""
     if isinstance(value, dict):
-        return {key: said(item) for key, item in value.items() if key not in MEASURED}
-    return [said(item) for item in value] if isinstance(value, list) else value
+        return {key: unmeasured(item) for key, item in value.items() if key not in MEASURED}
+    return [unmeasured(item) for item in value] if isinstance(value, list) else value
 
 
 def records(out: Path) -> dict[str, Any]:
     return {
-        file.name: said(json.loads(file.read_text()))
+        file.name: unmeasured(json.loads(file.read_text()))
         for file in sorted((out / "records").glob("*.json"))
     }
 
 
 def kill_after(command: list[str], out: Path, done: int) -> None:
-    """Start, or go on, until `done` records are there and another cell runs; then SIGKILL to all of
-    it.
-    """
+    """Start or resume the study; kill it when `done` records are there and another cell runs."""
     quiet = subprocess.DEVNULL
     process = subprocess.Popen(command, start_new_session=True, stdout=quiet, stderr=quiet)
     while len(list((out / "records").glob("*.json"))) < done:
@@ -88,10 +85,9 @@ def main() -> int:
             kill_after([*command, str(killed)], killed, done)
             print(f"killed after {done} of {len(wanted)} records", flush=True)
         finish([*command, str(killed)])
-        found = records(killed)
-    differing = [
-        name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name)
-    ]
+        resumed = records(killed)
+    names = wanted.keys() | resumed.keys()
+    differing = [name for name in names if wanted.get(name) != resumed.get(name)]
     states = [record["status"] for record in wanted.values()]
     print(", ".join(f"{states.count(state)} {state}" for state in sorted(set(states))))
     print(f"DIFFERS: {', '.join(sorted(differing))}" if differing else "the same records")

@@ -1,13 +1,12 @@
-"""Time of one GPTQ solve beside the algorithm as its authors wrote it, on the same matrix and
-machine.
+"""Measures one GPTQ solve beside the algorithm as its authors wrote it, on the same matrix.
 
     python tests/bench/solver_speed.py [--shape 4096x4096] [--bits 4] [--rounds 3] [--threads 1]
 
-The rival is the published algorithm in the published order of operations (uniform_rotation 3.3: one
-column after the other, an outer product for each, the grid of a group when it is reached), with the
-same torch operations and the same Cholesky factor. Both must choose the same codes; the ratio of
-medians is what counts. Seconds of one thread are its own (time.thread_time): a shared machine's
-other work does not count. With more threads they are the clock's.
+The other side is the published algorithm in its published order of operations (one column after
+the other, an outer product for each, the grid of a group when it is reached), with the same torch
+operations and the same Cholesky factor. Both must choose the same codes; the ratio of medians is
+what counts. With one thread, its own seconds count (time.thread_time), so that a shared machine's
+other work does not; with more threads, the clock's.
 """
 
 from __future__ import annotations
@@ -89,7 +88,8 @@ def main() -> None:
         ours.append(seconds)
         same = float((unpack(packed, args.bits, columns) == codes_OI).float().mean())
         print(
-            f"round {round_number + 1}: published {theirs[-1]:.2f} s, llq {ours[-1]:.2f} s, same codes {same:.4%}"
+            f"round {round_number + 1}: published {theirs[-1]:.2f} s, llq {ours[-1]:.2f} s, "
+            f"same codes {same:.4%}"
         )
     ratio = statistics.median(ours) / statistics.median(theirs)
     print(

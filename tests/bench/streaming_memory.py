@@ -1,14 +1,12 @@
-"""Peak memory of `llq quantize` as the model gets deeper: it should not, as one block is held at a
-time.
+"""Checks that the peak memory of `llq quantize` does not grow with the number of blocks.
 
-Makes random checkpoints in the shape of LLaMA-3-8B with different numbers of blocks (436 MB each in
-bf16), quantizes each in a process of its own and prints the peak resident memory that the kernel
-saw. Exits with 1 where the deepest model took more than 1.1 times the memory of the shallowest. The
-checkpoints are deleted again.
-
-
-    python tests/bench/streaming_memory.py                                    RTN and GPTQ, 4 and 8 blocks
+    python tests/bench/streaming_memory.py                       RTN and GPTQ, 4 and 8 blocks
     python tests/bench/streaming_memory.py --method gptq --hidden 2048 --ffn 7168 --blocks 4 8
+
+It makes random checkpoints in the shape of LLaMA-3-8B with different numbers of blocks (436 MB a
+block in bf16), quantizes each in a process of its own, and prints the peak resident memory that
+the kernel reports. It exits with 1 where the deepest model took more than 1.1 times the memory of
+the shallowest. The checkpoints are deleted again.
 """
 
 import argparse
@@ -134,10 +132,12 @@ def main() -> int:
             sys.exit(f"{name} has no {needed / 2**30:.1f} GiB free; give another --folder")
         peaks: dict[str, dict[int, int]] = {method: {} for method in arguments.method}
         print(
-            f"hidden {arguments.hidden}, ffn {arguments.ffn}, vocabulary {arguments.vocab}, bf16, CPU"
+            f"hidden {arguments.hidden}, ffn {arguments.ffn}, vocabulary {arguments.vocab}, "
+            "bf16, CPU"
         )
         print(
-            f"{'method':8} {'blocks':>6} {'base GiB':>9} {'peak RSS MiB':>13} {'ratio':>6} {'s':>6}",
+            f"{'method':8} {'blocks':>6} {'base GiB':>9} {'peak RSS MiB':>13} "
+            f"{'ratio':>6} {'s':>6}",
             flush=True,
         )
         for blocks in arguments.blocks:
@@ -167,13 +167,15 @@ def main() -> int:
                 peak, seconds = measure(command)
                 peaks[method][blocks] = peak
                 ratio = peak / peaks[method][min(peaks[method])]
-                row = f"{method:8} {blocks:6d} {size / 2**30:9.2f} {peak / 2**20:13.0f} {ratio:6.3f} {seconds:6.0f}"
+                row = f"{method:8} {blocks:6d} {size / 2**30:9.2f} {peak / 2**20:13.0f} "
+                row += f"{ratio:6.3f} {seconds:6.0f}"
                 print(row, flush=True)
                 shutil.rmtree(root / method)
             shutil.rmtree(root)
     worst = max(found[max(found)] / found[min(found)] for found in peaks.values())
     print(
-        f"largest ratio {worst:.3f}, target at most {TARGET}: {'met' if worst <= TARGET else 'MISSED'}"
+        f"largest ratio {worst:.3f}, target at most {TARGET}: "
+        f"{'met' if worst <= TARGET else 'MISSED'}"
     )
     return 0 if worst <= TARGET else 1
 

@@ -48,13 +48,14 @@ def test_every_format_gives_the_same_rows(tmp_path: Path, suffix: str):
     found = list(rows.rows_of(str(write(tmp_path / f"data{suffix}", ALPACA))))
     assert [row.completion for row in found] == ["Red.", "red", ""]
     assert found[0].prompt == (
-        "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+        "Below is an instruction that describes a task. "
+        "Write a response that appropriately completes the request.\n\n"
         "### Instruction:\nName a colour.\n\n### Response: "
     )
     assert found[1].prompt == (
-        "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
-        "response that appropriately completes the request.\n\n### Instruction:\nTranslate.\n\n### Input:\nrouge\n\n"
-        "### Response: "
+        "Below is an instruction that describes a task, paired with an input that provides further "
+        "context. Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\nTranslate.\n\n### Input:\nrouge\n\n### Response: "
     )
 
 
@@ -120,19 +121,19 @@ def test_broken_files_are_named(tmp_path: Path):
 def test_a_bad_row_stops_a_run_before_it_trains(tmp_path: Path, tokenizer):
     path = write(tmp_path / "data.jsonl", [*ALPACA, {"prompt": 1}])
     with pytest.raises(LLQError, match="Line 4 of"):
-        rows.stored(str(path), rows.Tokens(tokenizer, 50, 50), 1, 0, tmp_path / "cache")
+        rows.stored_rows(str(path), rows.Tokens(tokenizer, 50, 50), 1, 0, tmp_path / "cache")
     assert not list((tmp_path / "cache").rglob("rows.arrow"))
 
 
 def test_only_answers_are_targets(tokenizer):
     tokens = rows.Tokens(tokenizer, 8, 4)
-    short = tokens(rows.Row("the fox", " ran"))
+    short = tokens(rows.Example("the fox", " ran"))
     answer = [*tokenizer(" ran", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
     assert short["input_ids"][0] == tokenizer.bos_token_id
     assert short["labels"][-len(answer) :] == short["input_ids"][-len(answer) :] == answer
     assert set(short["labels"][: -len(answer)]) == {-100}
     long = tokens(
-        rows.Row(
+        rows.Example(
             "the fox ran over the hill to see the river", " every day and every night the king"
         )
     )
@@ -162,15 +163,15 @@ def test_streams_and_files_hold_out_other_rows_than_they_train_on(tmp_path: Path
     )
     tokens: Callable = rows.Tokens(tokenizer, 50, 50)
     everything = sorted(str(tokens(row)["input_ids"]) for row in rows.rows_of(str(path)))
-    stored = rows.stored(str(path), tokens, 5, 0, tmp_path / "cache")
-    streamed = rows.streamed(str(path), tokens, 5, 0)
+    stored = rows.stored_rows(str(path), tokens, 5, 0, tmp_path / "cache")
+    streamed = rows.streamed_rows(str(path), tokens, 5, 0)
     for train, heldout in (stored, streamed):
         assert len(heldout) == 5
         assert (
             sorted(str(row["input_ids"]) for part in (train, heldout) for row in part) == everything
         )
     with pytest.raises(LLQError, match="60 rows, and 61"):
-        rows.streamed(str(path), tokens, 61, 0)
+        rows.streamed_rows(str(path), tokens, 61, 0)
 
 
 def test_the_demo_asks_about_other_people_when_it_tests():

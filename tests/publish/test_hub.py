@@ -76,7 +76,8 @@ with torch.no_grad():
     logits = AutoModelForCausalLM.from_pretrained(repo)(torch.arange(2, 66)[None]).logits
 assert AutoTokenizer.from_pretrained(repo)("The").input_ids
 save_file({"logits": logits}, out)
-found = simple_evaluate("llq", f"pretrained={repo},device=cpu", tasks=["llq_demo_mc"], limit=4, bootstrap_iters=0)
+args = f"pretrained={repo},device=cpu"
+found = simple_evaluate("llq", args, tasks=["llq_demo_mc"], limit=4, bootstrap_iters=0)
 assert found["results"]["llq_demo_mc"]["acc,none"] == 1
 assert found["config"]["llq"]["fingerprint"] == fingerprint
 """

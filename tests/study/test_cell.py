@@ -52,6 +52,7 @@ def test_a_cell(gptq: Cell, setup: Setup) -> None:
     assert cost["disk_bytes"] == sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     assert cost["quantize"]["seconds"] == pytest.approx(sum(cost["quantize"]["phases"].values()))
     assert "linears" in cost["quantize"]["phases"]
+    assert cost["quantize"]["processor_seconds"] > 0
     assert 0 <= cost["quantize"]["added_bytes"] < cost["quantize"]["peak_bytes"]
     own, reference = cost["own"], cost["reference"]
     assert cost["ratios"]["loaded_bytes"] == own["loaded_bytes"] / reference["loaded_bytes"] < 1
@@ -87,15 +88,34 @@ def test_a_fine_tuned_cell(gptq: Cell, setup: Setup, tmp_path: Path) -> None:
     assert record.status == "done", record.trace or record.reason
     plain = run_cell(gptq, Progress(), setup)
     assert record.quantized == plain.quantized
+    answers = record.results.pop("answers"), record.results.pop("answers_before")
+    assert all(set(found) == {"loss", "accuracy"} for found in answers)
+    assert answers[0]["loss"] != answers[1]["loss"]
+    assert set(record.results) == set(plain.results)
     assert record.results != plain.results
     assert record.cost["disk_bytes"] > plain.cost["disk_bytes"]
     assert record.cost["finetune"]["seconds"] > 0
     assert record.cost["own"]["loaded_bytes"] > plain.cost["own"]["loaded_bytes"]
     again = run_cell(tuned, Progress(), setup)
+    assert again.results.pop("answers") == answers[0]
+    assert again.results.pop("answers_before") == answers[1]
     assert again.stable == record.stable
     assert again.cost["finetune"] == record.cost["finetune"]
     wrong = run_cell(replace(gptq, finetune={"ranks": 2}), Progress(), setup)
     assert (wrong.status, "'ranks'" in str(wrong.reason)) == ("refused", True)
+
+
+def test_the_divergence_of_a_cell(gptq: Cell, setup: Setup) -> None:
+    """Beside the cell's own results; of more bits it is less."""
+    options = {"windows": 2, "seqlen": 32, "file": gptq.metadata["text_file"]}
+    kl = {}
+    for bits in (3, 8):
+        cell = replace(gptq, divergence=options, options={"bits": bits})
+        record = run_cell(cell, Progress(), setup)
+        assert record.status == "done", record.trace or record.reason
+        assert set(record.results) == {"llq_wikitext2", "divergence"}
+        kl[bits] = record.results["divergence"]["kl"]
+    assert 0 < kl[8] < 0.1 * kl[3]
 
 
 def test_full_precision_is_a_cell_too(gptq: Cell, setup: Setup) -> None:

@@ -1,7 +1,8 @@
-"""Sweeps: killed, resumed, crashed, on a cluster. The cells are invented, the processes are real."""
+"""Sweeps that are killed, resumed, crash, or run on a cluster: invented cells, real processes."""
 
 import json
 import multiprocessing
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -157,3 +158,16 @@ def test_the_invented_work_is_not_trivial() -> None:
     figures = {json.dumps(fakes.work(cell, Progress()).results) for cell in CELLS}
     assert len(figures) == len(CELLS)
     assert isinstance(fakes.work(CELLS[0], Progress()), Record)
+
+
+def test_a_new_label_names_the_record_and_runs_nothing(tmp_path: Path) -> None:
+    sweep(CELLS, fakes.work, tmp_path, inline)
+    before = stable(tmp_path)
+    labelled = [replace(cell, label=f"cell {i}") for i, cell in enumerate(CELLS)]
+    assert sweep(labelled, fakes.work, tmp_path, inline) == []
+    records = {record.fingerprint: record for record in read_records(tmp_path)}
+    for cell in labelled:
+        assert records[cell.fingerprint].title == cell.title
+        assert records[cell.fingerprint].cell["label"] == cell.label
+    sweep(CELLS, fakes.work, tmp_path, inline)
+    assert stable(tmp_path) == before

@@ -9,7 +9,15 @@ from llq_hf import LLQError
 from llq_hf.demo import MODELS
 from llq_hf.methods import METHODS
 from llq_hf.study.paper import plan_of, tables
-from llq_hf.study.plan import Cell, expand, figure_for, load_plan, own_options, stand_ins
+from llq_hf.study.plan import (
+    Cell,
+    expand,
+    figure_for,
+    finetune_for,
+    load_plan,
+    own_options,
+    stand_ins,
+)
 
 PLAN = {
     "models": ["some/model"],
@@ -43,6 +51,54 @@ def test_presets_and_seeds_multiply_and_the_baseline_does_not_take_presets() -> 
         == len({cell.name for cell in cells})
         == len(cells)
     )
+
+
+def test_an_entry_has_a_preset_a_calibration_and_a_label_of_its_own() -> None:
+    entry = {
+        "method": ["rtn", "gptq"],
+        "bits": [3, 2],
+        "preset": "best",
+        "calibration": [{}, {"samples": 8}],
+        "label": "{bits} bits",
+    }
+    shared = {"source": "/some/where/text.txt"}
+    plan = {**PLAN, "methods": [entry, {"method": "quip"}], "presets": ["study", "best"]}
+    cells = expand([{**plan, "calibration": shared}])
+    assert len(cells) == 1 + 2 * 2 * 2 + 2
+    assert {cell.preset for cell in cells if cell.method == "rtn"} == {"best"}
+    assert [dict(cell.calibration) for cell in cells[1:3]] == [shared, {**shared, "samples": 8}]
+    assert [cell.title for cell in cells[1:3]] == [
+        "3 bits (best, calibration text.txt)",
+        "3 bits (best, calibration text.txt samples=8)",
+    ]
+    assert cells[1].options == {"bits": 3}
+
+
+def test_a_label_is_words_only() -> None:
+    plain, named = (
+        Cell(model="m", method="rtn", tasks=("t",), label=label) for label in (None, "RTN!")
+    )
+    assert plain.fingerprint == named.fingerprint
+    assert (plain.title, named.title) == ("rtn", "RTN!")
+    assert Cell(model="m", method="rtn", tasks=("t",), seed=3).title == "rtn (seed 3)"
+
+
+def test_divergence_is_of_quantized_cells_and_of_a_bundled_models_own_text() -> None:
+    cells = expand([{**PLAN, "models": ["demo", "m"], "divergence": {"windows": 4}}])
+    by_model = {(cell.model, cell.method): cell.divergence for cell in cells}
+    assert by_model["m", "none"] == {}
+    assert by_model["m", "quip"]["text"] == "wikitext2"
+    own = by_model["demo", "quip"]
+    assert (own["text"], own["seqlen"], own["windows"]) == ("demo", 256, 4)
+
+
+def test_a_bundled_models_recipe_goes_over_plans_for_others_only() -> None:
+    plan = {"data": "alpaca", "rank": 64, "max_steps": 10_000}
+    assert finetune_for("some/model", plan) == plan
+    assert finetune_for("demo", plan)["rank"] == stand_ins()["demo"]["finetune"]["rank"]
+    own = {"data": "demo", "rank": 3}
+    assert finetune_for("demo", own) == {**stand_ins()["demo"]["finetune"], **own}
+    assert finetune_for("demo", {}) == {}
 
 
 def test_a_preset_that_changes_nothing_is_no_cell_of_its_own(
@@ -80,7 +136,7 @@ def test_cells_that_differ_in_words_only_are_one() -> None:
 
 
 def test_a_fingerprint_is_for_ever() -> None:
-    """Records of last year must be found: a change here throws away every study that is under way."""
+    """Records of last year must be found: a change here loses every study that is under way."""
     assert Cell(model="m", method="none", tasks=("t",)).fingerprint == "5a55c0e178c426e3"
 
 
@@ -109,6 +165,12 @@ def test_a_bundled_model_is_asked_about_its_own_world() -> None:
         ({"calibration": {"sauce": "c4"}}, "'sauce'"),
         ({"metadata": "x"}, "should be a mapping"),
         ({"methods": [{"method": "rtn", "finetune": "alpaca"}]}, "should be a mapping"),
+        ({"methods": [{"method": "rtn", "calibration": [{}, "c4"]}]}, "should be a mapping"),
+        ({"methods": [{"method": "rtn", "calibration": {"sauce": "c4"}}]}, "'sauce'"),
+        ({"methods": [{"method": "rtn", "label": ["a"]}]}, "should be one text"),
+        ({"methods": [{"method": "rtn", "label": "{bits}"}]}, "asks for 'bits'"),
+        ({"divergence": {"window": 4}}, "'window'"),
+        ({"divergence": {"windows": 0}}, "should be 1 or more"),
     ],
 )
 def test_plans_that_make_no_sense(change: dict, message: str) -> None:

@@ -6,12 +6,14 @@ import csv
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 from study import fakes
 
 from llq_hf import LLQError
+from llq_hf.study.cover import apart, best_of
 from llq_hf.study.paper import plan_of, remember, tables
 from llq_hf.study.plan import Cell, expand
 from llq_hf.study.plots import Point, front
@@ -213,6 +215,49 @@ def test_the_front_is_what_nothing_beats() -> None:
     ]
     assert [(p.x, p.y) for p in front(points, lower=True)] == [(2, 8), (3, 4), (5, 3)]
     assert [(p.x, p.y) for p in front(points, lower=False)] == [(2, 9)]
+
+
+def test_the_picture_for_a_readme(runs: Path, tmp_path: Path) -> None:
+    """Of every model with a full-precision cell, the same bytes each time, small and white."""
+    paths = [write_report(runs, tmp_path / folder, ["svg"], "cover")[0] for folder in "ab"]
+    first, second = (path.read_bytes() for path in paths)
+    assert (paths[0].name, first) == ("cover.svg", second)
+    assert len(first) < 100_000
+    text = first.decode()
+    assert "fill: #ffffff" in text
+    shown = re.findall(r"<text[^>]*>([^<]+)</text>", text)
+    assert {"RTN", "QuIP", "demo: perplexity above full precision"} <= set(shown)
+    sizes = [float(size) for size in re.findall(r"(?:font|font-size): ([\d.]+)px", text)]
+    assert min(sizes) >= 9
+
+
+def test_no_picture_without_a_perplexity(tmp_path: Path) -> None:
+    cell = Cell(model="m", method="rtn", tasks=("t",))
+    write_record(tmp_path, replace(fakes.invented(cell), results={"t": {"acc": 0.5}}))
+    with pytest.raises(LLQError, match="no record with stored bits and a perplexity"):
+        write_report(tmp_path, tmp_path, ["svg"])
+    assert not list(tmp_path.glob("report*"))
+
+
+def test_the_line_of_a_method_is_its_better_preset() -> None:
+    points = [
+        Point(2.1, 9, "gptq", "study", 2),
+        Point(2.1, 5, "gptq", "best", 2),
+        Point(4.1, 1, "gptq", "study", 4),
+        Point(4.1, 2, "gptq", "best", 4),
+        Point(2, 3, "rtn", "study", 2),
+    ]
+    lines = best_of(points)
+    assert list(lines) == ["rtn", "gptq"]
+    assert [point.y for point in lines["gptq"]] == [5, 1]
+
+
+def test_names_are_moved_apart() -> None:
+    assert apart([0.0, 30.0, 5.0], 10, 100) == [-2.5, 30.0, 7.5]
+    assert apart([96.0, 100.0, 20.0], 10, 100) == [90.0, 100.0, 20.0]
+    heights = apart([50.0, 51.0, 52.0, 61.0, 10.0], 10, 100)
+    assert all(b - a >= 10 - 1e-9 for a, b in pairwise(sorted(heights)))
+    assert heights[0] < heights[1] < heights[2] < heights[3]
 
 
 def test_an_empty_folder_and_an_unknown_format_are_named(runs: Path, tmp_path: Path) -> None:

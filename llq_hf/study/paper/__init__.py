@@ -1,10 +1,9 @@
-"""The study's tables (arXiv 2404.14047v3) as data: published figures, and the cells that make each
-row again.
+"""The study's tables (arXiv 2404.14047v3): published figures, and the cells that reproduce them.
 
-One YAML file a table. A row's `cell` is a method with its options, as in a plan; the report finds
-our figures for a row by building that method and comparing its whole config with what a record was
-asked for, so a row joins whichever plan made it. Figures are as printed, misprints too: `notes`
-names the known ones.
+There is one YAML file a table. A row's `cell` is a method with its options, as in a plan. The
+report finds our figures for a row by building that method and comparing its whole config with that
+of a record, so it does not matter which plan made the record. Figures are as printed, misprints
+too; `notes` names the known ones.
 """
 
 from __future__ import annotations
@@ -31,8 +30,9 @@ ASKED = "presets.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Column:
-    """A figure of the table. `within`: differences up to this share of the published figure are not
-    marked.
+    """A column of the table.
+
+    within: differences up to this share of the published figure are not marked.
     """
 
     name: str
@@ -45,15 +45,16 @@ class Column:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
+class PublishedRow:
     label: str
-    identity: Mapping[str, Any]  # W, A, G as printed
+    identity: Mapping[str, Any]  # bits of weights (W), of activations (A), group size, as printed
     published: list[float | str | None]  # in the order of the columns that are published
-    cell: Mapping[str, Any] | None  # None: a method that nothing here makes
+    cell: Mapping[str, Any] | None  # None: a method that this project does not have
 
     def made_by(self, record: Record) -> bool:
-        """Whether the record is of this row's method, with the options of its preset and nothing
-        over them but the row's.
+        """Whether the record is of this row's method with this row's options.
+
+        All other options must be those of the record's preset.
         """
         if self.cell is None or record.cell["method"] != self.cell["method"]:
             return False
@@ -71,14 +72,14 @@ class Row:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Table:
+class PublishedTable:
     number: int
     title: str
     source: str
     models: list[str]
     tasks: list[str]
     columns: list[Column]
-    rows: list[Row]
+    rows: list[PublishedRow]
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -95,14 +96,14 @@ class Table:
             "methods": methods,
         }
 
-    def published(self, row: Row) -> list[float | str | None]:
+    def published(self, row: PublishedRow) -> list[float | str | None]:
         """The row's printed figures, one per column; None where there is none."""
         figures = iter(row.published)
         return [next(figures) if column.published else None for column in self.columns]
 
 
 @cache
-def tables() -> dict[int, Table]:
+def tables() -> dict[int, PublishedTable]:
     """All tables by number."""
     files = {
         int(path.stem.removeprefix("table")): path
@@ -121,26 +122,23 @@ def plan_of(preset: str) -> dict[str, Any]:
     return known[preset].plan()
 
 
-def _load(number: int, path: Path) -> Table:
+def _load(number: int, path: Path) -> PublishedTable:
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
     columns = [Column(**column) for column in content.pop("columns")]
-    return Table(
+    return PublishedTable(
         number=number, columns=columns, rows=[_row(row) for row in content.pop("rows")], **content
     )
 
 
-def _row(content: dict[str, Any]) -> Row:
+def _row(content: dict[str, Any]) -> PublishedRow:
     known = {key: content.pop(key) for key in ("label", "published", "cell")}
-    return Row(**known, identity=content)
+    return PublishedRow(**known, identity=content)
 
 
-def matching(row: Row, records: list[Record]) -> list[Record]:
+def matching(row: PublishedRow, records: list[Record]) -> list[Record]:
     """The finished records of a row, study preset first."""
-    found = [record for record in records if record.status == DONE and row.made_by(record)]
-    return sorted(
-        found,
-        key=lambda record: (record.cell["preset"] != "study", record.cell["seed"], record.name),
-    )
+    made = [record for record in records if record.status == DONE and row.made_by(record)]
+    return sorted(made, key=lambda r: (r.cell["preset"] != "study", r.cell["seed"], r.name))
 
 
 def remember(out: Path, presets: list[str]) -> None:
