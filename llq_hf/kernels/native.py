@@ -312,11 +312,11 @@ def structs(view: View) -> Any:
     None where C cannot read the tensors.
     """
     if "structs" not in view.memo:
-        view.memo["structs"] = _structs(view) if _readable(view) else None
+        view.memo["structs"] = _structs(view) if _fits_c(view) else None
     return view.memo["structs"]
 
 
-def _readable(view: View) -> bool:
+def _fits_c(view: View) -> bool:
     """Whether every tensor lies in memory as C expects it."""
     return all(
         tensor.is_contiguous() and tensor.dtype in READABLE and tensor.device.type == "cpu"

@@ -1,7 +1,7 @@
-"""The choice of a kernel: a row on another device serves by its own answers, and torch otherwise.
+"""The choice of a kernel, proved with a row on another device: it serves where it says so, and
+torch elsewhere.
 
-The device is "meta", whose tensors have shapes and no values: nothing here can fall back on a
-kernel of the CPU unnoticed.
+The device is "meta", whose tensors have no values, so that no CPU kernel can step in unnoticed.
 """
 
 from __future__ import annotations
@@ -24,9 +24,7 @@ OUT, IN = 24, 256
 
 
 def by_kernel(x: Tensor, stored: kernels.Stored, bias: Tensor | None) -> Tensor:
-    """A stand-in for a product. Its result has one column too many, so that it is told from
-    torch's.
-    """
+    """A stand-in for a kernel. Its result has one column too many, which torch's has not."""
     return x.new_empty(*x.shape[:-1], stored.rows + 1)
 
 
@@ -100,8 +98,8 @@ def test_the_first_row_that_fits_serves(table: Callable[..., None]):
 
 
 def test_nothing_is_asked_where_it_need_not_be(table: Callable[..., None]):
-    """`fits` only where the kernel is available: it may use the library. Rows of other devices
-    nothing at all.
+    """`fits` is asked only where the kernel is available, as it may use the library. Rows of other
+    devices are asked nothing.
     """
     table(
         FAKE._replace(device="cpu", available=lambda: pytest.fail("of another device")),
@@ -130,13 +128,13 @@ def test_a_row_is_asked_once_for_a_weight_and_a_kind_of_call(table: Callable[...
     assert asked == ["available", "fits"] * 4
 
 
-def test_no_row_tells_numbers_of_tokens_apart_that_share_a_choice():
+def test_no_row_ends_among_the_numbers_of_tokens_that_share_a_choice():
     for row in dispatch.TABLE:
         assert row.tokens == MANY or row.tokens.stop <= dispatch.MOST
 
 
 def test_no_kernel_serves_inside_reference(table: Callable[..., None]):
-    """Whether or not the choice was made before."""
+    """Neither before nor after a kernel was chosen for such a call."""
     table(FAKE, FAKE._replace(differentiable=True))
     stored = codes()
     with kernels.reference():
@@ -158,7 +156,7 @@ def test_where_gradients_are_wanted_a_differentiable_row_serves(table: Callable[
 
 
 def test_a_row_serves_a_whole_linear(table: Callable[..., None]):
-    """From the module through the method: neither asks where its tensors lie."""
+    """Neither the module nor the method asks where tensors lie."""
     table(FAKE)
     linear = QuantLinear(build("rtn", bits=3), IN, OUT, bias=False, device="meta")
     assert linear(inputs(5, 7)).shape == (5, 7, OUT + 1)
@@ -191,9 +189,7 @@ def test_transforms_have_rows_in_the_same_table(table: Callable[..., None]):
 
 
 def test_without_a_compiled_library_torch_decodes(monkeypatch: pytest.MonkeyPatch):
-    """A row of another device changes nothing on the CPU, and the rows of the CPU ask for their
-    library.
-    """
+    """CPU rows ask for their library, and a row of another device changes nothing on the CPU."""
     monkeypatch.setenv("LLQ_CPU_ISA", "none")
     monkeypatch.setattr(dispatch, "TABLE", (FAKE, *dispatch.TABLE))
     native.backend.cache_clear()

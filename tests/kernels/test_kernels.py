@@ -1,8 +1,8 @@
-"""The CPU kernels beside torch's own decoding: every width, group, dtype and shape; dispatch,
-compilation, loading.
+"""The CPU kernels against torch's decoding, for every width, group size, dtype and shape; the calls
+they serve, their compilation and their loading.
 
-The library is that of this checkout, or one that the first test to need it compiles; without a
-compiler they skip.
+The library is that of this checkout, or one that the first test compiles. Without a compiler, the
+tests skip.
 """
 
 from __future__ import annotations
@@ -33,13 +33,10 @@ from llq_hf.numerics.rotations import rotation
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ISAS = ["avx512vbmi2", "avx512", "avx2"]
-# Of the error of y, relative to its norm: digits with Gaussian activations; fp32 sums.
-DIGITS, FLOATS = 1e-4, 2e-6
-ROUNDING = {
-    torch.float32: FLOATS,
-    torch.bfloat16: 2.0**-8,
-    torch.float16: 2.0**-11,
-}  # of y alone, once
+# Bounds of the error of y relative to its norm.
+DIGITS = 1e-4  # digits, Gaussian activations
+FLOATS = 2e-6  # fp32 sums
+ROUNDING = {torch.float32: FLOATS, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # of y, once
 
 
 @pytest.fixture(scope="session")
@@ -59,13 +56,13 @@ def libraries(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def isa(
     request: pytest.FixtureRequest, libraries: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> str:
-    """Each instruction set in turn, as the one that serves."""
+    """One test for each instruction set of this processor, with its library in use."""
     name: str = request.param
     if name not in native.supported():
         pytest.skip(f"this processor has no {name}")
     found = native.Backend(name, libraries[name], ctypes.CDLL(str(libraries[name])))
     monkeypatch.setattr(native, "backend", lambda: found)
-    rotation.cache_clear()  # with it goes which kernels were chosen
+    rotation.cache_clear()  # rotations remember which kernel was chosen for them
     return name
 
 
@@ -123,7 +120,7 @@ def test_uniform_products_in_digits(isa: str, bits: int, group_size: int):
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_regime_agrees_with_torch(isa: str, bits: int, dtype: torch.dtype):
-    """By the table: digits, floats or tiles, whichever it takes; 600 rows are more than one tile."""
+    """The table chooses digits, floats or tiles. 600 rows are more than one tile."""
     for group_size in (128, 64):
         grid = Uniform(bits, group_size)
         packed = rounded(grid, (600, 512))
@@ -141,8 +138,8 @@ def test_every_regime_agrees_with_torch(isa: str, bits: int, dtype: torch.dtype)
 @pytest.mark.parametrize(("bits", "a_bits"), [(8, 8), (6, 6), (4, 4), (4, 8)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_products_of_integers_are_exact(isa: str, bits: int, a_bits: int, dtype: torch.dtype):
-    """As torch's int32 sums to the last digits of fp32, rounded once: few tokens, and many; 600
-    rows: two tiles.
+    """With few tokens and with many, y equals torch's int32 sums up to one rounding. 600 rows are
+    two tiles.
     """
     method = build("smoothquant", bits=bits, a_bits=a_bits)
     packed = random_packed(method, 600, 556)
@@ -158,8 +155,8 @@ def test_products_of_integers_are_exact(isa: str, bits: int, a_bits: int, dtype:
 
 
 def test_an_outlier_leaves_the_other_columns_their_digits(isa: str):
-    """One activation 100 times the others costs its own block of 128 columns precision, not the
-    rest.
+    """One activation that is 100 times the others reduces the precision of its own block of 128
+    columns only.
     """
     grid = Uniform(4, 128)
     packed = rounded(grid, (64, 1024))
@@ -206,8 +203,8 @@ def tensors_of(linear: QuantLinear) -> list[Tensor]:
     return [getattr(linear, name) for name in linear.layout]
 
 
-def test_what_a_linear_keeps_for_kernels_ends_with_its_tensors(isa: str):
-    """Kept from call to call; anew after a tensor was replaced, filled from elsewhere, moved or
+def test_cached_tensors_end_with_the_tensors(isa: str):
+    """They are the same from call to call, and new after a tensor was replaced, filled, moved or
     copied.
     """
     method, x = build("rtn", bits=4), torch.randn(2, 256, generator=generator()).bfloat16()
@@ -224,14 +221,12 @@ def test_what_a_linear_keeps_for_kernels_ends_with_its_tensors(isa: str):
         return error(module(x).float(), expected) < 0.01
 
     assert agrees(linear, packs[0])
-    kept = kernels.cached_tensors(linear.layout, tensors_of(linear))
+    cached = kernels.cached_tensors(linear.layout, tensors_of(linear))
     assert agrees(linear, packs[0])
-    assert kernels.cached_tensors(linear.layout, tensors_of(linear)) is kept
-    linear.weight.data, linear.scale = (
-        packs[1]["weight"],
-        packs[1]["scale"],
-    )  # lies elsewhere; another tensor
-    linear.zero.copy_(packs[1]["zero"])  # in place
+    assert kernels.cached_tensors(linear.layout, tensors_of(linear)) is cached
+    linear.weight.data = packs[1]["weight"]  # the same tensor at another address
+    linear.scale = packs[1]["scale"]  # another tensor
+    linear.zero.copy_(packs[1]["zero"])  # the same tensor, written to
     assert agrees(linear, packs[1])
     linear.load_state_dict(packs[2])
     assert agrees(linear, packs[2])
@@ -242,7 +237,7 @@ def test_what_a_linear_keeps_for_kernels_ends_with_its_tensors(isa: str):
 
 
 def test_values_filled_in_place_are_read_anew(isa: str):
-    """Of SliM-LLM's widths kernels get lists: other widths in the same tensor are other lists."""
+    """SliM-LLM's widths are made into lists for kernels, anew when the tensor gets other widths."""
     method, x = build("slim_llm", bits=2), torch.randn(2, 1024, generator=generator()).bfloat16()
     first, second = random_packed(method, 32, 1024), random_packed(method, 32, 1024)
     second["widths"] = second["widths"].flip(0)
@@ -335,8 +330,8 @@ def test_other_storage_is_decoded_to_the_last_bit(
 
 
 def test_a_broken_weight_breaks_no_other(isa: str):
-    """Groups that are no multiple of four leave places free in what is read of a weight, where
-    another's scales lay.
+    """Kernels pad groups to a multiple of four. Scales of another weight that were left in the
+    padding must not count.
     """
     good, bad = Uniform(4, 128), Uniform(4, 128)
     x = torch.randn(1, 640, generator=generator()).bfloat16()
@@ -369,9 +364,8 @@ def test_other_products_in_digits(isa: str, name: str, options: dict[str, Any], 
     for tokens in (1, 2, 7):
         x = torch.randn(tokens, 1024, generator=generator(tokens))
         y = native.digits(x, stored, None)
-        assert (
-            error(y, F.linear(x.double(), weight_OI)) < DIGITS * 3
-        )  # levels are rounded too, and sums cancel
+        # Levels are rounded too, and sums cancel.
+        assert error(y, F.linear(x.double(), weight_OI)) < DIGITS * 3
 
 
 @pytest.mark.parametrize("n", [256, 1024, 11008, 13824])
@@ -398,10 +392,8 @@ def test_transforms_that_kernels_cannot_make_go_by_torch(isa: str):
     x, slow = torch.randn(2, 96), torch.zeros(2, 96)
     odd = rotation(3, 96, False, torch.device("cpu"))  # 8 x 12: no whole vectors
     assert kernels.transformed(x, odd.forth, lambda: slow) is slow
-    assert (
-        kernels.transformed(x, rotation(3, 96, True, torch.device("cpu")).forth, lambda: slow)
-        is slow
-    )  # blocked
+    blocked = rotation(3, 96, True, torch.device("cpu"))
+    assert kernels.transformed(x, blocked.forth, lambda: slow) is slow
     whole = rotation(3, 256, False, torch.device("cpu")).forth
     with kernels.reference():
         assert kernels.transformed(torch.randn(2, 256), whole, lambda: slow) is slow
@@ -409,7 +401,7 @@ def test_transforms_that_kernels_cannot_make_go_by_torch(isa: str):
 
 
 def random_packed(method: Method, out_features: int, in_features: int) -> Packed:
-    """Tensors of a method's layout that mean something, with no calibration."""
+    """Random tensors of a method's layout, valid where not all values are."""
     random, packed = generator(5), {}
     for key, spec in method.layout(out_features, in_features).items():
         if key == "order":
@@ -428,9 +420,7 @@ def random_packed(method: Method, out_features: int, in_features: int) -> Packed
             packed[key] = torch.randint(0, 256, spec.shape, generator=random).to(torch.uint8)
         else:
             packed[key] = (torch.rand(spec.shape, generator=random) + 0.5).to(spec.dtype)
-    if isinstance(
-        method, PBLLM
-    ):  # a list of positions: only one that belongs to a mask can be read
+    if isinstance(method, PBLLM):  # its list of positions must be that of a mask
         positions = method._positions(out_features, in_features)
         mask_N = torch.zeros(positions.total, dtype=torch.bool)
         mask_N[torch.randperm(positions.total, generator=random)[: positions.count]] = True
@@ -445,7 +435,9 @@ def test_files_do_not_depend_on_kernels(
     tmp_path: Path,
     monkeypatch,
 ):
-    """A calibrated run over two blocks, the second of which sees what the packed first puts out."""
+    """A calibrated run over two blocks: the second is calibrated on the output of the packed
+    first.
+    """
     base = make_checkpoint(
         hidden_size=128, intermediate_size=256, num_attention_heads=4, dtype=torch.bfloat16
     )
@@ -467,8 +459,8 @@ def test_files_do_not_depend_on_kernels(
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[[str], str]]:
-    """What `describe` says with LLQ_CPU_ISA set to something, and no library but those in tmp_path
-    / "kernels".
+    """asked(isa): the result of `describe` with LLQ_CPU_ISA=isa, where libraries lie only in
+    tmp_path / "kernels".
     """
 
     def ask(isa: str) -> str:
