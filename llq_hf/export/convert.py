@@ -48,7 +48,7 @@ def export(
     LLQError where the method's storage does not fit the format.
     """
     progress = progress or Progress()
-    found = inspect_checkpoint(path)
+    packed = inspect_checkpoint(path)
     checkpoint = Checkpoint.open(str(path))
     if out.exists():
         raise LLQError(f"{out} exists; give a folder that does not")
@@ -57,7 +57,7 @@ def export(
     draft = out.with_name(out.name + ".part")
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
-    method = build(found["method"], **found["config"])
+    method = build(packed["method"], **packed["config"])
     shapes = _shapes(skeleton)
     try:
         parts = [draft / f"part-{i}.safetensors" for i in range(len(block_prefixes(skeleton)) + 1)]
@@ -81,7 +81,7 @@ def export(
         progress.close()
     weights = sum(rows * columns for rows, columns in shapes.values())
     bits = _linear_bytes(out, shapes) * 8 / weights
-    return {"stored_bits": found["stored_bits"], "exported_bits": bits, "bytes": total_bytes}
+    return {"stored_bits": packed["stored_bits"], "exported_bits": bits, "bytes": total_bytes}
 
 
 def _write(
@@ -100,7 +100,7 @@ def _write(
     shapes = _shapes(folds.skeleton)
     outside, *blocks = names_by_block(checkpoint.files, block_prefixes(folds.skeleton))
     progress.blocks(0, len(blocks))
-    save_tensors(_cast(checkpoint.read(outside), form.dtype), parts[0])
+    save_tensors(_to_dtype(checkpoint.read(outside), form.dtype), parts[0])
     for index, names in enumerate(blocks):
         tensors = checkpoint.read(names)
         linears = _linears(tensors, method, form, shapes)
@@ -109,9 +109,9 @@ def _write(
         stored = {
             f"{n}.{k}": t
             for n, linear in linears.items()
-            for k, t in _stored(form, n, linear).items()
+            for k, t in _tensors_of(form, n, linear).items()
         }
-        save_tensors(_cast(tensors, form.dtype) | stored, parts[index + 1])
+        save_tensors(_to_dtype(tensors, form.dtype) | stored, parts[index + 1])
         progress.blocks(index + 1, len(blocks))
     assert first is not None
     return first
@@ -119,8 +119,8 @@ def _write(
 
 def _shapes(skeleton: nn.Module) -> dict[str, tuple[int, int]]:
     """[O, I] of every quantized linear, by full name."""
-    found = quantizable(skeleton)
-    return {name: (linear.out_features, linear.in_features) for name, linear in found.items()}
+    linears = quantizable(skeleton)
+    return {name: (linear.out_features, linear.in_features) for name, linear in linears.items()}
 
 
 def _linears(
@@ -140,14 +140,14 @@ def _linears(
     return linears
 
 
-def _stored(form: Format, name: str, linear: Exported) -> dict[str, Tensor]:
+def _tensors_of(form: Format, name: str, linear: Exported) -> dict[str, Tensor]:
     try:
         return form.tensors(linear)
     except LLQError as error:
         raise LLQError(f"{name} does not fit {form.name}: {error}") from None
 
 
-def _cast(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+def _to_dtype(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     """Floats in `dtype`; LLQError where one overflows there."""
     cast = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
     for name, tensor in cast.items():

@@ -38,12 +38,12 @@ class Elastic(nn.Linear):
         # A matrix, because peft takes a vector for a damaged one.
         self.beta = nn.Parameter(half.weight.new_zeros(1, 1))
 
-    def connected(self) -> Tensor:
+    def effective_weight(self) -> Tensor:
         """The weight of the plain linear that this half equals."""
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, self.connected())
+        return nn.functional.linear(x, self.effective_weight())
 
     def _eye(self, gcd: int) -> Tensor:
         return torch.eye(gcd, dtype=self.weight.dtype, device=self.weight.device)
@@ -52,7 +52,7 @@ class Elastic(nn.Linear):
 class ElasticDown(Elastic):
     """A + beta P, [r, I]."""
 
-    def connected(self) -> Tensor:
+    def effective_weight(self) -> Tensor:
         r, width = self.weight.shape
         g = math.gcd(r, width)
         mean = self._eye(g)[None, :, :, None] * (g / width)
@@ -62,7 +62,7 @@ class ElasticDown(Elastic):
 class ElasticUp(Elastic):
     """B + beta R, [O, r]."""
 
-    def connected(self) -> Tensor:
+    def effective_weight(self) -> Tensor:
         width, r = self.weight.shape
         g = math.gcd(r, width)
         mean = self._eye(g)[:, None, :, None] * (g / r)
@@ -89,7 +89,9 @@ def merge(model: nn.Module) -> None:
 
 def _plain(module: Elastic) -> nn.Linear:
     plain = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
-    plain.weight = nn.Parameter(module.connected(), requires_grad=module.weight.requires_grad)
+    plain.weight = nn.Parameter(
+        module.effective_weight(), requires_grad=module.weight.requires_grad
+    )
     return plain
 
 

@@ -173,7 +173,7 @@ def stored_rows(
     """
     import datasets
 
-    everything = _written(lambda: map(tokens, rows_of(source)), cache / "rows")
+    everything = _arrow_dataset(lambda: map(tokens, rows_of(source)), cache / "rows")
     if source == "demo":
         own = (Example(*row) for row in islice(instructions.rows("heldout"), heldout))
         return everything, datasets.Dataset.from_list([tokens(row) for row in own])
@@ -207,7 +207,7 @@ def streamed_rows(
     return stream.shuffle(seed=seed, buffer_size=SHUFFLED_ROWS), datasets.Dataset.from_list(first)
 
 
-def _written(rows: Callable[[], Iterable[dict[str, list[int]]]], folder: Path) -> Dataset:
+def _arrow_dataset(rows: Callable[[], Iterable[dict[str, list[int]]]], folder: Path) -> Dataset:
     """The rows as an Arrow file, or what an earlier run wrote there."""
     import datasets
     from datasets.arrow_writer import ArrowWriter

@@ -168,13 +168,13 @@ def finetune(
     model, tokenizer = _load(base, machine)
     identity = _identity(model, data, recipe, processes.num_processes)
     if (out / NOTE).is_file() and (out / ADAPTER).is_file():
-        _same(read_json(out / NOTE)["identity"], identity, out)
+        _check_same(read_json(out / NOTE)["identity"], identity, out)
         return read_json(out / NOTE)
     _begin(work, identity, out, processes)
     progress.stage("reading rows")
     with processes.main_process_first():
         train_rows, heldout_rows = _rows(data, tokenizer, recipe, work)
-    model = _adapted(model, base, recipe)
+    model = _add_adapters(model, base, recipe)
     # The base is scored with adapters that add nothing yet: Trainer takes no bare packed model.
     progress.stage("scoring the base")
     before = score(model, tokenizer, heldout_rows, machine)
@@ -241,7 +241,7 @@ def _identity(model: nn.Module, data: str, recipe: Recipe, processes: int) -> di
     }
 
 
-def _same(begun: dict[str, Any], identity: dict[str, Any], out: Path) -> None:
+def _check_same(begun: dict[str, Any], identity: dict[str, Any], out: Path) -> None:
     differing = differences(begun, identity)
     if differing:
         raise LLQError(
@@ -253,7 +253,7 @@ def _same(begun: dict[str, Any], identity: dict[str, Any], out: Path) -> None:
 def _begin(work: Path, identity: dict[str, Any], out: Path, processes: PartialState) -> None:
     """Write down what is trained, or check that an interrupted run trained the same."""
     if (work / IDENTITY).is_file():
-        _same(read_json(work / IDENTITY), identity, out)
+        _check_same(read_json(work / IDENTITY), identity, out)
         return
     processes.wait_for_everyone()  # nobody writes before all have looked
     if processes.is_main_process:
@@ -269,7 +269,7 @@ def _rows(data: str, tokenizer: Any, recipe: Recipe, work: Path) -> tuple[Any, A
     return rows.stored_rows(data, tokens, recipe.heldout, recipe.seed, work)
 
 
-def _adapted(model: Any, base: str, recipe: Recipe) -> Any:
+def _add_adapters(model: Any, base: str, recipe: Recipe) -> Any:
     """The model with fresh adapters on all of its quantized linears, which alone are trained."""
     set_seed(recipe.seed)
     names = {

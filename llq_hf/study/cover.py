@@ -105,11 +105,11 @@ def _mark(axes: Axes, point: Point, marker: str, size: float, alpha: float = 1) 
     if point.y > MOST:
         marker = "^"
     axes.plot(
-        point.x, _shown(point), marker, color=colour, markersize=size, alpha=alpha, clip_on=False
+        point.x, _height(point), marker, color=colour, markersize=size, alpha=alpha, clip_on=False
     )
 
 
-def _shown(point: Point) -> float:
+def _height(point: Point) -> float:
     """The height at which a point is drawn."""
     return min(max(point.y, LEAST), MOST)
 
@@ -141,16 +141,16 @@ def _names(axes: Axes, lines: dict[str, list[Point]]) -> None:
     starts = [line[0] for line in lines.values()]
     column = [point for point in starts if point.x < left + NEAR * (right - left)]
     scale = figure.dpi / 72  # pixels in a point of print
-    pixels = [axes.transData.transform((0, _shown(point)))[1] for point in column]
+    pixels = [axes.transData.transform((0, _height(point)))[1] for point in column]
     for point, y in zip(column, apart(pixels, ROOM * scale, axes.bbox.y1), strict=True):
         x = left + (COLUMN - 0.02) * (right - left)
         height = axes.transData.inverted().transform((0, y))[1]
         _name(axes, point, (x, height), ha="right", va="center")
-        ends = ([x + 0.01 * (right - left), point.x], [height, _shown(point)])
+        ends = ([x + 0.01 * (right - left), point.x], [height, _height(point)])
         axes.plot(*ends, color=point.look[0], linewidth=0.6)
     for point in starts:
         if point not in column:
-            name = _name(axes, point, (point.x, _shown(point) * 1.15), ha="center", va="bottom")
+            name = _name(axes, point, (point.x, _height(point) * 1.15), ha="center", va="bottom")
             name.set_bbox({"color": "white", "alpha": 0.7, "pad": 0.5})
 
 

@@ -120,10 +120,14 @@ class Cell:
         remarks = [self.preset] if self.preset != "study" else []
         remarks += [f"seed {self.seed}"] if self.seed else []
         if self.calibration:
-            remarks.append(f"calibration {' '.join(map(str, _shown(self.calibration)))}")
-        return (self.label or self._described()) + (f" ({', '.join(remarks)})" if remarks else "")
+            remarks.append(
+                f"calibration {' '.join(map(str, _calibration_words(self.calibration)))}"
+            )
+        return (self.label or self._option_words()) + (
+            f" ({', '.join(remarks)})" if remarks else ""
+        )
 
-    def _described(self) -> str:
+    def _option_words(self) -> str:
         if self.method == DENSE:
             return "full precision"
         words = [f"{key}={value}" for key, value in self.options.items()]
@@ -134,7 +138,7 @@ class Cell:
         return " ".join([self.method, *words])
 
 
-def _shown(calibration: Mapping[str, Any]) -> Iterator[str]:
+def _calibration_words(calibration: Mapping[str, Any]) -> Iterator[str]:
     """Words about the calibration: a file by its name only."""
     for key, value in calibration.items():
         yield Path(value).name if key == "source" else f"{key}={value}"
@@ -205,7 +209,7 @@ def _cell(
         calibration={**(plan.get("calibration") or {}), **entry.get("calibration", {})},
         divergence={} if dense else divergence_for(model, plan.get("divergence")),
         seed=seed,
-        label=_filled(entry["label"], {**options, "preset": preset}) if "label" in entry else None,
+        label=_fill_in(entry["label"], {**options, "preset": preset}) if "label" in entry else None,
         **shared,
     )
 
@@ -215,7 +219,7 @@ def own_options(entry: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in entry.items() if key not in ENTRY_KEYS}
 
 
-def _filled(label: str, options: Mapping[str, Any]) -> str:
+def _fill_in(label: str, options: Mapping[str, Any]) -> str:
     try:
         return label.format_map(options)
     except (KeyError, IndexError, ValueError) as error:

@@ -98,7 +98,7 @@ def html(out: Path, records: Sequence[Record], tables: Sequence[ReportTable]) ->
         title=_title(out),
         facts=_facts(records),
         plots=drawn,
-        tables=_noted(tables),
+        tables=_with_notes(tables),
         signs=LEVEL_SIGNS,
     )
 
@@ -118,7 +118,7 @@ def _facts(records: Sequence[Record]) -> list[tuple[str, int]]:
     return [*names, ("models", len(models)), ("methods", len(methods))]
 
 
-def _noted(tables: Sequence[ReportTable]) -> list[ReportTable]:
+def _with_notes(tables: Sequence[ReportTable]) -> list[ReportTable]:
     """The tables, with a note on the marks for those that have some."""
 
     def marked(table: ReportTable) -> bool:
@@ -134,7 +134,7 @@ def _noted(tables: Sequence[ReportTable]) -> list[ReportTable]:
 
 def markdown(out: Path, records: Sequence[Record], tables: Sequence[ReportTable]) -> str:
     parts = [f"# {_title(out)}\n"]
-    for table in _noted(tables):
+    for table in _with_notes(tables):
         rule = ["---" if i < table.words else "---:" for i in range(len(table.head))]
         rows = [
             [*(value.signed for value in line.values), _record_of(line)] for line in table.lines
@@ -180,7 +180,7 @@ LATEX = str.maketrans(
 
 def latex(out: Path, records: Sequence[Record], tables: Sequence[ReportTable]) -> str:
     """Tables to \\input; they need booktabs, longtable, amssymb."""
-    return "\n".join(_latex_table(table) for table in _noted(tables))
+    return "\n".join(_latex_table(table) for table in _with_notes(tables))
 
 
 def _latex_table(table: ReportTable) -> str:

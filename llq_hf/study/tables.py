@@ -207,11 +207,11 @@ def _study_table(
     for row in table.rows:
         names = [Value(row.label), *(Value(str(row.identity[key])) for key in identity)]
         published = [
-            Value(_printed(value, c))
+            Value(_show_published(value, c))
             for value, c in zip(table.published(row), table.columns, strict=True)
         ]
         lines.append(Line([*names, Value("published"), Value(), *published], "published"))
-        matching = paper.matching(row, list(records))
+        matching = paper.records_of(row, list(records))
         ours = [
             *_ours(table, row, matching),
             *(_stand_in(table, r) for r in matching if r.cell["model"] in bundled),
@@ -235,7 +235,7 @@ def _stand_in_note(bundled: list[str]) -> list[str]:
     ]
 
 
-def _printed(value: float | str | None, column: Column) -> str:
+def _show_published(value: float | str | None, column: Column) -> str:
     if value is None or isinstance(value, str):
         return value or ""
     if value >= 1000 and column.within is not None and column.better == "lower":
@@ -261,11 +261,13 @@ def _ours(
         ]
         values = [Value(", ".join(words)), figure(first, "quantized.stored_bits", three_digits)]
         for column, printed in zip(table.columns, table.published(row), strict=True):
-            values.append(_compared(by_model.get(column.model or table.models[0]), column, printed))
+            values.append(
+                _marked_figure(by_model.get(column.model or table.models[0]), column, printed)
+            )
         yield values
 
 
-def _compared(record: Record | None, column: Column, printed: float | str | None) -> Value:
+def _marked_figure(record: Record | None, column: Column, printed: float | str | None) -> Value:
     if record is None:
         return Value()
     show = amount if column.within is None else percent if column.better == "higher" else perplexity
@@ -326,7 +328,10 @@ def _cost_columns(records: Sequence[Record]) -> list[tuple[str, str, float]]:
         ("memory (MiB)", "cost.quantize.added_bytes", 2**-20),
     ]
     if any(r.find("cost.finetune") for r in records):
-        columns.append(("fine-tuned in (s)", "cost.finetune.seconds", 1.0))
+        columns += [
+            ("fine-tuned in (s)", "cost.finetune.seconds", 1.0),
+            ("of that processor (s)", "cost.finetune.processor_seconds", 1.0),
+        ]
     columns += [
         ("on disk (MiB)", "cost.disk_bytes", 2**-20),
         ("loaded (MiB)", "cost.own.loaded_bytes", 2**-20),

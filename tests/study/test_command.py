@@ -46,6 +46,14 @@ def test_flags_make_cells(llq: Callable[..., list[str]]) -> None:
     assert found[1] == "rtn bits=4 group_size=64 (best)"
 
 
+def test_only_some_cells(llq: Callable[..., list[str]], tmp_path: Path) -> None:
+    flags = ["--models", "demo", "--methods", "rtn,gptq", "--bits", "4,2", "--tasks", "llq_demo"]
+    found = titles(llq("study", *flags, "--only", "bits=2", "--dry-run"))
+    assert found == ["rtn bits=2", "gptq bits=2"]
+    with pytest.raises(LLQError, match="no cell has a title that contains 'bits=3'"):
+        llq("study", *flags, "--only", "bits=3", "--dry-run")
+
+
 def test_a_plan_file_with_a_flag_over_it(llq: Callable[..., list[str]], tmp_path: Path) -> None:
     plan = {"models": ["a/b"], "tasks": ["t"], "methods": [{"method": "billm"}], "baseline": False}
     (tmp_path / "plan.yaml").write_text(yaml.safe_dump(plan))

@@ -135,7 +135,7 @@ def _row(content: dict[str, Any]) -> PublishedRow:
     return PublishedRow(**known, identity=content)
 
 
-def matching(row: PublishedRow, records: list[Record]) -> list[Record]:
+def records_of(row: PublishedRow, records: list[Record]) -> list[Record]:
     """The finished records of a row, study preset first."""
     made = [record for record in records if record.status == DONE and row.made_by(record)]
     return sorted(made, key=lambda r: (r.cell["preset"] != "study", r.cell["seed"], r.name))
