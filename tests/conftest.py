@@ -27,12 +27,14 @@ from torch import Tensor
 VOCAB = 320
 SEQUENCES, LENGTH = 8, 32
 TEXT = (
-    "the old king of the hill had a small red fox and the fox had a secret name. every day the fox ran over the hill "
-    "to see the river, and every night the king asked: where were you, small fox? at the river, said the fox.\n"
+    "the old king of the hill had a small red fox and the fox had a secret name. "
+    "every day the fox ran over the hill to see the river, and every night the king asked: "
+    "where were you, small fox? at the river, said the fox.\n"
 )
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] }}: {% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}<image>\n{% else %}{{ part['text'] }}{% endif %}{% endfor %}\n{% endfor %}"
+    "{% if part['type'] == 'image' %}<image>\n{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant:{% endif %}"
 )
 
@@ -67,7 +69,7 @@ def shared() -> Path:
     folder = Path(os.environ.get("LLQ_SHARED") or Path(__file__).parents[2] / "shared")
     if not (folder / "golden").is_dir():
         pytest.skip(
-            f"no golden data in {folder}; set LLQ_SHARED to the folder that holds models/ and golden/"
+            f"no golden data in {folder}; set LLQ_SHARED to the folder of models/ and golden/"
         )
     return folder
 
@@ -202,7 +204,7 @@ def tiny_llama_biased(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """make_llama into a fresh folder: make_checkpoint(hidden_size=64, num_attention_heads=4, ...)."""
+    """make_llama into a fresh folder: make_checkpoint(hidden_size=64, ...)."""
     return lambda **options: make_llama(tmp_path_factory.mktemp("llama"), **options)
 
 
