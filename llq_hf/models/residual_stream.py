@@ -74,8 +74,12 @@ def residual_of(model: nn.Module) -> Residual:
     flow = _Flow.record(decoder, width)
 
     # 2. Sort the linears of all blocks into readers and writers of the stream.
-    norms, readers, writers = {}, {}, set()
-    values, outputs, known = {}, {}, set()
+    norms = {}
+    readers = {}
+    writers = set()
+    values = {}
+    outputs = {}
+    known = set()
     head_dims = set()
     for index, prefix in enumerate(block_prefixes(model)):
         block = model.get_submodule(prefix)
@@ -166,7 +170,8 @@ class _Flow:
     def record(cls, decoder: nn.Module, width: int) -> _Flow:
         """Run the decoder on a few tokens and record its norms and linears."""
         norms = [m for m in decoder.modules() if _is_norm(m, width)]
-        flow, handles = cls(norms), []
+        flow = cls(norms)
+        handles = []
         for norm in norms:
             handles.append(
                 norm.register_forward_hook(lambda m, args, out: flow.results.append((out, m)))
@@ -347,7 +352,8 @@ class RotatedStream:
         """The changed tensor of this name, in its dtype. `read` gives the original weights of the
         norms.
         """
-        residual, (module, _, kind) = self.residual, name.rpartition(".")
+        residual = self.residual
+        module, _, kind = name.rpartition(".")
         if module in residual.norms:
             return torch.full_like(tensor, residual.norms[module])
         inputs: list[Rotate] = []  # applied along the last axis
