@@ -239,7 +239,8 @@ def train_vlm(
         MofNCompleteColumn(),
         TimeElapsedColumn(),
     )
-    began, smooth = time.monotonic(), 0.0
+    began = time.monotonic()
+    smooth = 0.0
     with Progress(*columns, console=train.console) as bar:
         task = bar.add_task("training", total=recipe.steps)
         for step, batch in enumerate(batches(processor, recipe)):

@@ -143,7 +143,8 @@ def make_row(tokenizer: PreTrainedTokenizerFast, recipe: VlmRecipe, items: Itera
     """A row: the picture's tokens, then whole questions while they fit, then padding."""
     user, assistant, image = tokenizer.convert_tokens_to_ids([USER, ASSISTANT, IMAGE])
     ids = [tokenizer.bos_token_id, user] + [image] * IMAGE_TOKENS
-    first, T = len(ids), recipe.tokens_per_row
+    first = len(ids)
+    T = recipe.tokens_per_row
     row = Row(ids, list(range(first)), [0] * first, [IGNORED] * first, [0.0] * first, [], [])
     for part, item in enumerate(items, start=1):
         question = token_ids(tokenizer, item.question)

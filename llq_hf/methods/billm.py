@@ -165,7 +165,8 @@ class BiLLM(Method):
         """`refine` rounds: set each code to its best given all others, then the levels of each
         block to theirs.
         """
-        size, salient = self.block_size, code.salient_I.tolist()
+        size = self.block_size
+        salient = code.salient_I.tolist()
 
         def nearest(j: int, w_O: Tensor) -> Tensor:
             levels_O8 = tables[j // size]

@@ -374,7 +374,8 @@ class PBLLM(Method):
         return scale_OG, mean_OG
 
     def _pack(self, coder: Coder) -> Packed:
-        codes_OI, salient_OI = coder.codes_IO.T, coder.salient_IO.T.contiguous()
+        codes_OI = coder.codes_IO.T
+        salient_OI = coder.salient_IO.T.contiguous()
         packed = {"weight": pack(codes_OI >> 7, 1)}
         if salient_OI.any():
             packed["code"] = pack(codes_OI[salient_OI] & 127, 7)

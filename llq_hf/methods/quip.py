@@ -166,7 +166,8 @@ class QuIP(Method):
         factors = [self.range_sigma]
         if self.search_range:
             factors += torch.linspace(*SEARCH_SPAN[self.bits], SEARCH_STEPS).tolist()
-        sigma, top = W_OI.square().mean().sqrt(), 2**self.bits - 1
+        sigma = W_OI.square().mean().sqrt()
+        top = 2**self.bits - 1
         best: tuple[float, float, Tensor, Tensor] | None = None
         for factor in factors:
             half_range = (factor * sigma + 1e-16).reshape(1)
@@ -262,7 +263,8 @@ def ldlq(t_OI: Tensor, L_II: Tensor, top: int) -> Tensor:
 
     L_II is strictly lower triangular. Halves are rounded up.
     """
-    codes_OI, error_OI = torch.empty_like(t_OI), torch.zeros_like(t_OI)
+    codes_OI = torch.empty_like(t_OI)
+    error_OI = torch.zeros_like(t_OI)
     columns = t_OI.shape[1]
     for stop in range(columns, 0, -BLOCK):
         start = max(stop - BLOCK, 0)

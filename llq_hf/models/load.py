@@ -48,7 +48,8 @@ def module_names(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, str
     rules = get_model_conversion_mapping(model)
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
     renamings = [rule for rule in rules if not isinstance(rule, WeightConverter)]
-    state, names = model.state_dict(), {}
+    state = model.state_dict()
+    names = {}
     for name in sorted(stored):
         renamed, converted = rename_source_key(
             name, renamings, converters, model.base_model_prefix, state

@@ -302,10 +302,12 @@ def measure_option(
     stats: of the input that they share.
     """
     stat = next((stat for stat in stats if type(stat) is method.observes), None)
-    bits, restored = 0, {}
+    bits = 0
+    restored = {}
     for name, linear in linears.items():
         assert isinstance(linear, nn.Linear)
-        own, weight_OI = method.for_linear(name), linear.weight.detach().float()
+        own = method.for_linear(name)
+        weight_OI = linear.weight.detach().float()
         packed = own.quantize(weight_OI, stat, Job(name))
         restored[name] = own.dequantize(packed, *weight_OI.shape)
         bits += bits_of(own, linear)
@@ -339,7 +341,8 @@ class ScopedState(State):
     """
 
     def __init__(self, whole: State, label: str) -> None:
-        self.whole, self.prefix = whole, f"{label}/"
+        self.whole = whole
+        self.prefix = f"{label}/"
 
     def load(self) -> dict[str, Tensor] | None:
         return below(self.prefix, self.whole.load() or {}) or None

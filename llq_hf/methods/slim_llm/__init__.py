@@ -307,7 +307,8 @@ class SliMLLM(Method):
 
         def begin(start: int, stop: int) -> None:
             """2. Fit the grid of a group, to weights as repaired so far."""
-            group, part_OB = start // self.group_size, W_OI[:, start:stop]
+            group = start // self.group_size
+            part_OB = W_OI[:, start:stop]
             importance_B = diagonal_I[start:stop]
             if not self.search_range:
                 importance_B = torch.ones_like(importance_B)

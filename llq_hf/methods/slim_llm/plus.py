@@ -33,7 +33,8 @@ class Clipping:
         self.method = method
         self.linear = linear
         self.widths = widths
-        W_OI, groups = linear.weight.detach().float(), len(widths)
+        W_OI = linear.weight.detach().float()
+        groups = len(widths)
         self.W_OGg = grouped(W_OI, method.group_size, mode="replicate")
         low, high = ends_of(self.W_OGg.flatten(0, 1))
         self.low_OG, self.high_OG = low.view(-1, groups), high.view(-1, groups)

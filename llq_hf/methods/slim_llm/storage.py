@@ -169,7 +169,9 @@ class Storage:
         """
         if self.group_size % BLOCK or in_features % BLOCK or "mean" in packed:
             return None
-        widths_G, parts, start = packed["widths"], [], 0
+        widths_G = packed["widths"]
+        parts = []
+        start = 0
         blocks_K = torch.arange(in_features // BLOCK, dtype=torch.int32, device=widths_G.device)
         widths_K = widths_G.repeat_interleave(self.group_size // BLOCK)[: len(blocks_K)]
         for width in sorted(set(widths_G.tolist())):
