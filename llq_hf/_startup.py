@@ -52,10 +52,8 @@ def _on_lm_eval_tasks(module: "ModuleType") -> None:
 
     def build(paths, **options):  # type: ignore[no-untyped-def]
         paths = list(paths)
-        if (
-            builtin in paths
-            # absent when the caller asked for no defaults; ours go before --include_path, which wins
-        ):
+        # Absent when the caller wants no defaults. Ours go before --include_path, which wins.
+        if builtin in paths:
             paths.insert(paths.index(builtin) + 1, ours)
         return original(paths, **options)
 
@@ -152,12 +150,13 @@ HOOKS = {
 def _run(hook: "Callable[[ModuleType], None]", module: "ModuleType") -> None:
     try:
         hook(module)
-    except (
-        Exception
-    ) as error:  # a bug of ours must never break somebody else's `import transformers`
+    except Exception as error:  # a bug of ours must never break `import transformers`
         import warnings
 
-        text = f"llq-hf could not hook into {module.__name__} ({type(error).__name__}: {error}); LLQ_DISABLE=1 skips it"
+        text = (
+            f"llq-hf could not hook into {module.__name__} ({type(error).__name__}: {error}); "
+            "LLQ_DISABLE=1 skips it"
+        )
         warnings.warn(text, stacklevel=2)
 
 
