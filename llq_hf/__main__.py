@@ -14,9 +14,10 @@ if __name__ == "__main__":
     if harness == "lm_eval":
         runpy.run_module("lm_eval", run_name="__main__")
     elif harness == "lmms_eval":
+        # Imported, not run as a module: `_startup` hooks into imports
         from lmms_eval.__main__ import (
             cli_evaluate,
-        )  # imported, not run as a module: `_startup` hooks into imports
+        )
 
         cli_evaluate()
     else:

@@ -44,11 +44,9 @@ def _on_lm_eval_tasks(module: "ModuleType") -> None:
 
     from llq_hf.common.resources import tasks_folder
 
-    original, builtin, ours = (
-        module.TaskIndex.build,
-        Path(module.__file__ or "").parent,
-        tasks_folder("lm_eval"),
-    )
+    original = module.TaskIndex.build
+    builtin = Path(module.__file__ or "").parent
+    ours = tasks_folder("lm_eval")
 
     def build(paths, **options):  # type: ignore[no-untyped-def]
         paths = list(paths)
@@ -104,9 +102,8 @@ def _on_lmms_eval_tasks(module: "ModuleType") -> None:
 
 def _on_lmms_eval_evaluator(module: "ModuleType") -> None:
     _wrap(module, "evaluate", "carrying_llq")
-    _wrap(
-        module, "simple_evaluate", "failing_loudly"
-    )  # of `python -m lmms_eval`, whose main module is not imported
+    # Of `python -m lmms_eval`, whose main module is not imported
+    _wrap(module, "simple_evaluate", "failing_loudly")
 
 
 def _on_lmms_eval_main(module: "ModuleType") -> None:

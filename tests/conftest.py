@@ -11,9 +11,8 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any import of the Hub client
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-if (
-    "PYTEST_XDIST_WORKER" in os.environ
-):  # a test on every core: what they start gets no more than one either
+# A test on every core: what they start gets no more than one either
+if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from collections.abc import Callable
@@ -48,9 +47,8 @@ SIZES: dict[str, object] = {  # grouped queries, widths that no group size divid
     "eos_token_id": 1,
 }
 
-torch.set_num_threads(
-    1
-)  # tensors here are tiny: on a busy machine a second thread makes them 10 times slower
+# Tensors here are tiny: on a busy machine a second thread makes them 10 times slower
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -87,9 +85,8 @@ def make_llama(
     random = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.ndim == 1 and not name.endswith(
-                "bias"
-            ):  # norms: near one, each channel different
+            # Norms: near one, each channel different
+            if parameter.ndim == 1 and not name.endswith("bias"):
                 parameter.copy_(1 + 0.2 * torch.randn(parameter.shape, generator=random))
             else:
                 parameter.copy_(

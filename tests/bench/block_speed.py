@@ -63,9 +63,8 @@ def timed(command: Sequence[str | Path], log: Path) -> tuple[float, float]:
     """Seconds of the clock and of the processor; exits with the log's end where it fails."""
     started = time.perf_counter()
     with log.open("wb") as file:
-        process = subprocess.Popen(
-            command, stdout=file, stderr=subprocess.STDOUT, cwd=log.parent
-        )  # some write logs
+        # Some write logs
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, cwd=log.parent)
         _, status, usage = os.wait4(process.pid, 0)
     if os.waitstatus_to_exitcode(status):
         sys.exit(f"{command[0]} failed:\n{log.read_text(errors='replace')[-3000:]}")
@@ -83,9 +82,8 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=4096)
     parser.add_argument("--ffn", type=int, default=14336)
     args = parser.parse_args()
-    os.environ.setdefault(
-        "GPTQMODEL_CPU_WORKERS", "2"
-    )  # on two cores it picks one, which its own check refuses
+    # On two cores it picks one, which its own check refuses
+    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
     # Passive: waiting must not count as the time of the processor.
     os.environ.update(
         OMP_NUM_THREADS=str(args.threads), OMP_WAIT_POLICY="PASSIVE", CUDA_VISIBLE_DEVICES=""

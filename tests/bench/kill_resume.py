@@ -139,10 +139,8 @@ def main() -> int:
                 moment *= 0.8
                 if (tries := tries + 1) == 10:
                     sys.exit("the run is too short to be killed; give a larger --samples")
-            blocks, files = (
-                finished_blocks(journal),
-                len(list(out.iterdir())) if out.is_dir() else 0,
-            )
+            blocks = finished_blocks(journal)
+            files = len(list(out.iterdir())) if out.is_dir() else 0
             again = run(command(out), out)
             found = digests(out)
             differing = sorted(

@@ -46,9 +46,8 @@ def published(weight_OI: Tensor, H_II: Tensor, bits: int, damp: float = 0.01) ->
             if (first + i) % GROUP == 0:
                 group = W_OI[:, first + i : first + i + GROUP]
                 low, high = group.amin(1).clamp_max(0), group.amax(1).clamp_min(0)
-                scale_O = (
-                    ((high - low) / top).half().float()
-                )  # as stored, so that codes can be compared
+                # As stored, so that codes can be compared
+                scale_O = ((high - low) / top).half().float()
                 zero_O = torch.round(-low / scale_O)
             code_O = torch.clamp(torch.round(w_O / scale_O) + zero_O, 0, top)
             codes_OI[:, first + i] = code_O

@@ -141,10 +141,8 @@ def test_info_after_the_folder_was_moved(llq, packed, tmp_path):
     """The journal stays behind, and with it the seconds; all else is in the folder."""
     moved = tmp_path / "moved"
     moved.symlink_to(packed["gptq"][0])
-    found, before = (
-        json.loads(llq("info", moved, "--json")),
-        json.loads(llq("info", packed["gptq"][0], "--json")),
-    )
+    found = json.loads(llq("info", moved, "--json"))
+    before = json.loads(llq("info", packed["gptq"][0], "--json"))
     assert all("seconds" not in record for record in found["linears"])
     for record in before["linears"]:
         del record["seconds"]

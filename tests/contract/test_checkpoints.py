@@ -200,16 +200,16 @@ def test_casting_a_model_keeps_what_is_stored(
     model = load(quantized(tiny_llama, name, bits, options))
     stored = {key: t.clone() for key, t in packed_of(model).items()}
     expected = logits(model, calibration_ids)
+    # Transformers forbids .half() and .float() by name
     for dtype in (
         torch.bfloat16,
         torch.float16,
         torch.float32,
-    ):  # transformers forbids .half() and .float() by name
+    ):
         model.to(dtype)
         assert_same_tensors(stored, packed_of(model))
-    y = logits(
-        model, calibration_ids
-    )  # norms and embeddings went through fp16 and bf16: close, not equal
+    # Norms and embeddings went through fp16 and bf16: close, not equal
+    y = logits(model, calibration_ids)
     assert (y - expected).norm() <= 0.05 * expected.norm()
 
 
@@ -217,10 +217,8 @@ def test_casting_a_model_keeps_what_is_stored(
 def test_stored_bits_in_the_file_are_those_declared(
     quantized: Run, tiny_llama: Path, name: str, bits: int, options: dict
 ):
-    folder, method = (
-        quantized(tiny_llama, name, bits, options),
-        bound_method(tiny_llama, name, bits, options),
-    )
+    folder = quantized(tiny_llama, name, bits, options)
+    method = bound_method(tiny_llama, name, bits, options)
     dense, tensors = file_tensors(tiny_llama), file_tensors(folder)
     report = json.loads((folder / "llq_report.json").read_text())
     assert len(report["linears"]) == LINEARS

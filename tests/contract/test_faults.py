@@ -140,9 +140,8 @@ def applicable() -> list[Any]:
 def test_a_fault_in_what_is_stored_is_seen(case: Case, fault: Fault):
     method, weight_OI = case.build(case.near(BITS)), checks.weight()
     packed = checks.solved(case, case.near(BITS))
-    checks.check_errors(
-        case, case.near(BITS), weight_OI, checks.restore(method, packed, weight_OI)
-    )  # whole before the fault
+    # Whole before the fault
+    checks.check_errors(case, case.near(BITS), weight_OI, checks.restore(method, packed, weight_OI))
     broken = fault(packed, checks.IN)
     checks.check_layout(method, broken, weight_OI)  # well-formed: only its meaning is wrong
     with pytest.raises(AssertionError):

@@ -213,11 +213,9 @@ def forget_caches() -> None:
 
 @each_case
 def test_a_single_vector_is_an_input(case: Case):
-    method, packed, x_TI = (
-        case.build(case.near(4)),
-        checks.solved(case, case.near(4)),
-        checks.inputs(),
-    )
+    method = case.build(case.near(4))
+    packed = checks.solved(case, case.near(4))
+    x_TI = checks.inputs()
     y = method.linear(x_TI[0], packed, None, checks.OUT)
     assert torch.allclose(
         y, method.linear(x_TI[:1], packed, None, checks.OUT)[0], rtol=1e-5, atol=1e-5

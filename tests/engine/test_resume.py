@@ -311,9 +311,8 @@ def test_killed_at_any_moment(runner, untouched, tmp_path, method, share):
             appeared.append(time.monotonic())
         return bool(appeared) and time.monotonic() - appeared[0] >= share * seconds
 
-    runner.kill_when(
-        out, method, ready
-    )  # where it was faster this time: a finished run, which is taken as it is
+    # Where it was faster this time: a finished run, which is taken as it is
+    runner.kill_when(out, method, ready)
     assert runner.finish(out, method) == wanted
 
 

@@ -99,9 +99,8 @@ def test_never_more_than_one_block(quantize, model, tmp_path, monkeypatch, metho
         return tensors
 
     monkeypatch.setattr(Checkpoint, "read", recording_read)
-    monkeypatch.setattr(
-        Checkpoint, "scan", lambda self, on_tensor=None: ("0" * 64, [])
-    )  # reads tensor by tensor
+    # Reads tensor by tensor
+    monkeypatch.setattr(Checkpoint, "scan", lambda self, on_tensor=None: ("0" * 64, []))
     quantize(tmp_path / "out", method)
     assert most == 1
     gc.collect()
@@ -148,9 +147,8 @@ def test_a_streamed_block_is_the_live_block(model):
         stream.advance(block, "block 3")
         inputs.append((stream.activations[slice(0, 2)], block))
     assert torch.equal(inputs[0][0], inputs[1][0])
-    assert all(
-        parameter.is_meta for parameter in skeleton.parameters()
-    )  # the skeleton was copied, not filled
+    # The skeleton was copied, not filled
+    assert all(parameter.is_meta for parameter in skeleton.parameters())
 
 
 @pytest.mark.parametrize("files", [2, 7])
@@ -243,9 +241,8 @@ def test_tied_and_biased_models_load(quantize, request, tmp_path, fixture, metho
         assert linear.bias is None or torch.equal(found.bias, linear.bias)
     ids = torch.arange(2, 34)[None]
     difference = (dense(ids).logits - packed(ids).logits).norm() / dense(ids).logits.norm()
-    assert (
-        difference < 0.8
-    )  # three bits of a random model: far from exact, far from unrelated (1.4)
+    # Three bits of a random model: far from exact, far from unrelated (1.4)
+    assert difference < 0.8
 
 
 def test_the_same_as_in_memory(quantize, model, whole, calibration_ids):

@@ -87,10 +87,8 @@ def test_two_processes_make_the_bytes_of_one(tiny_llama, calibration_npy, tmp_pa
 
 @pytest.mark.parametrize("name", ["awq", "omniquant", "slim_llm", "db_llm", "smoothquant"])
 def test_methods_that_read_data_themselves_are_refused(tiny_llama, calibration_npy, tmp_path, name):
-    run, calibration = (
-        RunOptions(shards=2, team=Team(0, 2)),
-        Calibration(str(calibration_npy), samples=8),
-    )
+    run = RunOptions(shards=2, team=Team(0, 2))
+    calibration = Calibration(str(calibration_npy), samples=8)
     with pytest.raises(LLQError, match=f"{name} reads activations or trains"):
         prepare(str(tiny_llama), build(name), calibration, run, tmp_path / "out", Progress())
 
@@ -124,9 +122,8 @@ def test_merged_statistics_are_those_of_all_sequences(kind: type[Stat]):
             assert Samples.LIMIT // 2 <= len(first.rows_TI) < Samples.LIMIT
             assert all((row == x_TI).all(1).any() for row in first.rows_TI[::50])
         else:
-            torch.testing.assert_close(
-                first.state()[key], value, rtol=1e-4, atol=0.02
-            )  # sums of 3000 in another order
+            # Sums of 3000 in another order
+            torch.testing.assert_close(first.state()[key], value, rtol=1e-4, atol=0.02)
 
 
 def test_notes_travel_with_tensors():

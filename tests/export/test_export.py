@@ -104,9 +104,8 @@ def test_compressed_tensors_computes_our_logits(packed, case, tmp_path):
         torch.testing.assert_close(
             logits(load(tmp_path / "out")), logits(load(folder)), atol=2e-5, rtol=2e-5
         )
-    assert (
-        found["stored_bits"] <= found["exported_bits"] < found["stored_bits"] + 1.5
-    )  # scales in fp32 here
+    # Scales in fp32 here
+    assert found["stored_bits"] <= found["exported_bits"] < found["stored_bits"] + 1.5
 
 
 @pytest.mark.parametrize("case", [*FITTING, "slim_llm", "billm"])
@@ -149,10 +148,8 @@ def stream(words: list[int], bits: int, count: int) -> list[int]:
 def test_gptq_holds_our_codes(packed, case, tmp_path):
     folder = packed(*FITTING.get(case, ORDERED))
     export(folder, tmp_path / "out", FORMATS["gptq"])
-    tensors, config = (
-        stored(tmp_path / "out"),
-        json.loads((tmp_path / "out" / "config.json").read_text()),
-    )
+    tensors = stored(tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
     section = config["quantization_config"]
     assert section["desc_act"] == (case == "ordered")
     for name, affine in affines(folder).items():
@@ -179,9 +176,8 @@ def test_awq_holds_our_codes_and_folds_its_scales(packed, tmp_path):
             rows.append([word[[0, 4, 1, 5, 2, 6, 3, 7][i]] for word in nibbles for i in range(8)])
         assert torch.equal(torch.tensor(rows).T, affine.codes_OI.long())
         scale_OG = tensors[f"{name}.scales"].float().T
-        if name.endswith(
-            ("v_proj", "up_proj")
-        ):  # o_proj's and down_proj's input scale went in here
+        # O_proj's and down_proj's input scale went in here
+        if name.endswith(("v_proj", "up_proj")):
             assert not torch.equal(scale_OG, affine.scale_OG)
         else:
             assert torch.equal(scale_OG, affine.scale_OG)

@@ -21,10 +21,8 @@ WIDTHS = [
 
 def random_pair(r: int, i: int, o: int) -> tuple[elastic.ElasticDown, elastic.ElasticUp]:
     torch.manual_seed(0)
-    down, up = (
-        elastic.ElasticDown(nn.Linear(i, r, bias=False)),
-        elastic.ElasticUp(nn.Linear(r, o, bias=False)),
-    )
+    down = elastic.ElasticDown(nn.Linear(i, r, bias=False))
+    up = elastic.ElasticUp(nn.Linear(r, o, bias=False))
     for half, beta in ((down, 0.7), (up, -0.4)):
         half.beta.data.fill_(beta)
     return down, up

@@ -90,9 +90,8 @@ def test_allocation_and_weights_are_theirs(case: str):
 @each_case
 def test_scales_and_zeros_are_theirs(case: str):
     packed, _ = run(case, golden()["X"])
-    two_G = (
-        packed["widths"] == 1
-    )  # they keep half the distance of two levels as scale, and the mean as zero
+    # They keep half the distance of two levels as scale, and the mean as zero
+    two_G = packed["widths"] == 1
     zero_OG = unpack(packed["zero"], 8, packed["scale"].numel()).view_as(packed["scale"])
     zero_OG = zero_OG / torch.exp2(8 - packed["widths"].float())
     if "mean" in packed:

@@ -86,10 +86,11 @@ def test_nothing_is_imported_for_it():
         import llq_hf._startup
         print(*sorted(set(sys.modules) - before))
     """
+    # []: the .pth did it
     assert python(code, LLQ_DISABLE="").split() in (
         [],
         ["llq_hf", "llq_hf._startup"],
-    )  # []: the .pth did it
+    )
     assert python(code, "-I").split() in ([], ["llq_hf", "llq_hf._startup"])
     of_os = {
         "os",
@@ -277,9 +278,8 @@ def test_contents_of_the_wheel(wheel):
 def test_both_start_up_files_say_the_same(wheel):
     with zipfile.ZipFile(wheel) as archive:
         pth, start = (archive.read(f"llq_hf_startup.{end}").decode() for end in ("pth", "start"))
-    assert (
-        pth.strip() == "import llq_hf._startup"
-    )  # one line: what site runs has to begin with "import"
+    # One line: what site runs has to begin with "import"
+    assert pth.strip() == "import llq_hf._startup"
     module, _, function = start.strip().partition(":")
     assert (module, function) == ("llq_hf._startup", "install")
     assert "\ndef install(" in (ROOT / "llq_hf" / "_startup.py").read_text()

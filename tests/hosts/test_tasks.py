@@ -441,9 +441,8 @@ def test_every_local_layout_gives_the_hub_prompts(tmp_path):
     write_lines(cut / "hellaswag_val_full.jsonl", hellaswag)
     for name in HUB_ROWS:
         ours = [task(f"llq_{name}", folder=str(folder)) for folder in (hub, cut)]
-        if (
-            name == "hellaswag"
-        ):  # the cut file is preprocessed by others: only the shape can be compared
+        # The cut file is preprocessed by others: only the shape can be compared
+        if name == "hellaswag":
             assert [len(t.eval_docs) for t in ours] == [2, 2]
             assert ours[1].eval_docs[0]["query"] == ours[0].eval_docs[0]["query"]
         else:

@@ -203,9 +203,8 @@ def test_outputs_are_compared_on_evenly_spaced_sequences(tokens: int, sequences:
 
 def test_the_common_parent_is_found_by_name():
     assert _parent(["self_attn.q_proj", "self_attn.k_proj"]) == "self_attn"
-    assert (
-        _parent(["self_attn.q_proj", "mlp.gate_proj"]) == ""
-    )  # blocks with attention and mlp side by side
+    # Blocks with attention and mlp side by side
+    assert _parent(["self_attn.q_proj", "mlp.gate_proj"]) == ""
     assert _parent(["a", "b"]) == ""
     assert _parent(["mlp.expert.gate", "mlp.expert.up"]) == "mlp.expert"
 

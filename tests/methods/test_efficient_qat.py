@@ -362,7 +362,6 @@ def test_a_run_stopped_in_both_phases_ends_in_the_same_bytes(
         record["tuned"] and record["last_loss"] < record["first_loss"]
         for record in report["linears"]
     )
-    assert all(
-        record["weight_error"] < 0.5 for record in report["linears"]
-    )  # of the weights that were quantized
+    # Of the weights that were quantized
+    assert all(record["weight_error"] < 0.5 for record in report["linears"])
     assert not (tmp_path / "out.training.safetensors").exists()

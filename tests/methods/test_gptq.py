@@ -56,9 +56,8 @@ def well_conditioned(in_features: int, dead: tuple[int, ...] = ()) -> torch.Tens
         + 0.3 * torch.randn(in_features, in_features, generator=random) / in_features**0.5
     )
     x_TI = torch.randn(4 * in_features, in_features, generator=random) @ mix_II
-    x_TI *= 0.5 + torch.rand(
-        in_features, generator=random
-    )  # all diagonals of H differ: one act order
+    # All diagonals of H differ: one act order
+    x_TI *= 0.5 + torch.rand(in_features, generator=random)
     x_TI[:, list(dead)] = 0
     return x_TI
 

@@ -34,10 +34,8 @@ def test_levels_are_quantiles(bits: int):
 @pytest.mark.parametrize("double_quant", [True, False], ids=["scales in 8 bits", "fp32 scales"])
 @pytest.mark.parametrize("shape", [(8, 64), (5, 45), (30, 160)], ids=lambda s: f"{s[0]}x{s[1]}")
 def test_equals_the_literal_loops(bits: int, double_quant: bool, shape: tuple[int, int]):
-    weight_OI, method = (
-        checks.weight(*shape),
-        build("nf4", bits=bits, double_quant=double_quant, block_size=16),
-    )
+    weight_OI = checks.weight(*shape)
+    method = build("nf4", bits=bits, double_quant=double_quant, block_size=16)
     packed = checks.quantize(method, weight_OI)
     codes, restored = nf4(weight_OI.flatten().tolist(), bits, 16, double_quant)
     assert codes_of(method, packed, weight_OI.numel()) == codes

@@ -228,10 +228,8 @@ def test_the_transformation_preserves_the_block(
         "omniquant", bits=8, a_bits=14, group_size=-1, epochs=epochs, let_lr=0.2, lwc_lr=0.2
     )
     step = block_step(request.getfixturevalue(base), calibration_ids, method)
-    dense, weights = (
-        outputs(step, step.block),
-        {n: m.weight.float() for n, m in step.linears.items()},
-    )
+    dense = outputs(step, step.block)
+    weights = {n: m.weight.float() for n, m in step.linears.items()}
     records = quantize_step(step, method)
     assert "let_left_out" not in records[0]
     after = outputs(step, step.block)
@@ -297,11 +295,9 @@ def test_training_beats_its_start_and_let_beats_none(tiny_llama: Path, calibrati
         install(step.block, method.attention)
         return float((outputs(step, step.block) - dense).norm() / dense.norm())
 
-    start, trained, without = (
-        distance(epochs=0),
-        distance(epochs=10),
-        distance(epochs=10, let=False),
-    )
+    start = distance(epochs=0)
+    trained = distance(epochs=10)
+    without = distance(epochs=10, let=False)
     assert trained < 0.98 * start
     assert trained < 0.5 * without
 
@@ -388,9 +384,8 @@ def test_a_training_that_stopped_inside_a_block_goes_on(
     assert units.done == units.total == 4 * 8
     for name in unbroken:
         checks.check_same_bits(unbroken[name], resumed[name])
-    once_more = method.quantize_block(
-        replace(fresh(), state=state)
-    )  # after the last epoch, before the block's file
+    # After the last epoch, before the block's file
+    once_more = method.quantize_block(replace(fresh(), state=state))
     assert state.saves == 4
     checks.check_same_bits(unbroken["mlp.up_proj"], once_more["mlp.up_proj"])
 
@@ -398,10 +393,8 @@ def test_a_training_that_stopped_inside_a_block_goes_on(
 def test_a_run_stopped_in_the_training_of_its_second_block_goes_on(
     tiny_llama: Path, calibration_npy: Path, tmp_path: Path
 ):
-    method, data = (
-        build("omniquant", bits=3, epochs=4),
-        Calibration(str(calibration_npy), samples=4),
-    )
+    method = build("omniquant", bits=3, epochs=4)
+    data = Calibration(str(calibration_npy), samples=4)
 
     def digests(out: Path) -> dict[str, str]:
         return {

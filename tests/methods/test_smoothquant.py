@@ -81,11 +81,9 @@ def test_smoothing_and_codes_equal_the_literal_loops(bits: int, alpha: float):
 @pytest.mark.parametrize("integers", [True, False], ids=["int8", "float"])
 def test_the_product_equals_the_literal_loops(bits: int, a_bits: int, integers: bool, monkeypatch):
     monkeypatch.setattr(smoothquant, "_cpu_has_int8", lambda: integers)
-    method, x_TI, weights = (
-        build("smoothquant", bits=bits, a_bits=a_bits),
-        tokens(),
-        [checks.weight(6, 40)] * 2,
-    )
+    method = build("smoothquant", bits=bits, a_bits=a_bits)
+    x_TI = tokens()
+    weights = [checks.weight(6, 40)] * 2
     packed = several(method, weights, x_TI)[0][0]
     s = packed["in_scale"].double().numpy()
     # The stored rows, so that only the product is compared; their largest value is a code, so the

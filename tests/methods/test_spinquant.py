@@ -402,10 +402,8 @@ class StopAtBlocks(Watch):
 def test_a_streamed_run_learns_once_and_gives_the_live_models_bits(
     tiny_llama_tied: Path, calibration_npy: Path, calibration_ids: Tensor, tmp_path: Path
 ):
-    method, data = (
-        build("spinquant", **{**LEARNED, "a_bits": 4, "kv_bits": 4}),
-        Calibration(str(calibration_npy), 8),
-    )
+    method = build("spinquant", **{**LEARNED, "a_bits": 4, "kv_bits": 4})
+    data = Calibration(str(calibration_npy), 8)
 
     def run(out: Path, watch: Watch) -> Path:
         quantize_checkpoint(str(tiny_llama_tied), out, method, data, progress=watch)

@@ -48,9 +48,8 @@ QUANTS = [
 
 @pytest.mark.parametrize("quant", QUANTS, ids=str)
 def test_equals_the_formula_value_by_value(quant: TokenQuant):
-    x_TI = (
-        torch.randn(5, 24, generator=torch.Generator().manual_seed(0)) + 0.7
-    )  # off centre: zero_inside matters
+    # Off centre: zero_inside matters
+    x_TI = torch.randn(5, 24, generator=torch.Generator().manual_seed(0)) + 0.7
     x_TI[2] = 0
     x_TI[3] = x_TI[3].abs() + 1
     assert torch.allclose(quant(x_TI), slow(quant, x_TI), atol=1e-6)

@@ -47,9 +47,8 @@ def test_panels_of_columns_make_the_whole_matrix(panel: int, monkeypatch: pytest
     monkeypatch.setattr(stats, "PANEL", panel)
     first_TI, second_TI, third_TI = tokens(30, 12), 2 * tokens(20, 12), 3 * tokens(9, 12)
     stat, later = hessian(first_TI), hessian(second_TI)
-    assert torch.allclose(
-        stat.sum_II, first_TI.T @ first_TI, rtol=1e-5
-    )  # read in between, it goes on from there
+    # Read in between, it goes on from there
+    assert torch.allclose(stat.sum_II, first_TI.T @ first_TI, rtol=1e-5)
     stat.merge(later)
     stat.update(third_TI, 1)
     all_TI = torch.cat([first_TI, second_TI, third_TI])

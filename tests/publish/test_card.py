@@ -204,9 +204,8 @@ def test_a_model_saved_by_transformers_has_a_card_too(packed, tmp_path):
 
     AutoModelForCausalLM.from_pretrained(packed).save_pretrained(tmp_path / "saved")
     text = str(make_card(tmp_path / "saved", base="org/base"))
-    assert (
-        f"| {inspect_checkpoint(packed)['stored_bits']:.3f} |" in text
-    )  # with no report to count from
+    # With no report to count from
+    assert f"| {inspect_checkpoint(packed)['stored_bits']:.3f} |" in text
 
 
 def test_the_template_is_where_the_wheel_or_the_checkout_has_it():

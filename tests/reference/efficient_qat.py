@@ -76,10 +76,11 @@ def block_ap(
     ]
     first_scale, zero = np.array(grids)[..., 0], np.array(grids)[..., 1]
     unit = first_scale if relative else np.ones_like(first_scale)
+    # What is trained: in units
     u, r = (
         weight.astype(np.float64) / unit[:, group],
         first_scale / unit,
-    )  # what is trained: in units
+    )
     adam_u, adam_r, adam_z = AdamW(u.shape), AdamW(r.shape), AdamW(zero.shape)
     parts = [slice(i, i + batch) for i in range(0, len(inputs), batch)]
     losses: list[float] = []

@@ -119,11 +119,9 @@ def omniquant(
     first, second, steps, losses = np.zeros_like(logits), np.zeros_like(logits), 0, []
 
     def rounded() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        codes, scales, values = (
-            np.zeros((rows, columns)),
-            np.zeros((rows, len(spans))),
-            np.zeros((rows, columns)),
-        )
+        codes = np.zeros((rows, columns))
+        scales = np.zeros((rows, len(spans)))
+        values = np.zeros((rows, columns))
         for o in range(rows):
             for k, (start, stop) in enumerate(spans):
                 scale, zero, _, _ = grid(W[o, start:stop].tolist(), *logits[o, k], bits, sym)

@@ -60,9 +60,8 @@ def test_a_cell(gptq: Cell, setup: Setup) -> None:
     assert len(own["speed"]["2"]["rounds"]) == setup.load.rounds
     again = run_cell(gptq, Progress(), setup)
     assert again.stable == record.stable
-    assert (
-        again.cost["quantize"] == cost["quantize"]
-    )  # taken from beside the checkpoint, which was not made again
+    # Taken from beside the checkpoint, which was not made again
+    assert again.cost["quantize"] == cost["quantize"]
 
 
 def test_a_fine_tuned_cell(gptq: Cell, setup: Setup, tmp_path: Path) -> None:

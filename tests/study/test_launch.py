@@ -127,15 +127,12 @@ def test_two_nodes_of_ray_give_the_same_records(
     from ray.cluster_utils import Cluster
 
     crash = Cell(model="demo", method=fakes.CRASH, tasks=("llq_demo",))
-    monkeypatch.setenv(
-        "RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0"
-    )  # the nodes are this machine: nothing to install
-    monkeypatch.setenv(
-        "RAY_worker_niceness", "0"
-    )  # else everything else on this machine goes first
-    monkeypatch.setenv(
-        "PYTHONPATH", str(Path(__file__).parents[1])
-    )  # the nodes must find this folder's work
+    # The nodes are this machine: nothing to install
+    monkeypatch.setenv("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    # Else everything else on this machine goes first
+    monkeypatch.setenv("RAY_worker_niceness", "0")
+    # The nodes must find this folder's work
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
     cluster = Cluster(
         initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False}
     )
