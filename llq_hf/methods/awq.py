@@ -309,7 +309,9 @@ class AWQ(OnUniformGrid):
     def _fed_back(self, W_OI: Tensor, grid_OG: Grid, H_II: Tensor, job: Job) -> Tensor:
         """Codes [O, I] with GPTQ's error feedback. H_II is overwritten."""
         # Unlike in GPTQ, dead columns keep their weights.
-        _, U_II, order_I, _ = prepare_hessian(H_II, self.damp, job.notes, largest_first)
+        _, U_II, order_I, _ = prepare_hessian(
+            H_II, self.damp, job.notes, largest_first, fallback="rtn"
+        )
         group_I = order_I // self.grid.size(len(order_I))
         solution = solve(W_OI[:, order_I], U_II, self.grid, group_I, grid_OG)
         return solution.codes_OI[:, torch.argsort(order_I)]

@@ -128,7 +128,7 @@ class BiLLM(Method):
     def quantize(self, weight_OI: Tensor, stat: Stat | None, job: Job) -> Packed:
         assert isinstance(stat, PairedHessian)
         # Without a factor of the Hessian, salience is w^2 and nothing is repaired.
-        H_II, U_II, _, dead_I = prepare_hessian(stat.H_II, self.damp, job.notes)
+        H_II, U_II, _, dead_I = prepare_hessian(stat.H_II, self.damp, job.notes, fallback="rtn")
         W_OI = weight_OI.masked_fill(dead_I, 0)
         d_I = torch.ones_like(W_OI[0]) if U_II is None else torch.diagonal(U_II)
         codes_OI = torch.empty_like(W_OI, dtype=torch.uint8)

@@ -200,7 +200,9 @@ class EfficientQAT(OnUniformGrid):
         """GPTQ's solution on searched grids, refined; columns in the model's order."""
         size = self.grid.size(weight_OI.shape[1])
         order = partial(group_aware_order, size=size)
-        H_II, U_II, order_I, dead_I = prepare_hessian(stat.H_II, DAMP, job.notes, order, quick=True)
+        H_II, U_II, order_I, dead_I = prepare_hessian(
+            stat.H_II, DAMP, job.notes, order, quick=True, fallback="rtn"
+        )
         W_OI = weight_OI.masked_fill(dead_I, 0)[:, order_I]
         importance_I = stat.diagonal_I[order_I]
         group_I = torch.arange(len(order_I), device=order_I.device) // size

@@ -140,7 +140,7 @@ class GPTQ(OnUniformGrid):
         # 2. order, 3. factor
         order = self._order if self.act_order or self.act_group_aware else None
         H_II, U_II, order_I, dead_I = prepare_hessian(
-            stat.H_II, self.damp, job.notes, order, quick=True
+            stat.H_II, self.damp, job.notes, order, quick=True, fallback="rtn"
         )
         aims_at_dense = U_II is not None and self.flow is Flow.BOTH
         if not aims_at_dense:

@@ -291,7 +291,7 @@ class PBLLM(Method):
         # 1. The 8-bit grids, before dead columns are zeroed.
         salient_grid = self.salient_grid.grid(weight_OI)
         # 2. Salience. Without a factor of the Hessian it is the magnitude, and nothing is repaired.
-        H_II, U_II, _, dead_I = prepare_hessian(stat.H_II, self.damp, job.notes)
+        H_II, U_II, _, dead_I = prepare_hessian(stat.H_II, self.damp, job.notes, fallback="rtn")
         W_OI = weight_OI.masked_fill(dead_I, 0)
         salient_OI = self._salient(W_OI, U_II)
         # 3. Levels of the other weights.

@@ -152,7 +152,9 @@ class QuIP(Method):
         """The Hessian with dead channels revived, and the strictly lower feedback matrix of its LDL
         decomposition.
         """
-        H_II, L_II, _, _ = prepare_hessian(H_II, self.damp, job.notes, inverse=False)
+        H_II, L_II, _, _ = prepare_hessian(
+            H_II, self.damp, job.notes, inverse=False, fallback="rtn"
+        )
         if L_II is None:  # no feedback, which is rounding to nearest
             return H_II, torch.zeros_like(H_II)
         return H_II, (L_II / torch.diagonal(L_II)).tril_(-1)

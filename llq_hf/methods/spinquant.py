@@ -168,7 +168,9 @@ class SpinQuant(OnUniformGrid):
             assert isinstance(stat, Hessian)
             H_II = turn.apply(turn.apply(stat.H_II).T) if self.turns else stat.H_II
             order = largest_first if self.act_order else None
-            _, U_II, order_I, dead_I = prepare_hessian(H_II, self.damp, job.notes, order)
+            _, U_II, order_I, dead_I = prepare_hessian(
+                H_II, self.damp, job.notes, order, fallback="rtn"
+            )
             W_OI = rotated_OI.masked_fill(dead_I, 0)
 
         # 4. grids that do not depend on the feedback; None: found when a group is reached

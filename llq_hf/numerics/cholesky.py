@@ -33,10 +33,10 @@ def prepare_hessian(
     notes: dict[str, Any],
     order: Callable[[Tensor], Tensor] | None = None,
     *,
+    fallback: str,
     inverse: bool = True,
     quick: bool = False,
     ridge: float = 0.0,
-    fallback: str = "rtn",
 ) -> PreparedHessian:
     """Revive dead channels, put the columns in the order of solving, and factorize.
 

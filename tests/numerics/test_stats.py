@@ -174,7 +174,7 @@ def test_a_prepared_hessian_is_the_three_steps_one_by_one():
     order_I = torch.argsort(torch.diagonal(by_hand_II), descending=True, stable=True)
     by_hand_II = by_hand_II[order_I][:, order_I]
     U_II = factorize(by_hand_II, 0.01, notes, inverse=True)
-    prepared = prepare_hessian(H_II, 0.01, own_notes, largest_first)
+    prepared = prepare_hessian(H_II, 0.01, own_notes, largest_first, fallback="rtn")
     assert torch.equal(prepared.H_II, by_hand_II)
     assert torch.equal(prepared.factor_II, U_II)
     assert torch.equal(prepared.order_I, order_I)
@@ -192,7 +192,7 @@ def test_a_prepared_hessian_keeps_its_order_and_says_when_it_has_no_factor():
 
 def test_a_ridge_comes_after_dead_channels_are_revived():
     H_II = torch.diag(torch.tensor([2.0, 0.0]))
-    prepared = prepare_hessian(H_II, 0.0, {}, ridge=0.5)
+    prepared = prepare_hessian(H_II, 0.0, {}, ridge=0.5, fallback="rtn")
     assert torch.diagonal(prepared.H_II).tolist() == [2.5, 1.5]
     assert prepared.dead_I.tolist() == [False, True]
 

@@ -229,6 +229,7 @@ class SliMLLM(Method):
             partial(group_aware_order, size=size) if self.act_group_aware else None,
             quick=not self.as_published,
             ridge=0.01 if self.as_published else 0.0,
+            fallback="rtn",
         )
         spread_I = torch.diagonal(H_II).rsqrt() if U_II is None else torch.diagonal(U_II)
         return Factor(
