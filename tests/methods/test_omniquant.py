@@ -206,7 +206,7 @@ def block_step(
 
     model = AutoModelForCausalLM.from_pretrained(folder)
     change(model)
-    return next(walk(LiveBlocks(model), ids_NS, method))
+    return next(next(walk(LiveBlocks(model), ids_NS, method)).steps())
 
 
 @torch.no_grad()
