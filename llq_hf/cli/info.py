@@ -97,7 +97,8 @@ def _linears_table(records: list[LinearRecord]) -> Table:
         output = f"{record['output_error']:.3g}" if "output_error" in record else ""
         seconds = f"{record['seconds']:.2f}" if "seconds" in record else ""
         shape = " x ".join(map(str, record["shape"]))
-        bits, error = f"{record['stored_bits']:.3f}", f"{record['weight_error']:.3g}"
+        bits = f"{record['stored_bits']:.3f}"
+        error = f"{record['weight_error']:.3g}"
         table.add_row(record["name"], shape, bits, error, output, notes, seconds)
     return table
 

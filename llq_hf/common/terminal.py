@@ -50,12 +50,10 @@ class RichProgress(Listener):
             self._bars.advance(self._stage, count)
 
     def estimates(self, found: dict[str, float]) -> None:
-        size, peak = found["output_bytes"] / 2**30, found["peak_bytes"] / 2**30
-        passes = (
-            f", forward passes {found['forward_seconds'] / 60:.1f} min"
-            if found["forward_seconds"]
-            else ""
-        )
+        size = found["output_bytes"] / 2**30
+        peak = found["peak_bytes"] / 2**30
+        minutes = found["forward_seconds"] / 60
+        passes = f", forward passes {minutes:.1f} min" if minutes else ""
         self._bars.console.print(
             f"[dim]checks passed; expected: {size:.2f} GiB on disk, {peak:.1f} GiB peak{passes}"
         )

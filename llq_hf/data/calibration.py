@@ -79,7 +79,7 @@ class Calibration:
     def has_images(self) -> bool:
         """Whether the data are image-text pairs (`pairs.py`) and not a text."""
         path = Path(self.source).expanduser()
-        # A folder that is called like a file is a mistake, of which the reader of files tells.
+        # A folder that is named like a file is a mistake; the reader of files then refuses it.
         named_like_a_file = path.suffix.lower() in (*TEXT_SUFFIXES, ".npy")
         return self.source.startswith(HUB) or (path.is_dir() and not named_like_a_file)
 
