@@ -47,7 +47,7 @@ class Flow(Enum):
 
     QUANTIZED = "quantized"  # each block gets what its quantized predecessors produce, as in GPTQ
     DENSE = "dense"  # each block gets what the full-precision model produces, as in AWQ
-    BOTH = "both"  # quantized inputs, and beside them the full-precision model's outputs as targets
+    BOTH = "both"  # quantized inputs, with the full-precision model's outputs as targets
 
 
 class BlockData(Protocol):

@@ -1,3 +1,1 @@
-"""Folders of weights: dense ones that are read, packed ones that are written, and what identifies
-them.
-"""
+"""Reads dense checkpoints, writes packed ones, and keeps what identifies and resumes a run."""

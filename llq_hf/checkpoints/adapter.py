@@ -1,12 +1,14 @@
-"""The folder of an adapter: pure peft, and beside it a note of the base that it was trained on.
+"""Ties a LoRA adapter to the base that it was trained on.
 
-adapter_config.json, adapter_model.safetensors   as any LoRA loader reads them
-llq_adapter.json                                 fingerprint of the base, how it was trained, the loss curve
-base/                                            the packed base, where the run made it (else the config names it)
+The folder of an adapter holds:
+    adapter_config.json, adapter_model.safetensors   what any LoRA loader reads
+    llq_adapter.json                                 fingerprint of the base, training options, loss
+    base/                                            the packed base, if the run made it; else
+                                                     adapter_config.json names it
 
-An adapter says nothing on another base, and nothing in peft would notice. `check_base` does:
-`_startup` puts it in front of peft's loading, so that plain `PeftModel.from_pretrained` refuses
-too.
+An adapter is only valid on the base it was trained on, and peft does not check this. `check_base`
+does. `_startup` calls it before peft loads an adapter, so that `PeftModel.from_pretrained` refuses
+another base too.
 """
 
 from __future__ import annotations
@@ -22,16 +24,21 @@ from ..common.errors import LLQError
 from ..common.files import read_json
 from ..layers.linear import QuantLinear
 
-NOTE, ADAPTER, BASE = "llq_adapter.json", "adapter_config.json", "base"
+NOTE = "llq_adapter.json"
+ADAPTER = "adapter_config.json"
+BASE = "base"
 
 
 def is_adapter(folder: str) -> bool:
+    """Whether a folder holds an adapter."""
     return (Path(folder) / ADAPTER).is_file()
 
 
 def base_of(folder: str) -> str:
-    """Folder or Hub id of the base of an adapter; its own `base` goes first, so that the folder may
-    be moved.
+    """Folder or Hub id of an adapter's base.
+
+    The `base` inside the folder is preferred to the path in its config, so that the folder can be
+    moved. LLQError where there is neither.
     """
     own = Path(folder) / BASE
     if own.is_dir():
@@ -39,21 +46,24 @@ def base_of(folder: str) -> str:
     named = read_json(Path(folder) / ADAPTER).get("base_model_name_or_path")
     if not isinstance(named, str) or not named:
         raise LLQError(
-            f"{Path(folder) / ADAPTER} names no base model (base_model_name_or_path); put its path there"
+            f"{Path(folder) / ADAPTER} names no base model (base_model_name_or_path); "
+            "put its path there"
         )
     return named
 
 
 def identity_of(model: nn.Module) -> dict[str, Any]:
-    """What tells a packed base from others: the fingerprint of its run (None if quantized in
-    memory), and its bytes.
+    """What identifies a packed base: the fingerprint of its run, and the sha256 of its bytes.
+
+    The fingerprint is None for a model that was quantized in memory.
     """
     return {"fingerprint": _fingerprint(model), "sha256": packed_sha256(model)}
 
 
 def check_base(model: nn.Module, folder: str) -> None:
-    """LLQError unless `model` is the base of the adapter in `folder`; silent for adapters that are
-    not ours.
+    """LLQError unless `model` is the base of the adapter in `folder`.
+
+    Adapters that llq-hf did not train are not checked.
     """
     note = Path(folder) / NOTE
     if not note.is_file():
@@ -64,14 +74,16 @@ def check_base(model: nn.Module, folder: str) -> None:
         return
     if packed_sha256(model) != trained["sha256"]:
         raise LLQError(
-            f"{folder} was trained on another base: its fingerprint is {_shown(trained['fingerprint'])}, this model's "
-            f"{_shown(found)}, and their packed weights differ. Load it on {base_of(folder)}"
+            f"{folder} was trained on another base: its fingerprint is "
+            f"{_or_unknown(trained['fingerprint'])}, this model's {_or_unknown(found)}, "
+            f"and their packed weights differ. Load it on {base_of(folder)}"
         )
 
 
 def packed_sha256(model: nn.Module) -> str:
-    """Digest of everything that the quantized linears store, in order, wherever they sit in the
-    model.
+    """The sha256 of everything that the quantized linears store.
+
+    It depends on their order, but not on their names, so that a wrapped model has the same.
     """
     digest = hashlib.sha256()
     for module in model.modules():
@@ -86,5 +98,5 @@ def _fingerprint(model: nn.Module) -> str | None:
     return getattr(config, "fingerprint", None)
 
 
-def _shown(fingerprint: str | None) -> str:
+def _or_unknown(fingerprint: str | None) -> str:
     return fingerprint or "not known"

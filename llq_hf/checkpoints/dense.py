@@ -1,6 +1,4 @@
-"""A dense checkpoint as a folder of safetensors that is never opened whole: one tensor, one block
-at a time.
-"""
+"""Reads dense checkpoints (folders of safetensors) tensor by tensor, never as a whole."""
 
 from __future__ import annotations
 
@@ -19,18 +17,27 @@ from torch import Tensor
 from ..common.errors import LLQError
 from ..common.files import read_json
 from ..common.spec import Spec
+from ..common.words import one_line
 from ..demo import MODELS
 from ..method import Rewrite
 
-INDEX, SINGLE, CARD = "model.safetensors.index.json", "model.safetensors", "README.md"
-PASSED_ON = (
-    "license",
-    "license_name",
-    "license_link",
-    "language",
-    "pipeline_tag",
-)  # from card to card
-# By their names in safetensors files, in the order in which that library lays tensors down.
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+CARD = "README.md"
+# Fields of the base's model card that the cards of its packed checkpoints repeat.
+CARD_FIELDS = ("license", "license_name", "license_link", "language", "pipeline_tag")
+# What is downloaded of a model on the Hub.
+DOWNLOADED = (
+    "*.safetensors",
+    "*.json",
+    "*.model",
+    "*.jinja",
+    "*.txt",
+    "LICENSE*",
+    "USE_POLICY*",
+    CARD,
+)
+# By their names in safetensors files, in the order in which save_file writes tensors.
 DTYPES = {
     "I64": torch.int64,
     "F64": torch.float64,
@@ -47,24 +54,23 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """`files`: tensor name -> file that holds it; `specs`: tensor name -> shape and dtype, from the
-    headers alone.
+    """The tensors of a checkpoint: their files and, from the headers, their shapes and dtypes.
 
-    Names are those in the files until `named` gives every tensor the name it has in the model.
+    files: tensor name -> file that holds it. specs: tensor name -> shape and dtype. stored: tensor
+    name -> its name in the file, filled in by `named`; until then names are those in the files.
     """
 
     path: Path
     files: dict[str, Path]
     specs: dict[str, Spec]
     config: dict[str, Any]
-    stored: Mapping[str, str] = field(
-        default_factory=dict, kw_only=True
-    )  # name -> name in its file, once `named`
+    stored: Mapping[str, str] = field(default_factory=dict, kw_only=True)
 
     @classmethod
     def open(cls, model: str, revision: str | None = None) -> Checkpoint:
-        """A local folder or a Hub id (its snapshot is downloaded). Every header is read, so
-        truncation shows here.
+        """Read the headers of a local folder, or of a Hub snapshot, which is downloaded first.
+
+        LLQError where a file or a tensor is missing or a file is truncated.
         """
         path = fetch(model, revision)
         config = read_json(path / "config.json")
@@ -75,35 +81,42 @@ class Checkpoint:
         missing = [name for name in files if name not in specs]
         if missing:
             raise LLQError(
-                f"{path / INDEX} lists {missing[0]!r}, but {files[missing[0]].name} does not hold it"
+                f"{path / INDEX} lists {missing[0]!r}, "
+                f"but {files[missing[0]].name} does not hold it"
             )
         return cls(path, files, {name: specs[name] for name in files}, config)
 
     def named(self, names: Mapping[str, str]) -> Checkpoint:
-        """The same with other names (new name -> name in the file, for every tensor)."""
+        """The same checkpoint with other tensor names.
+
+        names: new name -> name in the file, for every tensor.
+        """
         files = {name: self.files[stored] for name, stored in names.items()}
         specs = {name: self.specs[stored] for name, stored in names.items()}
         return replace(self, files=files, specs=specs, stored=names)
 
     def in_file(self, name: str) -> str:
-        """What a tensor of the model is called in files of this layout: parts of a linear lie
-        beside its weight.
+        """The name in the files of a tensor of the model.
+
+        A packed tensor, which the base does not have, takes the prefix of its linear's weight.
         """
+        if name in self.stored:
+            return self.stored[name]
         module, _, key = name.rpartition(".")
-        beside = self.stored.get(f"{module}.weight")
-        return self.stored.get(
-            name, name if beside is None else beside.removesuffix("weight") + key
-        )
+        weight = self.stored.get(f"{module}.weight")
+        return name if weight is None else weight.removesuffix("weight") + key
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Copies of the named tensors. Files are closed again: a mapping left open counts as
-        resident memory.
+        """Copies of the named tensors.
+
+        Files are closed again, because an open mapping counts as resident memory.
         """
         by_file: dict[Path, list[str]] = {}
         for name in names:
             if name not in self.files:
                 raise LLQError(
-                    f"{self.path} has no tensor {name!r}; the checkpoint is incomplete or of another architecture"
+                    f"{self.path} has no tensor {name!r}; "
+                    "the checkpoint is incomplete or of another architecture"
                 )
             by_file.setdefault(self.files[name], []).append(name)
         tensors: dict[str, Tensor] = {}
@@ -117,10 +130,12 @@ class Checkpoint:
     def scan(
         self, on_tensor: Callable[[int, int], None] = lambda done, total: None
     ) -> tuple[str, list[str]]:
-        """(sha256 over all tensors, names of those with NaN or infinity): one pass, one tensor in
-        memory.
+        """The sha256 over all tensors, and the names of those with NaN or infinity.
+
+        Tensors are read one at a time. on_tensor: receives how many are done, of how many.
         """
-        digest, bad = hashlib.sha256(), []
+        digest = hashlib.sha256()
+        bad = []
         for i, name in enumerate(sorted(self.files)):
             tensor = self.read([name])[name].contiguous()
             spec = self.specs[name]
@@ -143,10 +158,10 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Rewritten(Checkpoint):
-    """`base` as a method rewrites it before it is quantized: every tensor when it is read, none
-    kept.
+    """A checkpoint whose tensors a method rewrites before they are quantized.
 
-    dtype: what tensors are cast to before they are rewritten; None: they keep the base's.
+    Each tensor is rewritten when it is read, and none is kept. dtype: what tensors are cast to
+    before; None: they keep the base's.
     """
 
     base: Checkpoint
@@ -157,6 +172,7 @@ class Rewritten(Checkpoint):
     def of(
         cls, base: Checkpoint, rewrite: Rewrite | None, dtype: torch.dtype | None = None
     ) -> Checkpoint:
+        """`base` as `rewrite` changes it; `base` itself where there is nothing to rewrite."""
         if rewrite is None:
             return base
         copies = rewrite.untied
@@ -180,67 +196,58 @@ class Rewritten(Checkpoint):
 
 
 def untied_config(config: dict[str, Any]) -> dict[str, Any]:
-    """The config.json of a model whose head has a matrix of its own."""
+    """The config.json of a model whose head no longer shares the embedding's matrix."""
     parts = {key: untied_config(value) for key, value in config.items() if key == "text_config"}
     return {**config, **parts, "tie_word_embeddings": False}
 
 
 def fetch(model: str, revision: str | None = None) -> Path:
-    """The folder of a local path or of a Hub snapshot. Only safetensors, JSON and tokenizer files
-    are downloaded.
+    """The folder of a model: a local path, or a Hub snapshot, which is downloaded.
+
+    Pickles and Python files are not downloaded. LLQError where there is no such model.
     """
     local = Path(model).expanduser()
     if local.is_dir():
         return local
     if local.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
         raise LLQError(
-            f"{model} is not a folder with a model; give a folder or a Hub id such as meta-llama/Meta-Llama-3-8B"
+            f"{model} is not a folder with a model; "
+            "give a folder or a Hub id such as meta-llama/Meta-Llama-3-8B"
         )
     from huggingface_hub import snapshot_download
 
-    wanted = [
-        "*.safetensors",
-        "*.json",
-        "*.model",
-        "*.jinja",
-        "*.txt",
-        "LICENSE*",
-        "USE_POLICY*",
-        CARD,
-    ]
+    options: dict[str, Any] = {
+        "revision": revision,
+        "allow_patterns": list(DOWNLOADED),
+        "ignore_patterns": ["original/*"],
+    }
     try:
-        return Path(
-            snapshot_download(
-                model, revision=revision, allow_patterns=wanted, ignore_patterns=["original/*"]
-            )
-        )
-    except (
-        Exception
-    ) as error:  # the Hub client has a dozen of them: offline, gated, not found, broken proxy
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        return Path(snapshot_download(model, **options))
+    except Exception as error:  # offline, gated, not found, broken proxy, ...
         raise LLQError(
-            f"{model} is neither a local folder nor to be had from the Hub ({reason}); "
+            f"{model} is neither a local folder nor available from the Hub ({one_line(error)}); "
             "check the name, the network, and `hf auth login` for gated models"
         ) from error
 
 
 def provenance(path: Path) -> dict[str, Any]:
-    """Where a checkpoint's folder comes from, for the cards of what is made of it; nothing that
-    tells of this machine.
+    """Where the checkpoint in a folder comes from, for the model cards of its packed checkpoints.
 
-    model: its Hub id, or the bundled model's or the folder's name; revision: the commit, of a Hub
-    snapshot; card: what its own README.md says of licence, language and task.
+    model: its Hub id, or the name of the bundled model or of the folder. revision: the commit of a
+    Hub snapshot, or None. card: licence, language and task from its own README.md. No path of this
+    machine is in it.
     """
     bundled = next((name for name, folder in MODELS.items() if folder == path), None)
     snapshot = re.search(r"models--([^/]+)/snapshots/([0-9a-f]{40})$", path.as_posix())
     model = snapshot[1].replace("--", "/") if snapshot else bundled or path.resolve().name
-    said = {key: value for key, value in _metadata(path / CARD).items() if key in PASSED_ON}
-    return {"model": model, "revision": snapshot[2] if snapshot else None, "card": said}
+    card = {key: value for key, value in _metadata(path / CARD).items() if key in CARD_FIELDS}
+    return {"model": model, "revision": snapshot[2] if snapshot else None, "card": card}
 
 
 def _metadata(card: Path) -> dict[str, Any]:
-    """The front matter of a README.md; {} where there is none that can be read: a card is not the
-    model.
+    """The front matter of a README.md; {} where there is none that can be read.
+
+    A broken card does not stop a run, because the model does not depend on it.
     """
     from huggingface_hub.repocard import metadata_load
     from yaml import YAMLError
@@ -252,8 +259,9 @@ def _metadata(card: Path) -> dict[str, Any]:
 
 
 def header(file: Path) -> dict[str, Spec]:
-    """Tensor names with shapes and dtypes of one safetensors file; LLQError where it is truncated
-    or missing.
+    """Tensor names with shapes and dtypes of one safetensors file.
+
+    LLQError where it is truncated or missing, or holds a dtype that is not supported.
     """
     try:
         with safe_open(file, framework="pt") as handle:
@@ -273,12 +281,14 @@ def header(file: Path) -> dict[str, Spec]:
 def _dtype(name: str, file: Path) -> torch.dtype:
     if name not in DTYPES:
         raise LLQError(
-            f"{file} holds a tensor of dtype {name}, which is not supported; convert it to bf16 first"
+            f"{file} holds a tensor of dtype {name}, which is not supported; "
+            "convert it to bf16 first"
         )
     return DTYPES[name]
 
 
 def _tensor_files(path: Path) -> dict[str, Path]:
+    """The file of every tensor, from the index or from the single file."""
     if (path / INDEX).is_file():
         weight_map = read_json(path / INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not all(
@@ -288,7 +298,7 @@ def _tensor_files(path: Path) -> dict[str, Path]:
         return {name: path / file for name, file in weight_map.items()}
     if (path / SINGLE).is_file():
         return dict.fromkeys(header(path / SINGLE), path / SINGLE)
-    pickled = " (its .bin files are pickles, which are never loaded; convert them to safetensors)"
-    raise LLQError(
-        f"{path} holds no {SINGLE} and no {INDEX}{pickled if list(path.glob('*.bin')) else ''}"
-    )
+    hint = ""
+    if list(path.glob("*.bin")):
+        hint = " (its .bin files are pickles, which are never loaded; convert them to safetensors)"
+    raise LLQError(f"{path} holds no {SINGLE} and no {INDEX}{hint}")

@@ -1,4 +1,4 @@
-"""Hashes that identify a run: everything that decides the bytes of its result."""
+"""Hashes that identify a run by everything that decides the bytes of its result."""
 
 from __future__ import annotations
 
@@ -9,27 +9,33 @@ from typing import Any
 
 
 def fingerprint(identity: dict[str, Any]) -> str:
-    """16 hex digits of everything that decides the bytes of the result."""
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+    """The first 16 hex digits of the sha256 of `identity` as JSON with sorted keys."""
+    text = json.dumps(identity, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def sha256_file(path: Path) -> str:
+    """The sha256 of a file's content, 64 hex digits."""
     with path.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def differences(old: Any, new: Any, name: str = "") -> list[str]:
-    """Sentences naming every leaf that differs: "config.bits was 4, is 3"."""
+    """A phrase for every value that differs: "config.bits was 4, is 3".
+
+    name: where `old` and `new` stand in the whole.
+    """
     if isinstance(old, dict) and isinstance(new, dict):
         keys = sorted(set(old) | set(new))
         return [
-            d
+            phrase
             for key in keys
-            for d in differences(old.get(key), new.get(key), f"{name}.{key}" if name else key)
+            for phrase in differences(old.get(key), new.get(key), f"{name}.{key}" if name else key)
         ]
     return [] if old == new else [f"{name} was {_brief(old)}, is {_brief(new)}"]
 
 
 def _brief(value: Any) -> str:
+    """The value for a message, cut if it is long."""
     text = repr(value)
     return text if len(text) <= 40 else text[:16] + "...'"

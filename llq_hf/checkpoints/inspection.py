@@ -1,4 +1,4 @@
-"""Look into a packed checkpoint without loading it: bits counted from the files, and records."""
+"""Describes a packed checkpoint without loading it: bits counted from the files, and records."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .records import LinearRecord, Report
 
 
 class Inspection(TypedDict):
-    """What a folder holds. Bits are per quantized weight, but for `whole_model_bits`."""
+    """What a packed checkpoint is. Bits are per quantized weight, except `whole_model_bits`."""
 
     path: str
     method: str
@@ -38,9 +38,10 @@ class Inspection(TypedDict):
 
 
 def inspect_checkpoint(path: Path) -> Inspection:
-    """Method, options, nominal and stored bits, sizes, fingerprint, and records of a folder.
+    """Inspect the packed checkpoint in a folder.
 
-    LLQError where llq-hf did not write it, or where its options were edited.
+    LLQError where llq-hf did not write it, where its options were edited, or where a file is
+    missing or damaged.
     """
     if not path.is_dir():
         raise LLQError(f"{path} is not a folder")
@@ -52,7 +53,7 @@ def inspect_checkpoint(path: Path) -> Inspection:
     config.check()
     packed = _packed_modules(checkpoint)
     stored = sum(spec.nbytes for specs in packed.values() for spec in specs.values())
-    # save_pretrained writes no report
+    # There is no report where save_pretrained wrote the folder.
     report = read_report(path) if (path / REPORT).is_file() else None
     return {
         "path": str(path),
@@ -73,7 +74,7 @@ def inspect_checkpoint(path: Path) -> Inspection:
 
 
 def _weights(path: Path, report: Report | None) -> int:
-    """How many weights are quantized."""
+    """How many weights are quantized, from the report or from the shapes of the model."""
     counted = sum(r["shape"][0] * r["shape"][1] for r in report["linears"]) if report else 0
     if counted:
         return counted
@@ -96,11 +97,11 @@ def _packed_modules(checkpoint: Checkpoint) -> dict[str, dict[str, Spec]]:
 
 
 def _with_seconds(linears: list[LinearRecord], path: Path) -> list[LinearRecord]:
-    """Records with the seconds of the journal, where it still lies beside the folder."""
+    """The records with the seconds of the journal, if there is still one beside the folder."""
     lines = Journal.read(Journal.beside(path))
     seconds = {r["name"]: r.get("seconds") for line in lines[1:] for r in line.get("linears", [])}
     timed: list[LinearRecord] = []
     for record in linears:
-        found = seconds.get(record["name"])
-        timed.append(record if found is None else {**record, "seconds": found})
+        taken = seconds.get(record["name"])
+        timed.append(record if taken is None else {**record, "seconds": taken})
     return timed

@@ -1,1 +1,1 @@
-"""The run: a model goes through block by block, a method quantizes it, packed blocks come out."""
+"""Runs a quantization: takes a model block by block, and writes or replaces what is packed."""

@@ -1,4 +1,4 @@
-"""Where decoder blocks come from: a live model, or safetensors on disk, one block at a time."""
+"""Decoder blocks, one at a time: of a model in memory, or of a checkpoint on disk."""
 
 from __future__ import annotations
 
@@ -14,35 +14,39 @@ from ..models.decoder import block_prefixes, decoder_of
 
 
 class Blocks(ABC):
-    """Decoder blocks, one at a time, and the decoder around them that turns token ids into the
-    first block's input.
-    """
+    """The decoder blocks of a model, and the modules that compute the first block's input."""
 
-    prefixes: list[str]
+    prefixes: list[str]  # full module names of the blocks
     device: torch.device
 
     @abstractmethod
     def load(self, index: int) -> nn.Module:
-        """The block with real tensors, ready to run. The caller drops it before it asks for the
-        next.
+        """The block with real tensors, ready to run.
+
+        The caller drops it before it asks for the next one.
         """
 
     @abstractmethod
     def decoder(self) -> nn.Module:
-        """The decoder with real embeddings and rotary tables; its blocks are not run."""
+        """The decoder with real embeddings and rotary tables.
+
+        It turns token ids into the first block's input. Its blocks are not run.
+        """
 
     @abstractmethod
     def around(self) -> nn.Module:
-        """The whole model, but for its blocks and its head: what turns images and text into the
-        first block's input.
+        """The whole model except its blocks and its head.
+
+        It turns images and text into the first block's input.
         """
 
 
 class LiveBlocks(Blocks):
-    """The blocks of a model that is in memory already; they are changed in place."""
+    """The blocks of a model in memory, which are changed in place."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.model, self.prefixes = model, block_prefixes(model)
+        self.model = model
+        self.prefixes = block_prefixes(model)
         self.device = next(model.parameters()).device
 
     def load(self, index: int) -> nn.Module:
@@ -56,19 +60,18 @@ class LiveBlocks(Blocks):
 
 
 class StreamedBlocks(Blocks):
-    """Blocks read from a checkpoint as they are asked for. `skeleton` is the whole model on the
-    meta device.
+    """Blocks that are read from a checkpoint when they are asked for.
+
+    skeleton: the whole model on the meta device. dtype: of the forward passes.
     """
 
     def __init__(
         self, checkpoint: Checkpoint, skeleton: nn.Module, dtype: torch.dtype, device: torch.device
     ) -> None:
-        self.checkpoint, self.skeleton, self.dtype, self.device = (
-            checkpoint,
-            skeleton,
-            dtype,
-            device,
-        )
+        self.checkpoint = checkpoint
+        self.skeleton = skeleton
+        self.dtype = dtype
+        self.device = device
         self.prefixes = block_prefixes(skeleton)
 
     def load(self, index: int) -> nn.Module:
@@ -78,29 +81,26 @@ class StreamedBlocks(Blocks):
 
     def decoder(self) -> nn.Module:
         name, skeleton = decoder_of(self.skeleton)
-        return with_computed(self._filled(self._hollow(skeleton), name), self.device)
+        return with_computed(self._filled(self._without_blocks(skeleton), name), self.device)
 
     def around(self) -> nn.Module:
-        model: Any = self._hollow(self.skeleton)
-        model.set_output_embeddings(nn.Identity())  # never reached, and as large as the embeddings
+        model: Any = self._without_blocks(self.skeleton)
+        # The head is never run, and it is as large as the embeddings.
+        model.set_output_embeddings(nn.Identity())
         return with_computed(self._filled(model, ""), self.device)
 
-    def _hollow(self, module: nn.Module) -> nn.Module:
+    def _without_blocks(self, module: nn.Module) -> nn.Module:
         """A copy of the skeleton, or of its decoder, without the blocks."""
         decoder = decoder_of(self.skeleton)[1]
-        blocks, decoder.layers = (
-            decoder.layers,
-            nn.ModuleList([nn.Identity() for _ in self.prefixes]),
-        )
+        blocks = decoder.layers
+        decoder.layers = nn.ModuleList([nn.Identity() for _ in self.prefixes])
         try:
             return copy.deepcopy(module)
         finally:
             decoder.layers = blocks
 
     def _filled(self, module: nn.Module, prefix: str) -> nn.Module:
-        """`module` with its meta parameters replaced by the checkpoint's tensors, cast to the run's
-        dtype.
-        """
+        """`module` with the checkpoint's tensors, in the run's dtype, as its parameters."""
         names = {
             f"{prefix}.{n}" if prefix else n: n
             for n, t in module.state_dict(keep_vars=True).items()
@@ -113,15 +113,17 @@ class StreamedBlocks(Blocks):
 
 
 def with_computed(model: nn.Module, device: torch.device) -> nn.Module:
-    """`model` with the buffers that no file holds (rotary tables, position ids), as from_pretrained
-    computes them.
+    """`model` with the buffers that no file holds (rotary tables, position ids).
+
+    transformers computes them, as from_pretrained does.
     """
     for module in model.modules():
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.is_meta:
                 module._buffers[name] = torch.empty_like(buffer, device=device)
             elif buffer is not None:
-                setattr(buffer, "_is_hf_initialized", True)  # noqa: B010 (transformers' mark: leave it as it is)
+                # This mark makes transformers leave a tensor as it is.
+                setattr(buffer, "_is_hf_initialized", True)  # noqa: B010 (mypy: no such attribute)
     for parameter in model.parameters():
         setattr(parameter, "_is_hf_initialized", True)  # noqa: B010
     initialize: Any = model.initialize_weights

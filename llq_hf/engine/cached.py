@@ -1,4 +1,4 @@
-"""A packed checkpoint from the cache, made now if it is not there."""
+"""Finds a packed checkpoint in the cache, or makes it."""
 
 from __future__ import annotations
 
@@ -24,10 +24,11 @@ def cached(
     root: Path | None = None,
     progress: Progress | None = None,
 ) -> Path:
-    """Folder of the packed checkpoint, from the cache or made now; keyed by everything that decides
-    its bytes.
+    """The folder of the packed checkpoint, which is made if the cache does not hold it.
 
-    progress: told how it goes; by default drawn on the terminal by the first of several processes.
+    Its name is the run's fingerprint, a hash of everything that decides its bytes. root: folder of
+    the cache; None: the default one. progress: None draws bars on the terminal in the first of
+    several processes. LLQError as of `prepare` and `execute`.
     """
     if progress is None:
         progress = RichProgress() if os.environ.get("RANK", "0") == "0" else Progress()

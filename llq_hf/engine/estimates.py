@@ -1,4 +1,4 @@
-"""What a run will need, and what in its input would stop it, found before the first block."""
+"""Finds what would stop a run, and estimates what it needs, before the first block."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 def problems_of(checkpoint: Checkpoint, skeleton: PreTrainedModel, method: Method) -> list[str]:
-    """Sentences about everything in the checkpoint's headers that would stop the run."""
+    """Sentences about everything in the files' headers that would stop the run."""
     problems = []
     for name, linear in quantizable(skeleton).items():
         try:
@@ -58,97 +58,115 @@ def estimate(
     out: Path | None,
     progress: Progress,
 ) -> dict[str, float]:
-    """Estimated output bytes, peak bytes, seconds of all forward passes; LLQError where disk or
-    memory fall short.
+    """Estimates of `output_bytes`, `peak_bytes` and `forward_seconds` (of all forward passes).
+
+    out: the folder to write; None skips the check of its disk. LLQError where disk or memory are
+    too small.
     """
-    linears = quantizable(skeleton)
-    packed = sum(
-        spec.nbytes
-        for name, linear in linears.items()
-        for spec in method.for_linear(name).layout(linear.out_features, linear.in_features).values()
-    )
-    untouched = sum(
-        spec.nbytes
-        for name, spec in checkpoint.specs.items()
-        if name.removesuffix(".weight") not in linears
-    )
-    output_bytes = packed + untouched
+    output = _output_bytes(checkpoint, skeleton, method)
     if out is not None:
-        _check_disk(out, output_bytes)
-    peak = _peak_bytes(skeleton, method, data, dtype, run)
-    total = psutil.virtual_memory().total
-    if run.device == "cpu" and peak > total:
-        raise LLQError(
-            f"about {peak / 2**30:.1f} GiB of memory are needed and the machine has {total / 2**30:.1f}; "
-            "use offload, fewer or shorter calibration samples"
-        )
+        _check_disk(out, output)
+    peak = expected_peak_bytes(skeleton, method, data, dtype, run)
+    if run.device == "cpu":
+        _check_memory(peak)
     seconds = 0.0
     if data is not None:
         progress.stage("trial forward pass of one block")
         blocks = StreamedBlocks(checkpoint, skeleton, dtype, torch.device(run.device))
-        entrance = Entrance(blocks, data)
-        seconds = 2 * len(blocks.prefixes) * len(entrance.batches()) * _trial(entrance, blocks)
+        seconds = _forward_seconds(blocks, data)
     return {
-        "output_bytes": float(output_bytes),
+        "output_bytes": float(output),
         "peak_bytes": float(peak),
         "forward_seconds": seconds,
     }
 
 
+def _output_bytes(checkpoint: Checkpoint, skeleton: PreTrainedModel, method: Method) -> int:
+    """Bytes of all tensors of the packed checkpoint."""
+    linears = quantizable(skeleton)
+    total = sum(
+        spec.nbytes
+        for name, spec in checkpoint.specs.items()
+        if name.removesuffix(".weight") not in linears
+    )
+    for name, linear in linears.items():
+        layout = method.for_linear(name).layout(linear.out_features, linear.in_features)
+        total += sum(spec.nbytes for spec in layout.values())
+    return total
+
+
 def _check_disk(out: Path, needed: int) -> None:
+    """LLQError if the disk of `out` has no room for `needed` bytes."""
     existing = next(p for p in (out, *out.absolute().parents) if p.exists())
-    present = (
-        sum(f.stat().st_size for f in out.glob("*.safetensors*")) if out.is_dir() else 0
-    )  # of an interrupted run
     free = shutil.disk_usage(existing).free
+    # An interrupted run has room for its tensors already.
+    present = sum(file.stat().st_size for file in out.glob("*.safetensors*"))
     if needed - present > free:
         raise LLQError(
-            f"{out} needs {needed / 2**20:.0f} MiB and its disk has {free / 2**20:.0f} MiB free; choose another folder"
+            f"{out} needs {needed / 2**20:.0f} MiB and its disk has {free / 2**20:.0f} MiB free; "
+            "choose another folder"
         )
 
 
-def _peak_bytes(
+def _check_memory(needed: int) -> None:
+    """LLQError if the machine has less memory than `needed` bytes."""
+    total = psutil.virtual_memory().total
+    if needed > total:
+        raise LLQError(
+            f"about {needed / 2**30:.1f} GiB of memory are needed and the machine has "
+            f"{total / 2**30:.1f}; use offload, fewer or shorter calibration samples"
+        )
+
+
+def expected_peak_bytes(
     skeleton: PreTrainedModel,
     method: Method,
     data: Tensor | Pairs | None,
     dtype: torch.dtype,
     run: RunOptions,
 ) -> int:
-    """A block, its Hessians, a solver's copies of the largest, activations: a rough upper bound."""
+    """A rough upper bound of the run's peak memory."""
     block = skeleton.get_submodule(block_prefixes(skeleton)[0])
-    widths = [linear.in_features for linear in block_linears(block).values()]
-    largest = max(linear.weight.numel() for linear in block_linears(block).values())
-    block_bytes = sum(p.numel() for p in block.parameters()) * dtype.itemsize
-    hessians = 0
-    observed = {method.for_linear(name).observes for name in quantizable(skeleton)}
-    if any(kind is not None and issubclass(kind, Hessian) for kind in observed):
-        copies = (
-            4 if method.flow is Flow.BOTH else 3
-        )  # of the one being solved: itself, its factor, an inverse
-        hessians = 4 * (sum(w * w for w in set(widths)) + copies * max(widths) ** 2)
-    activations = 0
+    linears = block_linears(block).values()
+    widths = [linear.in_features for linear in linears]
+    largest = max(linear.weight.numel() for linear in linears)
+    block_parameters = sum(p.numel() for p in block.parameters())
+    embedding: int = skeleton.get_input_embeddings().weight.numel() * dtype.itemsize
+    # 1 GiB for Python and its libraries, and five fp32 copies of the largest weight in the solver.
+    total: int = 2**30 + block_parameters * dtype.itemsize + embedding + 5 * 4 * largest
+    total += _hessian_bytes(skeleton, method, widths)
     if data is not None and run.offload is None:
         tokens = sum(data.lengths) if isinstance(data, Pairs) else data.numel()
-        activations = tokens * widths[0] * dtype.itemsize
-    embedding: int = skeleton.get_input_embeddings().weight.numel() * dtype.itemsize
-    total: int = block_bytes + 5 * 4 * largest + hessians + activations + embedding + 2**30
-    total += 4 * method.training_copies * block_bytes // dtype.itemsize
-    if (
-        method.learns or method.tunes
-    ):  # the whole model, a changed copy, its gradients, and room to work in
-        total = max(
-            total, 4 * sum(p.numel() for p in skeleton.parameters()) * dtype.itemsize + 2**30
-        )
+        total += tokens * widths[0] * dtype.itemsize
+    total += 4 * method.training_copies * block_parameters
+    if method.learns or method.tunes:
+        # The whole model, a changed copy, its gradients, and room to work in.
+        parameters = sum(p.numel() for p in skeleton.parameters())
+        total = max(total, 4 * parameters * dtype.itemsize + 2**30)
     return total
 
 
+def _hessian_bytes(skeleton: PreTrainedModel, method: Method, widths: list[int]) -> int:
+    """Bytes of the fp32 Hessians of one block, and of a solver's copies of the largest."""
+    observed = {method.for_linear(name).observes for name in quantizable(skeleton)}
+    if not any(kind is not None and issubclass(kind, Hessian) for kind in observed):
+        return 0
+    # Of the linear at work: the Hessian, its factor and an inverse.
+    copies = 4 if method.flow is Flow.BOTH else 3
+    return 4 * (sum(width**2 for width in set(widths)) + copies * max(widths) ** 2)
+
+
 @torch.no_grad()
-def _trial(entrance: Entrance, blocks: StreamedBlocks) -> float:
-    """Seconds of one forward pass of the first block: the run's first real test of device, dtype
-    and memory.
+def _forward_seconds(blocks: StreamedBlocks, data: Tensor | Pairs) -> float:
+    """Seconds of all forward passes, from one pass of the first block.
+
+    It is also the run's first test of device, dtype and memory.
     """
+    entrance = Entrance(blocks, data)
     hidden, kwargs = entrance.capture(entrance.batches()[0])
     block = blocks.load(0)
     started = time.perf_counter()
     block(hidden, **kwargs)
-    return time.perf_counter() - started
+    seconds = time.perf_counter() - started
+    # Every block runs twice over all batches: for statistics and for outputs.
+    return 2 * len(blocks.prefixes) * len(entrance.batches()) * seconds

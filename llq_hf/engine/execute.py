@@ -1,11 +1,8 @@
-"""A checkpoint run: from a folder of dense weights to a folder of packed ones, never holding the
-model.
+"""Runs a plan: reads, quantizes and writes one decoder block at a time.
 
-Blocks are read, quantized and written one at a time. `prepare` checks everything that can be
-checked before hours are spent; `execute` writes (see `packed.py`), with a journal beside the folder
-that a killed run goes on from. A method may rewrite the dense tensors first, one at a time as they
-are read; only what it must learn for that on the whole model is learned with all of it in memory,
-once, and kept in OUT.learned.safetensors.
+The run keeps a journal beside the output folder, from which the same command resumes it after a
+kill. What needs the whole model in memory is done once, and kept beside the folder too: what a
+method learns before the first block, and how it tunes the packed model after the last one.
 """
 
 from __future__ import annotations
@@ -28,6 +25,7 @@ from ..checkpoints.records import BlockLine, LinearRecord, Report
 from ..checkpoints.shards import digest_of
 from ..common.errors import LLQError
 from ..common.machine import peak_bytes
+from ..common.prefix import below
 from ..common.progress import Progress
 from ..data.calibration import Calibration
 from ..kernels import reference
@@ -53,41 +51,41 @@ def quantize_checkpoint(
     run: RunOptions | None = None,
     progress: Progress | None = None,
 ) -> Report:
-    """Quantize `model` (folder or Hub id) into the folder `out`, or go on where an interrupted run
-    stopped.
+    """Quantize `model` (folder or Hub id) into the folder `out`; the report.
 
-    Returns the report. LLQError for anything wrong with the input, before work starts where it can
-    be known then.
+    An interrupted run in `out` is resumed. LLQError for anything that is wrong with the input,
+    before the first block if it can be known then.
     """
     progress = progress or Progress()
     try:
-        return execute(
-            prepare(model, method, calibration, run or RunOptions(), out, progress), out, progress
-        )
+        plan = prepare(model, method, calibration, run or RunOptions(), out, progress)
+        return execute(plan, out, progress)
     finally:
         progress.close()
 
 
 @reference()
 def execute(plan: Plan, out: Path, progress: Progress) -> Report:
-    """Run a plan into `out`; returns the report. Of a team's processes the leader writes, the
-    others compute along.
+    """Run a plan into the folder `out`; the report.
+
+    In a distributed run the first process writes all files. LLQError where `out` cannot be written.
     """
     if not plan.run.team.leads:
-        return _follow(plan, out, progress)
+        return _compute(plan, out, progress)
     journal = None
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        # A second process waits here, then finds the work done.
+        # A second run of the same command waits here, and then finds the work done.
         with FileLock(out.with_name(out.name + ".lock")):
             if finished_fingerprint(out) == plan.fingerprint:
                 if not Journal.damaged(out):
-                    plan.run.team.tell(None)
+                    plan.run.team.broadcast_json(None)
                     return read_report(out)
-                (out / CONFIG).unlink()  # nothing loads it until the damaged blocks are done again
+                # Nothing loads the folder until the damaged blocks are done again.
+                (out / CONFIG).unlink()
             journal = Journal.open(out, plan.identity)
-            report = _write(plan, out, journal, progress)
-            plan.run.team.tell(None)
+            report = _compute_and_write(plan, out, journal, progress)
+            plan.run.team.broadcast_json(None)  # all is written
             return report
     except (OSError, SafetensorError) as error:
         if journal is None:
@@ -102,16 +100,16 @@ def execute(plan: Plan, out: Path, progress: Progress) -> Report:
         ) from error
 
 
-def _write(plan: Plan, out: Path, journal: Journal, progress: Progress) -> Report:
-    """Run the plan as the leader of its team."""
-    learned = _learned(plan, out, progress)
+def _compute_and_write(plan: Plan, out: Path, journal: Journal, progress: Progress) -> Report:
+    """Run the plan in the only process, or in the first of several."""
+    learned = _load_or_learn(plan, out, progress)
     plan = replace(plan, method=plan.method.with_learned(learned))
-    blocks, folder = _opened(plan, out, learned)
-    tuned = FileState(out, plan.fingerprint, "model", kind="tuned")
+    blocks, folder = _open(plan, out, learned)
     folder.open()
-    journal.verify(out, rewritten=_in_files(folder, tuned.load() or {}))
+    tuned = FileState(out, plan.fingerprint, "model", kind="tuned")
+    journal.verify(out, rewritten={folder.base.in_file(name) for name in tuned.load() or {}})
     done = sorted(journal.blocks)
-    plan.run.team.tell(done)
+    plan.run.team.broadcast_json(done)
     total = len(blocks.prefixes)
     progress.blocks(len(done), total)
     started = time.perf_counter()
@@ -147,14 +145,12 @@ def _write(plan: Plan, out: Path, journal: Journal, progress: Progress) -> Repor
     return report
 
 
-def _follow(plan: Plan, out: Path, progress: Progress) -> Report:
-    """Run the plan as a process that does not lead: the same walk, its share of the work, and no
-    files.
-    """
-    done = plan.run.team.tell(None)
-    if done is None:
+def _compute(plan: Plan, out: Path, progress: Progress) -> Report:
+    """Run the plan in a process that is not the first: compute its share, write no files."""
+    done = plan.run.team.broadcast_json(None)
+    if done is None:  # the folder is finished
         return read_report(out)
-    blocks, folder = _opened(plan, out, {})
+    blocks, folder = _open(plan, out, {})
     for block in walk(blocks, plan.data, plan.method, progress, plan.run):
         if block.index in done:
             if block.feeds_next:
@@ -162,14 +158,15 @@ def _follow(plan: Plan, out: Path, progress: Progress) -> Report:
             continue
         for step in block.steps():
             quantize_step(step, plan.method, plan.run.team)
-    plan.run.team.tell(None)  # until the leader has written all
+    plan.run.team.broadcast_json(None)  # waits until the first process has written all
     return read_report(out)
 
 
-def _opened(
-    plan: Plan, out: Path, learned: dict[str, Tensor]
-) -> tuple[StreamedBlocks, PackedFolder]:
-    """Where the run reads its blocks, and the folder that they go to."""
+def _open(plan: Plan, out: Path, learned: dict[str, Tensor]) -> tuple[StreamedBlocks, PackedFolder]:
+    """The blocks to read, and the folder to write.
+
+    A method that rewrites the dense model does so tensor by tensor, as they are read.
+    """
     rewrite = plan.method.rewrite(plan.skeleton, learned)
     source = Rewritten.of(plan.checkpoint, rewrite, plan.dtype)
     blocks = StreamedBlocks(source, plan.skeleton, plan.dtype, torch.device(plan.run.device))
@@ -181,18 +178,13 @@ def _opened(
     return blocks, PackedFolder(out, base, blocks.prefixes, plan.method, shapes)
 
 
-def _in_files(folder: PackedFolder, tensors: dict[str, Tensor]) -> set[str]:
-    """Names that these tensors of the model have in the folder's files."""
-    return {folder.base.in_file(name) for name in tensors}
-
-
 def _tune(
     plan: Plan, out: Path, folder: PackedFolder, journal: Journal, progress: Progress
 ) -> None:
-    """Train the packed model as a whole, which is in memory for that long, and write what changed.
+    """Train the packed model as a whole, which is in memory meanwhile, and write what changed.
 
-    A killed run trains on from OUT.training.safetensors, or has the result in OUT.tuned.safetensors
-    already.
+    A killed run resumes the training from OUT.training.safetensors. Once the training is done, its
+    result is in OUT.tuned.safetensors.
     """
     result = FileState(out, plan.fingerprint, "model", kind="tuned")
     tuned = result.load()
@@ -204,20 +196,22 @@ def _tune(
         student = shared_copy(teacher)
         for index, prefix in enumerate(folder.prefixes):
             folder.restore_block(index, student.get_submodule(prefix))
-        tuned = tune(
-            student,
-            teacher,
-            plan.method,
-            token_ids(plan.data),
-            progress,
-            FileState(out, plan.fingerprint, "model"),
-        )
+        ids_NS = token_ids(plan.data)
+        state = FileState(out, plan.fingerprint, "model")
+        tuned = tune(student, teacher, plan.method, ids_NS, progress, state)
         result.save(tuned)
         FileState.clear(out)
+    _write_tuned(plan, folder, journal, tuned)
+
+
+def _write_tuned(
+    plan: Plan, folder: PackedFolder, journal: Journal, tuned: dict[str, Tensor]
+) -> None:
+    """Write the tuned tensors to their places, and what they change in the journal."""
     for index, line in sorted(journal.blocks.items()):
         for record in line["linears"]:
             name = record["name"]
-            packed = folder.packed(name) | _under(name, tuned)
+            packed = folder.packed(name) | below(f"{name}.", tuned)
             restored_OI = plan.method.for_linear(name).dequantize(packed, *folder.linears[name])
             weight_OI = folder.base.read([f"{name}.weight"])[f"{name}.weight"]
             record_tuned(record, weight_OI, restored_OI)
@@ -228,25 +222,19 @@ def _tune(
         folder.shards.write(changed)
 
 
-def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a module, by their names in it."""
-    return {
-        n.removeprefix(prefix + "."): t for n, t in tensors.items() if n.startswith(prefix + ".")
-    }
+def _load_or_learn(plan: Plan, out: Path, progress: Progress) -> dict[str, Tensor]:
+    """What the method learns on the whole model, which is in memory meanwhile.
 
-
-def _learned(plan: Plan, out: Path, progress: Progress) -> dict[str, Tensor]:
-    """What the method learns on the whole model, which is in memory for that long; kept beside OUT
-    for resumed runs.
+    A resumed run finds it in OUT.learned.safetensors.
     """
     if not plan.method.learns:
         return {}
     state = FileState(out, plan.fingerprint, "model", kind="learned")
-    found = state.load()
-    if found is None:
-        found = learn(_whole_model(plan).eval(), plan.method, token_ids(plan.data), progress)
-        state.save(found)
-    return found
+    learned = state.load()
+    if learned is None:
+        learned = learn(_whole_model(plan).eval(), plan.method, token_ids(plan.data), progress)
+        state.save(learned)
+    return learned
 
 
 def _whole_model(plan: Plan) -> PreTrainedModel:

@@ -1,4 +1,4 @@
-"""Quantizing a model that is in memory already, in place."""
+"""Quantizes a model in memory, in place."""
 
 from __future__ import annotations
 
@@ -32,11 +32,12 @@ def quantize_model(
     progress: Progress | None = None,
     learned: dict[str, Tensor] | None = None,
 ) -> list[LinearRecord]:
-    """Quantize the decoder's linears of a model in memory, in place. Records per linear, as in the
-    report.
+    """Quantize the linears in the decoder blocks of `model` in place; a record per linear.
 
-    data: token ids [N, S], or image-text pairs. learned: what came with `method` out of `resolve_method`;
-    None: it is resolved here.
+    data: token ids [N, S] or image-text pairs; None for a method that reads none. offload: folder
+    for the activations; None keeps them in memory. learned: what `resolve_method` returned with
+    `method`; if it is None, the method is resolved here. LLQError where model, method and data do
+    not fit.
     """
     progress = progress or Progress()
     if learned is None:
@@ -58,17 +59,24 @@ def quantize_model(
         raise LLQError(f"{len(records)} linears were quantized, {expected} should have been")
     if teacher is not None:
         tuned = tune(shared_copy(model), teacher, method, token_ids(data), progress)
-        for name, module in model.named_modules():
-            if isinstance(module, QuantLinear):
-                for key, tensor in module.packed().items():
-                    tensor.copy_(tuned.get(f"{name}.{key}", tensor))
-        for record in records:
-            module = model.get_submodule(record["name"])
-            assert isinstance(module, QuantLinear)
-            record_tuned(
-                record,
-                teacher.get_parameter(record["name"] + ".weight").detach(),
-                module.dequantized(),
-            )
+        _take_over(model, tuned)
+        _update_records(records, model, teacher)
     progress.close()
     return records
+
+
+def _take_over(model: nn.Module, tuned: dict[str, Tensor]) -> None:
+    """Copy tuned tensors (by full name) into the packed linears."""
+    for name, module in model.named_modules():
+        if isinstance(module, QuantLinear):
+            for key, tensor in module.packed().items():
+                tensor.copy_(tuned.get(f"{name}.{key}", tensor))
+
+
+def _update_records(records: list[LinearRecord], model: nn.Module, teacher: nn.Module) -> None:
+    """Bring the records up to date after tuning."""
+    for record in records:
+        module = model.get_submodule(record["name"])
+        assert isinstance(module, QuantLinear)
+        weight_OI = teacher.get_parameter(record["name"] + ".weight").detach()
+        record_tuned(record, weight_OI, module.dequantized())

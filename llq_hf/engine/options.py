@@ -1,4 +1,4 @@
-"""How a run goes on, as opposed to what it computes."""
+"""Options of a run that concern the machine and not the method."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from .team import Team
 class RunOptions:
     """Device, dtype and memory of a run, and the processes that share it.
 
-    dtype: of the calibration forward passes; None = the checkpoint's. offload: folder for the
-    activations; None = memory. revision: of the base model on the Hub. shards: runs of sequences
-    whose statistics are summed apart; they decide last bits, unlike all else here (see `team`).
+    dtype: of the calibration forward passes; None: the checkpoint's. offload: folder for the
+    activations; None keeps them in memory. revision: of the base model on the Hub. shards: number
+    of partial sums of the statistics, which decides their last bits (see `team`).
     """
 
     device: str = "cpu"

@@ -1,4 +1,4 @@
-"""Check everything about a run that can be checked before hours are spent on it."""
+"""Checks everything about a run that can be checked before it starts, and makes its plan."""
 
 from __future__ import annotations
 
@@ -37,7 +37,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Plan:
-    """A checkpoint run that passed its checks."""
+    """A checkpoint run that passed its checks.
+
+    identity: everything that decides the bytes of the result. made_from: names of the base and of
+    the calibration data, which decide no byte.
+    """
 
     checkpoint: Checkpoint
     skeleton: PreTrainedModel
@@ -51,6 +55,7 @@ class Plan:
 
     @property
     def fingerprint(self) -> str:
+        """Hash of `identity`."""
         return fingerprint(self.identity)
 
 
@@ -63,47 +68,26 @@ def prepare(
     out: Path | None,
     progress: Progress,
 ) -> Plan:
-    """Everything that can be checked before hours are spent; all problems in one error."""
-    progress.stage("reading checkpoint headers")
-    checkpoint = Checkpoint.open(model, run.revision)
-    if checkpoint.is_quantized:
-        kind = checkpoint.config["quantization_config"].get("quant_method", "unknown")
-        raise LLQError(f"{model} is quantized already ({kind}); give the full-precision model")
+    """Check the base model, the method, the calibration data, disk and memory; run one block.
+
+    out: the folder that the run will write; None skips the check of its disk. LLQError with all
+    problems of the base model in one text, or with the first problem of anything else.
+    """
+    checkpoint = _open_dense(model, run.revision, progress)
     skeleton = build_skeleton(checkpoint.path)
     method = method.bound_to(skeleton)
     dtype = _dtype(run.dtype, skeleton)
     check_device(run.device)
-    progress.stage("hashing the base model", len(checkpoint.files))
-    base, not_finite = checkpoint.scan(lambda done, total: progress.advance())
-    checkpoint = checkpoint.named(module_names(skeleton, checkpoint.files))
-    problems = problems_of(checkpoint, skeleton, method)
-    problems += [f"{name} holds NaN or infinity" for name in not_finite]
-    if problems:
-        more = f" (and {len(problems) - 8} more)" if len(problems) > 8 else ""
-        raise LLQError(f"{model} cannot be quantized: " + "; ".join(problems[:8]) + more)
+    checkpoint, base_sha256 = _check_tensors(checkpoint, skeleton, method, model, progress)
     if run.team.size > 1 and not method.shares_out:
         raise LLQError(
-            f"{method.name} reads activations or trains while it quantizes, which processes cannot share; run it in one"
+            f"{method.name} reads activations or trains while it quantizes, "
+            "which processes cannot share; run it in one"
         )
     data, described = calibration_data(
         calibration, method, skeleton.config, checkpoint.path, progress
     )
-    if isinstance(data, Pairs) and run.shards > 1:
-        raise LLQError(
-            f"shards={run.shards}: image-text pairs of different lengths are not shared out; give 1"
-        )
-    if data is not None:
-        run.team.own_shards(edges_of(len(data), run.shards))
-    identity = {
-        "format_version": FORMAT_VERSION,
-        "base_sha256": base,
-        "method": method.name,
-        "config": method.to_dict(),
-        "calibration": described,
-        "dtype": str(dtype).removeprefix("torch."),
-        "device": torch.device(run.device).type,
-        **({"shards": run.shards} if described and run.shards > 1 else {}),
-    }
+    _check_shards(data, run)
     made_from = {
         **provenance(checkpoint.path),
         "calibration": calibration.described if described else None,
@@ -111,7 +95,70 @@ def prepare(
     source = Rewritten.of(checkpoint, method.rewrite(skeleton, {}))
     estimates = estimate(source, skeleton, method, data, dtype, run, out, progress)
     progress.estimates(estimates)
+    identity = _identity(base_sha256, method, described, dtype, run)
     return Plan(checkpoint, skeleton, method, data, identity, made_from, run, dtype, estimates)
+
+
+def _open_dense(model: str, revision: str | None, progress: Progress) -> Checkpoint:
+    """The headers of a dense checkpoint. LLQError for one that is quantized already."""
+    progress.stage("reading checkpoint headers")
+    checkpoint = Checkpoint.open(model, revision)
+    if checkpoint.is_quantized:
+        kind = checkpoint.config["quantization_config"].get("quant_method", "unknown")
+        raise LLQError(f"{model} is quantized already ({kind}); give the full-precision model")
+    return checkpoint
+
+
+def _check_tensors(
+    checkpoint: Checkpoint,
+    skeleton: PreTrainedModel,
+    method: Method,
+    model: str,
+    progress: Progress,
+) -> tuple[Checkpoint, str]:
+    """The checkpoint with the model's tensor names, and the sha256 of its tensors.
+
+    LLQError with everything that is wrong with the tensors.
+    """
+    progress.stage("hashing the base model", len(checkpoint.files))
+    sha256, not_finite = checkpoint.scan(lambda done, total: progress.advance())
+    checkpoint = checkpoint.named(module_names(skeleton, checkpoint.files))
+    problems = problems_of(checkpoint, skeleton, method)
+    problems += [f"{name} holds NaN or infinity" for name in not_finite]
+    if problems:
+        more = f" (and {len(problems) - 8} more)" if len(problems) > 8 else ""
+        raise LLQError(f"{model} cannot be quantized: " + "; ".join(problems[:8]) + more)
+    return checkpoint, sha256
+
+
+def _check_shards(data: Tensor | Pairs | None, run: RunOptions) -> None:
+    """LLQError if the calibration sequences cannot be divided into the run's shards."""
+    if isinstance(data, Pairs) and run.shards > 1:
+        raise LLQError(
+            f"shards={run.shards}: image-text pairs of different lengths are not shared out; give 1"
+        )
+    if data is not None:
+        run.team.own_shards(edges_of(len(data), run.shards))
+
+
+def _identity(
+    base_sha256: str,
+    method: Method,
+    calibration: dict[str, Any] | None,
+    dtype: torch.dtype,
+    run: RunOptions,
+) -> dict[str, Any]:
+    """Everything that decides the bytes of the result."""
+    return {
+        "format_version": FORMAT_VERSION,
+        "base_sha256": base_sha256,
+        "method": method.name,
+        "config": method.to_dict(),
+        "calibration": calibration,
+        "dtype": str(dtype).removeprefix("torch."),
+        "device": torch.device(run.device).type,
+        **({"shards": run.shards} if calibration and run.shards > 1 else {}),
+    }
 
 
 def calibration_data(
@@ -122,10 +169,10 @@ def calibration_data(
     progress: Progress,
     tokenizer: Any = None,
 ) -> tuple[Tensor | Pairs | None, dict[str, Any] | None]:
-    """(token ids [N, S] or pairs, what a checkpoint says about them) for a method that reads any.
+    """The calibration data (token ids [N, S] or pairs) and their description in the checkpoint.
 
-    config, path: the model's; tokenizer: another one than lies there. LLQError where data, model
-    and method do not fit.
+    Both are None for a method that reads no data. config, path: the model's. tokenizer: None takes
+    the one at `path`. LLQError where data, model and method do not fit.
     """
     if not method.reads_data:
         return None, None
@@ -155,11 +202,12 @@ def calibration_data(
 
 
 def _dtype(name: str | None, skeleton: PreTrainedModel) -> torch.dtype:
+    """The dtype of this name; the model's own for None and "auto"."""
     if name in (None, "auto"):
-        found = getattr(skeleton.config, "dtype", None) or getattr(
-            skeleton.config.get_text_config(), "dtype", None
-        )
-        return found if isinstance(found, torch.dtype) else torch.float32
+        config = skeleton.config
+        own = getattr(config, "dtype", None)
+        own = own or getattr(config.get_text_config(), "dtype", None)
+        return own if isinstance(own, torch.dtype) else torch.float32
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         if str(dtype) == f"torch.{name}":
             return dtype

@@ -1,4 +1,4 @@
-"""Quantize the linears of one step, and put packed ones in their place."""
+"""Quantizes the linears of one step and puts packed linears in their place."""
 
 from __future__ import annotations
 
@@ -21,61 +21,62 @@ from .team import Team, pack_message, unpack_message
 
 @torch.no_grad()
 def quantize_step(step: Step, method: Method, team: Team | None = None) -> list[LinearRecord]:
-    """Quantize the linears of a step, put QuantLinears in their place; a record per linear."""
+    """Quantize the linears of a step and replace them in its block; a record per linear.
+
+    team: processes that share the linears. LLQError where a linear comes out not finite.
+    """
     started = time.perf_counter()
-    packed = (
-        shared_out(step, method, team)
-        if team is not None and team.size > 1
-        else method.quantize_block(step)
-    )
+    if team is not None and team.size > 1:
+        packed = quantize_shared(step, method, team)
+    else:
+        packed = method.quantize_block(step)
     seconds = (time.perf_counter() - started) / max(len(packed), 1)
-    records: list[LinearRecord] = []
-    for name, tensors in packed.items():
-        dense = step.linears[name]
-        job = step.jobs[name]
-        quantized = QuantLinear.from_packed(method.for_linear(job.name), dense, tensors)
-        errors = _errors(
-            dense.weight.detach().float(), quantized.dequantized(), step.stats.get(name)
+    return [_replace(step, method, name, packed[name], seconds) for name in packed]
+
+
+def _replace(step: Step, method: Method, name: str, packed: Packed, seconds: float) -> LinearRecord:
+    """Put the packed linear in the place of the dense one; its record."""
+    dense = step.linears[name]
+    job = step.jobs[name]
+    quantized = QuantLinear.from_packed(method.for_linear(job.name), dense, packed)
+    weight_OI = dense.weight.detach().float()
+    errors = _errors(weight_OI, quantized.dequantized(), step.stats.get(name))
+    if not all(map(math.isfinite, errors.values())):
+        raise LLQError(
+            f"{job.name} came out not finite: its weights or its calibration inputs are not usable"
         )
-        if not all(map(math.isfinite, errors.values())):
-            raise LLQError(
-                f"{job.name} came out not finite: its weights or its calibration inputs are not usable"
-            )
-        shape = [dense.out_features, dense.in_features]  # a list, as it comes back from JSON
-        bits = stored_bits(quantized.layout, dense.out_features, dense.in_features)
-        record: Any = {
-            "name": job.name,
-            "shape": shape,
-            "stored_bits": bits,
-            **errors,
-            **job.notes,
-            "seconds": seconds,
-        }
-        records.append(record)
-        replace_module(step.block, name, quantized)
-    return records
+    record: Any = {
+        "name": job.name,
+        "shape": [dense.out_features, dense.in_features],  # a list, as it comes back from JSON
+        "stored_bits": stored_bits(quantized.layout, dense.out_features, dense.in_features),
+        **errors,
+        **job.notes,
+        "seconds": seconds,
+    }
+    replace_module(step.block, name, quantized)
+    typed: LinearRecord = record
+    return typed
 
 
-def shared_out(step: Step, method: Method, team: Team) -> dict[str, Packed]:
-    """The linears of a step, each solved by one process of the team and told to all."""
+def quantize_shared(step: Step, method: Method, team: Team) -> dict[str, Packed]:
+    """The packed linears of a step, each solved by one process of the team and sent to all."""
     owners = {name: i % team.size for i, name in enumerate(step.linears)}
     own = {name: linear for name, linear in step.linears.items() if owners[name] == team.rank}
-    mine = replace(step, linears=own, jobs=step.jobs)
-    solved = method.quantize_block(mine)
+    solved = method.quantize_block(replace(step, linears=own, jobs=step.jobs))
     packed = {}
     for name, owner in owners.items():
         message = pack_message(solved[name], step.jobs[name].notes) if name in own else {}
-        packed[name], notes = unpack_message(team.broadcast(message, owner))
-        packed[name] = {
-            key: tensor.to(step.linears[name].weight.device) for key, tensor in packed[name].items()
-        }
+        tensors, notes = unpack_message(team.broadcast(message, owner))
+        device = step.linears[name].weight.device
+        packed[name] = {key: tensor.to(device) for key, tensor in tensors.items()}
         step.jobs[name] = Job(f"{step.prefix}.{name}", notes)
     return packed
 
 
 def _errors(weight_OI: Tensor, restored_OI: Tensor, stat: Stat | None) -> dict[str, float]:
-    """Relative squared errors: of the weight, and of the calibration output, tr(dW H dW^T) / tr(W H
-    W^T).
+    """Relative squared errors of the weight and of the output on the calibration data.
+
+    The output's is tr(dW H dW^T) / tr(W H W^T), and is given only if `stat` is a Hessian.
     """
     error_OI = weight_OI - restored_OI
     errors = {
@@ -89,7 +90,10 @@ def _errors(weight_OI: Tensor, restored_OI: Tensor, stat: Stat | None) -> dict[s
 
 
 def record_tuned(record: LinearRecord, weight_OI: Tensor, restored_OI: Tensor) -> None:
-    """Bring a linear's record up to date: the statistics its output error came from are gone."""
+    """Update a linear's record after tuning.
+
+    The output error is removed, because the statistics that it came from are gone.
+    """
     record.pop("output_error", None)
     record["weight_error"] = _errors(weight_OI.float(), restored_OI, None)["weight_error"]
     record["tuned"] = True

@@ -1,6 +1,6 @@
-"""Calibration data on its way from block to block, and the statistics that linears leave behind.
+"""The calibration data's activations from block to block, and statistics of linears' inputs.
 
-Legend: N calibration sequences, S tokens each, D hidden size, B sequences per forward pass; T
+Legend: N calibration sequences, S tokens each, D hidden size, B sequences per forward pass, T
 tokens of all sequences.
 """
 
@@ -9,7 +9,8 @@ from __future__ import annotations
 import copy
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -21,19 +22,21 @@ from torch import Tensor, nn
 from ..common.errors import LLQError
 from ..common.progress import PassListener
 from ..data.pairs import Pairs
-from ..models.decoder import block_linears, decoder_of, hidden_of
+from ..models.decoder import block_linears, decoder_of, hidden_of, watch_inputs
 from ..numerics.stats import Stat
 from .blocks import Blocks
 from .team import Stats, Team, batches_of, edges_of
 
-BATCH_TOKENS = (
-    4096  # tokens per forward pass: enough to keep the cores busy, little enough to bound memory
-)
+# Tokens per forward pass: enough to keep the cores busy, few enough to bound memory.
+BATCH_TOKENS = 4096
+
+# --- activations ----------------------------------------------------------------------------------
 
 
 class Activations:
-    """What flows from block to block: [N, S, D], in memory or in a file of `offload`; batches are
-    replaced in place.
+    """The input [N, S, D] of a block, in memory or in a file of the folder `offload`.
+
+    It is read and replaced in batches: activations[rows].
     """
 
     def __init__(
@@ -44,9 +47,13 @@ class Activations:
             self.tensor_NSD = torch.empty(shape, dtype=dtype)
             return
         offload.mkdir(parents=True, exist_ok=True)
-        self._file = tempfile.NamedTemporaryFile(dir=offload, prefix="activations-", suffix=".bin")  # noqa: SIM115 (lives as long as the tensor)
+        # The file must live as long as the tensor.
+        self._file = tempfile.NamedTemporaryFile(  # noqa: SIM115
+            dir=offload, prefix="activations-", suffix=".bin"
+        )
         count = shape[0] * shape[1] * shape[2]
-        try:  # a full disk is an error here; under a mapping it is a bus error at the first touch
+        # Reserved now, so that a full disk is an error and not a bus error at the first write.
+        try:
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(self._file.fileno(), 0, count * dtype.itemsize)
         except OSError as error:
@@ -66,7 +73,7 @@ class Activations:
         self.tensor_NSD[rows] = value.to(self.tensor_NSD)
 
     def copy(self, offload: Path | None) -> Activations:
-        """The same values in a place of their own."""
+        """A copy that has its own memory or its own file."""
         twin = copy.copy(self)
         count, length, width = self.tensor_NSD.shape
         Activations.__init__(twin, (count, length, width), self.tensor_NSD.dtype, offload)
@@ -75,8 +82,9 @@ class Activations:
 
 
 class Ragged(Activations):
-    """Sequences of different lengths, one behind the other in [1, T, D]; they come and go one at a
-    time.
+    """Activations of sequences of different lengths, one after the other in [1, T, D].
+
+    They are read and replaced one sequence at a time.
     """
 
     def __init__(
@@ -89,7 +97,8 @@ class Ragged(Activations):
         several = len(range(*rows.indices(len(self.ends) - 1)))
         if several != 1:
             raise LLQError(
-                f"{several} sequences of different lengths do not make a batch; train with a batch of 1"
+                f"{several} sequences of different lengths do not make a batch; "
+                "train with a batch of 1"
             )
         return self.tensor_NSD[:, self.ends[rows.start] : self.ends[rows.start + 1]]
 
@@ -97,22 +106,24 @@ class Ragged(Activations):
         self[rows].copy_(value)
 
 
-class Entrance:
-    """What calibration data becomes where it enters the first block: windows of token ids, or
-    image-text pairs.
+# --- the first block's input ----------------------------------------------------------------------
 
-    Images go through the model's own tower and projector: visual tokens are in the sequence as they
-    are in use.
+
+class Entrance:
+    """Turns calibration data (token ids or image-text pairs) into the input of the first block.
+
+    Images go through the model's own vision tower and projector, so that visual tokens are in the
+    sequence as they are at inference.
     """
 
     def __init__(self, blocks: Blocks, data: Tensor | Pairs) -> None:
-        self.data, self.device = data, blocks.device
-        self.pairs = isinstance(data, Pairs)
-        self.runner = blocks.around() if self.pairs else blocks.decoder()
+        self.data = data
+        self.device = blocks.device
+        self.is_pairs = isinstance(data, Pairs)
+        self.runner = blocks.around() if self.is_pairs else blocks.decoder()
         self.lengths = data.lengths if isinstance(data, Pairs) else [data.shape[1]] * len(data)
-        self.size = (
-            1 if self.pairs else max(1, BATCH_TOKENS // self.lengths[0])
-        )  # sequences per forward pass
+        # Sequences per forward pass.
+        self.size = 1 if self.is_pairs else max(1, BATCH_TOKENS // self.lengths[0])
 
     def batches(self) -> list[slice]:
         count = len(self.lengths)
@@ -125,23 +136,54 @@ class Entrance:
         dtype = next(self.runner.parameters()).dtype
         inputs = {
             name: t.to(self.device, dtype if t.is_floating_point() else None)
-            for name, t in self._pair(rows)
+            for name, t in self.data.inputs(rows.start).items()
         }
-        return _caught(decoder_of(self.runner)[1], lambda: self.runner(**inputs, use_cache=False))
+        decoder = decoder_of(self.runner)[1]
+        return _first_input(decoder, lambda: self.runner(**inputs, use_cache=False))
 
-    def _pair(self, rows: slice) -> Iterable[tuple[str, Tensor]]:
-        assert isinstance(self.data, Pairs)
-        return self.data.inputs(rows.start).items()
-
-    def room(self, width: int, dtype: torch.dtype, offload: Path | None) -> Activations:
-        if self.pairs:
+    def new_activations(self, width: int, dtype: torch.dtype, offload: Path | None) -> Activations:
+        """Room for the activations of all sequences."""
+        if self.is_pairs:
             return Ragged(self.lengths, width, dtype, offload)
         return Activations((len(self.lengths), self.lengths[0], width), dtype, offload)
 
 
+def capture(decoder: nn.Module, ids_BS: Tensor) -> tuple[Tensor, dict[str, Any]]:
+    """Input [B, S, D] of the first block, and the keyword arguments that the decoder passes to it.
+
+    The arguments are the attention mask, rotary tables and the like.
+    """
+    return _first_input(decoder, lambda: decoder(input_ids=ids_BS, use_cache=False))
+
+
+class _FirstBlockReachedError(Exception):
+    """Ends a forward pass at the first block."""
+
+
+@torch.no_grad()
+def _first_input(decoder: nn.Module, run: Callable[[], Any]) -> tuple[Tensor, dict[str, Any]]:
+    """What `decoder` passes to its first block when `run` is called. No block is run."""
+    captured: list[tuple[Tensor, dict[str, Any]]] = []
+
+    def stop(block: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
+        captured.append((args[0], kwargs))
+        raise _FirstBlockReachedError
+
+    assert isinstance(decoder.layers, nn.ModuleList)
+    hook = decoder.layers[0].register_forward_pre_hook(stop, with_kwargs=True)
+    with hook, suppress(_FirstBlockReachedError):
+        run()
+    return captured[0]
+
+
+# --- from block to block --------------------------------------------------------------------------
+
+
 class Stream:
-    """The calibration set on its way through the blocks: its activations and the keyword arguments
-    every block gets.
+    """The input of the current block for all calibration sequences.
+
+    It holds the activations and the keyword arguments that every block gets. In a distributed run
+    each process has the sequences of its own shards.
     """
 
     def __init__(
@@ -154,33 +196,40 @@ class Stream:
         team: Team | None = None,
     ) -> None:
         self.team = team or Team()
+        self.listener = listener
+        self.device = blocks.device
         edges = self.team.own_shards(edges_of(len(data), shards))
         if isinstance(data, Tensor):
-            data = data[edges[0] : edges[-1]]  # of several processes, each holds its own
+            data = data[edges[0] : edges[-1]]
         entrance = Entrance(blocks, data)
-        self.count, self.pairs = len(entrance.lengths), entrance.pairs
+        self.is_pairs = entrance.is_pairs
+        self.count = len(entrance.lengths)
         self.length = -(-sum(entrance.lengths) // self.count)
         self.shards = batches_of([edge - edges[0] for edge in edges], entrance.size)
-        self.listener = listener
-        # Keyword arguments of pairs by number: masks may depend on where the image is. Else by
-        # batch size: masks have a batch axis, and those of size 1 serve any other.
-        self._kwargs: dict[int, dict[str, Any]] = (
-            {} if self.pairs else {1: entrance.capture(slice(0, 1))[1]}
-        )
+        # Keyword arguments of pairs by number, because masks may depend on where the image is.
+        # Otherwise by batch size: masks have a batch axis, and one of size 1 fits every batch.
+        self._kwargs: dict[int, dict[str, Any]] = {}
+        if not self.is_pairs:
+            self._kwargs[1] = entrance.capture(slice(0, 1))[1]
+        self.activations = self._embed(entrance, offload)
+
+    def _embed(self, entrance: Entrance, offload: Path | None) -> Activations:
+        """The input of the first block. Keyword arguments are kept in `_kwargs`."""
         activations: Activations | None = None
-        listener.stage("embedding the calibration data", self.count)
+        self.listener.stage("embedding the calibration data", self.count)
         for rows in self.batches():
             hidden_BSD, kwargs = entrance.capture(rows)
             if activations is None:
-                activations = entrance.room(hidden_BSD.shape[-1], hidden_BSD.dtype, offload)
+                width, dtype = hidden_BSD.shape[-1], hidden_BSD.dtype
+                activations = entrance.new_activations(width, dtype, offload)
             activations[rows] = hidden_BSD
-            self._kwargs.setdefault(rows.start if self.pairs else len(hidden_BSD), kwargs)
-            listener.advance(len(hidden_BSD))
+            self._kwargs.setdefault(rows.start if self.is_pairs else len(hidden_BSD), kwargs)
+            self.listener.advance(len(hidden_BSD))
         assert activations is not None
-        self.activations, self.device = activations, blocks.device
+        return activations
 
     def copy(self, offload: Path | None) -> Stream:
-        """Another stream at the same place, with activations of its own."""
+        """Another stream before the same block, with its own copy of the activations."""
         twin = copy.copy(self)
         twin.activations = self.activations.copy(offload)
         return twin
@@ -189,12 +238,11 @@ class Stream:
         return [rows for batches in self.shards for rows in batches]
 
     def inputs(self, rows: slice) -> tuple[Tensor, dict[str, Any]]:
+        """Hidden states [B, S, D] and keyword arguments of the current block."""
         hidden_BSD = self.activations[rows].to(self.device)
-        if self.pairs:
+        if self.is_pairs:
             return hidden_BSD, self._kwargs[rows.start]
-        return hidden_BSD, self._kwargs.get(
-            len(hidden_BSD), self._kwargs[1]
-        )  # of size 1, it broadcasts
+        return hidden_BSD, self._kwargs.get(len(hidden_BSD), self._kwargs[1])
 
     @torch.no_grad()
     def observe(
@@ -204,22 +252,24 @@ class Stream:
         observes: Mapping[str, type[Stat] | None],
         dense: Dense | None,
     ) -> dict[str, Stat]:
-        """Statistics of the input of every linear in `groups`, of the kind that it `observes`.
+        """Statistics of the input of every linear in `groups`, by its name inside the block.
 
-        Linears of a group share one object of a kind. dense: the full-precision block and its
-        stream, which paired statistics look at beside this one.
+        groups: linears that share their input; those of one kind of statistic share the object.
+        observes: the kind of each linear's statistic. dense: the full-precision model, whose
+        inputs paired statistics need too.
         """
         if not any(observes[name] for group in groups for name in group):
             return {}
         self.listener.stage("statistics", self.count)
         shares = (self._observe(block, groups, observes, dense, batches) for batches in self.shards)
-        found = self.team.reduced(shares)
-        asked = ((group[0], name, observes[name]) for group in groups for name in group)
-        return {
-            name: found[f"{first}/{kind.__name__}"]
-            for first, name, kind in asked
-            if kind is not None
-        }
+        total = self.team.reduce(shares)
+        stats = {}
+        for group in groups:
+            for name in group:
+                kind = observes[name]
+                if kind is not None:
+                    stats[name] = total[_key(group, kind)]
+        return stats
 
     def _observe(
         self,
@@ -229,31 +279,28 @@ class Stream:
         dense: Dense | None,
         batches: list[slice],
     ) -> Stats:
-        """Statistics of some batches, by "first linear of the group/kind"."""
+        """Statistics over some batches, by `_key`."""
         linears = block_linears(block)
         stats: Stats = {}
-        watches: list[_Watch] = []
+        observer = _Observer({})
         for group in groups:
             kinds = {kind for name in group if (kind := observes[name]) is not None}
-            shared = {kind: kind(linears[group[0]].in_features, self.device) for kind in kinds}
-            stats |= {f"{group[0]}/{kind.__name__}": stat for kind, stat in shared.items()}
-            watches += [_Watch(group[0], tuple(shared.values()))] if shared else []
-        beside = dense is not None and any(stat.paired for stat in stats.values())
-        handles = [
-            handle for watch in watches for handle in watch.hooks(block, dense if beside else None)
-        ]
-        try:
+            own = {kind: kind(linears[group[0]].in_features, self.device) for kind in kinds}
+            stats |= {_key(group, kind): stat for kind, stat in own.items()}
+            if own:
+                observer.stats[group[0]] = list(own.values())
+        firsts = {name: linears[name] for name in observer.stats}
+        dense_firsts: dict[str, nn.Module] = {}
+        if dense is not None:
+            dense_firsts = {name: dense.block.get_submodule(name) for name in observer.paired()}
+        with watch_inputs(firsts, observer.add), watch_inputs(dense_firsts, observer.keep_dense):
             for rows in batches:
                 hidden_BSD, kwargs = self.inputs(rows)
-                for watch in watches:
-                    watch.sequences = len(hidden_BSD)
-                if dense is not None and beside:
+                observer.sequences = len(hidden_BSD)
+                if dense is not None and dense_firsts:
                     dense.block(dense.stream.activations[rows].to(self.device), **kwargs)
                 block(hidden_BSD, **kwargs)
                 self.listener.advance(len(hidden_BSD))
-        finally:
-            for handle in handles:
-                handle.remove()
         return stats
 
     @torch.no_grad()
@@ -265,45 +312,48 @@ class Stream:
             out_BSD = hidden_of(block(hidden_BSD, **kwargs))
             if not torch.isfinite(out_BSD).all():
                 raise LLQError(
-                    f"the output of {name} is not finite in {out_BSD.dtype}; run with dtype float32 or bfloat16"
+                    f"the output of {name} is not finite in {out_BSD.dtype}; "
+                    "run with dtype float32 or bfloat16"
                 )
             self.activations[rows] = out_BSD
             self.listener.advance(len(hidden_BSD))
 
 
-@dataclass
-class _Watch:
-    """Shows the input of linear `name` to statistics: here, and, to paired ones, the full-precision
-    model's beside.
+def _key(group: list[str], kind: type[Stat]) -> str:
+    """Name of a statistic that the linears of a group share."""
+    return f"{group[0]}/{kind.__name__}"
+
+
+class _Observer:
+    """Adds the inputs of linears to their statistics while a block runs.
+
+    stats: statistics by name of the linear. Paired statistics also need the input of the linear in
+    the full-precision block, which runs first on the same sequences.
     """
 
-    name: str
-    stats: tuple[Stat, ...]
-    sequences: int = 0
-    dense_TI: Tensor | None = None
+    def __init__(self, stats: dict[str, list[Stat]]) -> None:
+        self.stats = stats
+        self.sequences = 0  # in the current batch
+        self._dense_TI: dict[str, Tensor] = {}
 
-    def hooks(self, block: nn.Module, dense: Dense | None) -> list[Any]:
-        found = [block.get_submodule(self.name).register_forward_pre_hook(self.see)]
-        if dense is not None and any(stat.paired for stat in self.stats):
-            found.append(
-                dense.block.get_submodule(self.name).register_forward_pre_hook(self.see_dense)
-            )
-        return found
+    def paired(self) -> list[str]:
+        """Linears that have a paired statistic."""
+        return [name for name, stats in self.stats.items() if any(stat.paired for stat in stats)]
 
-    def see(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        x_TI = args[0].flatten(0, -2)
-        for stat in self.stats:
+    def add(self, name: str, x: Tensor) -> None:
+        x_TI = x.flatten(0, -2)
+        dense_TI = self._dense_TI.pop(name, None)
+        for stat in self.stats[name]:
             stat.update(x_TI, self.sequences)
-            if stat.paired and self.dense_TI is not None:
-                stat.pair(x_TI, self.dense_TI)
-        self.dense_TI = None
+            if stat.paired and dense_TI is not None:
+                stat.pair(x_TI, dense_TI)
 
-    def see_dense(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        self.dense_TI = args[0].flatten(0, -2)
+    def keep_dense(self, name: str, x: Tensor) -> None:
+        self._dense_TI[name] = x.flatten(0, -2)
 
 
 class Dense(NamedTuple):
-    """The full-precision model beside the quantized one: its block, and its own activations."""
+    """The block in full precision, and the activations of the full-precision model."""
 
     block: nn.Module
     stream: Stream
@@ -333,51 +383,3 @@ class StreamData:
     def targets(self, rows: slice) -> Tensor:
         assert self.dense is not None, "targets need Flow.BOTH"
         return self.dense.activations[rows].to(self.dense.device)
-
-
-class _CaughtError(Exception):
-    """Raised on purpose, to stop a forward pass at the first block."""
-
-
-class _Catcher(nn.Module):
-    def __init__(self, original: nn.Module) -> None:
-        super().__init__()
-        self.__dict__["original"] = (
-            original  # not a child: only lends its attributes to the decoder's loop
-        )
-        self.hidden: Tensor | None = None
-        self.kwargs: dict[str, Any] = {}
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self.__dict__["original"], name)
-
-    def forward(self, hidden: Tensor, **kwargs: Any) -> Tensor:
-        self.hidden, self.kwargs = hidden, kwargs
-        raise _CaughtError
-
-
-def capture(decoder: nn.Module, ids_BS: Tensor) -> tuple[Tensor, dict[str, Any]]:
-    """Input [B, S, D] of the first block and the keyword arguments the decoder passes to it (mask,
-    rotary tables).
-    """
-    return _caught(decoder, lambda: decoder(input_ids=ids_BS, use_cache=False))
-
-
-@torch.no_grad()
-def _caught(decoder: nn.Module, run: Callable[[], Any]) -> tuple[Tensor, dict[str, Any]]:
-    """What the first block of `decoder` is given when `run` is called, which ends there."""
-    blocks = decoder.layers
-    assert isinstance(blocks, nn.ModuleList)
-    catcher = _Catcher(blocks[0])
-    decoder.layers = nn.ModuleList([catcher, *blocks[1:]])
-    try:
-        run()
-    except _CaughtError:
-        pass
-    finally:
-        decoder.layers = blocks
-    assert catcher.hidden is not None
-    return catcher.hidden, catcher.kwargs

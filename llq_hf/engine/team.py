@@ -1,14 +1,17 @@
-"""One run shared by several processes (torchrun): each takes its part of the calibration sequences
-and of the linears.
+"""Distributed runs (torchrun): processes share the calibration sequences and the linears.
 
-The sequences are cut into `shards` runs of consecutive ones. A statistic is summed from zero over
-each shard, and the shards' sums are added in their order, whoever made them: so a run of S shards
-gives the same bits in one process as in any number that divides S, and may be resumed by another
-number. One shard is the plain sum over all sequences, whose last bits are others. (Matrix products
-must be the same too: the same kind of processor, as many threads in each.)
+Idea
+    The sequences are cut into `shards`, each of which is a range of consecutive sequences. Each
+    process runs the sequences of its own shards. A statistic is summed from zero over each shard,
+    and the sums are added in the order of the shards, whichever process they come from. So a run of
+    S shards gives the same bits in one process as in any number of processes that divides S, and
+    another number can resume it. A run of one shard has the plain sum over all sequences, whose
+    last bits differ. Matrix products must give the same bits too: the processes need the same kind
+    of processor and the same number of threads.
 
-Sums go from rank to rank and the last one tells all; a solved linear comes from the rank that
-solved it. What is sent is the bytes of a safetensors file.
+Messages
+    Partial sums go from rank to rank, and the last rank broadcasts the total. A solved linear is
+    broadcast by the rank that solved it. A message is the content of a safetensors file.
 """
 
 from __future__ import annotations
@@ -27,15 +30,20 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from ..common.errors import LLQError
+from ..common.prefix import below
 from ..numerics.stats import Stat
 
-PATIENCE = timedelta(days=1)  # a rank may wait for another's longest solve
+TIMEOUT = timedelta(days=1)  # a rank may wait for the longest solve of another
+_JSON = " json"  # key of JSON in a message; no tensor of a method has a space in its name
 Stats = dict[str, Stat]
 
 
 @dataclass(frozen=True)
 class Team:
-    """The processes of a run. device: where messages must lie. Alone (size 1) it sends nothing."""
+    """The processes of a run. A single process (size 1) sends nothing.
+
+    device: where the tensors of messages must be.
+    """
 
     rank: int = 0
     size: int = 1
@@ -43,43 +51,47 @@ class Team:
 
     @classmethod
     def join(cls, device: torch.device) -> Team:
-        """The team of torchrun's processes, or this process alone."""
+        """The team of the processes that torchrun started, or of this process alone."""
         size = int(os.environ.get("WORLD_SIZE", "1"))
         if size == 1:
             return cls()
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
         return cls(dist.get_rank(), size, str(device) if device.type == "cuda" else "cpu")
 
     @property
     def leads(self) -> bool:
-        """Whether this process writes files and speaks to people."""
+        """Whether this process writes files and shows progress."""
         return self.rank == 0
 
     def own_shards(self, edges: list[int]) -> list[int]:
-        """Of the edges of all shards, those of this process's shards. LLQError where they cannot be
-        shared out.
+        """Those of the edges of all shards that belong to the shards of this process.
+
+        LLQError where the shards cannot be divided evenly.
         """
         shards = len(edges) - 1
         if shards % self.size:
             raise LLQError(
-                f"shards={shards} cannot be shared by {self.size} processes; give a multiple of that"
+                f"shards={shards} cannot be shared by {self.size} processes; "
+                "give a multiple of that"
             )
         each = shards // self.size
         return edges[self.rank * each : (self.rank + 1) * each + 1]
 
-    def reduced(self, shares: Iterator[Stats]) -> Stats:
-        """Statistics of all shards, merged in order; `shares` are this process's."""
-        waiting = (
-            shares if self.leads else iter(list(shares))
-        )  # work first, then wait for the ranks before
+    def reduce(self, shares: Iterator[Stats]) -> Stats:
+        """Statistics over all shards, merged in order.
+
+        shares: those of this process's shards, computed when they are asked for.
+        """
+        # Ranks after the first compute all of theirs, and then wait for the rank before.
+        waiting = shares if self.leads else iter(list(shares))
         total = next(waiting)
         if not self.leads:
-            first, total = total, {name: stat.fresh() for name, stat in total.items()}
-            sums = self._receive(self.rank - 1)
+            first = total
+            total = {name: stat.fresh() for name, stat in first.items()}
+            _load(total, self._receive(self.rank - 1))
             for name, stat in total.items():
-                stat.load(_under(name, sums))
                 stat.merge(first[name])
         for share in waiting:
             for name, stat in share.items():
@@ -88,13 +100,11 @@ class Team:
             return total
         if self.rank + 1 < self.size:
             self._send(_flat(total), self.rank + 1)
-        sums = self.broadcast(_flat(total), self.size - 1)
-        for name, stat in total.items():
-            stat.load(_under(name, sums))
+        _load(total, self.broadcast(_flat(total), self.size - 1))
         return total
 
     def broadcast(self, tensors: dict[str, Tensor], source: int) -> dict[str, Tensor]:
-        """What `source` gave, on every rank; the others' is not looked at."""
+        """The tensors of rank `source`, on every rank. Those of other ranks are ignored."""
         if self.size == 1:
             return tensors
         content = self._bytes(tensors) if self.rank == source else None
@@ -105,8 +115,8 @@ class Team:
         dist.broadcast(content, source)
         return load(content.cpu().numpy().tobytes())
 
-    def tell(self, message: Any) -> Any:
-        """JSON of the leader's, on every rank."""
+    def broadcast_json(self, message: Any) -> Any:
+        """The JSON value of the first rank, on every rank."""
         return decode_json(self.broadcast(encode_json(message), 0))
 
     def _send(self, tensors: dict[str, Tensor], to: int) -> None:
@@ -127,7 +137,7 @@ class Team:
 
 
 def edges_of(count: int, shards: int) -> list[int]:
-    """Where each of `shards` runs of consecutive sequences begins, and where the last one ends."""
+    """The first sequence of each of `shards` shards, and the end of the last one."""
     if not 1 <= shards <= count:
         raise LLQError(
             f"shards={shards} must be at least 1, and at most the {count} calibration sequences"
@@ -136,7 +146,7 @@ def edges_of(count: int, shards: int) -> list[int]:
 
 
 def batches_of(edges: Iterable[int], size: int) -> list[list[slice]]:
-    """Per shard: its sequences, at most `size` at a time."""
+    """For each shard its sequences, in batches of at most `size`."""
     return [
         [slice(start, min(start + size, stop)) for start in range(begin, stop, size)]
         for begin, stop in pairwise(edges)
@@ -144,28 +154,28 @@ def batches_of(edges: Iterable[int], size: int) -> list[list[slice]]:
 
 
 def pack_message(packed: dict[str, Tensor], notes: dict[str, Any]) -> dict[str, Tensor]:
-    """A solved linear as a message."""
+    """A solved linear as a message: its packed tensors and the notes of its record."""
     return {**packed, **encode_json(notes)}
 
 
 def unpack_message(message: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The inverse."""
+    """Split a message made by `pack_message` into its tensors and notes."""
     notes = decode_json(message)
-    return {name: tensor for name, tensor in message.items() if name != _SAID}, notes
-
-
-_SAID = " json"  # no tensor of a method has a space in its name
+    return {name: tensor for name, tensor in message.items() if name != _JSON}, notes
 
 
 def encode_json(message: Any) -> dict[str, Tensor]:
-    return {_SAID: torch.frombuffer(bytearray(json.dumps(message).encode()), dtype=torch.uint8)}
+    """A JSON value as a message."""
+    return {_JSON: torch.frombuffer(bytearray(json.dumps(message).encode()), dtype=torch.uint8)}
 
 
 def decode_json(tensors: dict[str, Tensor]) -> Any:
-    return json.loads(tensors[_SAID].numpy().tobytes())
+    """The JSON value in a message."""
+    return json.loads(tensors[_JSON].numpy().tobytes())
 
 
 def _flat(stats: Stats) -> dict[str, Tensor]:
+    """Statistics as a message."""
     return {
         f"{name}/{key}": tensor
         for name, stat in stats.items()
@@ -173,7 +183,7 @@ def _flat(stats: Stats) -> dict[str, Tensor]:
     }
 
 
-def _under(name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {
-        key.removeprefix(f"{name}/"): t for key, t in tensors.items() if key.startswith(f"{name}/")
-    }
+def _load(stats: Stats, message: dict[str, Tensor]) -> None:
+    """Give statistics the numbers of a message that `_flat` made."""
+    for name, stat in stats.items():
+        stat.load(below(f"{name}/", message))

@@ -1,5 +1,6 @@
-"""What a method does with the whole model in memory: learn before the first block, tune after the
-last one.
+"""Runs the hooks of a method that need the whole model in memory.
+
+`learn` runs before the first block, `tune` after the last one (see `method.WholeModel`).
 """
 
 from __future__ import annotations
@@ -21,13 +22,14 @@ from ..method import Method, Packed, Rewrite, State
 def resolve_method(
     model: nn.Module, method: Method, data: Tensor | Pairs | None, progress: Progress | None = None
 ) -> tuple[Method, dict[str, Tensor]]:
-    """The method as it is for this model, and what it learned on a copy of it."""
+    """The method for this model, and the tensors that it learned on a copy of the model.
+
+    data: token ids [N, S], which a method that learns needs.
+    """
     method = method.bound_to(model)
-    learned = (
-        learn(copy.deepcopy(model), method, token_ids(data), progress or Progress())
-        if method.learns
-        else {}
-    )
+    learned: dict[str, Tensor] = {}
+    if method.learns:
+        learned = learn(copy.deepcopy(model), method, token_ids(data), progress or Progress())
     return method.with_learned(learned), learned
 
 
@@ -39,7 +41,11 @@ def tune(
     progress: Progress,
     state: State | None = None,
 ) -> Packed:
-    """What training the packed model as a whole changes in it, by full tensor name."""
+    """Train the packed model as a whole; the stored tensors that change, by full name.
+
+    student: the packed model, which may be modified. teacher: the full-precision model. ids_NS: the
+    calibration tokens. LLQError where there are none.
+    """
     if ids_NS is None:
         raise LLQError("this method needs calibration data")
     ids_NS = ids_NS.to(next(teacher.parameters()).device)
@@ -48,19 +54,22 @@ def tune(
 
 
 def shared_copy(model: nn.Module) -> nn.Module:
-    """A model of its own that shares every parameter and buffer: what is replaced in one stays in
-    the other.
+    """A copy of the modules that shares every parameter and buffer with `model`.
+
+    A module that is replaced in one of them stays in the other.
     """
-    shared: dict[int, Any] = {
-        id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())
-    }
+    tensors = (*model.parameters(), *model.buffers())
+    shared: dict[int, Any] = {id(tensor): tensor for tensor in tensors}
     return copy.deepcopy(model, shared)
 
 
 def learn(
     model: nn.Module, method: Method, ids_NS: Tensor | None, progress: Progress
 ) -> dict[str, Tensor]:
-    """What `method` learns on a model of its own."""
+    """The tensors that `method` learns on `model`, which may be modified.
+
+    LLQError where there are no calibration tokens.
+    """
     if ids_NS is None:
         raise LLQError("this method needs calibration data")
     attention = method.attention
@@ -70,24 +79,22 @@ def learn(
 
 @torch.no_grad()
 def rewrite_model(model: nn.Module, rewrite: Rewrite) -> None:
-    """Change the dense tensors of a model in memory, in place."""
+    """Rewrite the dense tensors of a model in memory, in place."""
     vectors = {name: p.detach().clone() for name, p in model.named_parameters() if p.ndim == 1}
     for name, source in rewrite.untied.items():
         owner, _, attribute = name.rpartition(".")
-        setattr(
-            model.get_submodule(owner),
-            attribute,
-            nn.Parameter(model.get_parameter(source).detach().clone()),
-        )
+        untied = nn.Parameter(model.get_parameter(source).detach().clone())
+        setattr(model.get_submodule(owner), attribute, untied)
     if rewrite.untied:
         config: Any = model.config
-        config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
+        config.tie_word_embeddings = False
+        config.get_text_config().tie_word_embeddings = False
     for name, parameter in model.named_parameters():
         parameter.copy_(rewrite(name, parameter, vectors.__getitem__))
 
 
 def token_ids(data: Tensor | Pairs | None) -> Tensor | None:
-    """The calibration data for what trains the whole model: that needs token ids."""
+    """The calibration data for training the whole model. LLQError for image-text pairs."""
     if isinstance(data, Pairs):
         raise LLQError("training the whole model needs token ids; calibrate on text")
     return data

@@ -227,15 +227,12 @@ class AWQ(OnUniformGrid):
         def record(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
             calls.append((args, kwargs, hidden_of(output)))
 
-        handle = module.register_forward_hook(record, with_kwargs=True)
-        try:
+        with module.register_forward_hook(record, with_kwargs=True):
             for start in range(0, data.count, batch):
                 hidden_BSD, kwargs = data.inputs(
                     slice(start, min(start + batch, data.count), stride)
                 )
                 step.block(hidden_BSD, **kwargs)
-        finally:
-            handle.remove()
         return calls
 
     # --- grids and codes --------------------------------------------------------------------------

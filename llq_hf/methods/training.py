@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..common.errors import LLQError
+from ..common.prefix import below
 from ..common.progress import PassListener
 from ..method import BlockData, Method, State, Step
 from ..models.decoder import hidden_of as first_output
@@ -52,9 +53,7 @@ class Trained(NamedTuple):
         """Take over the tensors of a `snapshot`."""
         for i, parameter in enumerate(self.parameters):
             parameter.copy_(saved[f"{i}"])
-            own = {
-                key.removeprefix(f"{i}."): t for key, t in saved.items() if key.startswith(f"{i}.")
-            }
+            own = below(f"{i}.", saved)
             # load_state_dict would cast. A fused optimizer wants its step counter on the device of
             # the parameter, others want it on the CPU.
             if own:

@@ -5,6 +5,9 @@ No architecture is named here.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -79,22 +82,30 @@ def input_groups(block: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> li
     # The list keeps the tensors alive: a freed one's identity could be reused.
     readers: list[tuple[Tensor, list[str]]] = []
 
-    def watch(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            group = next((names for tensor, names in readers if tensor is args[0]), None)
-            if group is None:
-                readers.append((args[0], group := []))
-            group.append(name)
+    def sort_in(name: str, x: Tensor) -> None:
+        group = next((names for tensor, names in readers if tensor is x), None)
+        if group is None:
+            readers.append((x, group := []))
+        group.append(name)
 
-        return hook
-
-    handles = [
-        linear.register_forward_pre_hook(watch(name))
-        for name, linear in block_linears(block).items()
-    ]
-    try:
+    with watch_inputs(block_linears(block), sort_in):
         block(hidden, **kwargs)
-    finally:
-        for handle in handles:
-            handle.remove()
     return [names for _, names in readers]
+
+
+@contextmanager
+def watch_inputs(
+    modules: Mapping[str, nn.Module], see: Callable[[str, Tensor], Any]
+) -> Iterator[None]:
+    """Within the context, call see(name, x) with the input x of each module before it runs.
+
+    x is the first positional argument. What `see` returns is ignored.
+    """
+
+    def hook(name: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        see(name, args[0])
+
+    with ExitStack() as hooks:
+        for name, module in modules.items():
+            hooks.enter_context(module.register_forward_pre_hook(partial(hook, name)))
+        yield

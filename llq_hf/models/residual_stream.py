@@ -20,7 +20,8 @@ from __future__ import annotations
 
 import copy
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,7 +31,7 @@ from torch import Tensor, nn
 
 from ..common.errors import LLQError
 from ..numerics.rotations import hadamard
-from .decoder import block_linears, block_prefixes, decoder_of
+from .decoder import block_prefixes, decoder_of, quantizable, watch_inputs
 
 CHUNK_ROWS = 4096  # rows rotated at a time, because an embedding in fp64 is four times its bf16
 _TOKENS = 4
@@ -71,84 +72,107 @@ def residual_of(model: nn.Module) -> Residual:
     if not isinstance(head, nn.Module):
         raise LLQError(f"{type(model).__name__} has no output embeddings: it cannot be rotated")
     width = int(embedding.weight.shape[1])
-    flow = _Flow.record(decoder, width)
+    linears = quantizable(model)
+    flow = _Flow.record(decoder, width, linears)
 
     # 2. Sort the linears of all blocks into readers and writers of the stream.
-    norms, readers, writers = {}, {}, set()
-    values, outputs, known = {}, {}, set()
-    head_dims = set()
-    for index, prefix in enumerate(block_prefixes(model)):
-        block = model.get_submodule(prefix)
-        attention = {
-            f"{prefix}.{name}.": m for name, m in block.named_modules() if hasattr(m, "q_proj")
-        }
-        for path, module in attention.items():
-            values[path + "v_proj"], outputs[path + "o_proj"] = index, index
-            head_dims.add(int(getattr(module, "head_dim", 0)))
-            # These norms stand after the projections, not in the stream.
-            known |= {f"{path}{norm}.weight" for norm in ("q_norm", "k_norm")}
-        for name, linear in block_linears(block).items():
-            full = f"{prefix}.{name}"
-            norm = flow.norm_before(linear)
-            if norm is not None:
-                readers[full] = names[id(norm)]
-            elif full in outputs or name.endswith("down_proj"):
-                writers.add(full)
-            else:
-                raise LLQError(
-                    f"{full} reads the residual stream past its norm, or none of it: "
-                    "it cannot be rotated"
-                )
+    projections = _Projections.of(model)
+    readers: dict[str, str] = {}
+    writers: set[str] = set()
+    for name in linears:
+        norm = flow.norm_before(name)
+        if norm is not None:
+            readers[name] = names[id(norm)]
+        elif name in projections.outputs or name.endswith("down_proj"):
+            writers.add(name)
+        else:
+            raise LLQError(
+                f"{name} reads the residual stream past its norm, or none of it: "
+                "it cannot be rotated"
+            )
 
     # 3. Check that every norm of the stream feeds readers only, and commutes with rotations.
     if not flow.ends_in_norm:
         raise LLQError("the decoder does not end in a norm: its residual stream cannot be rotated")
     readers[names[id(head)]] = names[id(flow.last_norm)]
+    norms: dict[str, float] = {}
     for norm in flow.norms:
         name = names[id(norm)]
         if name in readers.values():
             norms[name] = _unit_weight(norm, name)
-        elif f"{name}.weight" not in known:
+        elif f"{name}.weight" not in projections.norm_weights:
             raise LLQError(
                 f"{name} feeds no linear (it may follow a block's output): "
                 "no rotation passes through it"
             )
 
     # 4. Check that value and output projections are where a Llama has them.
-    for path in (*values, *outputs):
-        if (path in readers) is not (path in values) or len(head_dims) != 1:
-            raise LLQError(
-                f"{path} does not stand where the value and output projections of a Llama do"
-            )
+    head_dim = projections.checked_head_dim(readers)
 
     # 5. Check that every other parameter is known to have nothing to do with the stream.
     fed, vectors = _image_inputs(model, decoder_name, names[id(head)], width)
-    known |= {
-        f"{name}.{kind}"
-        for name in (*readers, *writers, *norms, *fed)
-        for kind in ("weight", "bias")
-    }
-    known |= {*vectors, f"{names[id(embedding)]}.weight"}
+    modules = (*readers, *writers, *norms, *fed)
+    known = {f"{name}.{kind}" for name in modules for kind in ("weight", "bias")}
+    known |= projections.norm_weights | vectors | {f"{names[id(embedding)]}.weight"}
+    _check_others(model, known)
+    return Residual(
+        width=width,
+        head_dim=head_dim,
+        embedding=names[id(embedding)],
+        head=names[id(head)],
+        tied=head.weight is embedding.weight,
+        norms=norms,
+        readers=readers,
+        writers=frozenset(writers | fed),
+        vectors=frozenset(vectors),
+        values=projections.values,
+        outputs=projections.outputs,
+    )
+
+
+@dataclass
+class _Projections:
+    """The value and output projections of all attention modules, found by their names.
+
+    norm_weights: weights of norms that stand after the projections, not in the stream.
+    """
+
+    values: dict[str, int] = field(default_factory=dict)  # v_proj -> index of its block
+    outputs: dict[str, int] = field(default_factory=dict)  # o_proj -> index of its block
+    head_dims: set[int] = field(default_factory=set)
+    norm_weights: set[str] = field(default_factory=set)
+
+    @classmethod
+    def of(cls, model: nn.Module) -> _Projections:
+        found = cls()
+        for index, prefix in enumerate(block_prefixes(model)):
+            for name, module in model.get_submodule(prefix).named_modules():
+                if hasattr(module, "q_proj"):
+                    path = f"{prefix}.{name}."
+                    found.values[path + "v_proj"] = index
+                    found.outputs[path + "o_proj"] = index
+                    found.head_dims.add(int(getattr(module, "head_dim", 0)))
+                    found.norm_weights |= {f"{path}{norm}.weight" for norm in ("q_norm", "k_norm")}
+        return found
+
+    def checked_head_dim(self, readers: Mapping[str, str]) -> int:
+        """The one head_dim. LLQError unless values read the stream and outputs do not."""
+        for path in (*self.values, *self.outputs):
+            if (path in readers) is not (path in self.values) or len(self.head_dims) != 1:
+                raise LLQError(
+                    f"{path} does not stand where the value and output projections of a Llama do"
+                )
+        return next(iter(self.head_dims))
+
+
+def _check_others(model: nn.Module, known: set[str]) -> None:
+    """LLQError for a parameter that is neither known nor apart from the stream."""
     for name, parameter in model.named_parameters():
         if name not in known and not _apart(name) and parameter.ndim > 0:
             raise LLQError(
                 f"{name} is not known to leave the residual stream alone: "
                 "the model cannot be rotated"
             )
-    tied = head.weight is embedding.weight
-    return Residual(
-        width=width,
-        head_dim=head_dims.pop(),
-        embedding=names[id(embedding)],
-        head=names[id(head)],
-        tied=tied,
-        norms=norms,
-        readers=readers,
-        writers=frozenset(writers | fed),
-        vectors=frozenset(vectors),
-        values=values,
-        outputs=outputs,
-    )
 
 
 class _Flow:
@@ -158,51 +182,41 @@ class _Flow:
         self.norms = norms
         # The list keeps the tensors alive: a freed one's identity could be reused.
         self.results: list[tuple[Tensor, nn.Module]] = []
-        self.inputs: dict[int, Tensor] = {}
+        self.inputs: dict[str, Tensor] = {}  # by name of the linear
         self.end: Tensor | None = None
 
     @classmethod
     @torch.no_grad()
-    def record(cls, decoder: nn.Module, width: int) -> _Flow:
+    def record(cls, decoder: nn.Module, width: int, linears: Mapping[str, nn.Linear]) -> _Flow:
         """Run the decoder on a few tokens and record its norms and linears."""
-        norms = [m for m in decoder.modules() if _is_norm(m, width)]
-        flow, handles = cls(norms), []
-        for norm in norms:
-            handles.append(
-                norm.register_forward_hook(lambda m, args, out: flow.results.append((out, m)))
-            )
-        for block in decoder.layers:  # type: ignore[union-attr]
-            for linear in block_linears(block).values():
-                handles.append(
-                    linear.register_forward_pre_hook(
-                        lambda m, args: flow.inputs.__setitem__(id(m), args[0])
-                    )
-                )
+        flow = cls([m for m in decoder.modules() if _is_norm(m, width)])
         device = next(decoder.parameters()).device
-        ids = torch.zeros(1, _TOKENS, dtype=torch.long, device=device)
-        mask = torch.zeros(
-            1, 1, _TOKENS, _TOKENS, device=device, dtype=next(decoder.parameters()).dtype
-        )
-        position_ids = torch.arange(_TOKENS, device=device)[None]
-        try:  # with a ready-made mask no code reads values, of which the meta device has none
-            out = decoder(
-                input_ids=ids, attention_mask=mask, position_ids=position_ids, use_cache=False
-            )
-            flow.end = out[0]
+        dtype = next(decoder.parameters()).dtype
+        # With a ready-made mask no code reads values, of which the meta device has none.
+        inputs = {
+            "input_ids": torch.zeros(1, _TOKENS, dtype=torch.long, device=device),
+            "attention_mask": torch.zeros(1, 1, _TOKENS, _TOKENS, device=device, dtype=dtype),
+            "position_ids": torch.arange(_TOKENS, device=device)[None],
+        }
+        try:
+            with ExitStack() as hooks:
+                for norm in flow.norms:
+                    hooks.enter_context(norm.register_forward_hook(flow._add_result))
+                hooks.enter_context(watch_inputs(linears, flow.inputs.__setitem__))
+                flow.end = decoder(**inputs, use_cache=False)[0]
         except (RuntimeError, NotImplementedError) as error:
             raise LLQError(
                 f"the decoder cannot be run to find its residual stream ({error})"
             ) from error
-        finally:
-            for handle in handles:
-                handle.remove()
         return flow
 
-    def norm_before(self, linear: nn.Linear) -> nn.Module | None:
-        """The norm whose output the linear reads, or None."""
-        return next(
-            (norm for out, norm in self.results if out is self.inputs.get(id(linear))), None
-        )
+    def _add_result(self, norm: nn.Module, args: Any, out: Tensor) -> None:
+        self.results.append((out, norm))
+
+    def norm_before(self, linear: str) -> nn.Module | None:
+        """The norm whose output the linear of this name reads, or None."""
+        x = self.inputs.get(linear)
+        return next((norm for out, norm in self.results if out is x), None)
 
     @property
     def ends_in_norm(self) -> bool:
@@ -280,16 +294,13 @@ def _ends_linear(projector: nn.Module) -> bool:
     """Whether the projector returns the output of its last linear."""
     linears = [module for module in projector.modules() if type(module) is nn.Linear]
     results: list[Tensor] = []
-    handle = linears[-1].register_forward_hook(lambda m, args, out: results.append(out))
     weight = linears[0].weight
+    zeros = torch.zeros(1, 2, linears[0].in_features, dtype=weight.dtype, device=weight.device)
     try:
-        out = projector(
-            torch.zeros(1, 2, linears[0].in_features, dtype=weight.dtype, device=weight.device)
-        )
+        with linears[-1].register_forward_hook(lambda m, args, out: results.append(out)):
+            out = projector(zeros)
     except (RuntimeError, TypeError, ValueError):
         return False
-    finally:
-        handle.remove()
     return bool(results) and out is results[-1]
 
 

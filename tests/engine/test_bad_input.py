@@ -359,7 +359,7 @@ def test_model_is_not_to_be_had_from_the_hub(calibration_npy, tmp_path):
     """conftest.py sets HF_HUB_OFFLINE."""
     name = "llq-no-such-person/no-such-model"
     refused(
-        "neither a local folder nor to be had from the Hub",
+        "neither a local folder nor available from the Hub",
         quantize,
         name,
         tmp_path / "out",

@@ -385,6 +385,14 @@ def test_resumes_with_offload(run, unbroken, interrupted, tmp_path):
     assert digests(interrupted) == digests(unbroken)
 
 
+def test_resumes_on_a_disk_that_the_run_itself_filled(run, unbroken, interrupted, monkeypatch):
+    """The room of all tensors is reserved from the start, so the second run needs no more."""
+    full = shutil.disk_usage(interrupted)._replace(free=0)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
+    run(interrupted)
+    assert digests(interrupted) == digests(unbroken)
+
+
 def test_a_finished_run_is_taken_as_it_is(run, tmp_path):
     out, recorder = tmp_path / "out", Recorder()
     first = run(out)

@@ -460,12 +460,12 @@ def test_preflight_counts_the_memory_of_learning():
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from llq_hf.engine.options import RunOptions
-    from llq_hf.engine.prepare import _peak_bytes
+    from llq_hf.engine.estimates import expected_peak_bytes
 
     with torch.device("meta"):
         skeleton = LlamaForCausalLM(LlamaConfig(num_hidden_layers=32))  # 7B
     plain, learning = (
-        _peak_bytes(
+        expected_peak_bytes(
             skeleton, build("spinquant", rotations=kind), None, torch.bfloat16, RunOptions()
         )
         for kind in ("hadamard", "learned")

@@ -43,6 +43,7 @@ import torch
 from torch import Tensor, nn
 
 from ...common.errors import LLQError
+from ...common.prefix import below
 from ...common.progress import PassListener
 from ...common.spec import Spec
 from ...method import (
@@ -341,13 +342,7 @@ class ScopedState(State):
         self.whole, self.prefix = whole, f"{label}/"
 
     def load(self) -> dict[str, Tensor] | None:
-        saved = self.whole.load() or {}
-        own = {
-            key.removeprefix(self.prefix): tensor
-            for key, tensor in saved.items()
-            if key.startswith(self.prefix)
-        }
-        return own or None
+        return below(self.prefix, self.whole.load() or {}) or None
 
     def save(self, tensors: dict[str, Tensor]) -> None:
         saved = self.whole.load() or {}

@@ -23,13 +23,16 @@ Predicted
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ...common.progress import PassListener
+from ...models.decoder import watch_inputs
 from ...numerics.stats import Hessian, Stat
 
 # --- costs ----------------------------------------------------------------------------------------
@@ -132,35 +135,27 @@ def output_gradients(
         for name, linear in linears.items()
     }
 
-    def watch(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, inputs: Any, outputs: tuple[Tensor, ...]) -> None:
-            gamma[name] += outputs[0].float().flatten(0, -2).square().sum(0)
+    def add(name: str, module: nn.Module, inputs: Any, outputs: tuple[Tensor, ...]) -> None:
+        gamma[name] += outputs[0].float().flatten(0, -2).square().sum(0)
 
-        return hook
+    def require_grad(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        return output.requires_grad_(True)
 
-    handles = [linear.register_full_backward_hook(watch(name)) for name, linear in linears.items()]
-    embedding = model.get_input_embeddings()
-    handles.append(
-        embedding.register_forward_hook(lambda module, args, output: output.requires_grad_(True))
-    )
     model.requires_grad_(False)
     random = torch.Generator().manual_seed(seed)
     listener.stage("gradients of the model's predictions", len(ids_NS))
-    try:
-        with torch.enable_grad():
-            for row_S in ids_NS:
-                logits_SV = model(input_ids=row_S[None], use_cache=False).logits[0].float()
-                drawn_S1 = torch.multinomial(
-                    logits_SV.detach().softmax(-1).cpu(), 1, generator=random
-                )
-                loss = nn.functional.cross_entropy(
-                    logits_SV, drawn_S1[:, 0].to(logits_SV.device), reduction="sum"
-                )
-                loss.backward()  # type: ignore[no-untyped-call]
-                listener.advance(1)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as hooks, torch.enable_grad():
+        for name, linear in linears.items():
+            hooks.enter_context(linear.register_full_backward_hook(partial(add, name)))
+        hooks.enter_context(model.get_input_embeddings().register_forward_hook(require_grad))
+        for row_S in ids_NS:
+            logits_SV = model(input_ids=row_S[None], use_cache=False).logits[0].float()
+            drawn_S1 = torch.multinomial(logits_SV.detach().softmax(-1).cpu(), 1, generator=random)
+            loss = nn.functional.cross_entropy(
+                logits_SV, drawn_S1[:, 0].to(logits_SV.device), reduction="sum"
+            )
+            loss.backward()  # type: ignore[no-untyped-call]
+            listener.advance(1)
     return {name: sum_O / ids_NS.numel() for name, sum_O in gamma.items()}
 
 
@@ -175,24 +170,18 @@ def observe(
     if not any(wanted.values()):
         return {name: [] for name in wanted}
     gathered: dict[str, list[Stat]] = {}
-    handles = []
+    linears = {name: model.get_submodule(name) for name in wanted}
     for name, kinds in wanted.items():
-        linear = model.get_submodule(name)
+        linear = linears[name]
         gathered[name] = [kind(linear.in_features, linear.weight.device) for kind in kinds]
 
-        def watch(
-            module: nn.Module, args: tuple[Tensor, ...], stats: list[Stat] = gathered[name]
-        ) -> None:
-            for stat in stats:
-                stat.update(args[0].flatten(0, -2), len(args[0]))
+    def update(name: str, x: Tensor) -> None:
+        for stat in gathered[name]:
+            stat.update(x.flatten(0, -2), len(x))
 
-        handles.append(linear.register_forward_pre_hook(watch))
     listener.stage("statistics", len(ids_NS))
-    try:
+    with watch_inputs(linears, update):
         for row_S in ids_NS:
             model(input_ids=row_S[None], use_cache=False)
             listener.advance(1)
-    finally:
-        for handle in handles:
-            handle.remove()
     return gathered

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ...method import BlockData, Step
 from ...models.decoder import hidden_of as first_output
+from ...models.decoder import watch_inputs
 from ...numerics.stats import AbsMax
 from ..training import run_block
 from .rounding import Factor, TrainedLinear
@@ -107,9 +108,10 @@ def _preserves(step: Step, twin: nn.Module, module: nn.Module, pair: ScalePair) 
     """
     assert step.data is not None
     outputs: list[Tensor] = []
-    hook = module.register_forward_hook(
-        lambda module, args, output: outputs.append(first_output(output))
-    )
+
+    def record(module: nn.Module, args: Any, output: Any) -> None:
+        outputs.append(first_output(output))
+
     first = twin.get_submodule(pair.divided)
     second = twin.get_submodule(pair.multiplied)
     assert isinstance(first, nn.Linear)
@@ -118,14 +120,14 @@ def _preserves(step: Step, twin: nn.Module, module: nn.Module, pair: ScalePair) 
     # Any numbers that differ.
     s = 0.5 + torch.arange(pair.width, device=pair.rows.device) * 0.618 % 1
     try:
-        run_sequence(twin, step.data, 0)
-        first.weight.data = first.weight.data / s[pair.rows, None]
-        second.weight.data = second.weight.data * (
-            s[pair.others] if pair.by_columns else s[pair.others, None]
-        )
-        run_sequence(twin, step.data, 0)
+        with module.register_forward_hook(record):
+            run_sequence(twin, step.data, 0)
+            first.weight.data = first.weight.data / s[pair.rows, None]
+            second.weight.data = second.weight.data * (
+                s[pair.others] if pair.by_columns else s[pair.others, None]
+            )
+            run_sequence(twin, step.data, 0)
     finally:
-        hook.remove()
         first.weight.data, second.weight.data = before
     return bool((outputs[1] - outputs[0]).norm() <= 1e-3 * outputs[0].norm())
 
@@ -159,25 +161,16 @@ class Channels(AbsMax):
 def observe_inputs(step: Step) -> dict[str, Channels]:
     """Statistics of the inputs of each linear of the full-precision block, on quantized inputs."""
     assert step.data is not None
-    found: dict[str, Channels] = {}
-    hooks = []
+    stats: dict[str, Channels] = {}
     for names in step.groups:
         first = step.linears[names[0]]
-        stat = Channels(first.in_features, first.weight.device)
-        found.update(dict.fromkeys(names, stat))
-
-        def watch(module: nn.Module, args: tuple[Tensor, ...], stat: Channels = stat) -> None:
-            stat.update(args[0].flatten(0, -2), 1)
-
-        hooks.append(first.register_forward_pre_hook(watch))
-    try:
+        stats |= dict.fromkeys(names, Channels(first.in_features, first.weight.device))
+    firsts = {names[0]: step.linears[names[0]] for names in step.groups}
+    with watch_inputs(firsts, lambda name, x: stats[name].update(x.flatten(0, -2), 1)):
         step.run("statistics")
-    finally:
-        for hook in hooks:
-            hook.remove()
-    for name, stat in found.items():
+    for name, stat in stats.items():
         stat.check(f"{step.prefix}.{name}")
-    return found
+    return stats
 
 
 def run_sequence(block: nn.Module, data: BlockData, i: int) -> Tensor:

@@ -46,6 +46,7 @@ Departures
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, ClassVar
@@ -210,15 +211,10 @@ class SliMLLM(Method):
             if most:
                 ranking = self._ranking(linear.weight.detach().float(), factors[stat])
                 searches[name] = Search(self, linear, ranking, most)
-        handles = [
-            step.linears[name].register_forward_hook(search.hook)
-            for name, search in searches.items()
-        ]
-        try:
+        with ExitStack() as hooks:
+            for name, search in searches.items():
+                hooks.enter_context(step.linears[name].register_forward_hook(search.hook))
             step.run("bit allocation")
-        finally:
-            for handle in handles:
-                handle.remove()
         return {**pairs, **{name: search.best() for name, search in searches.items()}}
 
     def _factor(
