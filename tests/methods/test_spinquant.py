@@ -459,8 +459,8 @@ def test_the_fallback_is_noted():
 def test_preflight_counts_the_memory_of_learning():
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from llq_hf.engine.options import RunOptions
     from llq_hf.engine.estimates import expected_peak_bytes
+    from llq_hf.engine.options import RunOptions
 
     with torch.device("meta"):
         skeleton = LlamaForCausalLM(LlamaConfig(num_hidden_layers=32))  # 7B
