@@ -80,17 +80,17 @@ def input_groups(block: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> li
     architecture needs a table.
     """
     # The list keeps the tensors alive: a freed one's identity could be reused.
-    seen: list[tuple[Tensor, list[str]]] = []
+    readers: list[tuple[Tensor, list[str]]] = []
 
     def sort_in(name: str, x: Tensor) -> None:
-        group = next((names for tensor, names in seen if tensor is x), None)
+        group = next((names for tensor, names in readers if tensor is x), None)
         if group is None:
-            seen.append((x, group := []))
+            readers.append((x, group := []))
         group.append(name)
 
     with watch_inputs(block_linears(block), sort_in):
         block(hidden, **kwargs)
-    return [names for _, names in seen]
+    return [names for _, names in readers]
 
 
 @contextmanager
