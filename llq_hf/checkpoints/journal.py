@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..common.errors import LLQError
+from ..common.files import replaced, write_text
 from ..method import State
 from .fingerprint import differences, fingerprint, sha256_file
 from .records import BlockLine, LinearRecord
@@ -144,10 +145,8 @@ class Journal:
 
     def _rewrite(self) -> None:
         """The file anew, atomically: without a torn last line and without forgotten blocks."""
-        draft = self.path.with_name(self.path.name + ".tmp")
         lines = [self._head(), *(self.blocks[index] for index in sorted(self.blocks))]
-        draft.write_text("".join(json.dumps(line, sort_keys=True) + "\n" for line in lines))
-        os.replace(draft, self.path)
+        write_text(self.path, "".join(json.dumps(line, sort_keys=True) + "\n" for line in lines))
 
 
 class FileState(State):
@@ -168,11 +167,9 @@ class FileState(State):
             return None
 
     def save(self, tensors: dict[str, Tensor]) -> None:
-        draft = self.path.with_name(self.path.name + ".tmp")
-        save_file(
-            {name: t.contiguous() for name, t in tensors.items()}, draft, metadata={"key": self.key}
-        )
-        os.replace(draft, self.path)
+        whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        with replaced(self.path) as draft:
+            save_file(whole, draft, metadata={"key": self.key})
 
     @classmethod
     def clear(cls, out: Path, kind: str = "training") -> None:
