@@ -12,7 +12,6 @@ transformers.quantizers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -58,8 +57,9 @@ class LLQConfig(QuantizationConfigMixin):  # type: ignore[misc]
     method_type: ClassVar[type[Method]]
 
     def __init__(self, preset: str = "study", tokenizer: Any = None, **options: Any) -> None:
-        stored = {key: options.pop(key) for key in RUN_KEYS if _is_stored(key, options)}
-        self.calibration_options, fields = CalibrationOptions.split(options)
+        stored = {key: value for key, value in options.items() if _is_stored(key, value)}
+        asked = {key: value for key, value in options.items() if key not in stored}
+        self.calibration_options, fields = CalibrationOptions.split(asked)
         self.quant_method = PREFIX + self.method_type.name
         self.tokenizer = tokenizer
         self.packed = PackedConfig.of(self.method_type.build(preset, **fields), stored)
@@ -91,13 +91,13 @@ class LLQConfig(QuantizationConfigMixin):  # type: ignore[misc]
         return self.to_dict()
 
 
-def _is_stored(key: str, options: Mapping[str, Any]) -> bool:
-    """Whether a key of a checkpoint's section is among the options.
+def _is_stored(key: str, value: Any) -> bool:
+    """Whether an option is a key of a checkpoint's section, and no option of the method.
 
     In a checkpoint `calibration` is a mapping: what the calibration data were. For a dense model
     it is the name of what to calibrate on.
     """
-    return key in options and (key != "calibration" or isinstance(options[key], Mapping))
+    return key in RUN_KEYS and (key != "calibration" or not isinstance(value, str))
 
 
 def _config_type(method: type[Method]) -> type[LLQConfig]:
