@@ -97,7 +97,7 @@ def _is_stored(key: str, value: Any) -> bool:
     In a checkpoint `calibration` is a mapping: what the calibration data were. For a dense model
     it is the name of what to calibrate on.
     """
-    return key in RUN_KEYS and (key != "calibration" or not isinstance(value, str))
+    return key in RUN_KEYS and (key != "calibration" or isinstance(value, dict | None))
 
 
 def _config_type(method: type[Method]) -> type[LLQConfig]:
