@@ -2,7 +2,7 @@
 
 A panel for each model. Every method is a line through its better preset at each width, with its
 name at the end of fewest bits; small dots are the points of the other presets. The figure is made
-for a phone's width: WIDTH points across, and no text below 9 points.
+for a phone's width: WIDTH points across, and no text below 10 points.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ if TYPE_CHECKING:
 
 WIDTH, HEIGHT = 360, 380  # points; the height is that of a panel
 LEAST = 0.1  # % above full precision: what is below lies within the noise, and is drawn here
-MOST = 400.0  # %: what is above is drawn as an arrow at the upper edge
+MOST = 400  # %: what is above is drawn as an arrow at the upper edge
 NEAR = 0.45  # share of the width in which lines start whose names stand in the column
-COLUMN = 0.29  # share of the width that the column takes
-ROOM = 12.0  # points between the names in the column
+COLUMN = 0.31  # share of the width that the column takes
+ROOM = 12.5  # points between the names in the column
 # DejaVu Sans comes with matplotlib, so the layout is the same everywhere; the other fonts serve
 # readers that do not have it.
 FONTS = ["DejaVu Sans", "Helvetica Neue", "Arial", "sans-serif"]
@@ -44,11 +44,13 @@ def cover(records: Sequence[Record]) -> str | None:
     panels = {model: points for model, points in panels.items() if points}
     if not panels:
         return None
-    with style(**{"font.family": FONTS, "font.size": 10}):
+    with style(**{"font.family": FONTS, "font.size": 11}):
         from matplotlib.figure import Figure
+        from matplotlib.layout_engine import ConstrainedLayoutEngine
 
         size = (WIDTH / 72, HEIGHT * len(panels) / 72)
-        figure = Figure(figsize=size, layout="constrained", facecolor="white")
+        layout = ConstrainedLayoutEngine(w_pad=0.08)
+        figure = Figure(figsize=size, layout=layout, facecolor="white")
         for axes, (model, points) in zip(
             figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels.items(), strict=True
         ):
@@ -91,12 +93,12 @@ def _panel(axes: Axes, model: str, points: list[Point]) -> None:
         for point in line:
             _mark(axes, point, marker, size=6)
     _scales(axes, points)
-    axes.set_title(f"{model}: perplexity above full precision", fontsize=11, loc="left")
+    axes.set_title(f"{model}: perplexity above full precision", fontsize=12, loc="left")
     axes.set_xlabel("bits per weight that the file really holds\n" + LEGEND)
     _names(axes, lines)
 
 
-LEGEND = "lines: the better preset; dots: the other one"
+LEGEND = f"line: better preset; dot: other one; ▲: above {MOST:g} %"
 
 
 def _mark(axes: Axes, point: Point, marker: str, size: float, alpha: float = 1) -> None:
@@ -105,7 +107,14 @@ def _mark(axes: Axes, point: Point, marker: str, size: float, alpha: float = 1) 
     if point.y > MOST:
         marker = "^"
     axes.plot(
-        point.x, _height(point), marker, color=colour, markersize=size, alpha=alpha, clip_on=False
+        point.x,
+        _height(point),
+        marker,
+        color=colour,
+        markersize=size,
+        alpha=alpha,
+        clip_on=False,
+        zorder=3,
     )
 
 
@@ -148,15 +157,46 @@ def _names(axes: Axes, lines: dict[str, list[Point]]) -> None:
         _name(axes, point, (x, height), ha="right", va="center")
         ends = ([x + 0.01 * (right - left), point.x], [height, _height(point)])
         axes.plot(*ends, color=point.look[0], linewidth=0.6)
+    texts = list(axes.texts)
+    markers = [
+        axes.transData.transform((line.x, _height(line))) for line in sum(lines.values(), [])
+    ]
     for point in starts:
         if point not in column:
-            name = _name(axes, point, (point.x, _height(point) * 1.15), ha="center", va="bottom")
-            name.set_bbox({"color": "white", "alpha": 0.7, "pad": 0.5})
+            texts.append(_free_name(axes, point, texts, markers))
+
+
+# Where a name may stand that is not in the column: (added to x, times y), alignments.
+PLACES = (
+    ((0, 1.18), "center", "bottom"),
+    ((0, 0.85), "center", "top"),
+    ((-0.08, 1), "right", "center"),
+    ((0.08, 1), "left", "center"),
+)
+
+
+def _free_name(axes: Axes, point: Point, texts: list[Any], markers: list[Any]) -> Any:
+    """The name of a point in the first of PLACES that is free; in the first where none is."""
+
+    def name_at(number: int) -> Any:
+        (x, y), ha, va = PLACES[number]
+        name = _name(axes, point, (point.x + x, _height(point) * y), ha=ha, va=va)
+        name.set_bbox({"color": "white", "alpha": 0.7, "pad": 0.5})
+        return name
+
+    for number in range(len(PLACES)):
+        name = name_at(number)
+        box = name.get_window_extent()
+        covered = any(box.overlaps(other.get_window_extent()) for other in texts)
+        if not covered and not any(box.contains(*marker) for marker in markers):
+            return name
+        name.remove()
+    return name_at(0)
 
 
 def _name(axes: Axes, point: Point, place: tuple[float, float], **how: Any) -> Any:
     name = METHODS[point.method].title.partition(" (")[0]  # without its authors: "GPTQ"
-    return axes.text(*place, name, color=point.look[0], fontsize=9.5, **how)
+    return axes.text(*place, name, color=point.look[0], fontsize=10.5, zorder=2.5, **how)
 
 
 def apart(heights: list[float], room: float, most: float) -> list[float]:

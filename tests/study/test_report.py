@@ -228,7 +228,7 @@ def test_the_picture_for_a_readme(runs: Path, tmp_path: Path) -> None:
     shown = re.findall(r"<text[^>]*>([^<]+)</text>", text)
     assert {"RTN", "QuIP", "demo: perplexity above full precision"} <= set(shown)
     sizes = [float(size) for size in re.findall(r"(?:font|font-size): ([\d.]+)px", text)]
-    assert min(sizes) >= 9
+    assert min(sizes) >= 10
 
 
 def test_no_picture_without_a_perplexity(tmp_path: Path) -> None:
