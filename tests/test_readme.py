@@ -19,7 +19,8 @@ READMES = [ROOT / "README.md", *sorted(p for f in FOLDERS for p in (ROOT / f).rg
 NAMES = [path.relative_to(ROOT).as_posix() for path in READMES]
 SCRATCH = "/tmp/llq-readme"  # the folder that READMEs write to
 TESTS = "uv run --extra dev pytest"  # this very run
-INSTALL = "python3 -m pip install uv && python3 -m "  # what comes before uv on a bare machine
+# What comes before uv on a bare machine.
+INSTALL = "PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install uv && python3 -m "
 LONGEST = 180  # lines of the page at the top
 
 
