@@ -159,7 +159,9 @@ def _names(axes: Axes, lines: dict[str, list[Point]]) -> None:
         axes.plot(*ends, color=point.look[0], linewidth=0.6)
     texts = list(axes.texts)
     markers = [
-        axes.transData.transform((line.x, _height(line))) for line in sum(lines.values(), [])
+        axes.transData.transform((point.x, _height(point)))
+        for line in lines.values()
+        for point in line
     ]
     for point in starts:
         if point not in column:
