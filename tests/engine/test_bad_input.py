@@ -696,7 +696,7 @@ def test_interrupted(llq, tiny_llama, calibration_npy, packed_once, tmp_path, mo
     finally:
         signal.signal(signal.SIGINT, before)
     assert code == 130
-    assert "the same command goes on where this one stopped" in text
+    assert "the same command continues where this one stopped" in text
     nothing_loads(out)
     assert llq(*command)[0] == 0
     assert all(
