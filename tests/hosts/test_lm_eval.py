@@ -148,3 +148,18 @@ def test_two_processes_give_the_perplexity_of_one(tmp_path: Path) -> None:
     )
     assert two["llq_demo_mc"]["acc,none"] == one["llq_demo_mc"]["acc,none"]
     assert found["two"]["config"]["llq"]["method"] == "rtn"
+
+
+def test_the_table_has_its_headers() -> None:
+    """Another release of a library far below lm-eval prints A, B, C instead."""
+    from lm_eval.utils import make_table
+
+    results = {
+        "results": {"llq_demo_mc": {"alias": "llq_demo_mc", "acc,none": 0.5}},
+        "versions": {"llq_demo_mc": 1},
+        "n-shot": {"llq_demo_mc": 0},
+        "higher_is_better": {"llq_demo_mc": {"acc": True}},
+    }
+    header = make_table(results).splitlines()[0]
+    named = [word.strip() for word in header.split("|") if word.strip()]
+    assert named == ["Tasks", "Version", "Filter", "n-shot", "Metric", "Value", "Stderr"]
