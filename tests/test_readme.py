@@ -4,12 +4,16 @@ A README stands alone: its blocks run in order, in a folder of their own.
 """
 
 import ast
+import json
 import os
 import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
+from importlib.metadata import entry_points
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -35,48 +39,71 @@ def is_run(text: str) -> bool:
 
 
 @pytest.mark.parametrize("path", READMES, ids=NAMES)
-def test_blocks(path: Path, subtests: pytest.Subtests, tmp_path: Path) -> None:
+def test_blocks(path: Path, tmp_path: Path) -> None:
     """One test per README, as its blocks build upon each other.
 
-    A folder of the test stands in for SCRATCH: two runs on one machine must not meet there.
+    They run in one process, as if each had one of its own: what takes the time is importing torch
+    and the harnesses. A folder of the test stands in for SCRATCH, since two runs on one machine
+    must not meet there.
     """
     scratch, elsewhere = tmp_path / "readme", tmp_path / "elsewhere"
     elsewhere.mkdir()
-    binaries = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    environment = {
-        **os.environ,
-        "PATH": binaries,
-        "LLQ_CACHE": str(tmp_path / "cache"),
-        "HF_HUB_OFFLINE": "1",
-    }
-    for number, (language, text) in enumerate(blocks_of(path)):
-        with subtests.test(block=number):
-            run_block(language, text.replace(SCRATCH, str(scratch)), environment, elsewhere)
+    todo: list[tuple[str, Any]] = []
+    for language, text in blocks_of(path):
+        todo += runnable(language, text.replace(SCRATCH, str(scratch)))
+    if not todo:
+        return
+    (tmp_path / "todo.json").write_text(json.dumps(todo))
+    environment = {**os.environ, "LLQ_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, __file__, str(tmp_path / "todo.json")]
+    done = subprocess.run(
+        command, cwd=elsewhere, env=environment, capture_output=True, text=True, timeout=1800
+    )
+    assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
 
 
-def run_block(language: str, text: str, environment: dict[str, str], folder: Path) -> None:
+def runnable(language: str, text: str) -> list[tuple[str, Any]]:
+    """What is to be run of a block; the rest is parsed."""
     if language == "python":
         ast.parse(text)
-        if is_run(text):
-            command = [sys.executable, "-c", text]
-            subprocess.run(command, cwd=folder, env=environment, check=True, timeout=600)
-        return
+        return [("python", text)] if is_run(text) else []
+    commands: list[tuple[str, Any]] = []
     for line in filter(None, text.replace("\\\n", " ").splitlines()):
         words = shlex.split(line.removeprefix(INSTALL), comments=True)
         if is_run(text) and words:
             assert words[:2] == ["uv", "run"], "commands install what they need by themselves"
-            command = without_extras(words[2:])
-            subprocess.run(command, cwd=folder, env=environment, check=True, timeout=900)
+            commands.append(("bash", without_extras(words[2:])))
         elif words and "lm_eval" in words and "--model_args" in words:
             check_model_args(words[words.index("--model_args") + 1])
+    return commands
+
+
+def run(todo: list[tuple[str, Any]]) -> None:
+    """Run blocks in this process, and say which one is at work."""
+    for number, (kind, what) in enumerate(todo):
+        print(f"--- {number}: {what}", flush=True)
+        if kind == "python":
+            exec(compile(what, f"block {number}", "exec"), {"__name__": "block"})
+            continue
+        sys.argv = list(what)
+        try:
+            entry(what[0])()
+        except SystemExit as stop:
+            if stop.code not in (0, None):
+                raise
+
+
+def entry(program: str) -> Callable[[], Any]:
+    """What the console script of this name calls."""
+    (script,) = entry_points(group="console_scripts", name=program)
+    called: Callable[[], Any] = script.load()
+    return called
 
 
 def without_extras(words: list[str]) -> list[str]:
     """The command behind `uv run --extra NAME`: the tests' own environment has all extras."""
     while words[0] == "--extra":
         words = words[2:]
-    if words[0] == "python":
-        words = [sys.executable, *words[1:]]
     return [str(ROOT / word) if word.startswith("tests/") else word for word in words]
 
 
@@ -137,3 +164,7 @@ def test_folders_of_the_package_are_explained() -> None:
     explained = {path.parent.name for path in READMES}
     wanted = {"methods", "kernels", "engine", "checkpoints", "hosts", "study", "finetune", "export"}
     assert wanted | {"publish", "data", "tests", "bench", "tasks"} <= explained
+
+
+if __name__ == "__main__":
+    run(json.loads(Path(sys.argv[1]).read_text()))
