@@ -21,7 +21,12 @@ from llq_hf.numerics.stats import Stat
 OUT, IN, TOKENS, SEQUENCES = 48, 172, 512, 4
 
 
+# Cached tensors serve all tests of a process, also those that train: none may be an inference
+# tensor because the first test that asked for it ran in inference mode.
+
+
 @cache
+@torch.inference_mode(False)
 def inputs(in_features: int = IN, seed: int = 7) -> Tensor:
     """Activations [T, I] like those of models: correlated, with one massive channel."""
     random = torch.Generator().manual_seed(seed)
@@ -33,6 +38,7 @@ def inputs(in_features: int = IN, seed: int = 7) -> Tensor:
 
 
 @cache
+@torch.inference_mode(False)
 def weight(
     out_features: int = OUT, in_features: int = IN, dtype: torch.dtype = torch.float32
 ) -> Tensor:
@@ -115,6 +121,7 @@ def quantize(method: Method, weight_OI: Tensor, x_TI: Tensor | None = None) -> P
 
 
 @cache
+@torch.inference_mode(False)
 def solved(case: Case, bits: float, dtype: torch.dtype = torch.float32) -> Packed:
     """The packed tensors of a case on the test problem, computed once for all tests.
 

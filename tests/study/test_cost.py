@@ -77,14 +77,17 @@ def test_a_prompt_beyond_the_models_length_is_refused(tiny_llama: Path) -> None:
 
 
 def test_the_peak_is_of_what_runs_inside() -> None:
-    before = torch.ones(30_000_000)  # 120 MB, gone before the start
-    del before
-    with peak_memory("cpu") as found:
-        inside = torch.ones(10_000_000)
-        del inside
-    if "added_bytes" not in found:
-        pytest.skip("this system cannot start a new peak for a running process")
-    assert 36e6 < found["added_bytes"] < 80e6
+    added = []
+    for _ in range(5):  # a system that takes unused pages back may do so in the middle of one
+        before = torch.ones(30_000_000)  # 120 MB, gone before the start
+        del before
+        with peak_memory("cpu") as found:
+            inside = torch.ones(10_000_000)
+            del inside
+        if "added_bytes" not in found:
+            pytest.skip("this system cannot start a new peak for a running process")
+        added.append(found["added_bytes"])
+    assert 36e6 < sorted(added)[2] < 80e6
 
 
 def test_the_command(tiny_llama: Path, packed: Path) -> None:
