@@ -172,11 +172,15 @@ PLACES = (
     ((0, 0.85), "center", "top"),
     ((-0.08, 1), "right", "center"),
     ((0.08, 1), "left", "center"),
+    ((0.05, 1.18), "right", "bottom"),
+    ((0.05, 1.8), "right", "bottom"),
+    ((0.05, 2.7), "right", "bottom"),
+    ((0.05, 4), "right", "bottom"),
 )
 
 
 def _free_name(axes: Axes, point: Point, texts: list[Any], markers: list[Any]) -> Any:
-    """The name of a point in the first of PLACES that is free; in the first where none is."""
+    """The name of a point in the first of PLACES that is free, else in the last."""
 
     def name_at(number: int) -> Any:
         (x, y), ha, va = PLACES[number]
@@ -187,11 +191,12 @@ def _free_name(axes: Axes, point: Point, texts: list[Any], markers: list[Any]) -
     for number in range(len(PLACES)):
         name = name_at(number)
         box = name.get_window_extent()
+        inside = all(axes.bbox.contains(*corner) for corner in box.corners())
         covered = any(box.overlaps(other.get_window_extent()) for other in texts)
-        if not covered and not any(box.contains(*marker) for marker in markers):
+        if inside and not covered and not any(box.contains(*marker) for marker in markers):
             return name
         name.remove()
-    return name_at(0)
+    return name_at(len(PLACES) - 1)
 
 
 def _name(axes: Axes, point: Point, place: tuple[float, float], **how: Any) -> Any:
