@@ -22,7 +22,7 @@ FOLDERS = ("llq_hf", "tasks", "tests", "model_cards")
 READMES = [ROOT / "README.md", *sorted(p for f in FOLDERS for p in (ROOT / f).rglob("README.md"))]
 NAMES = [path.relative_to(ROOT).as_posix() for path in READMES]
 SCRATCH = "/tmp/llq-readme"  # the folder that READMEs write to
-TESTS = "uv run --extra dev pytest"  # this very run
+TESTS = "python3 -m uv run --extra dev pytest"  # this very run
 # What comes before uv on a bare machine.
 INSTALL = "PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install uv && python3 -m "
 LONGEST = 180  # lines of the page at the top

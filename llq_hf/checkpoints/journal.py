@@ -16,15 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..common.errors import LLQError
-from ..common.files import replaced, write_text
+from ..common.files import save_tensors, write_text
 from ..method import State
 from .fingerprint import differences, fingerprint, sha256_file
 from .records import BlockLine, LinearRecord
-from .shards import damaged_tensors
+from .shards import damaged_tensors, tensor_files
 
 
 @dataclass
@@ -79,11 +78,12 @@ class Journal:
 
         rewritten: names of tensors that are about to be written anew, whatever they hold now.
         """
+        files = tensor_files(out)
         intact: dict[int, BlockLine] = {}
         for index in sorted(self.blocks):
             line = self.blocks[index]
             asked = {n: sha for n, sha in line["tensors"].items() if n not in rewritten}
-            if damaged_tensors(out, asked):
+            if damaged_tensors(files, asked):
                 break
             intact[index] = line
         # After tuning, all: a block must see its predecessors as they were before it.
@@ -109,9 +109,10 @@ class Journal:
         Journals of older versions name files, of which each holds one block.
         """
         damaged: list[str] = []
+        files = tensor_files(out)
         for line in cls.read(cls.beside(out))[1:]:
             if "tensors" in line:
-                damaged += damaged_tensors(out, line["tensors"])
+                damaged += damaged_tensors(files, line["tensors"])
             elif not _is_intact(out / str(line["file"]), line["sha256"]):
                 damaged.append(line["file"])
         return damaged
@@ -167,9 +168,7 @@ class FileState(State):
             return None
 
     def save(self, tensors: dict[str, Tensor]) -> None:
-        whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        with replaced(self.path) as draft:
-            save_file(whole, draft, metadata={"key": self.key})
+        save_tensors(tensors, self.path, metadata={"key": self.key})
 
     @classmethod
     def clear(cls, out: Path, kind: str = "training") -> None:

@@ -81,8 +81,7 @@ class PackedFolder:
     def open(self) -> None:
         """Make the files, or take up an interrupted run's, and write all outside the blocks."""
         self.shards.open()
-        for name in self._base_names[0]:
-            self._write(self.base.read([name]))
+        self._write((name, self.base.read([name])[name]) for name in self._base_names[0])
 
     def save_block(self, index: int, block: nn.Module) -> dict[str, str]:
         """Write a quantized block; sha256 of each of its tensors, by the name in the file.
@@ -95,11 +94,11 @@ class PackedFolder:
                 packed = module.packed()
                 tensors.update({f"{prefix}.{name}.{key}": t.cpu() for key, t in packed.items()})
         kept = [name for name in self._base_names[index + 1] if name not in self._layouts]
-        return self._write({**tensors, **self.base.read(kept)})
+        return self._write({**tensors, **self.base.read(kept)}.items())
 
-    def _write(self, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    def _write(self, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
         """Under the names that the base's files have."""
-        return self.shards.write({self.base.in_file(name): t for name, t in tensors.items()})
+        return self.shards.write((self.base.in_file(name), tensor) for name, tensor in tensors)
 
     def tuned(self, index: int, tuned: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Those of the tuned tensors that lie in a block, by the name in the file."""
@@ -107,20 +106,29 @@ class PackedFolder:
         found = {self.base.in_file(name): tensor for name, tensor in tuned.items()}
         return {name: tensor for name, tensor in found.items() if name in known}
 
-    def packed(self, linear: str) -> dict[str, Tensor]:
-        """The stored tensors of a linear (full name) of a finished block."""
+    def packed(self, linears: Iterable[str]) -> dict[str, dict[str, Tensor]]:
+        """The stored tensors of linears (full names) of finished blocks."""
         names = {
-            key: self.base.in_file(f"{linear}.{key}") for key in self._layouts[linear + ".weight"]
+            linear: {
+                key: self.base.in_file(f"{linear}.{key}")
+                for key in self._layouts[linear + ".weight"]
+            }
+            for linear in linears
         }
-        tensors = self.shards.read(names.values())
-        return {key: tensors[name] for key, name in names.items()}
+        tensors = self.shards.read(name for own in names.values() for name in own.values())
+        return {
+            linear: {key: tensors[name] for key, name in own.items()}
+            for linear, own in names.items()
+        }
 
     def restore_block(self, index: int, block: nn.Module) -> None:
         """Put the packed linears of a finished block into a freshly loaded block."""
         prefix, device = self.prefixes[index], next(block.parameters()).device
-        for name, linear in block_linears(block).items():
+        linears = block_linears(block)
+        stored = self.packed(f"{prefix}.{name}" for name in linears)
+        for name, linear in linears.items():
             full = f"{prefix}.{name}"
-            packed = {key: tensor.to(device) for key, tensor in self.packed(full).items()}
+            packed = {key: tensor.to(device) for key, tensor in stored[full].items()}
             quantized = QuantLinear.from_packed(self.method.for_linear(full), linear, packed)
             replace_module(block, name, quantized)
 
@@ -151,9 +159,8 @@ class PackedFolder:
         write_json(self.path / CONFIG, {**self.base.config, "quantization_config": section})
         return report
 
-    def _bits(self, linears: Iterable[LinearRecord]) -> Bits:
+    def _bits(self, linears: list[LinearRecord]) -> Bits:
         """Nominal bits, stored bits per quantized weight, and bits per parameter of the model."""
-        linears = list(linears)
         weights = sum(r["shape"][0] * r["shape"][1] for r in linears)
         stored = sum(r["stored_bits"] * r["shape"][0] * r["shape"][1] for r in linears)
         total_bytes = self.shards.nbytes

@@ -15,11 +15,11 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import BinaryIO, ClassVar, NamedTuple
+from typing import BinaryIO, ClassVar, NamedTuple, TypeVar
 
 import torch
 from safetensors import safe_open
@@ -31,6 +31,7 @@ from ..common.files import write_json
 from ..common.spec import Spec
 from .dense import DTYPES, INDEX, SINGLE, header
 
+File = TypeVar("File", str, Path)
 PART = ".part"  # suffix of an unfinished file
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -126,16 +127,21 @@ class Shards:
             if stranger.name not in known:
                 stranger.unlink()
 
-    def write(self, tensors: Mapping[str, Tensor]) -> dict[str, str]:
-        """Put tensors into their places, safely on disk on return; sha256 of each by name."""
+    def write(self, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
+        """Put tensors into their places, safely on disk on return; sha256 of each by name.
+
+        tensors: names and values. Of a generator, one value at a time is in memory.
+        """
         digests = {}
-        by_file: dict[str, list[str]] = {}
-        for name in tensors:
-            by_file.setdefault(self._places[name].file, []).append(name)
-        for file, names in by_file.items():
-            with (self.folder / (file + PART)).open("r+b") as handle:
-                for name in sorted(names, key=lambda name: self._places[name].start):
-                    digests[name] = self._put(handle, name, tensors[name])
+        handles: dict[str, BinaryIO] = {}
+        with ExitStack() as stack:
+            for name, tensor in tensors:
+                file = self._places[name].file
+                if file not in handles:
+                    part = self.folder / (file + PART)
+                    handles[file] = stack.enter_context(part.open("r+b"))
+                digests[name] = self._put(handles[file], name, tensor)
+            for handle in handles.values():
                 handle.flush()
                 os.fsync(handle.fileno())
         return digests
@@ -151,11 +157,8 @@ class Shards:
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Copies of tensors that were written."""
-        by_file: dict[str, list[str]] = {}
-        for name in names:
-            by_file.setdefault(self._places[name].file, []).append(name)
         tensors = {}
-        for file, wanted in by_file.items():
+        for file, wanted in _grouped((name, self._places[name].file) for name in names).items():
             path = self.folder / (file + PART)
             with safe_open(path if path.is_file() else self.folder / file, framework="pt") as found:
                 tensors.update({name: found.get_tensor(name).clone() for name in wanted})
@@ -178,27 +181,29 @@ def gathered(parts: Sequence[Path], folder: Path) -> Shards:
     shards = Shards(folder, [header(part) for part in parts])
     shards.open(reserve=False)  # parts go as their tensors come: no second copy of all
     for part in parts:
-        shards.write(load_file(part))
+        shards.write(load_file(part).items())
         part.unlink()
     shards.finish()
     return shards
 
 
-def damaged_tensors(folder: Path, digests: Mapping[str, str]) -> list[str]:
-    """Names of tensors in `folder` (finished or not) that are missing or not as they were written.
-
-    digests: sha256 by name, as `write` returned them.
-    """
-    places: dict[str, Path] = {}
+def tensor_files(folder: Path) -> dict[str, Path]:
+    """The file of each tensor in `folder`, finished or not."""
+    files: dict[str, Path] = {}
     for file in [*folder.glob("*.safetensors"), *folder.glob("*.safetensors" + PART)]:
         with suppress(LLQError):  # of a file that cannot be read, every tensor is missing
-            places.update(dict.fromkeys(header(file), file))
-    bad = [name for name in digests if name not in places]
-    by_file: dict[Path, list[str]] = {}
-    for name in digests:
-        if name in places:
-            by_file.setdefault(places[name], []).append(name)
-    for file, names in by_file.items():
+            files.update(dict.fromkeys(header(file), file))
+    return files
+
+
+def damaged_tensors(files: Mapping[str, Path], digests: Mapping[str, str]) -> list[str]:
+    """Names of tensors that are missing or not as they were written.
+
+    files: see `tensor_files`. digests: sha256 by name, as `write` returned them.
+    """
+    bad = [name for name in digests if name not in files]
+    there = ((name, files[name]) for name in digests if name in files)
+    for file, names in _grouped(there).items():
         with safe_open(file, framework="pt") as found:
             bad += [name for name in names if digest_of(found.get_tensor(name)) != digests[name]]
     return bad
@@ -214,6 +219,14 @@ def digest_of(tensor: Tensor) -> str:
 def _bytes(tensor: Tensor) -> memoryview:
     flat = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
     return flat.numpy().data
+
+
+def _grouped(pairs: Iterable[tuple[str, File]]) -> dict[File, list[str]]:
+    """Names by their file, so that each file is opened once."""
+    groups: dict[File, list[str]] = {}
+    for name, file in pairs:
+        groups.setdefault(file, []).append(name)
+    return groups
 
 
 def _ordered(tensors: Mapping[str, Spec]) -> list[str]:

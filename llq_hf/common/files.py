@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,11 @@ def replaced(path: Path) -> Iterator[Path]:
 
     If the block raises, `path` stays what it was, and the draft stays for a look at it.
     """
-    draft = draft_of(path)
+    draft = path.with_name(path.name + ".tmp")
     yield draft
-    commit_draft(draft, path)
+    with draft.open("rb") as handle:
+        os.fsync(handle.fileno())
+    os.replace(draft, path)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -39,30 +41,14 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     write_text(path, json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
-def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write a safetensors file whole or not at all."""
-    commit_draft(write_draft(tensors, path), path)
-
-
-def write_draft(tensors: dict[str, Tensor], path: Path) -> Path:
-    """Write the safetensors file that `commit_draft` will put at `path`; returns where it lies."""
-    draft = draft_of(path)
+def save_tensors(
+    tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None
+) -> None:
+    """Write a safetensors file whole or not at all. metadata: default {"format": "pt"}."""
     ordered = {name: tensors[name].contiguous() for name in sorted(tensors)}
-    save_file(ordered, draft, metadata={"format": "pt"})
-    draft.chmod(0o644)
-    return draft
-
-
-def draft_of(path: Path) -> Path:
-    """Where a file lies while it is being written."""
-    return path.with_name(path.name + ".tmp")
-
-
-def commit_draft(draft: Path, path: Path) -> None:
-    """Put a finished draft in the place of `path`, after its bytes have reached the disk."""
-    with draft.open("rb") as handle:
-        os.fsync(handle.fileno())
-    os.replace(draft, path)
+    with replaced(path) as draft:
+        save_file(ordered, draft, metadata=metadata or {"format": "pt"})
+        draft.chmod(0o644)
 
 
 def read_json(path: Path) -> dict[str, Any]:

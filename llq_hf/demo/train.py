@@ -200,6 +200,17 @@ def schedule(step: int, progress: float, recipe: Recipe) -> float:
     return warmup * max(1e-3, 0.5 * (1 + math.cos(math.pi * progress)))
 
 
+def training_bar() -> Progress:
+    """The progress bar of a training."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=console,
+    )
+
+
 def train(
     out: Path,
     recipe: Recipe,
@@ -216,16 +227,10 @@ def train(
     model = make_model(tokenizer, recipe).train()
     optimizer = make_optimizer(model, recipe)
     step_loss: Any = torch.compile(loss_of, dynamic=False) if compiled else loss_of
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
     began = time.monotonic()
     tokens = 0
     smooth = math.log(recipe.vocab_size)  # the loss before training, then its moving average
-    with Progress(*columns, console=console) as bar:
+    with training_bar() as bar:
         task = bar.add_task("training", total=recipe.steps)
         for step, ids_BT in enumerate(batches(tokenizer, recipe)):
             progress = max(step / recipe.steps, (time.monotonic() - began) / (60 * minutes))

@@ -41,7 +41,6 @@ from typing import Annotated, Any
 import torch
 import torch.nn.functional as F
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor, nn
 from transformers import (
     CLIPVisionConfig,
@@ -233,15 +232,9 @@ def train_vlm(
         load(model, recipe, start)
     words = words_of(processor)
     optimizer = train.make_optimizer(model, recipe)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
     began = time.monotonic()
     smooth = 0.0
-    with Progress(*columns, console=train.console) as bar:
+    with train.training_bar() as bar:
         task = bar.add_task("training", total=recipe.steps)
         for step, batch in enumerate(batches(processor, recipe)):
             progress = max(step / recipe.steps, (time.monotonic() - began) / (60 * minutes))

@@ -209,9 +209,10 @@ def _write_tuned(
 ) -> None:
     """Write the tuned tensors to their places, and what they change in the journal."""
     for index, line in sorted(journal.blocks.items()):
+        stored = folder.packed(record["name"] for record in line["linears"])
         for record in line["linears"]:
             name = record["name"]
-            packed = folder.packed(name) | below(f"{name}.", tuned)
+            packed = stored[name] | below(f"{name}.", tuned)
             restored_OI = plan.method.for_linear(name).dequantize(packed, *folder.linears[name])
             weight_OI = folder.base.read([f"{name}.weight"])[f"{name}.weight"]
             record_tuned(record, weight_OI, restored_OI)
@@ -219,7 +220,7 @@ def _write_tuned(
         digests = {name: digest_of(tensor) for name, tensor in changed.items()}
         # The line comes first: a kill in between leaves tensors that the next run writes anew.
         journal.replace_block({**line, "tensors": {**line["tensors"], **digests}, "tuned": True})
-        folder.shards.write(changed)
+        folder.shards.write(changed.items())
 
 
 def _load_or_learn(plan: Plan, out: Path, progress: Progress) -> dict[str, Tensor]:

@@ -72,8 +72,8 @@ class Block:
     is_last: bool
     _blocks: Blocks
     _passage: Passage
-    _dense: nn.Module | None = field(default=None, init=False)  # the block in full precision
-    _beside_is_through: bool = field(default=False, init=False)
+    # The block in full precision, as long as a stream has to go through it.
+    _dense: nn.Module | None = field(default=None, init=False)
 
     @cached_property
     def module(self) -> nn.Module:
@@ -138,9 +138,9 @@ class Block:
 
     def _take_beside_through(self) -> None:
         beside = self._passage.beside
-        if beside is not None and self._dense is not None and not self._beside_is_through:
+        if beside is not None and self._dense is not None:
             beside.advance(self._dense, self.prefix)
-            self._beside_is_through = True
+            self._dense = None
 
     def _take_stream_through(self) -> None:
         """Replace the streams' activations by this block's outputs, and let go of the block."""
