@@ -6,27 +6,40 @@ how torch would decode it (`dense`). A table says which kernels read such a view
 fits serves. Where none does, torch decodes. That is the reference which kernels are tested against.
 It also serves where results must not depend on the machine's kernels (calibration), and where
 gradients are wanted and the kernel has none. `transformed` does the same for the transforms of
-inputs and outputs that some methods need.
+inputs and outputs that some methods need, `token_codes` and `token_values` for the grids that
+tokens get.
 
-Memory: no kernel keeps a copy of a weight, so a loaded model is as large as its file.
+Memory: no kernel keeps a copy of a weight, so a loaded model is as large as its file. (On GPUs zero
+points take a byte each, and PB-LLM's positions are kept as a list; gpu/ says how much that is.)
 
 Modules: bitpack (how codes lie), views (what is stored), rows (what a row of the table says),
 dispatch (the table and the choice), cpu_rows with native, build and cpp/ (the compiled CPU
-kernels), bitsandbytes_rows (CUDA). README.md says how to add a kernel.
+kernels), bitsandbytes_rows (CUDA), gpu/ (the Triton kernels). README.md says how to add a kernel.
 """
 
 from __future__ import annotations
 
-from .dispatch import choose, product, reference, transformed
+from .dispatch import (
+    choose,
+    product,
+    product_of_codes,
+    reference,
+    token_codes,
+    token_values,
+    transformed,
+)
+from .gpu.ready import describe as describe_gpu
 from .native import describe
 from .views import (
     CachedTensors,
+    Kronecker,
     LevelCodes,
     Numbers,
     Part,
     SalientCodes,
     Stored,
     TableCodes,
+    TokenGrid,
     Transform,
     UniformCodes,
     cached_tensors,
@@ -35,19 +48,25 @@ from .views import (
 
 __all__ = [
     "CachedTensors",
+    "Kronecker",
     "LevelCodes",
     "Numbers",
     "Part",
     "SalientCodes",
     "Stored",
     "TableCodes",
+    "TokenGrid",
     "Transform",
     "UniformCodes",
     "cached_tensors",
     "choose",
     "describe",
+    "describe_gpu",
     "once",
     "product",
+    "product_of_codes",
     "reference",
+    "token_codes",
+    "token_values",
     "transformed",
 ]

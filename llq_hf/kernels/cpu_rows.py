@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .bitpack import BLOCK
 from .native import compiled, digits, floats, integer_tiles, structs, tiles, transform
@@ -53,6 +54,20 @@ def _whole_vectors(by: Transform) -> bool:
     return by.whole_vectors
 
 
+def _digits_of_codes(
+    codes: Tensor, stored: UniformCodes, bias: Tensor | None, step: Tensor, dtype: torch.dtype
+) -> Tensor:
+    y = digits(codes, stored, None) * step
+    return (y if bias is None else y + bias).to(dtype)
+
+
+def _tiles_of_codes(
+    codes: Tensor, stored: UniformCodes, bias: Tensor | None, step: Tensor, dtype: torch.dtype
+) -> Tensor:
+    y = integer_tiles(codes, stored, None) * step
+    return (y if bias is None else y + bias).to(dtype)
+
+
 def _row(
     view: type[View],
     tokens: range,
@@ -74,8 +89,9 @@ def _row(
 
 ROWS = (
     #    view          tokens      activations          fits            kernel
-    _row(UniformCodes, FEW, (*HALF, torch.int8), _half_blocks, digits),
-    _row(UniformCodes, MANY, (torch.int8,), _centred, integer_tiles),
+    _row(UniformCodes, FEW, (torch.int8,), _half_blocks, _digits_of_codes),
+    _row(UniformCodes, MANY, (torch.int8,), _centred, _tiles_of_codes),
+    _row(UniformCodes, FEW, HALF, _half_blocks, digits),
     _row(UniformCodes, FEW_FLOATS, ALL, _any, floats),
     _row(UniformCodes, MANY, ALL, _any, tiles),
     _row(LevelCodes, FEW, HALF, _whole_blocks, digits),

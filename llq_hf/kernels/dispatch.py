@@ -15,11 +15,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import bitsandbytes_rows, cpu_rows
+from .gpu import rows as gpu_rows
 from .rows import MANY, Kernel, Row
-from .views import Stored, Transform, View
+from .views import Stored, TokenGrid, Turn, UniformCodes, View
 
 # The first row that fits serves.
-TABLE: tuple[Row, ...] = (*cpu_rows.ROWS, *bitsandbytes_rows.ROWS)
+TABLE: tuple[Row, ...] = (*cpu_rows.ROWS, *bitsandbytes_rows.ROWS, *gpu_rows.ROWS)
 
 # All larger numbers of tokens are served alike, so they share one entry of a view's memo.
 MOST = max(row.tokens.stop for row in TABLE if row.tokens != MANY)
@@ -44,7 +45,7 @@ def product(
 
 def transformed(
     x: Tensor,
-    by: Transform | None,
+    by: Turn | None,
     slow: Callable[[], Tensor],
     divisor: Tensor | None = None,
     factor: Tensor | None = None,
@@ -58,11 +59,38 @@ def transformed(
     return slow() if kernel is None else kernel(x, by, divisor, factor)
 
 
+def product_of_codes(
+    codes: Tensor, stored: UniformCodes, step: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor | None:
+    """y [T, O] in `dtype` of int8 codes [T, I] of activations, whose steps are fp32 [T, 1]; None if
+    no kernel serves this call. It differs from the exact product by rounding in fp32 and to `dtype`.
+    """
+    kernel = choose(codes, stored)
+    return None if kernel is None else kernel(codes, stored, bias, step, dtype)
+
+
+def token_codes(
+    x: Tensor, by: TokenGrid, divisor: Tensor | None, slow: Callable[[], tuple[Tensor, Tensor]]
+) -> tuple[Tensor, Tensor]:
+    """int8 codes of x / divisor on the grid that each token gets for itself, and the fp32 steps
+    [..., 1], by a kernel if one serves this call; otherwise the result of `slow`.
+    """
+    kernel = choose(x, by)
+    return slow() if kernel is None else kernel(x, by, divisor, values=False)
+
+
+def token_values(x: Tensor, by: TokenGrid, slow: Callable[[], Tensor]) -> Tensor:
+    """x rounded to the grid that each token gets for itself, by a kernel if one serves this call;
+    otherwise the result of `slow`.
+    """
+    kernel = choose(x, by)
+    return slow() if kernel is None else kernel(x, by, None, values=True)
+
+
 def choose(x: Tensor, view: View | None) -> Kernel | None:
     """The kernel for activations `x` and this view; None: torch's own operations serve.
 
-    x may be int8 codes of activations. The kernel's y is then fp32, and differs from the exact
-    product by rounding in fp32 only.
+    x may be int8 codes of activations, for `product_of_codes`.
     """
     if view is None or reference.depth:
         return None

@@ -15,17 +15,19 @@ ALL = (*HALF, torch.float32)
 MANY = range(1, 1 << 62)  # any number of tokens
 
 # Of a product: kernel(x, stored, bias) -> y [..., O], which is F.linear with the weight [O, I].
+# Of a product with int8 activations: kernel(codes, stored, bias, step, dtype); `product_of_codes`.
 # Of a transform: kernel(x, transform, divisor, factor) -> y, shaped like x; see `transformed`.
+# Of tokens: kernel(x, grid, divisor, values); see `token_codes` and `token_values`.
 Kernel = Callable[..., Tensor]
 
 
 class Row(NamedTuple):
     """A kernel, and the calls that it serves.
 
-    view: the class of views.py that describes the storage, or Transform.
+    view: the class of views.py that describes the storage, a transform or a grid.
     device: where the activations lie, a `torch.device.type`: "cpu", "cuda".
     tokens: numbers of activation vectors that the kernel takes in one call.
-    dtypes: of the activations; int8 means codes of activations, for which y is fp32.
+    dtypes: of the activations; int8 means codes of activations.
     available: whether the kernel can run in this process: its library, compiler or device is there.
     fits: whether the kernel can read this view: its widths, its groups, where its tensors lie.
     differentiable: whether autograd goes through the kernel to x.

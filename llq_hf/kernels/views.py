@@ -282,8 +282,45 @@ class Transform(_View):
         return [self.source, self.left, self.right, self.target]
 
 
+@dataclass(frozen=True, eq=False)
+class Kronecker(_View):
+    """An orthogonal transform in two factors without shuffles: the n = A * B numbers of a vector
+    are seen as a matrix M [A, B]; the result is left @ M @ right, read as a vector again.
+
+    left: fp32 [A, A]; right: fp32 [B, B].
+    """
+
+    left: Tensor
+    right: Tensor
+
+    @cached_property
+    def columns(self) -> int:
+        """n"""
+        return self.left.shape[0] * self.right.shape[0]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [self.left, self.right]
+
+
+@dataclass(frozen=True, eq=False)
+class TokenGrid(_View):
+    """The symmetric grid of `bits` that each vector of `columns` activations gets for itself:
+    codes round(x / step), with step = max |x| / (2**(bits - 1) - 1), at least `least`.
+    """
+
+    bits: int
+    columns: int
+    least: float
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return []
+
+
 Stored = UniformCodes | LevelCodes | TableCodes | SalientCodes
-View = Stored | Transform
+Turn = Transform | Kronecker
+View = Stored | Turn | TokenGrid
 
 
 Made = TypeVar("Made")

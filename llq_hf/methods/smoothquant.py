@@ -55,7 +55,7 @@ import torch
 from torch import Tensor, nn
 
 from ..common.spec import Spec
-from ..kernels import choose, once
+from ..kernels import once, product_of_codes
 from ..kernels.bitpack import unpack
 from ..method import Flow, Method, Packed, Step
 from ..numerics.activations import TokenQuant
@@ -161,36 +161,42 @@ class SmoothQuant(OnUniformGrid):
         return weight_OI / packed["in_scale"].float() if self.smooth else weight_OI
 
     def linear(self, x: Tensor, packed: Packed, bias: Tensor | None, out_features: int) -> Tensor:
+        if self._integers(x, out_features):
+            return self._integer_product(x, packed, bias)
         z = x / packed["in_scale"].float() if self.smooth else x
         if not self.tokens.on:
             return super().linear(z.to(x.dtype), packed, bias, out_features)
-        if self._integers(x, out_features):
-            y = self._integer_product(z, packed)
-        else:  # in fp32, whatever the model's dtype
-            y = nn.functional.linear(self.tokens(z.float()), self.grid.unpack(packed, x.shape[-1]))
+        # in fp32, whatever the model's dtype
+        y = nn.functional.linear(self.tokens(z.float()), self.grid.unpack(packed, x.shape[-1]))
         return (y if bias is None else y + bias).to(x.dtype)
 
     def _integers(self, x: Tensor, out_features: int) -> bool:
         """Whether the product can be computed in int8."""
-        if self.tokens.bits > 8 or (x.requires_grad and torch.is_grad_enabled()):
+        if not self.tokens.on or self.tokens.bits > 8 or (x.requires_grad and torch.is_grad_enabled()):
             return False
         if x.is_cuda:
             return x.shape[-1] % 8 == 0 and out_features % 8 == 0
         return x.device.type == "cpu" and _cpu_has_int8()
 
-    def _integer_product(self, z: Tensor, packed: Packed) -> Tensor:
-        """fp32 y [..., O]."""
-        codes_TI, step_T1 = self.tokens.codes(z.reshape(-1, z.shape[-1]))
-        stored = once(packed, lambda: self.grid.readable(packed, z.shape[-1]))
-        if (kernel := choose(codes_TI, stored)) is not None:
-            return (kernel(codes_TI, stored, None) * step_T1).view(*z.shape[:-1], stored.rows)
+    def _integer_product(self, x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
+        in_features = x.shape[-1]
+        stored = once(packed, lambda: self.grid.readable(packed, in_features))
+        s_I = packed["in_scale"] if self.smooth else None
+        codes_TI, step_T1 = self.tokens.codes(x.reshape(-1, in_features), s_I)
+        y_TO = product_of_codes(codes_TI, stored, step_T1, bias, x.dtype)
+        if y_TO is None:
+            y_TO = self._by_torch(codes_TI, packed) * step_T1
+            y_TO = (y_TO if bias is None else y_TO + bias).to(x.dtype)
+        return y_TO.view(*x.shape[:-1], stored.rows)
+
+    def _by_torch(self, codes_TI: Tensor, packed: Packed) -> Tensor:
+        """fp32 y [T, O] of a step of 1."""
         tokens = len(codes_TI)
-        if z.is_cuda and tokens < CUDA_ROWS:
+        if codes_TI.is_cuda and tokens < CUDA_ROWS:
             codes_TI = nn.functional.pad(codes_TI, (0, 0, 0, CUDA_ROWS - tokens))
-        codes_OI = unpack(packed["weight"], self.bits, z.shape[-1])
+        codes_OI = unpack(packed["weight"], self.bits, codes_TI.shape[1])
         signed_OI = codes_OI.sub_(2 ** (self.bits - 1)).view(torch.int8)  # uint8 wraps around
-        y_TO = torch._int_mm(codes_TI, signed_OI.T)[:tokens] * step_T1 * packed["scale"].float().T
-        return y_TO.view(*z.shape[:-1], len(signed_OI))
+        return torch._int_mm(codes_TI, signed_OI.T)[:tokens] * packed["scale"].float().T
 
 
 class BmmInput(SmoothQuant):

@@ -142,7 +142,7 @@ class SpinQuant(OnUniformGrid):
     def _input(self, x: Tensor) -> Tensor:
         """x as the stored weight should get it: rotated and quantized."""
         if self.turns:
-            x = hadamard(x.shape[-1], x.device).apply(x).to(x.dtype)
+            x = hadamard(x.shape[-1], x.device).turned(x)
         return self.token_quant(x)
 
     # --- one linear -------------------------------------------------------------------------------
@@ -360,7 +360,7 @@ def _read_rounded(role: SpinQuant, module: nn.Module, args: tuple[Tensor, ...]) 
     """Forward pre-hook: rotates and quantizes the input, and passes its gradient through."""
     x = args[0]
     if role.turns:
-        x = hadamard(x.shape[-1], x.device).apply(x).to(x.dtype)
+        x = hadamard(x.shape[-1], x.device).turned(x)
     return pass_through(x, role.token_quant(x.detach()))
 
 

@@ -16,11 +16,13 @@ for codes of 8 bits.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from ..common.errors import LLQError
+from ..kernels import TokenGrid, token_codes, token_values
 from .rotations import hadamard
 
 OFF = 16  # this many bits or more mean: do not quantize activations
@@ -71,6 +73,11 @@ class TokenQuant:
         """
         if not self.on:
             return x
+        if self._plain and not (x.requires_grad and torch.is_grad_enabled()):
+            return token_values(x, self._grid(x.shape[-1]), lambda: self._rounded(x))
+        return self._rounded(x)
+
+    def _rounded(self, x: Tensor) -> Tensor:
         groups = self._grouped(x.float())
         if self.sym:
             scale = self.scale(groups)
@@ -85,16 +92,29 @@ class TokenQuant:
         codes = (round_through(groups / scale) + zero).clamp(0, levels)
         return ((codes - zero) * scale).reshape(x.shape).to(x.dtype)
 
-    def codes(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """int8 codes [..., n] and fp32 scales [..., 1] of whole tokens on the symmetric grid, for
-        integer matrix products.
+    def codes(self, x: Tensor, divisor_n: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """int8 codes [..., n] and fp32 scales [..., 1] of x / divisor, of whole tokens on the
+        symmetric grid, for integer matrix products.
         """
-        assert self.sym
+        assert self._plain
         assert self.bits <= 8
-        assert self.group_size == -1
-        x = x.float()
-        scale = self.scale(x)
-        return torch.round(x / scale).clamp_(-(self._top + 1), self._top).to(torch.int8), scale
+
+        def slow() -> tuple[Tensor, Tensor]:
+            z = x.float() if divisor_n is None else x / divisor_n.float()
+            z = z.float()
+            scale = self.scale(z)
+            top = self._top
+            return torch.round(z / scale).clamp_(-(top + 1), top).to(torch.int8), scale
+
+        return token_codes(x, self._grid(x.shape[-1]), divisor_n, slow)
+
+    @property
+    def _plain(self) -> bool:
+        """Whether each whole token has one symmetric grid."""
+        return self.on and self.sym and self.group_size == -1
+
+    def _grid(self, size: int) -> TokenGrid:
+        return _token_grid(self.bits, size)
 
     def scale(self, x: Tensor) -> Tensor:
         """Scale [..., 1] of each group on the symmetric grid."""
@@ -113,6 +133,11 @@ class TokenQuant:
                 f"{self.group_size}"
             )
         return x.reshape(*x.shape[:-1], -1, self.group_size)
+
+
+@lru_cache
+def _token_grid(bits: int, size: int) -> TokenGrid:
+    return TokenGrid(bits, size, _TINY_SCALE)
 
 
 @dataclass(frozen=True)
@@ -134,8 +159,7 @@ class Attention:
         """The three tensors [B, heads, S, head_dim] as the attention function should get them."""
         if self.hadamard:
             turn = hadamard(query.shape[-1], query.device)
-            query = turn.apply(query).to(query.dtype)
-            key = turn.apply(key).to(key.dtype)
+            query, key = turn.turned(query), turn.turned(key)
         if self.query is not None:
             query = self.query(query)
         if self.key is not None:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ..common.errors import LLQError
-from ..kernels import Transform
+from ..kernels import Kronecker, Transform, transformed
 
 
 class Rotation(NamedTuple):
@@ -146,6 +146,15 @@ class Hadamard(NamedTuple):
         """x H for every vector x [..., n]; in fp64 if x is fp64, else in fp32."""
         return self._turn(x, self.head)
 
+    def turned(self, x: Tensor) -> Tensor:
+        """x H for every vector x [..., n], computed in fp32, in the dtype of x; by one kernel where
+        there is one.
+        """
+        by = None
+        if x.device.type == "cuda" and not torch.compiler.is_compiling():
+            by = _kronecker(len(self.head), self.power, x.device)
+        return transformed(x, by, lambda: self.apply(x).to(x.dtype))
+
     def invert(self, x: Tensor) -> Tensor:
         """x H^T for every vector x [..., n]."""
         return self._turn(x, self.head.T)
@@ -183,6 +192,21 @@ def _hadamard(n: int, device: torch.device) -> Hadamard:
             return Hadamard(torch.from_numpy(signs / math.sqrt(size)).to(device), n // size)
     random = np.random.RandomState(odd)
     return Hadamard(_orthogonal(random, 1, odd, np.float64)[0].to(device), n // odd)
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def _kronecker(size: int, power: int, device: torch.device) -> Kronecker:
+    """The transform with a head of `size` as kernels read it: the Walsh-Hadamard transform is one
+    of 2**a times one of 2**b, and the first joins the head, so that both factors are about as large.
+    """
+    left = 1
+    while 4 * left * left * size * size <= 2 * size * power and left < power:
+        left *= 2
+    head = hadamard(size * power, device).head.T.contiguous().cpu()
+    first = torch.kron(head, _walsh(torch.eye(left, dtype=head.dtype)) * left**-0.5)
+    second = _walsh(torch.eye(power // left, dtype=head.dtype)) * (power // left) ** -0.5
+    return Kronecker(*(part.float().contiguous().to(device) for part in (first, second)))
 
 
 # Compiled graphs contain the matrix, not the search for it.

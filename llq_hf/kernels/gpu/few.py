@@ -1,0 +1,252 @@
+"""Products of few tokens with packed weights on a GPU: what the few-token kernels are given.
+
+Legend: O out_features, I in_features, M tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..bitpack import BLOCK, unpack
+from ..views import LevelCodes, Numbers, SalientCodes, Stored, TableCodes, UniformCodes
+
+MOST = 16  # tokens of a call
+PARTS = 3  # widths of a weight that one launch can read
+
+
+class Tile(NamedTuple):
+    """What a program computes: `rows` of the weight, whose blocks its `splits` warps share."""
+
+    rows: int
+    splits: int
+
+
+def tile(rows: int, columns: int, tokens: int) -> Tile:
+    """The tile of a weight [rows, columns]: enough programs for every multiprocessor, and enough
+    blocks for every warp. Measured on an H200 (tests/bench/gpu_check.py --only tiles).
+    """
+    if rows >= 8192:
+        return Tile(32, 4)
+    return Tile(16, 8) if tokens <= 4 else Tile(32, 8)
+
+
+def uniform(x: Tensor, stored: UniformCodes, bias: Tensor | None) -> Tensor:
+    """F.linear of at most `MOST` tokens with uniform codes."""
+    return _uniform(x, stored, bias, None, x.dtype)
+
+
+def uniform_codes(
+    codes: Tensor, stored: UniformCodes, bias: Tensor | None, step: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """y [M, O] in `dtype` of int8 codes [M, I] of activations, which 16-bit floats hold exactly, and
+    their steps [M, 1].
+    """
+    return _uniform(codes, stored, bias, step, dtype)
+
+
+def _uniform(
+    x: Tensor, stored: UniformCodes, bias: Tensor | None, step: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    from .uniform_few import uniform_few
+
+    x_MI, y_MO = _activations(x, stored, dtype)
+    counts, starts, zero_steps, blocks = _parts(stored)
+    zeros = zero_points(stored)
+    scale, zero = stored.scale, stored.zero
+    own_scale, own_zero = isinstance(scale, Tensor), zeros is not None
+    bits = [part.bits for part in stored.parts] + [0] * (PARTS - len(stored.parts))
+    used = tile(*_shape(stored), len(x_MI))
+    uniform_few[(-(-stored.rows // used.rows),)](
+        x_MI,
+        stored.weight,
+        scale if own_scale else x_MI,
+        zeros if own_zero else x_MI,
+        x_MI if blocks is None else blocks,
+        x_MI if bias is None else bias,
+        x_MI if step is None else step,
+        y_MO,
+        *counts,
+        *starts,
+        *zero_steps,
+        1.0 if own_scale else scale,
+        0.0 if own_zero else zero,
+        len(x_MI),
+        stored.rows,
+        stored.columns,
+        stored.groups,
+        stored.weight.shape[1],
+        BITS0=bits[0],
+        BITS1=bits[1],
+        BITS2=bits[2],
+        GROUP=0 if stored.groups == 1 else stored.group_size,
+        SCALES=own_scale,
+        ZEROS=own_zero,
+        LISTED=blocks is not None,
+        STEPS=step is not None,
+        UNITS=-(-(stored.columns % BLOCK) // 32),
+        **_constants(x_MI, bias, used),
+    )  # fmt: skip
+    return y_MO.view(*x.shape[:-1], stored.rows)
+
+
+def levels(x: Tensor, stored: LevelCodes, bias: Tensor | None) -> Tensor:
+    """F.linear of at most `MOST` tokens with 2-bit codes of levels."""
+    return _levels(x, stored, salient_columns(stored), bias, x.dtype)
+
+
+def signs(x: Tensor, stored: SalientCodes) -> Tensor:
+    """The product of at most `MOST` tokens with all weights as plain ones, fp32 [M, O]."""
+    return _levels(x, stored, None, None, torch.float32)
+
+
+def levels_kind(stored: LevelCodes | SalientCodes) -> tuple[int, int]:
+    """Which formula of levels_few.py serves, and how many means a row and group have."""
+    if isinstance(stored, SalientCodes):
+        return 2, 1
+    return (0, 0) if stored.mean is None else (1, stored.mean.shape[2])
+
+
+def salient_columns(stored: LevelCodes) -> Tensor | None:
+    """uint8 [I], 1 in salient columns; None if no column is."""
+    bits = stored.salient
+    if bits is None:
+        return None
+    columns: Tensor = once(stored, "salient", lambda: unpack(bits, 1, stored.columns))
+    return columns
+
+
+def _levels(
+    x: Tensor,
+    stored: LevelCodes | SalientCodes,
+    salient: Tensor | None,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    from .levels_few import levels_few
+
+    x_MI, y_MO = _activations(x, stored, dtype)
+    kind, means = levels_kind(stored)
+    mean = stored.mean
+    used = tile(*_shape(stored), len(x_MI))
+    levels_few[(-(-stored.rows // used.rows),)](
+        x_MI,
+        stored.weight,
+        stored.scale,
+        x_MI if mean is None else mean,
+        x_MI if salient is None else salient,
+        x_MI if bias is None else bias,
+        y_MO,
+        len(x_MI),
+        stored.rows,
+        stored.columns,
+        stored.groups,
+        stored.weight.shape[1],
+        KIND=kind,
+        MEANS=means,
+        GROUP=0 if stored.groups == 1 else stored.group_size,
+        **_constants(x_MI, bias, used),
+    )
+    return y_MO.view(*x.shape[:-1], stored.rows)
+
+
+def table(x: Tensor, stored: TableCodes, bias: Tensor | None) -> Tensor:
+    """F.linear of at most `MOST` tokens with 4-bit codes of a table, whose levels are rounded to
+    the dtype of x.
+    """
+    from .table_few import table_few
+
+    x_MI, y_MO = _activations(x, stored, x.dtype)
+    used = tile(*_shape(stored), len(x_MI))
+    scale, shift = stored.scale, stored.shift
+    table_few[(-(-stored.rows // used.rows),)](
+        x_MI,
+        stored.weight,
+        *numbers(scale, x_MI),
+        x_MI if shift is None else shift.values,
+        x_MI if shift is None else shift.step,
+        x_MI if bias is None else bias,
+        y_MO,
+        len(x_MI),
+        stored.rows,
+        stored.columns,
+        stored.groups,
+        stored.columns // 8,
+        LEVELS=once(stored, x.dtype, lambda: _patterns(stored.levels, x.dtype)),
+        GROUP=stored.group_size,
+        CODED=scale.map is not None,
+        SHIFTED=shift is not None,
+        **_constants(x_MI, bias, used),
+    )
+    return y_MO.view(*x.shape[:-1], stored.rows)
+
+
+def _patterns(levels: Tensor, dtype: torch.dtype) -> tuple[int, ...]:
+    """The bits of the levels in a 16-bit dtype."""
+    bits: list[int] = levels.to(dtype).view(torch.int16).int().bitwise_and(0xFFFF).tolist()
+    return tuple(bits)
+
+
+def numbers(given: Numbers, absent: Tensor) -> list[Tensor]:
+    """values, map, step and mean, with some tensor in place of what is absent."""
+    found = (given.values, given.map, given.step, given.mean)
+    return [absent if part is None else part for part in found]
+
+
+def _activations(x: Tensor, stored: Stored, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """x [M, I] as kernels read it, and an empty y [M, O]."""
+    x_MI = x.reshape(-1, stored.columns).contiguous()
+    return x_MI, torch.empty(len(x_MI), stored.rows, dtype=dtype, device=x.device)
+
+
+def _shape(stored: Stored) -> tuple[int, int]:
+    return stored.rows, stored.columns
+
+
+def _constants(x_MI: Tensor, bias: Tensor | None, used: Tile) -> dict[str, Any]:
+    return {
+        "BIAS": bias is not None,
+        "HALF": x_MI.dtype == torch.float16,
+        "R": used.rows,
+        "S": used.splits,
+        "T": 8 if len(x_MI) <= 8 else 16,
+        "num_warps": used.splits,
+    }
+
+
+def once(stored: Stored, name: Any, make: Any) -> Any:
+    """What `make` returns, computed once for a weight."""
+    if name not in stored.memo:
+        stored.memo[name] = make()
+    return stored.memo[name]
+
+
+def zero_points(stored: UniformCodes) -> Tensor | None:
+    """The zero points uint8 [O, G], a byte each, so that a kernel can load them; None if one serves
+    all. They take 8 bits a group more on the GPU than in the file.
+    """
+    if not isinstance(stored.zero, Tensor):
+        return None
+    groups = stored.groups
+    zeros: Tensor = once(
+        stored,
+        "zeros",
+        lambda: unpack(stored.zero, stored.zero_bits, stored.rows * groups).view(-1, groups),
+    )
+    return zeros
+
+
+def _parts(stored: UniformCodes) -> tuple[list[int], list[int], list[float], Tensor | None]:
+    """Of `PARTS` parts: blocks; first words, but the first part's; worths of a stored zero; and
+    the numbers of all listed blocks.
+    """
+    none = PARTS - len(stored.parts)
+    counts = [part.columns // BLOCK for part in stored.parts] + [0] * none
+    starts = [part.start // 4 for part in stored.parts[1:]] + [0] * none
+    steps = [part.zero_step for part in stored.parts] + [1.0] * none
+    blocks = None
+    if stored.parts[0].blocks is not None:
+        blocks = once(stored, "blocks", lambda: torch.cat([part.blocks for part in stored.parts]))
+    return counts, starts, steps, blocks
