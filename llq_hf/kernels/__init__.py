@@ -20,6 +20,7 @@ kernels), bitsandbytes_rows (CUDA), gpu/ (the Triton kernels). README.md says ho
 from __future__ import annotations
 
 from .dispatch import (
+    block_rounder,
     choose,
     product,
     product_of_codes,
@@ -28,6 +29,7 @@ from .dispatch import (
     token_values,
     transformed,
 )
+from .gpu.feedback import BlockRounder
 from .gpu.ready import describe as describe_gpu
 from .native import describe
 from .views import (
@@ -47,6 +49,7 @@ from .views import (
 )
 
 __all__ = [
+    "BlockRounder",
     "CachedTensors",
     "Kronecker",
     "LevelCodes",
@@ -58,6 +61,7 @@ __all__ = [
     "TokenGrid",
     "Transform",
     "UniformCodes",
+    "block_rounder",
     "cached_tensors",
     "choose",
     "describe",

@@ -15,7 +15,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import bitsandbytes_rows, cpu_rows
+from .gpu import ready
 from .gpu import rows as gpu_rows
+from .gpu.feedback import BlockRounder
 from .rows import MANY, Kernel, Row
 from .views import Stored, TokenGrid, Turn, UniformCodes, View
 
@@ -85,6 +87,18 @@ def token_values(x: Tensor, by: TokenGrid, slow: Callable[[], Tensor]) -> Tensor
     """
     kernel = choose(x, by)
     return slow() if kernel is None else kernel(x, by, None, values=True)
+
+
+def block_rounder(
+    W_OI: Tensor, U_II: Tensor, bits: int, block: int, drift_II: Tensor | None
+) -> BlockRounder | None:
+    """What rounds blocks of columns of W_OI with error feedback, one launch a block; None where no
+    kernel can. It serves inside `reference` too: codes that a GPU finds differ from another GPU's
+    anyway, and from torch's on the same one only where two codes are equally near.
+    """
+    if W_OI.is_cuda and W_OI.dtype == torch.float32 and ready.dense():
+        return BlockRounder(W_OI, U_II, bits, block, drift_II)
+    return None
 
 
 def choose(x: Tensor, view: View | None) -> Kernel | None:

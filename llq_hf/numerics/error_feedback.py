@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 
 from ..common.errors import LLQError
-from .grids import Grid, Uniform, concatenated
+from ..kernels import BlockRounder, block_rounder
+from .grids import Grid, HalfGrid, Uniform, concatenated
 
+OVERFLOW = "error feedback overflows fp32: the weights or the calibration inputs are not usable"
 BLOCK = 128  # columns of a block: later columns get its errors all at once
 
 
@@ -77,9 +79,7 @@ def by_columns(
             W_OI[:, stop:].addmm_(block_BO.T, drift_II[start:stop, stop:])
     # NaN spreads to all later columns, so the last column shows it.
     if U_II is not None and bool(block_BO[-1].isnan().any()):
-        raise LLQError(
-            "error feedback overflows fp32: the weights or the calibration inputs are not usable"
-        )
+        raise LLQError(OVERFLOW)
 
 
 def by_blocks(
@@ -135,6 +135,11 @@ def solve(
         when its first column is reached, from W_OI with the errors of finished blocks.
     importance_I: weights the errors of columns where ranges are searched.
     """
+    if U_II is not None:
+        W_OI = W_OI.contiguous()
+        rounder = block_rounder(W_OI, U_II, uniform.bits, block, drift_II)
+        if rounder is not None:
+            return _solve_by_kernel(rounder, uniform, group_I, grid_OG, importance_I, block)
     size = uniform.size(W_OI.shape[1])
     codes_IO = W_OI.new_empty(W_OI.shape[::-1], dtype=torch.uint8)
     groups: list[int] = group_I.tolist()
@@ -152,6 +157,38 @@ def solve(
     return Solution(
         codes_IO.T.contiguous(), concatenated(grids_O) if grid_OG is None else grid_OG, group_I
     )
+
+
+def _solve_by_kernel(
+    rounder: BlockRounder,
+    uniform: Uniform,
+    group_I: Tensor,
+    grid_OG: Grid | None,
+    importance_I: Tensor | None,
+    block: int,
+) -> Solution:
+    """`solve` on a GPU, one launch for the columns of a block."""
+    W_OI = rounder.W_OI
+    rows, columns = W_OI.shape
+    size = uniform.size(columns)
+    found: list[Grid] = []
+    reached = 0  # the first column whose group has no grid yet
+    for start in range(0, columns, block):
+        stop = min(start + block, columns)
+        if grid_OG is None and reached < stop:
+            last = min(reached + -(-(stop - reached) // size) * size, columns)
+            importance = None if importance_I is None else importance_I[reached:last]
+            found.append(uniform.grids(W_OI[:, reached:last], importance))
+            reached = last
+        grid = concatenated(found) if grid_OG is None else grid_OG
+        own_B = group_I[start:stop]
+        scale_BO, zero_BO = (part.expand(rows, -1).T[own_B] for part in grid)
+        rounder(start, stop, scale_BO, zero_BO, isinstance(grid, HalfGrid))
+    # NaN spreads to all later columns, so the last error shows it.
+    if bool(rounder.errors_OB[:, (columns - 1) % block].isnan().any()):
+        raise LLQError(OVERFLOW)
+    grids_OG = concatenated(found) if grid_OG is None else grid_OG
+    return Solution(rounder.codes_IO.T.contiguous(), grids_OG, group_I)
 
 
 def drift(H_II: Tensor, C_II: Tensor, U_II: Tensor, share: float) -> Tensor:

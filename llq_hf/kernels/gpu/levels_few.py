@@ -95,7 +95,7 @@ def group_sums(words, b, scale_ptr, mean_ptr, at, KIND: gl.constexpr, R: gl.cons
         return (coefficient(mean_ptr, at, 0, 1) - scale) * of_x + 2 * scale * sign
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["M"])
 def levels_few(
     x_ptr, w_ptr, scale_ptr, mean_ptr, salient_ptr, bias_ptr, y_ptr, M, O, K, G, row_words,
     KIND: gl.constexpr, MEANS: gl.constexpr, GROUP: gl.constexpr, BIAS: gl.constexpr,

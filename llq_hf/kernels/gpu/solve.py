@@ -1,6 +1,6 @@
 """Error feedback inside a block of columns as one kernel, rows side by side.
 
-Legend: O rows, I columns, B columns of the block, BR rows of a program, G groups.
+Legend: O rows, I columns, B columns of the block, BR rows of a program.
 """
 
 from __future__ import annotations
@@ -17,33 +17,50 @@ def nearest_whole(x):
 
 @triton.jit
 def uniform_block(
-    w_ptr, u_ptr, scale_ptr, zero_ptr, codes_ptr, error_ptr, start, size, O, I, u_row, u_column,
-    scale_row, top, B: tl.constexpr, BR: tl.constexpr, GROUP: tl.constexpr,
+    w_ptr, u_ptr, drift_ptr, scale_ptr, zero_ptr, codes_ptr, error_ptr, before_ptr,
+    start, size, O, I, u_row, u_column, drift_row, top,
+    HALVES: tl.constexpr, DRIFT: tl.constexpr, B: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """Round columns start .. start + size of w [O, I], each repairing the later ones of the block.
+    """Round columns start .. start + size of w [O, I], each compensated in the later ones of the
+    block, as `error_feedback.by_columns` does.
 
-    u: upper triangular [I, I] with strides u_row and u_column. scale, zero: fp32, one for each
-    `GROUP` columns of the block, in rows of `scale_row`. Writes codes uint8 [I, O] and errors [O, B].
+    u: upper triangular [I, I] with strides u_row and u_column; drift: of strides drift_row and 1.
+    scale, zero: fp32 [B, O], of each column. HALVES: zeros lie between two codes. Writes codes
+    uint8 [I, O], errors [O, B], and with DRIFT what the columns were before rounding, [O, B].
     """
     row = tl.program_id(0) * BR + tl.arange(0, BR)
     safe = tl.minimum(row, O - 1).to(tl.int64)
-    column = tl.arange(0, B)
+    column = tl.arange(0, B).to(tl.int64)  # offsets of large weights need 64 bits
     inside = column < size
     w = tl.load(w_ptr + safe[:, None] * I + start + column[None, :], mask=inside[None, :], other=0)
     errors = tl.zeros((BR, B), tl.float32)
+    before = tl.zeros((BR, B), tl.float32)
     for i in range(0, size):
         here = (column == i)[None, :]
+        later = (column > i)[None, :]
         w_R = tl.sum(tl.where(here, w, 0.0), 1)
-        at = (start + i).to(tl.int64) * u_row + (start + column).to(tl.int64) * u_column
+        at = (start + i + column * 0) * u_row + (start + column) * u_column
         u_B = tl.load(u_ptr + at, mask=inside, other=0)
         pivot = tl.sum(tl.where(column == i, u_B, 0.0), 0)
-        scale_R = tl.load(scale_ptr + safe * scale_row + i // GROUP)
-        zero_R = tl.load(zero_ptr + safe * scale_row + i // GROUP)
+        scale_R = tl.load(scale_ptr + (i * O + safe))
+        zero_R = tl.load(zero_ptr + (i * O + safe))
         steps_R = tl.clamp(tl.div_rn(w_R, scale_R), -1048576.0, 1048576.0)
-        code_R = tl.clamp(nearest_whole(steps_R) + zero_R, 0.0, top)
-        tl.store(codes_ptr + (start + i).to(tl.int64) * O + row, code_R.to(tl.uint8), mask=row < O)
+        if HALVES:
+            code_R = nearest_whole(steps_R - 0.5) + (zero_R + 0.5)
+        else:
+            code_R = nearest_whole(steps_R) + zero_R
+        code_R = tl.clamp(code_R, 0.0, top)
+        tl.store(codes_ptr + ((start + i + safe * 0) * O + row), code_R.to(tl.uint8), mask=row < O)
         rest_R = w_R - scale_R * (code_R - zero_R)
         error_R = tl.div_rn(rest_R, pivot + rest_R * 0)
-        w = tl.where((column > i)[None, :], w - error_R[:, None] * u_B[None, :], w)
+        if DRIFT:
+            before = tl.where(here, w_R[:, None], before)
+            at = (start + i + column * 0) * drift_row + start + column
+            drift_B = tl.load(drift_ptr + at, mask=inside, other=0)
+            w = tl.where(later, w + w_R[:, None] * drift_B[None, :], w)
+        w = tl.where(later, w - error_R[:, None] * u_B[None, :], w)
         errors = tl.where(here, error_R[:, None], errors)
-    tl.store(error_ptr + safe[:, None] * B + column[None, :], errors, mask=(row < O)[:, None])
+    to = safe[:, None] * B + column[None, :]
+    tl.store(error_ptr + to, errors, mask=(row < O)[:, None])
+    if DRIFT:
+        tl.store(before_ptr + to, before, mask=(row < O)[:, None])

@@ -100,7 +100,7 @@ def numbers(value, at, map_ptr, step_ptr, mean_ptr, CODED: gl.constexpr, MEAN: g
         return value
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["M"])
 def table_few(
     x_ptr, w_ptr, scale_ptr, map_ptr, step_ptr, mean_ptr, shift_ptr, shift_step_ptr,
     bias_ptr, y_ptr, M, O, K, G, row_words,

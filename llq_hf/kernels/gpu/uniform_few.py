@@ -227,7 +227,7 @@ def add_tail(
     return y
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["M"])
 def uniform_few(
     x_ptr, w_ptr, scale_ptr, zero_ptr, blocks_ptr, bias_ptr, step_ptr, y_ptr,
     count0, count1, count2, start1, start2, zero_step0, zero_step1, zero_step2,

@@ -1,0 +1,59 @@
+"""One launch for a block of columns of GPTQ's error feedback: what the kernel of solve.py is given.
+
+Legend: O out_features, I in_features, B columns of a block.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+ROWS = 4  # of a program; few, as each program walks through its columns one after the other
+
+
+class BlockRounder:
+    """Rounds blocks of at most `block` columns of W_OI, fp32 and contiguous, on uniform grids."""
+
+    def __init__(
+        self, W_OI: Tensor, U_II: Tensor, bits: int, block: int, drift_II: Tensor | None
+    ) -> None:
+        self.W_OI, self.U_II, self.drift_II, self.bits = W_OI, U_II, drift_II, bits
+        self.width = max(16, 1 << (block - 1).bit_length())
+        self.codes_IO = W_OI.new_empty(W_OI.shape[::-1], dtype=torch.uint8)
+        self.errors_OB = W_OI.new_empty(len(W_OI), self.width)
+        self.before_OB = torch.empty_like(self.errors_OB)
+
+    def __call__(self, start: int, stop: int, scale_BO: Tensor, zero_BO: Tensor, halves: bool) -> None:
+        """Round the columns from `start` up to `stop`, each on its own grids, and compensate their
+        errors in all later columns.
+        """
+        from .solve import uniform_block
+
+        rows, columns = self.W_OI.shape
+        drift_II = self.drift_II
+        uniform_block[(-(-rows // ROWS),)](
+            self.W_OI,
+            self.U_II,
+            self.U_II if drift_II is None else drift_II,
+            scale_BO,
+            zero_BO,
+            self.codes_IO,
+            self.errors_OB,
+            self.before_OB,
+            start,
+            stop - start,
+            rows,
+            columns,
+            *self.U_II.stride(),
+            0 if drift_II is None else drift_II.stride(0),
+            float(2**self.bits - 1),
+            HALVES=halves,
+            DRIFT=drift_II is not None,
+            B=self.width,
+            BR=ROWS,
+            num_warps=4,
+        )
+        later_OI, size = self.W_OI[:, stop:], stop - start
+        later_OI.addmm_(self.errors_OB[:, :size], self.U_II[start:stop, stop:], alpha=-1)
+        if drift_II is not None:
+            later_OI.addmm_(self.before_OB[:, :size], drift_II[start:stop, stop:])
