@@ -22,6 +22,7 @@ from __future__ import annotations
 from .dispatch import (
     block_rounder,
     choose,
+    divided,
     product,
     product_of_codes,
     reference,
@@ -66,6 +67,7 @@ __all__ = [
     "choose",
     "describe",
     "describe_gpu",
+    "divided",
     "once",
     "product",
     "product_of_codes",

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import bitsandbytes_rows, cpu_rows
-from .gpu import ready
+from .gpu import ready, turns
 from .gpu import rows as gpu_rows
 from .gpu.feedback import BlockRounder
 from .rows import MANY, Kernel, Row
@@ -87,6 +87,14 @@ def token_values(x: Tensor, by: TokenGrid, slow: Callable[[], Tensor]) -> Tensor
     """
     kernel = choose(x, by)
     return slow() if kernel is None else kernel(x, by, None, values=True)
+
+
+def divided(x: Tensor, divisor: Tensor) -> Tensor:
+    """x / divisor [n], computed in fp32, in the dtype of x: one launch on a GPU instead of three."""
+    gradients = x.requires_grad and torch.is_grad_enabled()
+    if x.is_cuda and not (gradients or reference.depth) and ready.dense():
+        return turns.divided(x, divisor)
+    return (x / divisor.float()).to(x.dtype)
 
 
 def block_rounder(

@@ -59,6 +59,7 @@ from torch import Tensor, nn
 
 from ..common.errors import LLQError
 from ..common.spec import Spec
+from ..kernels import divided
 from ..method import Flow, Job, Packed, Step
 from ..models.decoder import hidden_of
 from ..numerics.cholesky import largest_first, prepare_hessian
@@ -323,8 +324,7 @@ class AWQ(OnUniformGrid):
         return weight_OI / packed["in_scale"].float()
 
     def linear(self, x: Tensor, packed: Packed, bias: Tensor | None, out_features: int) -> Tensor:
-        z = (x / packed["in_scale"].float()).to(x.dtype)
-        return super().linear(z, packed, bias, out_features)
+        return super().linear(divided(x, packed["in_scale"]), packed, bias, out_features)
 
 
 def _trace_loss(H_II: Tensor) -> Callable[[Weights, Weights], float]:

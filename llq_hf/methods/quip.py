@@ -47,7 +47,7 @@ from torch import Tensor
 
 from ..common.errors import LLQError
 from ..common.spec import Spec
-from ..kernels import Part, UniformCodes, once, product, transformed
+from ..kernels import Part, UniformCodes, divided, once, product, transformed
 from ..kernels.bitpack import pack, packed_words, unpack
 from ..method import Job, Method, Packed
 from ..numerics.cholesky import prepare_hessian
@@ -221,7 +221,8 @@ class QuIP(Method):
 
     def linear(self, x: Tensor, packed: Packed, bias: Tensor | None, out_features: int) -> Tensor:
         if not self.incoherence:
-            return self.row_grid.linear(self._scaled(x, packed).to(x.dtype), packed, bias)
+            z = divided(x, packed["in_scale"]) if self.rescale else x
+            return self.row_grid.linear(z, packed, bias)
         in_features, top = x.shape[-1], 2**self.bits - 1
         V, U = once(
             packed, lambda: self._sides(packed["seeds"], out_features, in_features), "sides"

@@ -55,7 +55,7 @@ import torch
 from torch import Tensor, nn
 
 from ..common.spec import Spec
-from ..kernels import once, product_of_codes
+from ..kernels import divided, once, product_of_codes
 from ..kernels.bitpack import unpack
 from ..method import Flow, Method, Packed, Step
 from ..numerics.activations import TokenQuant
@@ -163,16 +163,21 @@ class SmoothQuant(OnUniformGrid):
     def linear(self, x: Tensor, packed: Packed, bias: Tensor | None, out_features: int) -> Tensor:
         if self._integers(x, out_features):
             return self._integer_product(x, packed, bias)
-        z = x / packed["in_scale"].float() if self.smooth else x
         if not self.tokens.on:
-            return super().linear(z.to(x.dtype), packed, bias, out_features)
+            z = divided(x, packed["in_scale"]) if self.smooth else x
+            return super().linear(z, packed, bias, out_features)
         # in fp32, whatever the model's dtype
+        z = x / packed["in_scale"].float() if self.smooth else x
         y = nn.functional.linear(self.tokens(z.float()), self.grid.unpack(packed, x.shape[-1]))
         return (y if bias is None else y + bias).to(x.dtype)
 
     def _integers(self, x: Tensor, out_features: int) -> bool:
         """Whether the product can be computed in int8."""
-        if not self.tokens.on or self.tokens.bits > 8 or (x.requires_grad and torch.is_grad_enabled()):
+        if (
+            not self.tokens.on
+            or self.tokens.bits > 8
+            or (x.requires_grad and torch.is_grad_enabled())
+        ):
             return False
         if x.is_cuda:
             return x.shape[-1] % 8 == 0 and out_features % 8 == 0

@@ -80,10 +80,16 @@ found: dict[str, Any] = {}
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, default=Path("model_cards/gpu"), help="folder of the record")
-    parser.add_argument("--seconds", type=float, default=540, help="stop beginning work after these")
+    parser.add_argument(
+        "--out", type=Path, default=Path("model_cards/gpu"), help="folder of the record"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=540, help="stop beginning work after these"
+    )
     parser.add_argument("--only", default="", help="stages, separated by commas")
-    parser.add_argument("--workers", type=int, default=14, help="processes that compile kernels first")
+    parser.add_argument(
+        "--workers", type=int, default=14, help="processes that compile kernels first"
+    )
     parser.add_argument("--compile", default="", help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -253,7 +259,7 @@ def tiles(name: str, options: dict[str, Any], rows: int, columns: int) -> dict[s
     return row
 
 
-TILES = [(16, 4), (16, 8), (32, 4), (32, 8), (64, 4)]
+TILES = [(16, 2), (16, 4), (16, 8), (32, 2), (32, 4), (32, 8), (64, 4)]
 
 
 def llama(hidden: int, ffn: int, layers: int = 1, attention: str = "eager") -> nn.Module:
@@ -490,9 +496,7 @@ def main() -> None:
         sys.exit("gpu_check needs a CUDA device, and there is none")
     if not stages or stages & {"kernels", "tiles"}:
         command = [sys.executable, __file__, "--only", args.only, "--compile"]
-        workers = [
-            subprocess.Popen([*command, f"{i}/{args.workers}"]) for i in range(args.workers)
-        ]
+        workers = [subprocess.Popen([*command, f"{i}/{args.workers}"]) for i in range(args.workers)]
         for worker in workers:
             worker.wait()
         print(f"compiled: {time.monotonic() - began:.0f} s", flush=True)

@@ -16,7 +16,8 @@ from ..views import LevelCodes, SalientCodes, Stored, TableCodes, UniformCodes
 from .few import levels_kind, numbers, once, salient_columns, zero_points
 
 ROWS, UNITS = 8, 16  # of a program: rows, and units of 16 columns
-ENTRIES = 128  # of a row's salient weights at a time
+ENTRIES = 128  # of a row's salient weights at a time, to decode them
+FEW_ROWS, FEW_ENTRIES = 4, 256  # to multiply with them
 INTEGER_ROWS = 32  # CUDA's integer product needs more than 16
 
 
@@ -24,9 +25,7 @@ def decoded(stored: Stored, dtype: torch.dtype) -> Tensor:
     """The weight [O, I], rounded to `dtype` from the fp32 that torch decodes; int8: uniform codes
     minus their zero point.
     """
-    weight_OI = torch.empty(
-        stored.rows, stored.columns, dtype=dtype, device=stored.weight.device
-    )
+    weight_OI = torch.empty(stored.rows, stored.columns, dtype=dtype, device=stored.weight.device)
     decoders: dict[type, Any] = {
         UniformCodes: _uniform,
         LevelCodes: _levels,
@@ -95,7 +94,7 @@ def _uniform(stored: UniformCodes, weight_OI: Tensor) -> None:
             dense_uniform[_grid(stored.rows, pieces, 1 if tail else UNITS)](
                 words,
                 scale if own_scale else words,
-                words if zeros is None else zeros,
+                words if zeros is None else zeros.view(torch.uint8),
                 words if part.blocks is None else part.blocks,
                 weight_OI,
                 stored.rows,
@@ -113,7 +112,7 @@ def _uniform(stored: UniformCodes, weight_OI: Tensor) -> None:
                 LISTED=part.blocks is not None,
                 TAIL=tail,
                 BN=ROWS,
-                U=UNITS,
+                U=2 if tail else UNITS,
                 enable_fp_fusion=False,
             )
 
@@ -142,7 +141,7 @@ def _levels(stored: LevelCodes | SalientCodes, weight_OI: Tensor) -> None:
             GROUP=0 if stored.groups == 1 else stored.group_size,
             TAIL=tail,
             BN=ROWS,
-            U=UNITS,
+            U=2 if tail else UNITS,
             enable_fp_fusion=False,
         )
 
@@ -214,8 +213,8 @@ def _make_list(stored: SalientCodes) -> SalientList:
     if stored.low is not None:
         at_S |= unpack(stored.low, stored.low_bits, stored.count)
     row_S = torch.div(at_S, stored.columns, rounding_mode="floor")
-    signs_OI = unpack(stored.weight, 1, stored.columns)
-    code_S = unpack(stored.code, 7, stored.count) | signs_OI.view(-1)[at_S] << 7
+    signs_N = unpack(stored.weight, 1, stored.columns).flatten()
+    code_S = unpack(stored.code, 7, stored.count) | signs_N[at_S] << 7
     first = torch.searchsorted(row_S, torch.arange(stored.rows + 1, device=row_S.device))
     column_S = (at_S - row_S * stored.columns).to(torch.int16)  # wraps around; read as unsigned
     return SalientList(first.int(), column_S, code_S.to(torch.uint8))
@@ -229,7 +228,7 @@ def multiply_salient(x: Tensor, stored: SalientCodes, bias: Tensor | None) -> Te
     x_TI = x.reshape(-1, stored.columns).contiguous()
     plain_TO = signs(x_TI, stored)
     y_TO = torch.empty(len(x_TI), stored.rows, dtype=x.dtype, device=x.device)
-    add_salient[(-(-stored.rows // ROWS), len(x_TI))](
+    add_salient[(-(-stored.rows // FEW_ROWS), len(x_TI))](
         x_TI,
         *salient_list(stored),
         stored.scale,
@@ -245,7 +244,7 @@ def multiply_salient(x: Tensor, stored: SalientCodes, bias: Tensor | None) -> Te
         stored.groups,
         GROUP=0 if stored.groups == 1 else stored.group_size,
         BIAS=bias is not None,
-        BN=ROWS,
-        E=ENTRIES,
+        BN=FEW_ROWS,
+        E=FEW_ENTRIES,
     )
     return y_TO.view(*x.shape[:-1], stored.rows)

@@ -2,7 +2,7 @@
 and one write: what many tokens, fp32 activations and training are multiplied with.
 
 Legend: O rows, K columns, G groups; a *unit* is 16 neighbouring columns: field f of all bytes of a
-chunk (bitpack.py). BN rows and U units of a program.
+chunk (bitpack.py). A program has BN rows and U units.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ def add_plane(c0, c1, c2, c3, rows_ptr, block, i, live, BITS: tl.constexpr, v: t
 
 @triton.jit
 def codes_of(rows_ptr, unit, live, BITS: tl.constexpr, BN: tl.constexpr, U: tl.constexpr):
-    """Codes [BN, 16 U] int32 of whole blocks; rows_ptr [BN, 1, 1]."""
+    """Codes [BN, U, 16] int32 of whole blocks; rows_ptr [BN, 1, 1]."""
     c = tl.zeros((BN, U, 4), tl.uint32)
     block, i = unit // 8, unit % 8
     c0, c1, c2, c3 = add_plane(c, c, c, c, rows_ptr, block, i, live, BITS, 8)
     c0, c1, c2, c3 = add_plane(c0, c1, c2, c3, rows_ptr, block, i, live, BITS, 4)
     c0, c1, c2, c3 = add_plane(c0, c1, c2, c3, rows_ptr, block, i, live, BITS, 2)
     c0, c1, c2, c3 = add_plane(c0, c1, c2, c3, rows_ptr, block, i, live, BITS, 1)
-    return tl.reshape(joined(c0, c1, c2, c3), (BN, U * 16)).to(tl.int32)
+    return tl.reshape(joined(c0, c1, c2, c3), (BN, U, 16)).to(tl.int32)
 
 
 @triton.jit
@@ -53,15 +53,15 @@ def tail_plane(codes, words_ptr, column, live, BITS: tl.constexpr, v: tl.constex
     if BITS & v:
         byte = column % (4 * v)
         at = (BITS & ~(2 * v - 1)) + byte // 4
-        word = tl.load(words_ptr + at[None, :], mask=live, other=0).to(tl.uint32, bitcast=True)
-        field = word >> (byte % 4 * 8 + column // (4 * v) * v)[None, :].to(tl.uint32)
+        word = tl.load(words_ptr + at, mask=live, other=0).to(tl.uint32, bitcast=True)
+        field = word >> (byte % 4 * 8 + column // (4 * v) * v).to(tl.uint32)
         codes = (codes << v) | (field & ((1 << v) - 1)).to(tl.int32)
     return codes
 
 
 @triton.jit
 def tail_codes(words_ptr, column, live, BITS: tl.constexpr):
-    """Codes [BN, 32] of columns 0 .. 31 of a unit of 32; words_ptr [BN, 1]."""
+    """Codes [BN, 2, 16] of columns 0 .. 31 of a unit of 32; words_ptr [BN, 1, 1]."""
     codes = live.to(tl.int32) * 0
     codes = tail_plane(codes, words_ptr, column, live, BITS, 8)
     codes = tail_plane(codes, words_ptr, column, live, BITS, 4)
@@ -70,24 +70,61 @@ def tail_codes(words_ptr, column, live, BITS: tl.constexpr):
 
 
 @triton.jit
-def put(y_ptr, rows, column, K, values, live):
-    """Write values [BN, ..] into y [O, K]."""
-    at = rows.to(tl.int64)[:, None] * K + column[None, :]
-    tl.store(y_ptr + at, values.to(y_ptr.dtype.element_ty), mask=live)
+def read(
+    w_ptr, O, K, row_words, count,
+    BITS: tl.constexpr, TAIL: tl.constexpr, BN: tl.constexpr, U: tl.constexpr,
+):  # fmt: skip
+    """A program's codes [BN, U, 16], their columns [1, U, 16], rows [BN, 1, 1], valid rows, and
+    which of them there are: of `count` whole blocks, or with TAIL (U = 2) what comes after them, in
+    units of 32 columns.
+    """
+    row = tl.program_id(0) * BN + tl.arange(0, BN)[:, None, None]
+    safe = tl.minimum(row, O - 1).to(tl.int64)
+    own = tl.arange(0, U)[None, :, None] * 16 + tl.arange(0, 16)[None, None, :]
+    column = tl.program_id(1) * (U * 16) + own
+    rows_ptr = w_ptr + safe * row_words
+    if TAIL:
+        words_ptr = rows_ptr + (count * (4 * BITS) + tl.program_id(1) * BITS)
+        codes = tail_codes(words_ptr, own, (row < O) & (own < 32), BITS)
+        column += count * 128
+        live = (row < O) & (column < K)
+    else:
+        unit = tl.program_id(1) * U + tl.arange(0, U)
+        inside = (row < O) & (unit < count * 8)[None, :, None]
+        codes = codes_of(rows_ptr, unit, inside, BITS, BN, U)
+        live = (row < O) & (column < count * 128)
+    return codes, column, row, safe, live
 
 
 @triton.jit
-def uniform_values(
-    codes, scale_ptr, zero_ptr, at, live, scale_value, zero_value, zero_step,
-    SCALES: tl.constexpr, ZEROS: tl.constexpr,
-):  # fmt: skip
-    """(code - zero) * scale in fp32; at: of each code's row and group."""
-    zero, scale = zero_value, scale_value
-    if ZEROS:
-        zero = tl.load(zero_ptr + at, mask=live, other=0).to(tl.float32) * zero_step
-    if SCALES:
-        scale = tl.load(scale_ptr + at, mask=live, other=0).to(tl.float32)
-    return (codes.to(tl.float32) - zero) * scale
+def groups(safe, column, G, GROUP: tl.constexpr, U: tl.constexpr):
+    """The place of each column's group: [BN, U, 1] where units of 16 lie in one, else [BN, U, 16]."""
+    if GROUP == 0:
+        return safe * G + tl.zeros((1, U, 1), tl.int32)
+    elif GROUP % 16 == 0:
+        first = tl.min(column, 2, keep_dims=True)
+        return safe * G + tl.minimum(first // GROUP, G - 1)
+    else:
+        return safe * G + tl.minimum(column // GROUP, G - 1)
+
+
+@triton.jit
+def put(y_ptr, row, column, K, values, live, BN: tl.constexpr, U: tl.constexpr):
+    """Write values [BN, U, 16] into y [O, K]."""
+    values = tl.reshape(values.to(y_ptr.dtype.element_ty), (BN, U * 16))
+    live = tl.reshape(live, (BN, U * 16))
+    at = tl.reshape(row.to(tl.int64) * K + column, (BN, U * 16))
+    tl.store(y_ptr + at, values, mask=live)
+
+
+@triton.jit
+def put_rows(y_ptr, first, K, values, O, last, BN: tl.constexpr, U: tl.constexpr):
+    """The same for neighbouring columns from `first` on, up to `last`."""
+    values = tl.reshape(values.to(y_ptr.dtype.element_ty), (BN, U * 16))
+    row = (tl.program_id(0) * BN + tl.arange(0, BN))[:, None]
+    column = (first + tl.arange(0, U * 16))[None, :]
+    live = (row < O) & (column < last)
+    tl.store(y_ptr + (row.to(tl.int64) * K + column), values, mask=live)
 
 
 @triton.jit
@@ -97,40 +134,28 @@ def dense_uniform(
     BITS: tl.constexpr, GROUP: tl.constexpr, SCALES: tl.constexpr, ZEROS: tl.constexpr,
     LISTED: tl.constexpr, TAIL: tl.constexpr, BN: tl.constexpr, U: tl.constexpr,
 ):  # fmt: skip
-    """y [O, K] of uniform codes: the `count` whole blocks of a part, or with TAIL what comes after
-    them, in units of 32 columns.
-    """
-    rows = tl.program_id(0) * BN + tl.arange(0, BN)
-    safe = tl.minimum(rows, O - 1).to(tl.int64)
-    if TAIL:
-        own = tl.arange(0, 32)
-        column = count * 128 + tl.program_id(1) * 32 + own
-        live = (rows < O)[:, None] & (column < K)[None, :]
-        words_ptr = w_ptr + safe[:, None] * row_words + count * (4 * BITS) + tl.program_id(1) * BITS
-        codes = tail_codes(words_ptr, own, (rows < O)[:, None] & (own < 32)[None, :], BITS)
+    """y [O, K] of uniform codes: (code - zero) * scale."""
+    codes, column, row, safe, live = read(w_ptr, O, K, row_words, count, BITS, TAIL, BN, U)
+    if LISTED:
+        block = tl.load(blocks_ptr + column // 128, mask=column < count * 128, other=0)
+        column = block * 128 + column % 128
+    at = groups(safe, column, G, GROUP, U)
+    zero, scale = zero_value, scale_value
+    if ZEROS:
+        zero = tl.load(zero_ptr + at).to(tl.float32) * zero_step
+    if SCALES:
+        scale = tl.load(scale_ptr + at).to(tl.float32)
+    values = (codes.to(tl.float32) - zero) * scale
+    if LISTED or TAIL:
+        put(y_ptr, row, column, K, values, live, BN, U)
     else:
-        unit = tl.program_id(1) * U + tl.arange(0, U)
-        inside = (rows < O)[:, None, None] & (unit < count * 8)[None, :, None]
-        codes = codes_of(w_ptr + safe[:, None, None] * row_words, unit, inside, BITS, BN, U)
-        column = tl.program_id(1) * (U * 16) + tl.arange(0, U * 16)
-        live = (rows < O)[:, None] & (column < count * 128)[None, :]
-        if LISTED:
-            block = tl.load(blocks_ptr + column // 128, mask=column < count * 128, other=0)
-            column = block * 128 + column % 128
-    group = column * 0
-    if GROUP:
-        group = tl.minimum(column // GROUP, G - 1)
-    at = safe[:, None] * G + group[None, :]
-    values = uniform_values(
-        codes, scale_ptr, zero_ptr, at, live, scale_value, zero_value, zero_step, SCALES, ZEROS
-    )
-    put(y_ptr, rows, column, K, values, live)
+        put_rows(y_ptr, tl.program_id(1) * (U * 16), K, values, O, count * 128, BN, U)
 
 
 @triton.jit
-def level_at(ptr, at, i: tl.constexpr, each: tl.constexpr, live):
+def level_at(ptr, at, i: tl.constexpr, each: tl.constexpr):
     """Number i of the `each` levels that a row and group have, fp32."""
-    return tl.load(ptr + at * each + i, mask=live, other=0).to(tl.float32)
+    return tl.load(ptr + at * each + i).to(tl.float32)
 
 
 @triton.jit
@@ -141,54 +166,42 @@ def dense_levels(
 ):  # fmt: skip
     """y [O, K] of 1- and 2-bit codes of levels; KIND 0 DUAL, 1 SPLIT, 2 SIGNS (levels_few.py)."""
     BITS: tl.constexpr = 1 if KIND == 2 else 2
-    rows = tl.program_id(0) * BN + tl.arange(0, BN)
-    safe = tl.minimum(rows, O - 1).to(tl.int64)
     count = K // 128
-    if TAIL:
-        own = tl.arange(0, 32)
-        column = count * 128 + tl.program_id(1) * 32 + own
-        live = (rows < O)[:, None] & (column < K)[None, :]
-        words_ptr = w_ptr + safe[:, None] * row_words + count * (4 * BITS) + tl.program_id(1) * BITS
-        codes = tail_codes(words_ptr, own, (rows < O)[:, None] & (own < 32)[None, :], BITS)
-    else:
-        unit = tl.program_id(1) * U + tl.arange(0, U)
-        inside = (rows < O)[:, None, None] & (unit < count * 8)[None, :, None]
-        codes = codes_of(w_ptr + safe[:, None, None] * row_words, unit, inside, BITS, BN, U)
-        column = tl.program_id(1) * (U * 16) + tl.arange(0, U * 16)
-        live = (rows < O)[:, None] & (column < count * 128)[None, :]
-    group = column * 0
-    if GROUP:
-        group = tl.minimum(column // GROUP, G - 1)
-    at = safe[:, None] * G + group[None, :]
+    codes, column, row, safe, live = read(w_ptr, O, K, row_words, count, BITS, TAIL, BN, U)
+    at = groups(safe, column, G, GROUP, U)
     first, second = codes >> 1, codes & 1
     if KIND == 0:
-        values = second.to(tl.float32) * level_at(scale_ptr, at, 0, 2, live)
-        values = values + first.to(tl.float32) * level_at(scale_ptr, at, 1, 2, live)
+        values = second.to(tl.float32) * level_at(scale_ptr, at, 0, 2)
+        values = values + first.to(tl.float32) * level_at(scale_ptr, at, 1, 2)
     elif KIND == 2:
         sign = second.to(tl.float32) * 2 - 1
-        values = sign * level_at(scale_ptr, at, 0, 1, live) + level_at(mean_ptr, at, 0, 1, live)
+        values = sign * level_at(scale_ptr, at, 0, 1) + level_at(mean_ptr, at, 0, 1)
     else:
-        salient = tl.load(salient_ptr + column, mask=column < K, other=0)[None, :] != 0
-        scale = tl.where(first > 0, level_at(scale_ptr, at, 1, 4, live), level_at(scale_ptr, at, 0, 4, live))  # fmt: skip
-        mean = tl.where(first > 0, level_at(mean_ptr, at, 1, MEANS, live), level_at(mean_ptr, at, 0, MEANS, live))  # fmt: skip
-        plain = tl.where(second > 0, mean + scale, mean - scale)
-        a1, a2 = level_at(scale_ptr, at, 2, 4, live), level_at(scale_ptr, at, 3, 4, live)
+        salient = tl.load(salient_ptr + column, mask=column < K, other=0) != 0
+        a_low, a_mid = level_at(scale_ptr, at, 0, 4), level_at(scale_ptr, at, 1, 4)
+        m_low, m_mid = level_at(mean_ptr, at, 0, MEANS), level_at(mean_ptr, at, 1, MEANS)
+        low = tl.where(second > 0, m_low + a_low, m_low - a_low)
+        mid = tl.where(second > 0, m_mid + a_mid, m_mid - a_mid)
+        a1, a2 = level_at(scale_ptr, at, 2, 4), level_at(scale_ptr, at, 3, 4)
         if MEANS == 4:
-            m1, m2 = level_at(mean_ptr, at, 2, MEANS, live), level_at(mean_ptr, at, 3, MEANS, live)
+            m1, m2 = level_at(mean_ptr, at, 2, MEANS), level_at(mean_ptr, at, 3, MEANS)
         else:
-            m2 = level_at(mean_ptr, at, 2, MEANS, live)
+            m2 = level_at(mean_ptr, at, 2, MEANS)
             m1 = m2 * 0
         two = tl.where(first > 0, m1 + a1, m1 - a1) + tl.where(second > 0, m2 + a2, m2 - a2)
-        values = tl.where(salient, two, plain)
-    put(y_ptr, rows, column, K, values, live)
+        values = tl.where(salient, two, tl.where(first > 0, mid, low))
+    if TAIL:
+        put(y_ptr, row, column, K, values, live, BN, U)
+    else:
+        put_rows(y_ptr, tl.program_id(1) * (U * 16), K, values, O, count * 128, BN, U)
 
 
 @triton.jit
-def number(values_ptr, map_ptr, step_ptr, mean_ptr, at, live, CODED: tl.constexpr, MEAN: tl.constexpr):  # fmt: skip
+def number(values_ptr, map_ptr, step_ptr, mean_ptr, at, CODED: tl.constexpr, MEAN: tl.constexpr):
     """fp32 numbers, stored as they are or as codes (`Numbers` in views.py)."""
-    value = tl.load(values_ptr + at, mask=live, other=0)
+    value = tl.load(values_ptr + at)
     if CODED:
-        found = tl.load(map_ptr + value.to(tl.int32)) * tl.load(step_ptr + at // 256, mask=live, other=0)  # fmt: skip
+        found = tl.load(map_ptr + value.to(tl.int32)) * tl.load(step_ptr + at // 256)
         if MEAN:
             found = found + tl.load(mean_ptr)
         return found
@@ -203,23 +216,23 @@ def dense_table(
     BITS: tl.constexpr, GROUP: tl.constexpr, CODED: tl.constexpr, MEAN: tl.constexpr,
     SHIFTED: tl.constexpr, BN: tl.constexpr, U: tl.constexpr,
 ):  # fmt: skip
-    """y [O, K] of codes of a table: levels[code] * scale + shift."""
-    rows = tl.program_id(0) * BN + tl.arange(0, BN)
-    safe = tl.minimum(rows, O - 1).to(tl.int64)
-    column = tl.program_id(1) * (U * 16) + tl.arange(0, U * 16)
-    live = (rows < O)[:, None] & (column < K)[None, :]
+    """y [O, K] of codes of a table: levels[code] * scale + shift. K: whole units of 32 columns."""
+    row = tl.program_id(0) * BN + tl.arange(0, BN)[:, None, None]
+    safe = tl.minimum(row, O - 1).to(tl.int64)
+    own = tl.arange(0, U)[None, :, None] * 16 + tl.arange(0, 16)[None, None, :]
+    column = tl.program_id(1) * (U * 16) + own
     if BITS == 4:  # of two codes in a byte, the first lies in the high half
-        at = safe[:, None] * row_words + (column // 8)[None, :]
-        word = tl.load(w_ptr + at, mask=live, other=0).to(tl.uint32, bitcast=True)
+        at = safe * row_words + column // 8
+        word = tl.load(w_ptr + at, mask=(row < O) & (column < K), other=0)
         shift = column % 8 // 2 * 8 + (1 - column % 2) * 4
-        codes = ((word >> shift[None, :].to(tl.uint32)) & 15).to(tl.int32)
+        codes = ((word.to(tl.uint32, bitcast=True) >> shift.to(tl.uint32)) & 15).to(tl.int32)
     else:
         unit = tl.program_id(1) * U + tl.arange(0, U)
-        inside = (rows < O)[:, None, None] & (unit < K // 16)[None, :, None]
-        codes = codes_of(w_ptr + safe[:, None, None] * row_words, unit, inside, BITS, BN, U)
-    at = safe[:, None] * G + (column // GROUP)[None, :]
-    scale = number(scale_ptr, map_ptr, step_ptr, mean_ptr, at, live, CODED, MEAN)
+        inside = (row < O) & (unit < K // 16)[None, :, None]
+        codes = codes_of(w_ptr + safe * row_words, unit, inside, BITS, BN, U)
+    at = groups(safe, column, G, GROUP, U)
+    scale = number(scale_ptr, map_ptr, step_ptr, mean_ptr, at, CODED, MEAN)
     values = tl.load(levels_ptr + codes) * scale
     if SHIFTED:
-        values = values + number(shift_ptr, map_ptr, shift_step_ptr, mean_ptr, at, live, True, False)  # fmt: skip
-    put(y_ptr, rows, column, K, values, live)
+        values = values + number(shift_ptr, map_ptr, shift_step_ptr, mean_ptr, at, True, False)
+    put_rows(y_ptr, tl.program_id(1) * (U * 16), K, values, O, K, BN, U)

@@ -23,7 +23,9 @@ class BlockRounder:
         self.errors_OB = W_OI.new_empty(len(W_OI), self.width)
         self.before_OB = torch.empty_like(self.errors_OB)
 
-    def __call__(self, start: int, stop: int, scale_BO: Tensor, zero_BO: Tensor, halves: bool) -> None:
+    def __call__(
+        self, start: int, stop: int, scale_BO: Tensor, zero_BO: Tensor, halves: bool
+    ) -> None:
         """Round the columns from `start` up to `stop`, each on its own grids, and compensate their
         errors in all later columns.
         """

@@ -5,6 +5,7 @@ Legend: O out_features, I in_features, M tokens.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -24,13 +25,14 @@ class Tile(NamedTuple):
     splits: int
 
 
-def tile(rows: int, columns: int, tokens: int) -> Tile:
+def tile(rows: int, columns: int, tokens: int, wide: bool = False) -> Tile:
     """The tile of a weight [rows, columns]: enough programs for every multiprocessor, and enough
-    blocks for every warp. Measured on an H200 (tests/bench/gpu_check.py --only tiles).
+    blocks for every warp. wide: a row of the product takes so many registers that a program can
+    only have few. Measured on an H200 (tests/bench/gpu_check.py --only tiles).
     """
     if rows >= 8192:
-        return Tile(32, 4)
-    return Tile(16, 8) if tokens <= 4 else Tile(32, 8)
+        return Tile(16 if wide else 32, 4)
+    return Tile(16, 8) if wide or tokens <= 4 else Tile(32, 8)
 
 
 def uniform(x: Tensor, stored: UniformCodes, bias: Tensor | None) -> Tensor:
@@ -57,12 +59,13 @@ def _uniform(
     zeros = zero_points(stored)
     scale, zero = stored.scale, stored.zero
     own_scale, own_zero = isinstance(scale, Tensor), zeros is not None
+    scale_words = as_words(scale) if own_scale else None
     bits = [part.bits for part in stored.parts] + [0] * (PARTS - len(stored.parts))
-    used = tile(*_shape(stored), len(x_MI))
+    used = tile(*_shape(stored), len(x_MI), wide=stored.groups > 1 and stored.group_size < BLOCK // 2)
     uniform_few[(-(-stored.rows // used.rows),)](
         x_MI,
         stored.weight,
-        scale if own_scale else x_MI,
+        scale_words if own_scale else x_MI,
         zeros if own_zero else x_MI,
         x_MI if blocks is None else blocks,
         x_MI if bias is None else bias,
@@ -82,7 +85,7 @@ def _uniform(
         BITS1=bits[1],
         BITS2=bits[2],
         GROUP=0 if stored.groups == 1 else stored.group_size,
-        SCALES=own_scale,
+        SCALES=8 * scale.element_size() if own_scale else 0,
         ZEROS=own_zero,
         LISTED=blocks is not None,
         STEPS=step is not None,
@@ -130,12 +133,12 @@ def _levels(
     x_MI, y_MO = _activations(x, stored, dtype)
     kind, means = levels_kind(stored)
     mean = stored.mean
-    used = tile(*_shape(stored), len(x_MI))
+    used = tile(*_shape(stored), len(x_MI), wide=salient is not None)
     levels_few[(-(-stored.rows // used.rows),)](
         x_MI,
         stored.weight,
-        stored.scale,
-        x_MI if mean is None else mean,
+        as_words(stored.scale),
+        x_MI if mean is None else as_words(mean),
         x_MI if salient is None else salient,
         x_MI if bias is None else bias,
         y_MO,
@@ -164,8 +167,8 @@ def table(x: Tensor, stored: TableCodes, bias: Tensor | None) -> Tensor:
     table_few[(-(-stored.rows // used.rows),)](
         x_MI,
         stored.weight,
-        *numbers(scale, x_MI),
-        x_MI if shift is None else shift.values,
+        *numbers(scale, x_MI, as_words),
+        x_MI if shift is None else as_words(shift.values),
         x_MI if shift is None else shift.step,
         x_MI if bias is None else bias,
         y_MO,
@@ -189,10 +192,19 @@ def _patterns(levels: Tensor, dtype: torch.dtype) -> tuple[int, ...]:
     return tuple(bits)
 
 
-def numbers(given: Numbers, absent: Tensor) -> list[Tensor]:
+def numbers(
+    given: Numbers, absent: Tensor, values: Callable[[Tensor], Tensor] = lambda codes: codes
+) -> list[Tensor]:
     """values, map, step and mean, with some tensor in place of what is absent."""
-    found = (given.values, given.map, given.step, given.mean)
+    found = (values(given.values), given.map, given.step, given.mean)
     return [absent if part is None else part for part in found]
+
+
+def as_words(numbers: Tensor) -> Tensor:
+    """fp16 numbers and bytes as int32 words, which a kernel can load ahead of time: what it does
+    with a part of a register would have to wait for memory. fp32 numbers stay.
+    """
+    return numbers if numbers.element_size() == 4 else numbers.flatten().view(torch.int32)
 
 
 def _activations(x: Tensor, stored: Stored, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -224,8 +236,8 @@ def once(stored: Stored, name: Any, make: Any) -> Any:
 
 
 def zero_points(stored: UniformCodes) -> Tensor | None:
-    """The zero points uint8 [O, G], a byte each, so that a kernel can load them; None if one serves
-    all. They take 8 bits a group more on the GPU than in the file.
+    """The zero points, a byte each so that a kernel can load them, as int32 words [O G / 4]; None if
+    one serves all. They take 8 bits a group more on the GPU than in the file.
     """
     if not isinstance(stored.zero, Tensor):
         return None
@@ -233,7 +245,7 @@ def zero_points(stored: UniformCodes) -> Tensor | None:
     zeros: Tensor = once(
         stored,
         "zeros",
-        lambda: unpack(stored.zero, stored.zero_bits, stored.rows * groups).view(-1, groups),
+        lambda: as_words(unpack(stored.zero, stored.zero_bits, stored.rows * groups)),
     )
     return zeros
 

@@ -16,23 +16,28 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from .fragments import (
+    above,
     along,
+    classes,
     column_sums,
-    first_four,
-    group_of,
+    first_group,
+    half_of,
+    in_group,
     left,
     load_x,
     masked,
+    of_class,
+    product,
     product_layout,
     right,
-    rotations,
+    shifted,
     store,
-    turned,
     weight_layout,
     word_offsets,
+    words_layout,
+    worth,
     x_columns,
     x_layout,
 )
@@ -41,58 +46,165 @@ DUAL, SPLIT, SIGNS = gl.constexpr(0), gl.constexpr(1), gl.constexpr(2)
 
 
 @gluon.jit
-def bit_sums(words, b, bit: gl.constexpr, n: gl.constexpr, R: gl.constexpr, S: gl.constexpr, T: gl.constexpr, mantissa: gl.constexpr, kind: gl.constexpr, mma: gl.constexpr):  # fmt: skip
-    """The product of x with one bit of each code plus 2**(n - bit), [S, R, T]."""
-    turn = turned(words, rotations(n, n, 0, mantissa, weight_layout(n, R, S)))
-    a = masked(turn, 1 << (mantissa - n + bit), n - bit, mantissa, kind)
-    return mma_v2(left(a, R, S, mma), b, gl.zeros([S, R, T], gl.float32, layout=mma))
+def add_bit(sums, halves, b, power: gl.constexpr, R: gl.constexpr, S: gl.constexpr, T: gl.constexpr, HALF: gl.constexpr, mma: gl.constexpr):  # fmt: skip
+    """sums + x times the bit at `power` of the shifted halves, and what bf16 adds to it."""
+    a = left(masked(halves, 1 << power, HALF), R, S, mma)
+    return sums + product(a, b, R, S, T, mma) * worth(HALF, power)
 
 
 @gluon.jit
-def coefficient(ptr, at, i: gl.constexpr, each: gl.constexpr):
-    """Number i of the `each` that a row and group have, [S, R, 1] fp32."""
-    return gl.expand_dims(gl.load(ptr + at * each + i).to(gl.float32), 2)
-
-
-@gluon.jit
-def split_sums(words, x, salient, scale_ptr, mean_ptr, at, MEANS: gl.constexpr, R: gl.constexpr, S: gl.constexpr, T: gl.constexpr, mantissa: gl.constexpr, kind: gl.constexpr, mma: gl.constexpr):  # fmt: skip
-    """The sums of SPLIT levels, [S, R, T]."""
-    a_low = coefficient(scale_ptr, at, 0, 4)
-    a_mid = coefficient(scale_ptr, at, 1, 4)
-    a_first = coefficient(scale_ptr, at, 2, 4)
-    a_second = coefficient(scale_ptr, at, 3, 4)
-    m_low = coefficient(mean_ptr, at, 0, MEANS)
-    m_mid = coefficient(mean_ptr, at, 1, MEANS)
-    m = coefficient(mean_ptr, at, 2, MEANS)
-    if MEANS == 4:
-        m += coefficient(mean_ptr, at, 3, MEANS)
-    zero = gl.zeros_like(x)
-    b = right(gl.where(salient, zero, x), 2, T, S, mma)
-    of_x = column_sums(b, T, S, mma, kind)
-    total = (m_low - a_low) * of_x
-    total += (m_mid - m_low - a_mid + a_low) * (bit_sums(words, b, 1, 2, R, S, T, mantissa, kind, mma) - 2 * of_x)  # fmt: skip
-    total += 2 * a_low * (bit_sums(words, b, 0, 2, R, S, T, mantissa, kind, mma) - 4 * of_x)
-    both = words & (words >> 1)
-    total += 2 * (a_mid - a_low) * (bit_sums(both, b, 0, 2, R, S, T, mantissa, kind, mma) - 4 * of_x)  # fmt: skip
-    b = right(gl.where(salient, x, zero), 2, T, S, mma)
-    of_x = column_sums(b, T, S, mma, kind)
-    total += (m - a_first - a_second) * of_x
-    total += 2 * a_first * (bit_sums(words, b, 1, 2, R, S, T, mantissa, kind, mma) - 2 * of_x)
-    return total + 2 * a_second * (bit_sums(words, b, 0, 2, R, S, T, mantissa, kind, mma) - 4 * of_x)  # fmt: skip
-
-
-@gluon.jit
-def group_sums(words, b, scale_ptr, mean_ptr, at, KIND: gl.constexpr, R: gl.constexpr, S: gl.constexpr, T: gl.constexpr, mantissa: gl.constexpr, kind: gl.constexpr, mma: gl.constexpr):  # fmt: skip
-    """The sums of DUAL or SIGNS levels, [S, R, T]."""
-    of_x = column_sums(b, T, S, mma, kind)
-    if KIND == DUAL:
-        second = bit_sums(words, b, 1, 2, R, S, T, mantissa, kind, mma) - 2 * of_x
-        first = bit_sums(words, b, 0, 2, R, S, T, mantissa, kind, mma) - 4 * of_x
-        return coefficient(scale_ptr, at, 0, 2) * first + coefficient(scale_ptr, at, 1, 2) * second
+def add_x(of_x, extra, b, power: gl.constexpr, R: gl.constexpr, S: gl.constexpr, T: gl.constexpr, HALF: gl.constexpr, mma: gl.constexpr):  # fmt: skip
+    """of_x + the sums of x; extra + what `add_bit` of this power adds to the right sum. At the next
+    power it is half of that.
+    """
+    own = column_sums(b, R, S, T, mma)
+    if HALF:
+        return of_x + own, extra
     else:
-        scale = coefficient(scale_ptr, at, 0, 1)
-        sign = bit_sums(words, b, 0, 1, R, S, T, mantissa, kind, mma) - 2 * of_x
-        return (coefficient(mean_ptr, at, 0, 1) - scale) * of_x + 2 * scale * sign
+        return of_x + own, extra + own * (above(HALF) * worth(HALF, power))
+
+
+@gluon.jit
+def load_numbers(ptr, at, each: gl.constexpr):
+    """The words that hold the `each` fp16 numbers of a row and group: one or two."""
+    first = at * each >> 1
+    if each <= 2:
+        word = gl.load(ptr + first)
+        return word, word
+    else:
+        return gl.load(ptr + first), gl.load(ptr + first + 1)
+
+
+@gluon.jit
+def coefficient(word, more, at, i: gl.constexpr, each: gl.constexpr):
+    """Number i of the `each` that a row and group have, [S, R, 1] fp32."""
+    if each == 3:  # they begin in either half of the first word
+        place = (at & 1) + i
+        return gl.expand_dims(half_of(gl.where(place < 2, word, more), place), 2)
+    elif each == 1:
+        return gl.expand_dims(half_of(word, at), 2)
+    else:
+        return gl.expand_dims(half_of(word if i < 2 else more, at * 0 + i), 2)
+
+
+@gluon.jit
+def split_sums(all_x, all_salient, halves, scale, more_scale, mean, more_mean, at, MEANS: gl.constexpr, R: gl.constexpr, S: gl.constexpr, T: gl.constexpr, HALF: gl.constexpr, mma: gl.constexpr):  # fmt: skip
+    """The sums of SPLIT levels in each warp's block, [S, R, T]."""
+    none = gl.zeros([S, R, T], gl.float32, layout=mma)
+    of_plain, plain_extra, first, second, both = none, none, none, none, none
+    of_salient, salient_extra, first_sign, second_sign = none, none, none, none
+    pairs = halves & (halves >> 1)
+    all_x = all_x.to(gl.float16) if HALF else all_x.to(gl.bfloat16)
+    nothing = gl.zeros_like(all_x)
+    plain_x = gl.where(all_salient != 0, nothing, all_x)
+    salient_x = gl.where(all_salient != 0, all_x, nothing)
+    for cls in gl.static_range(2):
+        b = right(of_class(plain_x, 2, cls), 2, T, S, mma)
+        of_plain, plain_extra = add_x(of_plain, plain_extra, b, 2 * cls, R, S, T, HALF, mma)
+        second = add_bit(second, halves, b, 2 * cls, R, S, T, HALF, mma)
+        first = add_bit(first, halves, b, 2 * cls + 1, R, S, T, HALF, mma)
+        both = add_bit(both, pairs, b, 2 * cls, R, S, T, HALF, mma)
+        b = right(of_class(salient_x, 2, cls), 2, T, S, mma)
+        of_salient, salient_extra = add_x(of_salient, salient_extra, b, 2 * cls, R, S, T, HALF, mma)
+        second_sign = add_bit(second_sign, halves, b, 2 * cls, R, S, T, HALF, mma)
+        first_sign = add_bit(first_sign, halves, b, 2 * cls + 1, R, S, T, HALF, mma)
+    a_low = coefficient(scale, more_scale, at, 0, 4)
+    a_mid = coefficient(scale, more_scale, at, 1, 4)
+    m_low = coefficient(mean, more_mean, at, 0, MEANS)
+    m_mid = coefficient(mean, more_mean, at, 1, MEANS)
+    by_first, by_both = m_mid - m_low - a_mid + a_low, 2 * (a_mid - a_low)
+    total = (m_low - a_low) * of_plain + by_first * first + 2 * a_low * second + by_both * both
+    total -= (0.5 * by_first + 2 * a_low + by_both) * plain_extra
+    a_first = coefficient(scale, more_scale, at, 2, 4)
+    a_second = coefficient(scale, more_scale, at, 3, 4)
+    m = coefficient(mean, more_mean, at, 2, MEANS)
+    if MEANS == 4:
+        m += coefficient(mean, more_mean, at, 3, MEANS)
+    total += (m - a_first - a_second) * of_salient + 2 * a_first * first_sign
+    return total + 2 * a_second * second_sign - (a_first + 2 * a_second) * salient_extra
+
+
+@gluon.jit
+def group_sums(all_x, halves, scale, mean, at, group: gl.constexpr, KIND: gl.constexpr, GROUP: gl.constexpr, R: gl.constexpr, S: gl.constexpr, T: gl.constexpr, HALF: gl.constexpr, mma: gl.constexpr):  # fmt: skip
+    """The sums of DUAL or SIGNS levels in one group of each warp's block, [S, R, T]."""
+    n: gl.constexpr = 1 if KIND == SIGNS else 2
+    x_in: gl.constexpr = x_layout(n, T, S)
+    none = gl.zeros([S, R, T], gl.float32, layout=mma)
+    of_x, extra, first, second = none, none, none, none
+    all_x = in_group(all_x, n, group, GROUP, x_in)
+    all_x = all_x.to(gl.float16) if HALF else all_x.to(gl.bfloat16)
+    for cls in gl.static_range(classes(n)):
+        b = right(of_class(all_x, n, cls), n, T, S, mma)
+        of_x, extra = add_x(of_x, extra, b, n * cls, R, S, T, HALF, mma)
+        second = add_bit(second, halves, b, n * cls, R, S, T, HALF, mma)
+        if KIND == DUAL:
+            first = add_bit(first, halves, b, n * cls + 1, R, S, T, HALF, mma)
+    if KIND == DUAL:
+        scale0 = coefficient(scale, scale, at, 0, 2)
+        scale1 = coefficient(scale, scale, at, 1, 2)
+        return scale0 * second + scale1 * first - (scale0 + 0.5 * scale1) * extra
+    else:
+        reach = coefficient(scale, scale, at, 0, 1)
+        return (coefficient(mean, mean, at, 0, 1) - reach) * of_x + 2 * reach * (second - extra)
+
+
+@gluon.jit
+def load_words(w_ptr, step, count, O, row_words, n: gl.constexpr, R: gl.constexpr, S: gl.constexpr):  # fmt: skip
+    """Each warp's block of n-bit codes, [S, R, 4, n]."""
+    layout: gl.constexpr = words_layout(n, R, S)
+    row = gl.minimum(gl.program_id(0) * R + along(1, R, layout, 4), O - 1)
+    block = gl.minimum(step * S + along(0, S, layout, 4), count - 1)
+    at = row * row_words + block * (4 * n)
+    return gl.load(w_ptr + at + word_offsets(n, layout)).to(gl.uint32, bitcast=True)
+
+
+@gluon.jit
+def add_block(total, words, scale, more_scale, mean, more_mean, at, x, salient, scale_ptr, mean_ptr, KIND: gl.constexpr, MEANS: gl.constexpr, GROUP: gl.constexpr, HALF: gl.constexpr, R: gl.constexpr, S: gl.constexpr, T: gl.constexpr, mma: gl.constexpr):
+    """total + the product of each warp's block."""
+    n: gl.constexpr = 1 if KIND == SIGNS else 2
+    GROUPS: gl.constexpr = 1 if GROUP == 0 or GROUP >= 128 else 128 // GROUP
+    halves = shifted(words, n, 0, weight_layout(n, R, S))
+    if KIND == SPLIT:
+        total += split_sums(x, salient, halves, scale, more_scale, mean, more_mean, at, MEANS, R, S, T, HALF, mma)
+    else:
+        for group in gl.static_range(GROUPS):
+            if group > 0:
+                scale, more_scale = load_numbers(scale_ptr, at + group, 2 if KIND == DUAL else 1)
+                if KIND == SIGNS:
+                    mean, more_mean = load_numbers(mean_ptr, at + group, 1)
+            total += group_sums(x, halves, scale, mean, at + group, group, KIND, GROUP, R, S, T, HALF, mma)
+    return total
+
+
+@gluon.jit
+def load_step(w_ptr, scale_ptr, mean_ptr, step, count, O, G, row_words, KIND: gl.constexpr, MEANS: gl.constexpr, GROUP: gl.constexpr, R: gl.constexpr, S: gl.constexpr, mma: gl.constexpr):
+    """What a step needs from memory: words, scales and means, and their place."""
+    words = load_words(w_ptr, step, count, O, row_words, 1 if KIND == SIGNS else 2, R, S)
+    at = first_group(step, w_ptr, count, O, G, GROUP, False, R, S, mma)
+    if KIND == DUAL:
+        scale, more_scale = load_numbers(scale_ptr, at, 2)
+        mean, more_mean = scale, scale
+    elif KIND == SPLIT:
+        scale, more_scale = load_numbers(scale_ptr, at, 4)
+        mean, more_mean = load_numbers(mean_ptr, at, MEANS)
+    else:
+        scale, more_scale = load_numbers(scale_ptr, at, 1)
+        mean, more_mean = load_numbers(mean_ptr, at, 1)
+    return words, scale, more_scale, mean, more_mean, at
+
+
+@gluon.jit
+def load_columns(x_ptr, salient_ptr, step, count, K, M, KIND: gl.constexpr, S: gl.constexpr, T: gl.constexpr):
+    """x of each warp's block, and which columns are salient."""
+    n: gl.constexpr = 1 if KIND == SIGNS else 2
+    x_in: gl.constexpr = x_layout(n, T, S)
+    block = step * S + along(0, S, x_in, 6)
+    x = load_x(x_ptr, block, block < count, K, M, n, T, x_in)
+    salient = block
+    if KIND == SPLIT:
+        column = gl.minimum(block, count - 1) * 128 + x_columns(2, x_in)
+        salient = gl.load(salient_ptr + column)
+    return x, salient
 
 
 @gluon.jit(do_not_specialize=["M"])
@@ -103,47 +215,22 @@ def levels_few(
 ):  # fmt: skip
     """y [M, O] = x [M, K] times the weight, plus the bias.
 
-    scale: [O, G, 2] (DUAL), [O, G, 4] (SPLIT) or [O, G] (SIGNS). mean: [O, G, MEANS] (SPLIT) or
-    [O, G] (SIGNS). salient: uint8 [K], 1 in salient columns (SPLIT). GROUP 0: one group a row.
+    scale: fp16 [O, G, 2] (DUAL), [O, G, 4] (SPLIT) or [O, G] (SIGNS). mean: fp16 [O, G, MEANS]
+    (SPLIT) or [O, G] (SIGNS). Both are read as int32 words of two numbers, so rows times groups are
+    even. salient: uint8 [K], 1 in salient columns (SPLIT). GROUP 0: one group a row.
     """
-    kind: gl.constexpr = gl.float16 if HALF else gl.bfloat16
-    mantissa: gl.constexpr = 10 if HALF else 7
-    n: gl.constexpr = 1 if KIND == SIGNS else 2
     mma: gl.constexpr = product_layout(S)
-    words_in: gl.constexpr = first_four(weight_layout(n, R, S))
-    x_in: gl.constexpr = x_layout(n, T, S)
-    GROUPS: gl.constexpr = 1 if GROUP == 0 or GROUP >= 128 else 128 // GROUP
-    sides: gl.constexpr = gl.SliceLayout(2, mma)
-    first_row = gl.program_id(0) * R
-    row = gl.minimum(first_row + along(1, R, words_in, 4), O - 1)
-    rows_ptr = w_ptr + row * row_words + word_offsets(n, words_in)
-    split = along(0, S, words_in, 4)
-    row_at = gl.expand_dims(gl.arange(0, R, layout=gl.SliceLayout(0, sides)), 0)
-    row_at = gl.minimum(first_row + row_at, O - 1) * G
-    split_s = gl.expand_dims(gl.arange(0, S, layout=gl.SliceLayout(1, sides)), 1)
-    split_x = along(0, S, x_in, 6)
     count = K // 128
     total = gl.zeros([S, R, T], gl.float32, layout=mma)
-    words = gl.load(rows_ptr + gl.minimum(split, count - 1) * (4 * n))
-    next_words = gl.load(rows_ptr + gl.minimum(S + split, count - 1) * (4 * n))
-    for step in range(0, (count + S - 1) // S):
-        ahead = gl.minimum((step + 2) * S + split, count - 1)
-        later_words = gl.load(rows_ptr + ahead * (4 * n))
-        at = row_at + group_of(gl.minimum(step * S + split_s, count - 1), GROUP)
-        block = step * S + split_x
-        x = load_x(x_ptr, block, block < count, K, M, n, T, x_in, kind)
-        bits = words.to(gl.uint32, bitcast=True)
-        if KIND == SPLIT:
-            column = gl.minimum(block, count - 1) * 128 + x_columns(n, x_in)
-            salient = gl.load(salient_ptr + column) != 0
-            total += split_sums(bits, x, salient, scale_ptr, mean_ptr, at, MEANS, R, S, T, mantissa, kind, mma)  # fmt: skip
-        else:
-            for group in gl.static_range(GROUPS):
-                own = x
-                if GROUPS > 1:
-                    own = gl.where(x_columns(n, x_in) // GROUP == group, x, gl.zeros_like(x))
-                b = right(own, n, T, S, mma)
-                total += group_sums(bits, b, scale_ptr, mean_ptr, at + group, KIND, R, S, T, mantissa, kind, mma)  # fmt: skip
-        words, next_words = next_words, later_words
+    a, a_scale, a_more, a_mean, a_means, a_at = load_step(w_ptr, scale_ptr, mean_ptr, 0, count, O, G, row_words, KIND, MEANS, GROUP, R, S, mma)
+    b, b_scale, b_more, b_mean, b_means, b_at = load_step(w_ptr, scale_ptr, mean_ptr, 1, count, O, G, row_words, KIND, MEANS, GROUP, R, S, mma)
+    x, x_salient = load_columns(x_ptr, salient_ptr, 0, count, K, M, KIND, S, T)
+    for step in range(0, (count + S - 1) // S, 2):  # two steps are on their way: uniform_few.py
+        y, y_salient = load_columns(x_ptr, salient_ptr, step + 1, count, K, M, KIND, S, T)
+        total = add_block(total, a, a_scale, a_more, a_mean, a_means, a_at, x, x_salient, scale_ptr, mean_ptr, KIND, MEANS, GROUP, HALF, R, S, T, mma)
+        a, a_scale, a_more, a_mean, a_means, a_at = load_step(w_ptr, scale_ptr, mean_ptr, step + 2, count, O, G, row_words, KIND, MEANS, GROUP, R, S, mma)
+        x, x_salient = load_columns(x_ptr, salient_ptr, step + 2, count, K, M, KIND, S, T)
+        total = add_block(total, b, b_scale, b_more, b_mean, b_means, b_at, y, y_salient, scale_ptr, mean_ptr, KIND, MEANS, GROUP, HALF, R, S, T, mma)
+        b, b_scale, b_more, b_mean, b_means, b_at = load_step(w_ptr, scale_ptr, mean_ptr, step + 3, count, O, G, row_words, KIND, MEANS, GROUP, R, S, mma)
     layout: gl.constexpr = gl.SliceLayout(0, mma)
     store(gl.sum(total, 0), y_ptr, bias_ptr, bias_ptr, M, O, BIAS, False, R, T, layout)

@@ -28,6 +28,7 @@ from . import decode, few, ready, turns
 
 FEW = range(1, few.MOST + 1)
 FEW_SALIENT = range(1, 5)  # the list is read once for each token
+FEW_TURNS = range(1, 33)  # more tokens fill torch's own matrix products
 INTEGER_SIZE = 8  # what CUDA's integer product wants the weight's sides to be multiples of
 
 
@@ -37,10 +38,13 @@ def _there(stored: Stored) -> bool:
 
 
 def groups_fit(stored: Stored) -> bool:
-    """Whether groups are whole blocks, or whole parts of one that are units of 32 columns."""
+    """Whether groups are whole blocks, or whole parts of whole blocks that are units of 32 columns;
+    and whether their numbers are whole words.
+    """
     size = stored.group_size
-    parts = BLOCK % size == 0 and size % UNIT == 0
-    return stored.groups == 1 or size % BLOCK == 0 or parts
+    parts = BLOCK % size == 0 and size % UNIT == 0 and stored.columns % BLOCK == 0
+    words = stored.rows * stored.groups % 4 == 0
+    return words and (stored.groups == 1 or size % BLOCK == 0 or parts)
 
 
 def _uniform_few(stored: UniformCodes) -> bool:
@@ -58,12 +62,13 @@ def _centred(stored: UniformCodes) -> bool:
 def _levels_few(stored: LevelCodes) -> bool:
     whole = stored.columns % BLOCK == 0
     split = stored.mean is None or stored.whole_blocks
-    return _there(stored) and groups_fit(stored) and whole and split
+    halves = stored.scale.dtype == torch.float16
+    return _there(stored) and groups_fit(stored) and whole and split and halves
 
 
 def _salient_few(stored: SalientCodes) -> bool:
-    whole = stored.columns % BLOCK == 0 and stored.columns <= 1 << 16
-    return _there(stored) and groups_fit(stored) and whole
+    whole = stored.columns % BLOCK == 0 and stored.scale.dtype == torch.float16
+    return _short_rows(stored) and groups_fit(stored) and whole
 
 
 def _short_rows(stored: SalientCodes) -> bool:
@@ -104,7 +109,7 @@ ROWS = (
     _row(TableCodes, MANY, ALL, ready.dense, _table, decode.multiply, True),
     _row(SalientCodes, FEW_SALIENT, HALF, ready.few, _salient_few, decode.multiply_salient),
     _row(SalientCodes, MANY, ALL, ready.dense, _short_rows, decode.multiply, True),
-    _row(Transform, MANY, ALL, ready.dense, turns.fits, turns.transform),
-    _row(Kronecker, MANY, ALL, ready.dense, turns.fits, turns.transform),
+    _row(Transform, FEW_TURNS, ALL, ready.dense, turns.fits, turns.transform),
+    _row(Kronecker, FEW_TURNS, ALL, ready.dense, turns.fits, turns.transform),
     _row(TokenGrid, MANY, ALL, ready.dense, turns.fits_one_program, turns.tokens),
 )

@@ -12,22 +12,9 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.runtime.jit import constexpr_function
 
-from .fragments import along, bases, column_sums, left, product_layout, store
-
-
-@constexpr_function
-def words_layout(rows, splits):
-    """Of [S, R, quad 4, word 4]."""
-    return gl.DistributedLinearLayout(
-        bases(4, 3, 4) + [[0, 8, 0, 0]] + bases(4, 1, rows, 16),
-        bases(4, 2, 4) + bases(4, 1, 8),
-        bases(4, 0, splits),
-        [],
-        [splits, rows, 4, 4],
-    )
+from .fragments import along, bases, column_sums, left, product, product_layout, store
 
 
 @constexpr_function
@@ -91,13 +78,82 @@ def looked_up(words, levels: gl.constexpr, HALF: gl.constexpr):
 
 
 @gluon.jit
-def numbers(value, at, map_ptr, step_ptr, mean_ptr, CODED: gl.constexpr, MEAN: gl.constexpr):
-    """fp32 numbers of what was loaded from place `at`: themselves, or codes (`Numbers`)."""
+def numbers(ptr, first, at, group: gl.constexpr, map_ptr, step_ptr, mean_ptr, CODED: gl.constexpr, MEAN: gl.constexpr):
+    """fp32 numbers of one of a block's groups: themselves, or codes (`Numbers`), in words of four,
+    of which `first` holds the first group's.
+    """
+    own = at + group
     if CODED:
-        found = gl.load(map_ptr + value.to(gl.int32)) * gl.load(step_ptr + at // 256)
+        word = first if group == 0 else gl.load(ptr + (own >> 2))
+        code = (word >> ((own & 3) * 8)) & 0xFF
+        found = gl.load(map_ptr + code) * gl.load(step_ptr + own // 256)
         return found + gl.load(mean_ptr) if MEAN else found
     else:
-        return value
+        return first if group == 0 else gl.load(ptr + own)
+
+
+@gluon.jit
+def load_words(w_ptr, step, count, O, row_words, R: gl.constexpr, S: gl.constexpr):
+    """Each warp's block, [S, R, 4, 4]."""
+    layout: gl.constexpr = gl.SliceLayout(4, codes_layout(R, S))
+    row = gl.minimum(gl.program_id(0) * R + along(1, R, layout, 4), O - 1)
+    block = gl.minimum(step * S + along(0, S, layout, 4), count - 1)
+    at = row * row_words + block * 16 + along(2, 4, layout, 4) * 4 + along(3, 4, layout, 4)
+    return gl.load(w_ptr + at).to(gl.uint32, bitcast=True)
+
+
+@gluon.jit
+def load_numbers(ptr, step, O, K, G, CODED: gl.constexpr, GROUP: gl.constexpr, R: gl.constexpr, S: gl.constexpr, mma: gl.constexpr):  # fmt: skip
+    """What is stored for the first group of each warp's block, [S, R] (if CODED, the word that holds
+    its byte), and its place.
+    """
+    sides: gl.constexpr = gl.SliceLayout(2, mma)
+    row = gl.expand_dims(gl.arange(0, R, layout=gl.SliceLayout(0, sides)), 0)
+    row = gl.minimum(gl.program_id(0) * R + row, O - 1)
+    block = step * S + gl.expand_dims(gl.arange(0, S, layout=gl.SliceLayout(1, sides)), 1)
+    at = row * G + gl.minimum(block, K // 128 - 1) * 128 // GROUP
+    return gl.load(ptr + (at >> 2 if CODED else at)), at
+
+
+@gluon.jit
+def own_columns(layout: gl.constexpr):
+    """Columns of a block, [1, 1, 4, 4, 8]."""
+    return along(2, 4, layout, 5) * 32 + along(3, 4, layout, 5) * 8 + along(4, 8, layout, 5)
+
+
+@gluon.jit
+def load_columns(x_ptr, step, M, K, S: gl.constexpr, T: gl.constexpr):
+    """x of each warp's block."""
+    layout: gl.constexpr = columns_layout(T, S)
+    block = step * S + along(0, S, layout, 5)
+    token = along(1, T, layout, 5)
+    at = token * K + block * 128 + own_columns(layout)
+    return gl.load(x_ptr + at, mask=(block < K // 128) & (token < M), other=0)
+
+
+@gluon.jit
+def add_block(total, words, value, at, x, scale_ptr, map_ptr, step_ptr, mean_ptr, shift_ptr, shift_step_ptr, LEVELS: gl.constexpr, GROUP: gl.constexpr, CODED: gl.constexpr, SHIFTED: gl.constexpr, HALF: gl.constexpr, R: gl.constexpr, S: gl.constexpr, T: gl.constexpr, mma: gl.constexpr):  # fmt: skip
+    """total + the product of each warp's block."""
+    x_in: gl.constexpr = columns_layout(T, S)
+    wide: gl.constexpr = codes_layout(R, S)
+    GROUPS: gl.constexpr = 1 if GROUP >= 128 else 128 // GROUP
+    own = own_columns(x_in)
+    bits = gl.expand_dims(words, 4) | gl.zeros([S, R, 4, 4, 8], gl.uint32, layout=wide)
+    a = left(gl.reshape(looked_up(bits, LEVELS, HALF), (S, R, 4, 4, 2, 2, 2)), R, S, mma)
+    for group in gl.static_range(GROUPS):
+        part = x
+        if GROUPS > 1:
+            part = gl.where(own // GROUP == group, x, gl.zeros_like(x))
+        b = gl.permute(gl.reshape(part, (S, T, 4, 4, 2, 2, 2)), (0, 3, 4, 5, 2, 6, 1))
+        b = gl.reshape(b, (S, 128, T))
+        b = gl.convert_layout(b, gl.DotOperandLayout(1, mma, 2), assert_trivial=True)
+        scale = numbers(scale_ptr, value, at, group, map_ptr, step_ptr, mean_ptr, CODED, True)
+        total += product(a, b, R, S, T, mma) * gl.expand_dims(scale, 2)
+        if SHIFTED:
+            first = gl.load(shift_ptr + (at >> 2))
+            shift = numbers(shift_ptr, first, at, group, map_ptr, shift_step_ptr, mean_ptr, True, False)
+            total += column_sums(b, R, S, T, mma) * gl.expand_dims(shift, 2)
+    return total
 
 
 @gluon.jit(do_not_specialize=["M"])
@@ -109,53 +165,25 @@ def table_few(
 ):  # fmt: skip
     """y [M, O] = x [M, K] times the weight, plus the bias.
 
-    scale: fp32 or, if CODED, uint8 codes [O G], with map [256], a step for 256 codes, and one mean.
-    shift: codes of the same kind without a mean, if SHIFTED. LEVELS: 16 patterns of 16 bits.
+    scale: fp32 or, if CODED, uint8 codes [O G] (int32 words of four), with map [256], a step for 256
+    codes, and one mean. shift: codes of the same kind without a mean, if SHIFTED. LEVELS: 16 patterns of 16 bits.
     """
-    kind: gl.constexpr = gl.float16 if HALF else gl.bfloat16
     mma: gl.constexpr = product_layout(S)
-    words_in: gl.constexpr = words_layout(R, S)
-    x_in: gl.constexpr = columns_layout(T, S)
-    wide: gl.constexpr = codes_layout(R, S)
-    GROUPS: gl.constexpr = 1 if GROUP >= 128 else 128 // GROUP
-    sides: gl.constexpr = gl.SliceLayout(2, mma)
-    first_row = gl.program_id(0) * R
-    row = gl.minimum(first_row + along(1, R, words_in, 4), O - 1)
-    rows_ptr = w_ptr + row * row_words + along(2, 4, words_in, 4) * 4 + along(3, 4, words_in, 4)
-    split = along(0, S, words_in, 4)
-    row_at = gl.expand_dims(gl.arange(0, R, layout=gl.SliceLayout(0, sides)), 0)
-    row_at = gl.minimum(first_row + row_at, O - 1) * G
-    split_s = gl.expand_dims(gl.arange(0, S, layout=gl.SliceLayout(1, sides)), 1)
-    split_x = along(0, S, x_in, 5)
-    token = along(1, T, x_in, 5)
-    own = along(2, 4, x_in, 5) * 32 + along(3, 4, x_in, 5) * 8 + along(4, 8, x_in, 5)
     count = K // 128
     total = gl.zeros([S, R, T], gl.float32, layout=mma)
-    words = gl.load(rows_ptr + gl.minimum(split, count - 1) * 16)
-    next_words = gl.load(rows_ptr + gl.minimum(S + split, count - 1) * 16)
-    for step in range(0, (count + S - 1) // S):
-        later_words = gl.load(rows_ptr + gl.minimum((step + 2) * S + split, count - 1) * 16)
-        block = step * S + split_x
-        live = (block < count) & (token < M)
-        x = gl.load(x_ptr + (token * K + block * 128 + own), mask=live, other=0).to(kind)
-        bits = gl.expand_dims(gl.convert_layout(words, gl.SliceLayout(4, wide)), 4)  # fmt: skip
-        bits = bits.to(gl.uint32, bitcast=True) | gl.zeros([S, R, 4, 4, 8], gl.uint32, layout=wide)
-        a = gl.reshape(looked_up(bits, LEVELS, HALF), (S, R, 4, 4, 2, 2, 2))
-        a = left(a, R, S, mma)
-        at = row_at + gl.minimum(step * S + split_s, count - 1) * 128 // GROUP
-        for group in gl.static_range(GROUPS):
-            part = x
-            if GROUPS > 1:
-                part = gl.where(own // GROUP == group, x, gl.zeros_like(x))
-            b = gl.permute(gl.reshape(part, (S, T, 4, 4, 2, 2, 2)), (0, 3, 4, 5, 2, 6, 1))
-            b = gl.reshape(b, (S, 128, T))
-            b = gl.convert_layout(b, gl.DotOperandLayout(1, mma, 2), assert_trivial=True)
-            sums = mma_v2(a, b, gl.zeros([S, R, T], gl.float32, layout=mma))
-            scale = numbers(gl.load(scale_ptr + at + group), at + group, map_ptr, step_ptr, mean_ptr, CODED, True)  # fmt: skip
-            total += sums * gl.expand_dims(scale, 2)
-            if SHIFTED:
-                shift = numbers(gl.load(shift_ptr + at + group), at + group, map_ptr, shift_step_ptr, mean_ptr, True, False)  # fmt: skip
-                total += column_sums(b, T, S, mma, kind) * gl.expand_dims(shift, 2)
-        words, next_words = next_words, later_words
+    a = load_words(w_ptr, 0, count, O, row_words, R, S)
+    a_value, a_at = load_numbers(scale_ptr, 0, O, K, G, CODED, GROUP, R, S, mma)
+    b = load_words(w_ptr, 1, count, O, row_words, R, S)
+    b_value, b_at = load_numbers(scale_ptr, 1, O, K, G, CODED, GROUP, R, S, mma)
+    x = load_columns(x_ptr, 0, M, K, S, T)
+    for step in range(0, (count + S - 1) // S, 2):  # two steps are on their way: uniform_few.py
+        y = load_columns(x_ptr, step + 1, M, K, S, T)
+        total = add_block(total, a, a_value, a_at, x, scale_ptr, map_ptr, step_ptr, mean_ptr, shift_ptr, shift_step_ptr, LEVELS, GROUP, CODED, SHIFTED, HALF, R, S, T, mma)
+        a = load_words(w_ptr, step + 2, count, O, row_words, R, S)
+        a_value, a_at = load_numbers(scale_ptr, step + 2, O, K, G, CODED, GROUP, R, S, mma)
+        x = load_columns(x_ptr, step + 2, M, K, S, T)
+        total = add_block(total, b, b_value, b_at, y, scale_ptr, map_ptr, step_ptr, mean_ptr, shift_ptr, shift_step_ptr, LEVELS, GROUP, CODED, SHIFTED, HALF, R, S, T, mma)
+        b = load_words(w_ptr, step + 3, count, O, row_words, R, S)
+        b_value, b_at = load_numbers(scale_ptr, step + 3, O, K, G, CODED, GROUP, R, S, mma)
     layout: gl.constexpr = gl.SliceLayout(0, mma)
     store(gl.sum(total, 0), y_ptr, bias_ptr, bias_ptr, M, O, BIAS, False, R, T, layout)

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ..views import Kronecker, TokenGrid, Transform, Turn
 
-COLUMNS, DEPTH = 16, 32  # of a program: columns of the result, and of what it sums at a time
+COLUMNS, DEPTH = 16, 64  # of a program: columns of the result, and of what it sums at a time
+WIDTH = 1024  # numbers that one program divides
 WIDEST = 1 << 16  # numbers of a token that one program holds
 LARGEST_FACTOR = 256  # rows of the left factor that one program holds
 
@@ -41,7 +42,7 @@ def transform(x: Tensor, by: Turn, divisor: Tensor | None, factor: Tensor | None
         B=b,
         AP=max(16, 1 << (a - 1).bit_length()),
         NB=COLUMNS,
-        KB=DEPTH,
+        KB=min(DEPTH, max(16, 1 << (b - 1).bit_length())),
         SHUFFLED=shuffled,
         DIVIDE=divisor is not None,
         FACTOR=factor is not None,
@@ -86,6 +87,17 @@ def tokens(x: Tensor, by: TokenGrid, divisor: Tensor | None, values: bool) -> An
         enable_fp_fusion=False,
     )
     return codes if values else (codes, step)
+
+
+def divided(x: Tensor, divisor: Tensor) -> Tensor:
+    """x / divisor, computed in fp32, in the dtype of x; divisor [n]."""
+    from .tokens import divide
+
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    size = len(divisor)
+    divide[(-(-size // WIDTH), x.numel() // size)](x, divisor, y, size, DEPTH=WIDTH)
+    return y
 
 
 def fits_one_program(by: TokenGrid) -> bool:

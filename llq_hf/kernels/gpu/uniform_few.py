@@ -10,163 +10,166 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from .fragments import (
+    above,
     along,
     before,
     below,
+    block_number,
+    byte_of,
+    classes,
+    code_mask,
     column_sums,
-    first_four,
-    group_of,
+    first_group,
+    half_of,
+    in_group,
+    left,
     load_x,
-    offset,
-    plane_sums,
+    masked,
+    of_class,
+    product,
     product_layout,
     right,
+    shifted,
     store,
     weight_layout,
     word_offsets,
-    x_columns,
+    words_layout,
+    worth,
     x_layout,
 )
 
 
 @gluon.jit
-def block_number(blocks_ptr, index, count, LISTED: gl.constexpr):
-    """The number of the 128 columns that block `index` of a part belongs to; a valid one beyond."""
-    safe = gl.minimum(index, count - 1)
-    return gl.load(blocks_ptr + safe) if LISTED else safe
-
-
-@gluon.jit
-def load_words(rows_ptr, index, count, BITS: gl.constexpr, WIDTH: gl.constexpr, n: gl.constexpr, layout: gl.constexpr):  # fmt: skip
-    """A block's plane of n = WIDTH bits, or nothing where the codes have no such plane."""
-    if BITS & WIDTH:
-        at = gl.minimum(index, count - 1) * (4 * BITS) + 4 * before(BITS, WIDTH)
-        return gl.load(rows_ptr + at + word_offsets(n, layout)).to(gl.uint32, bitcast=True)
+def load_words(w_ptr, step, count, O, row_words, BITS: gl.constexpr, n: gl.constexpr, R: gl.constexpr, S: gl.constexpr):  # fmt: skip
+    """The plane of n bits of each warp's block, [S, R, 4, n]; nothing where there is no such plane."""
+    layout: gl.constexpr = words_layout(n, R, S)
+    if BITS & n:
+        row = gl.minimum(gl.program_id(0) * R + along(1, R, layout, 4), O - 1)
+        block = gl.minimum(step * S + along(0, S, layout, 4), count - 1)
+        at = row * row_words + (block * (4 * BITS) + 4 * before(BITS, n))
+        return gl.load(w_ptr + at + word_offsets(n, layout)).to(gl.uint32, bitcast=True)
     else:
         return gl.full([1, 1, 1, 1], 0, gl.uint32, layout=layout)
 
 
 @gluon.jit
-def add_plane(sums, of_x, x_ptr, words, block, live, K, M, first, BITS: gl.constexpr, n: gl.constexpr, GROUP: gl.constexpr, CENTRE: gl.constexpr, R: gl.constexpr, S: gl.constexpr, T: gl.constexpr, mantissa: gl.constexpr, kind: gl.constexpr, mma: gl.constexpr):  # fmt: skip
-    """The part of one plane in the sums of group `first` of a block, and the sums of x."""
+def load_grid(scale_ptr, zero_ptr, at, GROUPS: gl.constexpr, SCALES: gl.constexpr, ZEROS: gl.constexpr):
+    """The words that hold the scales and the zeros of a block's groups: two and one."""
+    scale, more, zero = at, at, at
+    if SCALES == 32:
+        scale = gl.load(scale_ptr + at)
+    elif SCALES == 16:
+        scale = gl.load(scale_ptr + (at >> 1))
+        if GROUPS == 4:
+            more = gl.load(scale_ptr + (at >> 1) + 1)
+    if ZEROS:
+        zero = gl.load(zero_ptr + (at >> 2))
+    return scale, more, zero
+
+
+@gluon.jit
+def scaled(sums, of_x, scale, more, zero, at, group: gl.constexpr, scale_ptr, zero_step, scale_value, zero_value, SCALES: gl.constexpr, ZEROS: gl.constexpr):
+    """scale * (sums - zero * of_x) of one of a block's groups."""
+    if ZEROS:
+        sums -= gl.expand_dims(byte_of(zero, at + group), 2) * zero_step * of_x
+    else:
+        sums -= zero_value * of_x
+    if SCALES == 16:
+        return sums * gl.expand_dims(half_of(scale if group < 2 else more, at + group), 2)
+    elif SCALES == 32:
+        return sums * gl.expand_dims(scale if group == 0 else gl.load(scale_ptr + at + group), 2)
+    else:
+        return sums * scale_value
+
+
+@gluon.jit
+def load_plane_x(x_ptr, step, blocks_ptr, count, K, M, BITS: gl.constexpr, n: gl.constexpr, LISTED: gl.constexpr, S: gl.constexpr, T: gl.constexpr):
+    """x of each warp's block in the order of the plane of n bits, if there is such a plane."""
     layout: gl.constexpr = x_layout(n, T, S)
-    x = load_x(x_ptr, block, live, K, M, n, T, layout, kind)
-    if GROUP != 0 and GROUP < 128:
-        x = gl.where(x_columns(n, layout) // GROUP == first, x, gl.zeros_like(x))
-    b = right(x, n, T, S, mma)
-    weights: gl.constexpr = weight_layout(n, R, S)
-    sums = plane_sums(sums, words, b, n, below(BITS, n), R, S, mantissa, kind, weights, mma)
-    if CENTRE:
-        of_x = column_sums(b, T, S, mma, kind)
+    if BITS & n:
+        index = step * S + along(0, S, layout, 6)
+        block = block_number(blocks_ptr, index, count, LISTED)
+        return load_x(x_ptr, block, index < count, K, M, n, T, layout)
+    else:
+        return gl.full([1, 1, 1, 1, 1, 1], 0, x_ptr.dtype.element_ty, layout=layout)
+
+
+@gluon.jit
+def add_plane(sums, of_x, x, words, group: gl.constexpr, BITS: gl.constexpr, n: gl.constexpr, GROUP: gl.constexpr, R: gl.constexpr, S: gl.constexpr, T: gl.constexpr, HALF: gl.constexpr, mma: gl.constexpr):
+    """sums += the codes of a plane times x, in one group of each block; of_x: the sums of x, which
+    the narrowest plane computes for all.
+    """
+    if BITS & n:
+        x = in_group(x, n, group, GROUP, x_layout(n, T, S))
+        x = x.to(gl.float16) if HALF else x.to(gl.bfloat16)
+        for cls in gl.static_range(classes(n)):
+            b = right(of_class(x, n, cls), n, T, S, mma)
+            own = column_sums(b, R, S, T, mma)
+            if (BITS & -BITS) == n:
+                of_x += own
+            for nibble in gl.static_range(2 if n == 8 else 1):
+                bits = shifted(words, n, nibble, weight_layout(n, R, S))
+                a = left(masked(bits, code_mask(n, cls), HALF), R, S, mma)
+                part = product(a, b, R, S, T, mma) - above(HALF) * own
+                sums += part * worth(HALF, cls * n % 4 - below(BITS, n) - 4 * nibble)
     return sums, of_x
 
 
 @gluon.jit
-def part_sums(
-    total, x_ptr, w_ptr, scale_ptr, zero_ptr, blocks_ptr, count, zero_step, scale_value, zero_value,
-    M, O, K, G, row_words,
-    BITS: gl.constexpr, GROUP: gl.constexpr, SCALES: gl.constexpr, ZEROS: gl.constexpr,
-    LISTED: gl.constexpr, R: gl.constexpr, S: gl.constexpr, T: gl.constexpr,
-    mantissa: gl.constexpr, kind: gl.constexpr, mma: gl.constexpr,
-):  # fmt: skip
+def add_block(total, x8, x4, x2, x1, w8, w4, w2, w1, scale, more, zero, at, scale_ptr, zero_step, scale_value, zero_value, BITS: gl.constexpr, GROUP: gl.constexpr, GROUPS: gl.constexpr, SCALES: gl.constexpr, ZEROS: gl.constexpr, R: gl.constexpr, S: gl.constexpr, T: gl.constexpr, HALF: gl.constexpr, mma: gl.constexpr):
+    """total + the product of each warp's block."""
+    for group in gl.static_range(GROUPS):
+        sums = gl.zeros([S, R, T], gl.float32, layout=mma)
+        of_x = gl.zeros([S, R, T], gl.float32, layout=mma)
+        sums, of_x = add_plane(sums, of_x, x8, w8, group, BITS, 8, GROUP, R, S, T, HALF, mma)
+        sums, of_x = add_plane(sums, of_x, x4, w4, group, BITS, 4, GROUP, R, S, T, HALF, mma)
+        sums, of_x = add_plane(sums, of_x, x2, w2, group, BITS, 2, GROUP, R, S, T, HALF, mma)
+        sums, of_x = add_plane(sums, of_x, x1, w1, group, BITS, 1, GROUP, R, S, T, HALF, mma)
+        total += scaled(sums, of_x, scale, more, zero, at, group, scale_ptr, zero_step, scale_value, zero_value, SCALES, ZEROS)
+    return total
+
+
+@gluon.jit
+def load_step(w_ptr, scale_ptr, zero_ptr, blocks_ptr, step, count, O, G, row_words, BITS: gl.constexpr, GROUP: gl.constexpr, GROUPS: gl.constexpr, SCALES: gl.constexpr, ZEROS: gl.constexpr, LISTED: gl.constexpr, R: gl.constexpr, S: gl.constexpr, mma: gl.constexpr):
+    """What a step needs from memory: the words of four planes, scales, zeros, and their place."""
+    w8 = load_words(w_ptr, step, count, O, row_words, BITS, 8, R, S)
+    w4 = load_words(w_ptr, step, count, O, row_words, BITS, 4, R, S)
+    w2 = load_words(w_ptr, step, count, O, row_words, BITS, 2, R, S)
+    w1 = load_words(w_ptr, step, count, O, row_words, BITS, 1, R, S)
+    at = first_group(step, blocks_ptr, count, O, G, GROUP, LISTED, R, S, mma)
+    scale, more, zero = load_grid(scale_ptr, zero_ptr, at, GROUPS, SCALES, ZEROS)
+    return w8, w4, w2, w1, scale, more, zero, at
+
+
+@gluon.jit
+def load_all_x(x_ptr, step, blocks_ptr, count, K, M, BITS: gl.constexpr, LISTED: gl.constexpr, S: gl.constexpr, T: gl.constexpr):
+    """x of a step, in the orders of the four planes."""
+    x8 = load_plane_x(x_ptr, step, blocks_ptr, count, K, M, BITS, 8, LISTED, S, T)
+    x4 = load_plane_x(x_ptr, step, blocks_ptr, count, K, M, BITS, 4, LISTED, S, T)
+    x2 = load_plane_x(x_ptr, step, blocks_ptr, count, K, M, BITS, 2, LISTED, S, T)
+    x1 = load_plane_x(x_ptr, step, blocks_ptr, count, K, M, BITS, 1, LISTED, S, T)
+    return x8, x4, x2, x1
+
+
+@gluon.jit
+def part_sums(total, x_ptr, w_ptr, scale_ptr, zero_ptr, blocks_ptr, count, zero_step, scale_value, zero_value, M, O, K, G, row_words, BITS: gl.constexpr, GROUP: gl.constexpr, SCALES: gl.constexpr, ZEROS: gl.constexpr, LISTED: gl.constexpr, R: gl.constexpr, S: gl.constexpr, T: gl.constexpr, HALF: gl.constexpr, mma: gl.constexpr):
     """total + the products of a part's codes of `BITS` bits, [S, R, T] fp32.
 
-    Words, scales and zeros are loaded two steps before they are needed, as memory takes about that
-    long.
+    Two steps are on their way: what a step has used up is loaded for the step after the next, into
+    the same registers, as a copy would have to wait for memory. x comes from the cache, one step
+    before it is used.
     """
-    P8: gl.constexpr = first_four(weight_layout(8, R, S))
-    P4: gl.constexpr = first_four(weight_layout(4, R, S))
-    P2: gl.constexpr = first_four(weight_layout(2, R, S))
-    P1: gl.constexpr = first_four(weight_layout(1, R, S))
     GROUPS: gl.constexpr = 1 if GROUP == 0 or GROUP >= 128 else 128 // GROUP
-    NARROWEST: gl.constexpr = BITS & -BITS
-    first_row = gl.program_id(0) * R
-    base8 = w_ptr + gl.minimum(first_row + along(1, R, P8, 4), O - 1) * row_words
-    base4 = w_ptr + gl.minimum(first_row + along(1, R, P4, 4), O - 1) * row_words
-    base2 = w_ptr + gl.minimum(first_row + along(1, R, P2, 4), O - 1) * row_words
-    base1 = w_ptr + gl.minimum(first_row + along(1, R, P1, 4), O - 1) * row_words
-    split8 = along(0, S, P8, 4)
-    split4 = along(0, S, P4, 4)
-    split2 = along(0, S, P2, 4)
-    split1 = along(0, S, P1, 4)
-    split_x8 = along(0, S, x_layout(8, T, S), 6)
-    split_x4 = along(0, S, x_layout(4, T, S), 6)
-    split_x2 = along(0, S, x_layout(2, T, S), 6)
-    split_x1 = along(0, S, x_layout(1, T, S), 6)
-    sides: gl.constexpr = gl.SliceLayout(2, mma)
-    group_layout: gl.constexpr = gl.SliceLayout(1, sides)
-    row_at = gl.expand_dims(gl.arange(0, R, layout=gl.SliceLayout(0, sides)), 0)
-    row_at = gl.minimum(first_row + row_at, O - 1) * G
-    split_s = gl.expand_dims(gl.arange(0, S, layout=group_layout), 1)
-
-    steps = (count + S - 1) // S
-    a8 = load_words(base8, split8, count, BITS, 8, 8, P8)
-    a4 = load_words(base4, split4, count, BITS, 4, 4, P4)
-    a2 = load_words(base2, split2, count, BITS, 2, 2, P2)
-    a1 = load_words(base1, split1, count, BITS, 1, 1, P1)
-    b8 = load_words(base8, S + split8, count, BITS, 8, 8, P8)
-    b4 = load_words(base4, S + split4, count, BITS, 4, 4, P4)
-    b2 = load_words(base2, S + split2, count, BITS, 2, 2, P2)
-    b1 = load_words(base1, S + split1, count, BITS, 1, 1, P1)
-    at_a = row_at + group_of(block_number(blocks_ptr, split_s, count, LISTED), GROUP)
-    at_b = row_at + group_of(block_number(blocks_ptr, S + split_s, count, LISTED), GROUP)
-    if GROUPS == 1 and SCALES:
-        scale_a = gl.load(scale_ptr + at_a)
-        scale_b = gl.load(scale_ptr + at_b)
-    if GROUPS == 1 and ZEROS:
-        zero_a = gl.load(zero_ptr + at_a)
-        zero_b = gl.load(zero_ptr + at_b)
-    for step in range(0, steps):
-        ahead = (step + 2) * S
-        c8 = load_words(base8, ahead + split8, count, BITS, 8, 8, P8)
-        c4 = load_words(base4, ahead + split4, count, BITS, 4, 4, P4)
-        c2 = load_words(base2, ahead + split2, count, BITS, 2, 2, P2)
-        c1 = load_words(base1, ahead + split1, count, BITS, 1, 1, P1)
-        at_c = row_at + group_of(block_number(blocks_ptr, ahead + split_s, count, LISTED), GROUP)
-        if GROUPS == 1 and SCALES:
-            scale_c = gl.load(scale_ptr + at_c)
-        if GROUPS == 1 and ZEROS:
-            zero_c = gl.load(zero_ptr + at_c)
-        for group in gl.static_range(GROUPS):
-            sums = gl.zeros([S, R, T], gl.float32, layout=mma)
-            of_x = gl.zeros([S, 1, T], gl.float32, layout=mma)
-            if BITS & 8:
-                index = step * S + split_x8
-                block = block_number(blocks_ptr, index, count, LISTED)
-                sums, of_x = add_plane(sums, of_x, x_ptr, a8, block, index < count, K, M, group, BITS, 8, GROUP, NARROWEST == 8, R, S, T, mantissa, kind, mma)  # fmt: skip
-            if BITS & 4:
-                index = step * S + split_x4
-                block = block_number(blocks_ptr, index, count, LISTED)
-                sums, of_x = add_plane(sums, of_x, x_ptr, a4, block, index < count, K, M, group, BITS, 4, GROUP, NARROWEST == 4, R, S, T, mantissa, kind, mma)  # fmt: skip
-            if BITS & 2:
-                index = step * S + split_x2
-                block = block_number(blocks_ptr, index, count, LISTED)
-                sums, of_x = add_plane(sums, of_x, x_ptr, a2, block, index < count, K, M, group, BITS, 2, GROUP, NARROWEST == 2, R, S, T, mantissa, kind, mma)  # fmt: skip
-            if BITS & 1:
-                index = step * S + split_x1
-                block = block_number(blocks_ptr, index, count, LISTED)
-                sums, of_x = add_plane(sums, of_x, x_ptr, a1, block, index < count, K, M, group, BITS, 1, GROUP, NARROWEST == 1, R, S, T, mantissa, kind, mma)  # fmt: skip
-            zero = zero_value
-            if ZEROS:
-                if GROUPS > 1:
-                    zero_a = gl.load(zero_ptr + at_a + group)
-                zero = gl.expand_dims(zero_a.to(gl.float32), 2) * zero_step
-            sums -= (zero + offset(BITS)) * of_x
-            if SCALES:
-                if GROUPS > 1:
-                    scale_a = gl.load(scale_ptr + at_a + group)
-                total += sums * gl.expand_dims(scale_a.to(gl.float32), 2)
-            else:
-                total += sums * scale_value
-        a8, b8 = b8, c8
-        a4, b4 = b4, c4
-        a2, b2 = b2, c2
-        a1, b1 = b1, c1
-        at_a, at_b = at_b, at_c
-        if GROUPS == 1 and SCALES:
-            scale_a, scale_b = scale_b, scale_c
-        if GROUPS == 1 and ZEROS:
-            zero_a, zero_b = zero_b, zero_c
+    a8, a4, a2, a1, a_scale, a_more, a_zero, a_at = load_step(w_ptr, scale_ptr, zero_ptr, blocks_ptr, 0, count, O, G, row_words, BITS, GROUP, GROUPS, SCALES, ZEROS, LISTED, R, S, mma)
+    b8, b4, b2, b1, b_scale, b_more, b_zero, b_at = load_step(w_ptr, scale_ptr, zero_ptr, blocks_ptr, 1, count, O, G, row_words, BITS, GROUP, GROUPS, SCALES, ZEROS, LISTED, R, S, mma)
+    x8, x4, x2, x1 = load_all_x(x_ptr, 0, blocks_ptr, count, K, M, BITS, LISTED, S, T)
+    for step in range(0, (count + S - 1) // S, 2):
+        y8, y4, y2, y1 = load_all_x(x_ptr, step + 1, blocks_ptr, count, K, M, BITS, LISTED, S, T)
+        total = add_block(total, x8, x4, x2, x1, a8, a4, a2, a1, a_scale, a_more, a_zero, a_at, scale_ptr, zero_step, scale_value, zero_value, BITS, GROUP, GROUPS, SCALES, ZEROS, R, S, T, HALF, mma)
+        a8, a4, a2, a1, a_scale, a_more, a_zero, a_at = load_step(w_ptr, scale_ptr, zero_ptr, blocks_ptr, step + 2, count, O, G, row_words, BITS, GROUP, GROUPS, SCALES, ZEROS, LISTED, R, S, mma)
+        x8, x4, x2, x1 = load_all_x(x_ptr, step + 2, blocks_ptr, count, K, M, BITS, LISTED, S, T)
+        total = add_block(total, y8, y4, y2, y1, b8, b4, b2, b1, b_scale, b_more, b_zero, b_at, scale_ptr, zero_step, scale_value, zero_value, BITS, GROUP, GROUPS, SCALES, ZEROS, R, S, T, HALF, mma)
+        b8, b4, b2, b1, b_scale, b_more, b_zero, b_at = load_step(w_ptr, scale_ptr, zero_ptr, blocks_ptr, step + 3, count, O, G, row_words, BITS, GROUP, GROUPS, SCALES, ZEROS, LISTED, R, S, mma)
     return total
 
 
@@ -212,12 +215,15 @@ def add_tail(
         group = column * 0
         if GROUP != 0:
             group = gl.minimum(column // GROUP, G - 1)
+        at = rows * G + group
         zero = zero_value
         if ZEROS:
-            zero = gl.load(zero_ptr + rows * G + group).to(gl.float32)
+            zero = byte_of(gl.load(zero_ptr + (at >> 2)), at)
         scale = scale_value
-        if SCALES:
-            scale = gl.load(scale_ptr + rows * G + group).to(gl.float32)
+        if SCALES == 16:
+            scale = half_of(gl.load(scale_ptr + (at >> 1)), at)
+        elif SCALES == 32:
+            scale = gl.load(scale_ptr + at)
         weights = (codes.to(gl.float32) - zero) * scale
         for t in gl.static_range(T):
             live = (column < K) & (t < M)
@@ -243,16 +249,17 @@ def uniform_few(
     zero is worth. GROUP 0: one group a row. SCALES, ZEROS: whether rows and groups have their own;
     otherwise `scale_value` and `zero_value` serve all. UNITS: of 32 columns after the last whole
     block. HALF: 16-bit products are fp16's and not bf16's. K: a multiple of 8.
+
+    scale: int32 words of fp16 pairs (SCALES 16), or fp32 (32); none (0). zero: int32 words of four
+    bytes. Rows times groups: a multiple of 4.
     """
-    kind: gl.constexpr = gl.float16 if HALF else gl.bfloat16
-    mantissa: gl.constexpr = 10 if HALF else 7
     mma: gl.constexpr = product_layout(S)
     total = gl.zeros([S, R, T], gl.float32, layout=mma)
-    total = part_sums(total, x_ptr, w_ptr, scale_ptr, zero_ptr, blocks_ptr, count0, zero_step0, scale_value, zero_value, M, O, K, G, row_words, BITS0, GROUP, SCALES, ZEROS, LISTED, R, S, T, mantissa, kind, mma)  # fmt: skip
+    total = part_sums(total, x_ptr, w_ptr, scale_ptr, zero_ptr, blocks_ptr, count0, zero_step0, scale_value, zero_value, M, O, K, G, row_words, BITS0, GROUP, SCALES, ZEROS, LISTED, R, S, T, HALF, mma)  # fmt: skip
     if BITS1:
-        total = part_sums(total, x_ptr, w_ptr + start1, scale_ptr, zero_ptr, blocks_ptr + count0, count1, zero_step1, scale_value, zero_value, M, O, K, G, row_words, BITS1, GROUP, SCALES, ZEROS, LISTED, R, S, T, mantissa, kind, mma)  # fmt: skip
+        total = part_sums(total, x_ptr, w_ptr + start1, scale_ptr, zero_ptr, blocks_ptr + count0, count1, zero_step1, scale_value, zero_value, M, O, K, G, row_words, BITS1, GROUP, SCALES, ZEROS, LISTED, R, S, T, HALF, mma)  # fmt: skip
     if BITS2:
-        total = part_sums(total, x_ptr, w_ptr + start2, scale_ptr, zero_ptr, blocks_ptr + count0 + count1, count2, zero_step2, scale_value, zero_value, M, O, K, G, row_words, BITS2, GROUP, SCALES, ZEROS, LISTED, R, S, T, mantissa, kind, mma)  # fmt: skip
+        total = part_sums(total, x_ptr, w_ptr + start2, scale_ptr, zero_ptr, blocks_ptr + count0 + count1, count2, zero_step2, scale_value, zero_value, M, O, K, G, row_words, BITS2, GROUP, SCALES, ZEROS, LISTED, R, S, T, HALF, mma)  # fmt: skip
     y = gl.sum(total, 0)
     layout: gl.constexpr = gl.SliceLayout(0, mma)
     if UNITS:

@@ -36,7 +36,11 @@ class Kind:
         return torch.from_numpy(values.astype(np.float32)).bfloat16().float().numpy()
 
 
-FLOAT32, BFLOAT16, FLOAT16 = Kind("fp32", np.float32), Kind("bf16", np.float32), Kind("fp16", np.float16)
+FLOAT32, BFLOAT16, FLOAT16 = (
+    Kind("fp32", np.float32),
+    Kind("bf16", np.float32),
+    Kind("fp16", np.float16),
+)
 KINDS = {"bf16": BFLOAT16, "fp16": FLOAT16}
 OF_TORCH = {
     torch.bfloat16: BFLOAT16,
@@ -85,6 +89,14 @@ class Array:
         self.values = np.asarray(values)
         self.kind = kind
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.values.shape
+
+    @property
+    def dtype(self) -> Kind | None:
+        return self.kind
+
     def to(self, kind: Kind, bitcast: bool = False) -> Array:
         if bitcast:
             return Array(self.values.view(kind.dtype), kind)
@@ -99,7 +111,9 @@ def _operator(name: str) -> Any:
         mine, theirs = self.values, value(other)
         if isinstance(theirs, (int, float)) and not isinstance(theirs, bool):
             integers = mine.dtype.kind in "iub" and isinstance(theirs, int)
-            theirs = np.asarray(theirs, mine.dtype if integers or mine.dtype.kind == "f" else np.float32)
+            theirs = np.asarray(
+                theirs, mine.dtype if integers or mine.dtype.kind == "f" else np.float32
+            )
         with np.errstate(all="ignore"):
             if name in ("__lshift__", "__rshift__"):
                 theirs = np.asarray(theirs).astype(mine.dtype)
@@ -109,7 +123,9 @@ def _operator(name: str) -> Any:
     return apply
 
 
-for _name in "add radd sub rsub mul rmul floordiv mod and or xor lshift rshift lt le gt ge eq ne".split():
+for (
+    _name
+) in "add radd sub rsub mul rmul floordiv mod and or xor lshift rshift lt le gt ge eq ne".split():
     setattr(Array, f"__{_name}__", _operator(f"__{_name}__"))
 
 
@@ -117,8 +133,9 @@ class Language:
     """What a kernel calls `gl`."""
 
     float32, bfloat16, float16 = FLOAT32, BFLOAT16, FLOAT16
-    uint32, int32, uint8, int64 = (
-        Kind("u32", np.uint32), Kind("i32", np.int32), Kind("u8", np.uint8), Kind("i64", np.int64),
+    uint32, int32, int16, uint8, int64 = (
+        Kind("u32", np.uint32), Kind("i32", np.int32), Kind("i16", np.int16), Kind("u8", np.uint8),
+        Kind("i64", np.int64),
     )  # fmt: skip
     constexpr = staticmethod(lambda x: x)
 
@@ -158,6 +175,9 @@ class Language:
     def reshape(self, x: Array, shape: Any) -> Array:
         return Array(x.values.reshape(shape), x.kind)
 
+    def split(self, x: Array) -> tuple[Array, Array]:
+        return Array(x.values[..., 0], x.kind), Array(x.values[..., 1], x.kind)
+
     def convert_layout(self, x: Array, layout: Any, assert_trivial: bool = False) -> Array:
         return x
 
@@ -176,7 +196,11 @@ class Language:
 
     def load(self, pointer: Pointer, mask: Any = None, other: Any = 0) -> Array:
         memory, at = pointer.memory, pointer.at
-        live = np.ones(at.shape, bool) if mask is None else np.broadcast_to(value(mask), np.broadcast_shapes(at.shape, value(mask).shape))
+        live = (
+            np.ones(at.shape, bool)
+            if mask is None
+            else np.broadcast_to(value(mask), np.broadcast_shapes(at.shape, value(mask).shape))
+        )
         at = np.broadcast_to(at, live.shape)
         inside = (at >= 0) & (at < len(memory.values))
         assert (inside | ~live).all(), "a load outside of its tensor"
@@ -305,7 +329,7 @@ def _host(function: Any, language: Language) -> Any:
     plain = function.__wrapped__
 
     def call(*args: Any) -> Any:
-        if "layout" in function.__name__ or function.__name__ in ("only", "first_four"):
+        if "layout" in function.__name__ or function.__name__ == "only":
             return None
         found = plain(*args)
         return getattr(found, "value", found)
