@@ -21,8 +21,17 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import mma_v2
+from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 from triton.runtime.jit import constexpr_function
+
+
+STAGES = gl.constexpr(4)  # steps of a program whose data are on their way through shared memory
+
+
+@constexpr_function
+def ring_layout(rank):
+    """Of `rank` dimensions in shared memory, row by row."""
+    return gl.SwizzledSharedLayout(1, 1, 1, order=list(range(rank - 1, -1, -1)))
 
 
 @constexpr_function
@@ -310,6 +319,38 @@ def half_of(word, at):
 def byte_of(word, at):
     """The byte at place `at`, as fp32, of the word that holds it."""
     return ((word >> ((at & 3) * 8)) & 0xFF).to(gl.float32)
+
+
+@gluon.jit
+def ask(ring, step, pointers):
+    """Begin to copy what lies at `pointers` into the place of a step. Copies go past registers, so
+    that nothing waits for them but `wait`.
+    """
+    async_copy.async_copy_global_to_shared(ring.index(step % STAGES), pointers)
+
+
+@gluon.jit
+def new_ring_of_rows(ptr, THERE: gl.constexpr, R: gl.constexpr, S: gl.constexpr):
+    """Shared memory for a word of each row and step, if there are such words."""
+    if THERE:
+        return gl.allocate_shared_memory(ptr.dtype.element_ty, [STAGES, S, R], ring_layout(2))
+    else:
+        return gl.allocate_shared_memory(gl.int32, [1], ring_layout(1))
+
+
+@gluon.jit
+def row_words_of(ring, step, at, THERE: gl.constexpr, layout: gl.constexpr):
+    """A word of each row, [S, R]; anything if there are none."""
+    if THERE:
+        return ring.index(step % STAGES).load(layout)
+    else:
+        return at
+
+
+@gluon.jit
+def wait():
+    """Wait until the copies of the oldest step that has not been waited for are there."""
+    async_copy.wait_group(STAGES - 2)
 
 
 @gluon.jit

@@ -16,10 +16,14 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.runtime.jit import constexpr_function
 
 from .fragments import (
+    STAGES,
     above,
     along,
+    ask,
     classes,
     column_sums,
     first_group,
@@ -28,12 +32,16 @@ from .fragments import (
     left,
     load_x,
     masked,
+    new_ring_of_rows,
     of_class,
     product,
     product_layout,
     right,
+    ring_layout,
+    row_words_of,
     shifted,
     store,
+    wait,
     weight_layout,
     word_offsets,
     words_layout,
@@ -43,6 +51,12 @@ from .fragments import (
 )
 
 DUAL, SPLIT, SIGNS = gl.constexpr(0), gl.constexpr(1), gl.constexpr(2)
+
+
+@constexpr_function
+def scales_of(kind):
+    """Scales of a row and group."""
+    return (2, 4, 1)[kind]
 
 
 @gluon.jit
@@ -65,14 +79,9 @@ def add_x(of_x, extra, b, power: gl.constexpr, R: gl.constexpr, S: gl.constexpr,
 
 
 @gluon.jit
-def load_numbers(ptr, at, each: gl.constexpr):
-    """The words that hold the `each` fp16 numbers of a row and group: one or two."""
-    first = at * each >> 1
-    if each <= 2:
-        word = gl.load(ptr + first)
-        return word, word
-    else:
-        return gl.load(ptr + first), gl.load(ptr + first + 1)
+def first_word(at, each: gl.constexpr):
+    """The word in which the `each` fp16 numbers of a row and group begin."""
+    return at * each >> 1
 
 
 @gluon.jit
@@ -149,13 +158,23 @@ def group_sums(all_x, halves, scale, mean, at, group: gl.constexpr, KIND: gl.con
 
 
 @gluon.jit
-def load_words(w_ptr, step, count, O, row_words, n: gl.constexpr, R: gl.constexpr, S: gl.constexpr):  # fmt: skip
-    """Each warp's block of n-bit codes, [S, R, 4, n]."""
+def ask_step(words, scales, more_scales, means, more_means, w_ptr, scale_ptr, mean_ptr, step, count, O, G, row_words, KIND: gl.constexpr, MEANS: gl.constexpr, GROUP: gl.constexpr, R: gl.constexpr, S: gl.constexpr, mma: gl.constexpr):
+    """Begin to copy what a step needs: words, scales and means of each warp's block."""
+    n: gl.constexpr = 1 if KIND == SIGNS else 2
     layout: gl.constexpr = words_layout(n, R, S)
     row = gl.minimum(gl.program_id(0) * R + along(1, R, layout, 4), O - 1)
     block = gl.minimum(step * S + along(0, S, layout, 4), count - 1)
-    at = row * row_words + block * (4 * n)
-    return gl.load(w_ptr + at + word_offsets(n, layout)).to(gl.uint32, bitcast=True)
+    ask(words, step, w_ptr + (row * row_words + block * (4 * n)) + word_offsets(n, layout))
+    at = first_group(step, w_ptr, count, O, G, GROUP, False, R, S, mma)
+    each: gl.constexpr = scales_of(KIND)
+    ask(scales, step, scale_ptr + first_word(at, each))
+    if KIND == SPLIT:
+        ask(more_scales, step, scale_ptr + first_word(at, 4) + 1)
+        ask(means, step, mean_ptr + first_word(at, MEANS))
+        ask(more_means, step, mean_ptr + first_word(at, MEANS) + 1)
+    if KIND == SIGNS:
+        ask(means, step, mean_ptr + first_word(at, 1))
+    async_copy.commit_group()
 
 
 @gluon.jit
@@ -169,28 +188,11 @@ def add_block(total, words, scale, more_scale, mean, more_mean, at, x, salient, 
     else:
         for group in gl.static_range(GROUPS):
             if group > 0:
-                scale, more_scale = load_numbers(scale_ptr, at + group, 2 if KIND == DUAL else 1)
+                scale = gl.load(scale_ptr + first_word(at + group, scales_of(KIND)))
                 if KIND == SIGNS:
-                    mean, more_mean = load_numbers(mean_ptr, at + group, 1)
+                    mean = gl.load(mean_ptr + first_word(at + group, 1))
             total += group_sums(x, halves, scale, mean, at + group, group, KIND, GROUP, R, S, T, HALF, mma)
     return total
-
-
-@gluon.jit
-def load_step(w_ptr, scale_ptr, mean_ptr, step, count, O, G, row_words, KIND: gl.constexpr, MEANS: gl.constexpr, GROUP: gl.constexpr, R: gl.constexpr, S: gl.constexpr, mma: gl.constexpr):
-    """What a step needs from memory: words, scales and means, and their place."""
-    words = load_words(w_ptr, step, count, O, row_words, 1 if KIND == SIGNS else 2, R, S)
-    at = first_group(step, w_ptr, count, O, G, GROUP, False, R, S, mma)
-    if KIND == DUAL:
-        scale, more_scale = load_numbers(scale_ptr, at, 2)
-        mean, more_mean = scale, scale
-    elif KIND == SPLIT:
-        scale, more_scale = load_numbers(scale_ptr, at, 4)
-        mean, more_mean = load_numbers(mean_ptr, at, MEANS)
-    else:
-        scale, more_scale = load_numbers(scale_ptr, at, 1)
-        mean, more_mean = load_numbers(mean_ptr, at, 1)
-    return words, scale, more_scale, mean, more_mean, at
 
 
 @gluon.jit
@@ -219,18 +221,31 @@ def levels_few(
     (SPLIT) or [O, G] (SIGNS). Both are read as int32 words of two numbers, so rows times groups are
     even. salient: uint8 [K], 1 in salient columns (SPLIT). GROUP 0: one group a row.
     """
+    n: gl.constexpr = 1 if KIND == SIGNS else 2
     mma: gl.constexpr = product_layout(S)
+    sides: gl.constexpr = gl.SliceLayout(2, mma)
     count = K // 128
+    words = gl.allocate_shared_memory(gl.int32, [STAGES, S, R, 4, n], ring_layout(4))
+    scales = new_ring_of_rows(scale_ptr, True, R, S)
+    more_scales = new_ring_of_rows(scale_ptr, KIND == SPLIT, R, S)
+    means = new_ring_of_rows(scale_ptr, KIND != DUAL, R, S)
+    more_means = new_ring_of_rows(scale_ptr, KIND == SPLIT, R, S)
     total = gl.zeros([S, R, T], gl.float32, layout=mma)
-    a, a_scale, a_more, a_mean, a_means, a_at = load_step(w_ptr, scale_ptr, mean_ptr, 0, count, O, G, row_words, KIND, MEANS, GROUP, R, S, mma)
-    b, b_scale, b_more, b_mean, b_means, b_at = load_step(w_ptr, scale_ptr, mean_ptr, 1, count, O, G, row_words, KIND, MEANS, GROUP, R, S, mma)
-    x, x_salient = load_columns(x_ptr, salient_ptr, 0, count, K, M, KIND, S, T)
-    for step in range(0, (count + S - 1) // S, 2):  # two steps are on their way: uniform_few.py
-        y, y_salient = load_columns(x_ptr, salient_ptr, step + 1, count, K, M, KIND, S, T)
-        total = add_block(total, a, a_scale, a_more, a_mean, a_means, a_at, x, x_salient, scale_ptr, mean_ptr, KIND, MEANS, GROUP, HALF, R, S, T, mma)
-        a, a_scale, a_more, a_mean, a_means, a_at = load_step(w_ptr, scale_ptr, mean_ptr, step + 2, count, O, G, row_words, KIND, MEANS, GROUP, R, S, mma)
-        x, x_salient = load_columns(x_ptr, salient_ptr, step + 2, count, K, M, KIND, S, T)
-        total = add_block(total, b, b_scale, b_more, b_mean, b_means, b_at, y, y_salient, scale_ptr, mean_ptr, KIND, MEANS, GROUP, HALF, R, S, T, mma)
-        b, b_scale, b_more, b_mean, b_means, b_at = load_step(w_ptr, scale_ptr, mean_ptr, step + 3, count, O, G, row_words, KIND, MEANS, GROUP, R, S, mma)
+    for step in gl.static_range(STAGES - 1):
+        ask_step(words, scales, more_scales, means, more_means, w_ptr, scale_ptr, mean_ptr, step, count, O, G, row_words, KIND, MEANS, GROUP, R, S, mma)
+    x, salient = load_columns(x_ptr, salient_ptr, 0, count, K, M, KIND, S, T)
+    for step in range(0, (count + S - 1) // S):
+        wait()
+        bits = words.index(step % STAGES).load(words_layout(n, R, S)).to(gl.uint32, bitcast=True)
+        at = first_group(step, w_ptr, count, O, G, GROUP, False, R, S, mma)
+        scale = row_words_of(scales, step, at, True, sides)
+        more_scale = row_words_of(more_scales, step, at, KIND == SPLIT, sides)
+        mean = row_words_of(means, step, at, KIND != DUAL, sides)
+        more_mean = row_words_of(more_means, step, at, KIND == SPLIT, sides)
+        ask_step(words, scales, more_scales, means, more_means, w_ptr, scale_ptr, mean_ptr, step + (STAGES - 1), count, O, G, row_words, KIND, MEANS, GROUP, R, S, mma)
+        y, next_salient = load_columns(x_ptr, salient_ptr, step + 1, count, K, M, KIND, S, T)
+        total = add_block(total, bits, scale, more_scale, mean, more_mean, at, x, salient, scale_ptr, mean_ptr, KIND, MEANS, GROUP, HALF, R, S, T, mma)
+        x, salient = y, next_salient
+    async_copy.wait_group(0)
     layout: gl.constexpr = gl.SliceLayout(0, mma)
     store(gl.sum(total, 0), y_ptr, bias_ptr, bias_ptr, M, O, BIAS, False, R, T, layout)

@@ -12,9 +12,24 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.runtime.jit import constexpr_function
 
-from .fragments import along, bases, column_sums, left, product, product_layout, store
+from .fragments import (
+    STAGES,
+    along,
+    ask,
+    bases,
+    column_sums,
+    left,
+    new_ring_of_rows,
+    product,
+    product_layout,
+    ring_layout,
+    row_words_of,
+    store,
+    wait,
+)
 
 
 @constexpr_function
@@ -93,26 +108,26 @@ def numbers(ptr, first, at, group: gl.constexpr, map_ptr, step_ptr, mean_ptr, CO
 
 
 @gluon.jit
-def load_words(w_ptr, step, count, O, row_words, R: gl.constexpr, S: gl.constexpr):
-    """Each warp's block, [S, R, 4, 4]."""
-    layout: gl.constexpr = gl.SliceLayout(4, codes_layout(R, S))
-    row = gl.minimum(gl.program_id(0) * R + along(1, R, layout, 4), O - 1)
-    block = gl.minimum(step * S + along(0, S, layout, 4), count - 1)
-    at = row * row_words + block * 16 + along(2, 4, layout, 4) * 4 + along(3, 4, layout, 4)
-    return gl.load(w_ptr + at).to(gl.uint32, bitcast=True)
-
-
-@gluon.jit
-def load_numbers(ptr, step, O, K, G, CODED: gl.constexpr, GROUP: gl.constexpr, R: gl.constexpr, S: gl.constexpr, mma: gl.constexpr):  # fmt: skip
-    """What is stored for the first group of each warp's block, [S, R] (if CODED, the word that holds
-    its byte), and its place.
-    """
+def place(step, O, K, G, GROUP: gl.constexpr, R: gl.constexpr, S: gl.constexpr, mma: gl.constexpr):
+    """The place of each row's first group in each warp's block, [S, R]."""
     sides: gl.constexpr = gl.SliceLayout(2, mma)
     row = gl.expand_dims(gl.arange(0, R, layout=gl.SliceLayout(0, sides)), 0)
     row = gl.minimum(gl.program_id(0) * R + row, O - 1)
     block = step * S + gl.expand_dims(gl.arange(0, S, layout=gl.SliceLayout(1, sides)), 1)
-    at = row * G + gl.minimum(block, K // 128 - 1) * 128 // GROUP
-    return gl.load(ptr + (at >> 2 if CODED else at)), at
+    return row * G + gl.minimum(block, K // 128 - 1) * 128 // GROUP
+
+
+@gluon.jit
+def ask_step(words, values, w_ptr, scale_ptr, step, O, K, G, row_words, CODED: gl.constexpr, GROUP: gl.constexpr, R: gl.constexpr, S: gl.constexpr, mma: gl.constexpr):
+    """Begin to copy each warp's block, and what is stored for its first group."""
+    layout: gl.constexpr = gl.SliceLayout(4, codes_layout(R, S))
+    row = gl.minimum(gl.program_id(0) * R + along(1, R, layout, 4), O - 1)
+    block = gl.minimum(step * S + along(0, S, layout, 4), K // 128 - 1)
+    at = row * row_words + block * 16 + along(2, 4, layout, 4) * 4 + along(3, 4, layout, 4)
+    ask(words, step, w_ptr + at)
+    own = place(step, O, K, G, GROUP, R, S, mma)
+    ask(values, step, scale_ptr + (own >> 2 if CODED else own))
+    async_copy.commit_group()
 
 
 @gluon.jit
@@ -171,19 +186,20 @@ def table_few(
     mma: gl.constexpr = product_layout(S)
     count = K // 128
     total = gl.zeros([S, R, T], gl.float32, layout=mma)
-    a = load_words(w_ptr, 0, count, O, row_words, R, S)
-    a_value, a_at = load_numbers(scale_ptr, 0, O, K, G, CODED, GROUP, R, S, mma)
-    b = load_words(w_ptr, 1, count, O, row_words, R, S)
-    b_value, b_at = load_numbers(scale_ptr, 1, O, K, G, CODED, GROUP, R, S, mma)
+    words = gl.allocate_shared_memory(gl.int32, [STAGES, S, R, 4, 4], ring_layout(4))
+    values = new_ring_of_rows(scale_ptr, True, R, S)
+    for step in gl.static_range(STAGES - 1):
+        ask_step(words, values, w_ptr, scale_ptr, step, O, K, G, row_words, CODED, GROUP, R, S, mma)
     x = load_columns(x_ptr, 0, M, K, S, T)
-    for step in range(0, (count + S - 1) // S, 2):  # two steps are on their way: uniform_few.py
+    for step in range(0, (count + S - 1) // S):
+        wait()
+        bits = words.index(step % STAGES).load(gl.SliceLayout(4, codes_layout(R, S)))
+        at = place(step, O, K, G, GROUP, R, S, mma)
+        value = row_words_of(values, step, at, True, gl.SliceLayout(2, mma))
+        ask_step(words, values, w_ptr, scale_ptr, step + (STAGES - 1), O, K, G, row_words, CODED, GROUP, R, S, mma)
         y = load_columns(x_ptr, step + 1, M, K, S, T)
-        total = add_block(total, a, a_value, a_at, x, scale_ptr, map_ptr, step_ptr, mean_ptr, shift_ptr, shift_step_ptr, LEVELS, GROUP, CODED, SHIFTED, HALF, R, S, T, mma)
-        a = load_words(w_ptr, step + 2, count, O, row_words, R, S)
-        a_value, a_at = load_numbers(scale_ptr, step + 2, O, K, G, CODED, GROUP, R, S, mma)
-        x = load_columns(x_ptr, step + 2, M, K, S, T)
-        total = add_block(total, b, b_value, b_at, y, scale_ptr, map_ptr, step_ptr, mean_ptr, shift_ptr, shift_step_ptr, LEVELS, GROUP, CODED, SHIFTED, HALF, R, S, T, mma)
-        b = load_words(w_ptr, step + 3, count, O, row_words, R, S)
-        b_value, b_at = load_numbers(scale_ptr, step + 3, O, K, G, CODED, GROUP, R, S, mma)
+        total = add_block(total, bits.to(gl.uint32, bitcast=True), value, at, x, scale_ptr, map_ptr, step_ptr, mean_ptr, shift_ptr, shift_step_ptr, LEVELS, GROUP, CODED, SHIFTED, HALF, R, S, T, mma)
+        x = y
+    async_copy.wait_group(0)
     layout: gl.constexpr = gl.SliceLayout(0, mma)
     store(gl.sum(total, 0), y_ptr, bias_ptr, bias_ptr, M, O, BIAS, False, R, T, layout)

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 from .fragments import (
+    STAGES,
     above,
     along,
+    ask,
     before,
     below,
     block_number,
@@ -25,12 +28,16 @@ from .fragments import (
     left,
     load_x,
     masked,
+    new_ring_of_rows,
     of_class,
     product,
     product_layout,
     right,
+    ring_layout,
+    row_words_of,
     shifted,
     store,
+    wait,
     weight_layout,
     word_offsets,
     words_layout,
@@ -40,31 +47,46 @@ from .fragments import (
 
 
 @gluon.jit
-def load_words(w_ptr, step, count, O, row_words, BITS: gl.constexpr, n: gl.constexpr, R: gl.constexpr, S: gl.constexpr):  # fmt: skip
-    """The plane of n bits of each warp's block, [S, R, 4, n]; nothing where there is no such plane."""
-    layout: gl.constexpr = words_layout(n, R, S)
+def new_ring(BITS: gl.constexpr, n: gl.constexpr, R: gl.constexpr, S: gl.constexpr):
+    """Shared memory for the plane of n bits of a few steps, if there is such a plane."""
     if BITS & n:
+        return gl.allocate_shared_memory(gl.int32, [STAGES, S, R, 4, n], ring_layout(4))
+    else:
+        return gl.allocate_shared_memory(gl.int32, [1], ring_layout(1))
+
+
+@gluon.jit
+def ask_words(ring, w_ptr, step, count, O, row_words, BITS: gl.constexpr, n: gl.constexpr, R: gl.constexpr, S: gl.constexpr):
+    """Begin to copy the plane of n bits of each warp's block."""
+    if BITS & n:
+        layout: gl.constexpr = words_layout(n, R, S)
         row = gl.minimum(gl.program_id(0) * R + along(1, R, layout, 4), O - 1)
         block = gl.minimum(step * S + along(0, S, layout, 4), count - 1)
         at = row * row_words + (block * (4 * BITS) + 4 * before(BITS, n))
-        return gl.load(w_ptr + at + word_offsets(n, layout)).to(gl.uint32, bitcast=True)
+        ask(ring, step, w_ptr + at + word_offsets(n, layout))
+
+
+@gluon.jit
+def words_of(ring, step, BITS: gl.constexpr, n: gl.constexpr, R: gl.constexpr, S: gl.constexpr):
+    """The plane of n bits of each warp's block, [S, R, 4, n]."""
+    layout: gl.constexpr = words_layout(n, R, S)
+    if BITS & n:
+        return ring.index(step % STAGES).load(layout).to(gl.uint32, bitcast=True)
     else:
         return gl.full([1, 1, 1, 1], 0, gl.uint32, layout=layout)
 
 
 @gluon.jit
-def load_grid(scale_ptr, zero_ptr, at, GROUPS: gl.constexpr, SCALES: gl.constexpr, ZEROS: gl.constexpr):
-    """The words that hold the scales and the zeros of a block's groups: two and one."""
-    scale, more, zero = at, at, at
+def ask_grid(scales, more, zeros, scale_ptr, zero_ptr, at, step, GROUPS: gl.constexpr, SCALES: gl.constexpr, ZEROS: gl.constexpr):
+    """Begin to copy the words that hold the scales and the zeros of a block's groups."""
     if SCALES == 32:
-        scale = gl.load(scale_ptr + at)
+        ask(scales, step, scale_ptr + at)
     elif SCALES == 16:
-        scale = gl.load(scale_ptr + (at >> 1))
+        ask(scales, step, scale_ptr + (at >> 1))
         if GROUPS == 4:
-            more = gl.load(scale_ptr + (at >> 1) + 1)
+            ask(more, step, scale_ptr + (at >> 1) + 1)
     if ZEROS:
-        zero = gl.load(zero_ptr + (at >> 2))
-    return scale, more, zero
+        ask(zeros, step, zero_ptr + (at >> 2))
 
 
 @gluon.jit
@@ -130,18 +152,6 @@ def add_block(total, x8, x4, x2, x1, w8, w4, w2, w1, scale, more, zero, at, scal
 
 
 @gluon.jit
-def load_step(w_ptr, scale_ptr, zero_ptr, blocks_ptr, step, count, O, G, row_words, BITS: gl.constexpr, GROUP: gl.constexpr, GROUPS: gl.constexpr, SCALES: gl.constexpr, ZEROS: gl.constexpr, LISTED: gl.constexpr, R: gl.constexpr, S: gl.constexpr, mma: gl.constexpr):
-    """What a step needs from memory: the words of four planes, scales, zeros, and their place."""
-    w8 = load_words(w_ptr, step, count, O, row_words, BITS, 8, R, S)
-    w4 = load_words(w_ptr, step, count, O, row_words, BITS, 4, R, S)
-    w2 = load_words(w_ptr, step, count, O, row_words, BITS, 2, R, S)
-    w1 = load_words(w_ptr, step, count, O, row_words, BITS, 1, R, S)
-    at = first_group(step, blocks_ptr, count, O, G, GROUP, LISTED, R, S, mma)
-    scale, more, zero = load_grid(scale_ptr, zero_ptr, at, GROUPS, SCALES, ZEROS)
-    return w8, w4, w2, w1, scale, more, zero, at
-
-
-@gluon.jit
 def load_all_x(x_ptr, step, blocks_ptr, count, K, M, BITS: gl.constexpr, LISTED: gl.constexpr, S: gl.constexpr, T: gl.constexpr):
     """x of a step, in the orders of the four planes."""
     x8 = load_plane_x(x_ptr, step, blocks_ptr, count, K, M, BITS, 8, LISTED, S, T)
@@ -155,21 +165,50 @@ def load_all_x(x_ptr, step, blocks_ptr, count, K, M, BITS: gl.constexpr, LISTED:
 def part_sums(total, x_ptr, w_ptr, scale_ptr, zero_ptr, blocks_ptr, count, zero_step, scale_value, zero_value, M, O, K, G, row_words, BITS: gl.constexpr, GROUP: gl.constexpr, SCALES: gl.constexpr, ZEROS: gl.constexpr, LISTED: gl.constexpr, R: gl.constexpr, S: gl.constexpr, T: gl.constexpr, HALF: gl.constexpr, mma: gl.constexpr):
     """total + the products of a part's codes of `BITS` bits, [S, R, T] fp32.
 
-    Two steps are on their way: what a step has used up is loaded for the step after the next, into
-    the same registers, as a copy would have to wait for memory. x comes from the cache, one step
-    before it is used.
+    Words, scales and zeros go through a ring in shared memory, `STAGES` - 1 steps ahead. x comes
+    from the cache, one step before it is used.
     """
     GROUPS: gl.constexpr = 1 if GROUP == 0 or GROUP >= 128 else 128 // GROUP
-    a8, a4, a2, a1, a_scale, a_more, a_zero, a_at = load_step(w_ptr, scale_ptr, zero_ptr, blocks_ptr, 0, count, O, G, row_words, BITS, GROUP, GROUPS, SCALES, ZEROS, LISTED, R, S, mma)
-    b8, b4, b2, b1, b_scale, b_more, b_zero, b_at = load_step(w_ptr, scale_ptr, zero_ptr, blocks_ptr, 1, count, O, G, row_words, BITS, GROUP, GROUPS, SCALES, ZEROS, LISTED, R, S, mma)
+    MORE: gl.constexpr = SCALES == 16 and GROUPS == 4
+    sides: gl.constexpr = gl.SliceLayout(2, mma)
+    ring8 = new_ring(BITS, 8, R, S)
+    ring4 = new_ring(BITS, 4, R, S)
+    ring2 = new_ring(BITS, 2, R, S)
+    ring1 = new_ring(BITS, 1, R, S)
+    scales = new_ring_of_rows(scale_ptr, SCALES != 0, R, S)
+    more = new_ring_of_rows(scale_ptr, MORE, R, S)
+    zeros = new_ring_of_rows(zero_ptr, ZEROS, R, S)
+    for step in gl.static_range(STAGES - 1):
+        ask_words(ring8, w_ptr, step, count, O, row_words, BITS, 8, R, S)
+        ask_words(ring4, w_ptr, step, count, O, row_words, BITS, 4, R, S)
+        ask_words(ring2, w_ptr, step, count, O, row_words, BITS, 2, R, S)
+        ask_words(ring1, w_ptr, step, count, O, row_words, BITS, 1, R, S)
+        at = first_group(step, blocks_ptr, count, O, G, GROUP, LISTED, R, S, mma)
+        ask_grid(scales, more, zeros, scale_ptr, zero_ptr, at, step, GROUPS, SCALES, ZEROS)
+        async_copy.commit_group()
     x8, x4, x2, x1 = load_all_x(x_ptr, 0, blocks_ptr, count, K, M, BITS, LISTED, S, T)
-    for step in range(0, (count + S - 1) // S, 2):
+    for step in range(0, (count + S - 1) // S):
+        wait()
+        w8 = words_of(ring8, step, BITS, 8, R, S)
+        w4 = words_of(ring4, step, BITS, 4, R, S)
+        w2 = words_of(ring2, step, BITS, 2, R, S)
+        w1 = words_of(ring1, step, BITS, 1, R, S)
+        at = first_group(step, blocks_ptr, count, O, G, GROUP, LISTED, R, S, mma)
+        scale = row_words_of(scales, step, at, SCALES != 0, sides)
+        later = row_words_of(more, step, at, MORE, sides)
+        zero = row_words_of(zeros, step, at, ZEROS, sides)
+        ahead = step + (STAGES - 1)
+        ask_words(ring8, w_ptr, ahead, count, O, row_words, BITS, 8, R, S)
+        ask_words(ring4, w_ptr, ahead, count, O, row_words, BITS, 4, R, S)
+        ask_words(ring2, w_ptr, ahead, count, O, row_words, BITS, 2, R, S)
+        ask_words(ring1, w_ptr, ahead, count, O, row_words, BITS, 1, R, S)
+        at_ahead = first_group(ahead, blocks_ptr, count, O, G, GROUP, LISTED, R, S, mma)
+        ask_grid(scales, more, zeros, scale_ptr, zero_ptr, at_ahead, ahead, GROUPS, SCALES, ZEROS)
+        async_copy.commit_group()
         y8, y4, y2, y1 = load_all_x(x_ptr, step + 1, blocks_ptr, count, K, M, BITS, LISTED, S, T)
-        total = add_block(total, x8, x4, x2, x1, a8, a4, a2, a1, a_scale, a_more, a_zero, a_at, scale_ptr, zero_step, scale_value, zero_value, BITS, GROUP, GROUPS, SCALES, ZEROS, R, S, T, HALF, mma)
-        a8, a4, a2, a1, a_scale, a_more, a_zero, a_at = load_step(w_ptr, scale_ptr, zero_ptr, blocks_ptr, step + 2, count, O, G, row_words, BITS, GROUP, GROUPS, SCALES, ZEROS, LISTED, R, S, mma)
-        x8, x4, x2, x1 = load_all_x(x_ptr, step + 2, blocks_ptr, count, K, M, BITS, LISTED, S, T)
-        total = add_block(total, y8, y4, y2, y1, b8, b4, b2, b1, b_scale, b_more, b_zero, b_at, scale_ptr, zero_step, scale_value, zero_value, BITS, GROUP, GROUPS, SCALES, ZEROS, R, S, T, HALF, mma)
-        b8, b4, b2, b1, b_scale, b_more, b_zero, b_at = load_step(w_ptr, scale_ptr, zero_ptr, blocks_ptr, step + 3, count, O, G, row_words, BITS, GROUP, GROUPS, SCALES, ZEROS, LISTED, R, S, mma)
+        total = add_block(total, x8, x4, x2, x1, w8, w4, w2, w1, scale, later, zero, at, scale_ptr, zero_step, scale_value, zero_value, BITS, GROUP, GROUPS, SCALES, ZEROS, R, S, T, HALF, mma)
+        x8, x4, x2, x1 = y8, y4, y2, y1
+    async_copy.wait_group(0)
     return total
 
 

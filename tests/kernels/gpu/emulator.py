@@ -178,6 +178,9 @@ class Language:
     def split(self, x: Array) -> tuple[Array, Array]:
         return Array(x.values[..., 0], x.kind), Array(x.values[..., 1], x.kind)
 
+    def allocate_shared_memory(self, kind: Kind, shape: Any, layout: Any) -> Ring:
+        return Ring(shape, kind)
+
     def convert_layout(self, x: Array, layout: Any, assert_trivial: bool = False) -> Array:
         return x
 
@@ -222,6 +225,36 @@ class Language:
         if dtype is FLOAT16:
             return Array(halves.view(np.float16), dtype)
         return Array((halves.astype(np.uint32) << 16).view(np.float32), dtype)
+
+
+class Ring:
+    """Shared memory, whose first axis is a place for each step."""
+
+    def __init__(self, shape: Any, kind: Kind) -> None:
+        self.values = np.zeros(shape, kind.dtype)
+        self.kind = kind
+
+    def index(self, place: int) -> Ring:
+        part = Ring((0,), self.kind)
+        part.values = self.values[place]
+        return part
+
+    def load(self, layout: Any) -> Array:
+        return Array(self.values.copy(), self.kind)
+
+
+class AsyncCopy:
+    """Copies that are there at once."""
+
+    def __init__(self, language: Language) -> None:
+        self.language = language
+
+    def async_copy_global_to_shared(self, ring: Ring, pointer: Pointer) -> None:
+        ring.values[...] = self.language.load(pointer).values.view(ring.values.dtype)
+
+    def commit_group(self) -> None: ...
+
+    def wait_group(self, outstanding: int) -> None: ...
 
 
 def mma_v2(a: Array, b: Array, sums: Array) -> Array:
@@ -315,6 +348,8 @@ def _plain(kernel: Any, language: Language, done: dict[int, Any]) -> Any:
             names[name] = language
         elif name == "mma_v2":
             names[name] = mma_v2
+        elif name == "async_copy":
+            names[name] = AsyncCopy(language)
         elif hasattr(found, "fn"):
             names[name] = _plain(found, language, done)
         elif type(found).__name__ == "constexpr_function" or hasattr(found, "__wrapped__"):
