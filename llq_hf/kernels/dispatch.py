@@ -65,7 +65,8 @@ def product_of_codes(
     codes: Tensor, stored: UniformCodes, step: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor | None:
     """y [T, O] in `dtype` of int8 codes [T, I] of activations, whose steps are fp32 [T, 1]; None if
-    no kernel serves this call. It differs from the exact product by rounding in fp32 and to `dtype`.
+    no kernel serves this call. It differs from the exact product by rounding in fp32 and to
+    `dtype`.
     """
     kernel = choose(codes, stored)
     return None if kernel is None else kernel(codes, stored, bias, step, dtype)
@@ -78,7 +79,10 @@ def token_codes(
     [..., 1], by a kernel if one serves this call; otherwise the result of `slow`.
     """
     kernel = choose(x, by)
-    return slow() if kernel is None else kernel(x, by, divisor, values=False)
+    if kernel is None:
+        return slow()
+    codes, step = kernel(x, by, divisor, values=False)
+    return codes, step
 
 
 def token_values(x: Tensor, by: TokenGrid, slow: Callable[[], Tensor]) -> Tensor:
@@ -90,7 +94,7 @@ def token_values(x: Tensor, by: TokenGrid, slow: Callable[[], Tensor]) -> Tensor
 
 
 def divided(x: Tensor, divisor: Tensor) -> Tensor:
-    """x / divisor [n], computed in fp32, in the dtype of x: one launch on a GPU instead of three."""
+    """x / divisor [n], computed in fp32, in the dtype of x: on a GPU, one launch and not three."""
     gradients = x.requires_grad and torch.is_grad_enabled()
     if x.is_cuda and not (gradients or reference.depth) and ready.dense():
         return turns.divided(x, divisor)

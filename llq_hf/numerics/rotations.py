@@ -198,7 +198,7 @@ def _hadamard(n: int, device: torch.device) -> Hadamard:
 @torch.inference_mode(False)
 def _kronecker(size: int, power: int, device: torch.device) -> Kronecker:
     """The transform with a head of `size` as kernels read it: the Walsh-Hadamard transform is one
-    of 2**a times one of 2**b, and the first joins the head, so that both factors are about as large.
+    of 2**a times one of 2**b. The first joins the head, so that both factors are about as large.
     """
     left = 1
     while 4 * left * left * size * size <= 2 * size * power and left < power:

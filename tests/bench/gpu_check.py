@@ -45,7 +45,8 @@ from llq_hf.methods import build
 
 STUDY: dict[str, float] = {
     "rtn": 4, "gptq": 4, "awq": 4, "smoothquant": 8, "omniquant": 4, "spinquant": 4, "quip": 2,
-    "slim_llm": 2, "db_llm": 2, "efficient_qat": 2, "pb_llm": 1.7, "nf4": 4, "billm": 1.1, "hybrid": 3.0,
+    "slim_llm": 2, "db_llm": 2, "efficient_qat": 2, "pb_llm": 1.7, "nf4": 4, "billm": 1.1,
+    "hybrid": 3.0,
 }  # fmt: skip
 # Trainings and searches as short as they can be: the check is of devices, not of quality.
 SHORT: dict[str, dict[str, Any]] = {
@@ -69,7 +70,6 @@ LINEARS: list[tuple[str, dict[str, Any]]] = [
     ("billm", {}),
     ("pb_llm", {"bits": 1.7}),
 ]
-SHAPES = [(4096, 4096), (14336, 4096), (4096, 14336)]
 FEWER = ("rtn", "quip", "nf4", "billm")  # methods whose linears are timed in every shape
 COLD_BYTES = 240 << 20  # more than any cache holds
 DEVICE = torch.device("cuda:0")
@@ -87,6 +87,7 @@ def arguments() -> argparse.Namespace:
         "--seconds", type=float, default=540, help="stop beginning work after these"
     )
     parser.add_argument("--only", default="", help="stages, separated by commas")
+    parser.add_argument("--shapes", default="4096x4096,14336x4096,4096x14336", help="of linears")
     parser.add_argument(
         "--workers", type=int, default=14, help="processes that compile kernels first"
     )
@@ -259,7 +260,7 @@ def tiles(name: str, options: dict[str, Any], rows: int, columns: int) -> dict[s
     return row
 
 
-TILES = [(16, 2), (16, 4), (16, 8), (32, 2), (32, 4), (32, 8), (64, 4)]
+TILES = [(16, 4), (16, 8), (32, 4), (32, 8), (16, 16)]
 
 
 def llama(hidden: int, ffn: int, layers: int = 1, attention: str = "eager") -> nn.Module:
@@ -362,7 +363,9 @@ def decode(name: str, options: dict[str, Any], layers: int = 4) -> dict[str, Any
         place = torch.tensor([300], device=DEVICE)
 
         def step(model=model, ids=ids, cache=cache, place=place) -> Tensor:
-            hidden = model.model(ids, past_key_values=cache, cache_position=place, position_ids=place[None])  # fmt: skip
+            hidden = model.model(
+                ids, past_key_values=cache, cache_position=place, position_ids=place[None]
+            )
             return hidden.last_hidden_state
 
         side = torch.cuda.Stream()
@@ -431,11 +434,11 @@ def label(name: str, options: dict[str, Any]) -> str:
     return " ".join([name, *(f"{key}={value}" for key, value in options.items())])
 
 
-def works() -> Iterator[tuple[str, Callable[[], Any]]]:
+def works(shapes: list[tuple[int, int]]) -> Iterator[tuple[str, Callable[[], Any]]]:
     yield "machine", machine
-    for rows, columns in SHAPES:
+    for rows, columns in shapes:
         for name, options in LINEARS:
-            if (rows, columns) != SHAPES[0] and name not in FEWER:
+            if (rows, columns) != shapes[0] and name not in FEWER:
                 continue
             yield (
                 f"kernels/{rows}x{columns}/{label(name, options)}",
@@ -443,7 +446,7 @@ def works() -> Iterator[tuple[str, Callable[[], Any]]]:
             )
     for name, options in (*LINEARS[:3], ("quip", {"bits": 2}), ("billm", {})):
         yield f"decode/{label(name, options)}", lambda n=name, o=options: decode(n, o)
-    for rows, columns in SHAPES:
+    for rows, columns in shapes:
         yield f"solver/{rows}x{columns}", lambda r=rows, c=columns: solver(r, c)
     for preset, names in (("study", tuple(STUDY)), ("best", BEST)):
         for name in names:
@@ -455,10 +458,18 @@ def works() -> Iterator[tuple[str, Callable[[], Any]]]:
                 yield f"block/{name} {preset}", lambda n=name, p=preset: block(n, p)
 
 
-def tile_works() -> Iterator[tuple[str, Callable[[], Any]]]:
-    for rows, columns in (*SHAPES, (1024, 4096)):
+def tile_works(shapes: list[tuple[int, int]]) -> Iterator[tuple[str, Callable[[], Any]]]:
+    for rows, columns in shapes:
         for name, options in LINEARS:
-            if name not in ("awq", "spinquant", "quip", "smoothquant", "pb_llm"):  # rtn's kernel
+            if name not in (
+                "awq",
+                "spinquant",
+                "quip",
+                "smoothquant",
+                "pb_llm",
+                "slim_llm",
+                "db_llm",
+            ):
                 yield (
                     f"tiles/{rows}x{columns}/{label(name, options)}",
                     lambda n=name, o=options, r=rows, c=columns: tiles(n, o, r, c),
@@ -471,7 +482,7 @@ def compile_part(part: int, parts: int, with_tiles: bool) -> None:
     from llq_hf.kernels.gpu import few
 
     chosen = few.tile
-    rows, columns = SHAPES[0]  # the others use the same kernels
+    rows, columns = 4096, 4096  # the other shapes use the same kernels
     for name, options in LINEARS[part::parts]:
         try:
             linear = Linear(name, options, rows, columns)
@@ -500,7 +511,8 @@ def main() -> None:
         for worker in workers:
             worker.wait()
         print(f"compiled: {time.monotonic() - began:.0f} s", flush=True)
-    every = [*works(), *(tile_works() if "tiles" in stages else ())]
+    shapes = [tuple(map(int, shape.split("x"))) for shape in args.shapes.split(",")]
+    every = [*works(shapes), *(tile_works(shapes) if "tiles" in stages else ())]
     for path, work in every:
         if not stages or path.split("/")[0] in stages or path == "machine":
             tried(args, path, work)

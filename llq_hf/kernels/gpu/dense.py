@@ -19,7 +19,7 @@ def joined(v0, v1, v2, v3):
 
 @triton.jit
 def add_plane(c0, c1, c2, c3, rows_ptr, block, i, live, BITS: tl.constexpr, v: tl.constexpr):
-    """Codes of bytes 0 .. 3 of four words [BN, U, 4], with the plane of width v below their bits."""
+    """Codes of bytes 0 .. 3 of four words [BN, U, 4], with the plane of width v below."""
     if BITS & v:
         before: tl.constexpr = BITS & ~(2 * v - 1)
         per: tl.constexpr = 8 // v
@@ -98,7 +98,7 @@ def read(
 
 @triton.jit
 def groups(safe, column, G, GROUP: tl.constexpr, U: tl.constexpr):
-    """The place of each column's group: [BN, U, 1] where units of 16 lie in one, else [BN, U, 16]."""
+    """The place of each column's group: [BN, U, 1] where units lie in one, else [BN, U, 16]."""
     if GROUP == 0:
         return safe * G + tl.zeros((1, U, 1), tl.int32)
     elif GROUP % 16 == 0:

@@ -43,8 +43,8 @@ def uniform(x: Tensor, stored: UniformCodes, bias: Tensor | None) -> Tensor:
 def uniform_codes(
     codes: Tensor, stored: UniformCodes, bias: Tensor | None, step: Tensor, dtype: torch.dtype
 ) -> Tensor:
-    """y [M, O] in `dtype` of int8 codes [M, I] of activations, which 16-bit floats hold exactly, and
-    their steps [M, 1].
+    """y [M, O] in `dtype` of int8 codes [M, I] of activations and their steps [M, 1]. 16-bit floats
+    hold such codes exactly.
     """
     return _uniform(codes, stored, bias, step, dtype)
 
@@ -58,14 +58,16 @@ def _uniform(
     counts, starts, zero_steps, blocks = _parts(stored)
     zeros = zero_points(stored)
     scale, zero = stored.scale, stored.zero
-    own_scale, own_zero = isinstance(scale, Tensor), zeros is not None
-    scale_words = as_words(scale) if own_scale else None
+    own_zero = zeros is not None
+    scale_words = as_words(scale) if isinstance(scale, Tensor) else None
     bits = [part.bits for part in stored.parts] + [0] * (PARTS - len(stored.parts))
-    used = tile(*_shape(stored), len(x_MI), wide=stored.groups > 1 and stored.group_size < BLOCK // 2)
+    used = tile(
+        *_shape(stored), len(x_MI), wide=stored.groups > 1 and stored.group_size < BLOCK // 2
+    )
     uniform_few[(-(-stored.rows // used.rows),)](
         x_MI,
         stored.weight,
-        scale_words if own_scale else x_MI,
+        x_MI if scale_words is None else scale_words,
         zeros if own_zero else x_MI,
         x_MI if blocks is None else blocks,
         x_MI if bias is None else bias,
@@ -74,7 +76,7 @@ def _uniform(
         *counts,
         *starts,
         *zero_steps,
-        1.0 if own_scale else scale,
+        1.0 if scale_words is not None else scale,
         0.0 if own_zero else zero,
         len(x_MI),
         stored.rows,
@@ -85,7 +87,7 @@ def _uniform(
         BITS1=bits[1],
         BITS2=bits[2],
         GROUP=0 if stored.groups == 1 else stored.group_size,
-        SCALES=8 * scale.element_size() if own_scale else 0,
+        SCALES=8 * scale.element_size() if isinstance(scale, Tensor) else 0,
         ZEROS=own_zero,
         LISTED=blocks is not None,
         STEPS=step is not None,
@@ -236,8 +238,8 @@ def once(stored: Stored, name: Any, make: Any) -> Any:
 
 
 def zero_points(stored: UniformCodes) -> Tensor | None:
-    """The zero points, a byte each so that a kernel can load them, as int32 words [O G / 4]; None if
-    one serves all. They take 8 bits a group more on the GPU than in the file.
+    """The zero points as bytes, which a kernel can load, in int32 words [O G / 4]; None if one
+    serves all. They take 8 bits a group more on the GPU than in the file.
     """
     if not isinstance(stored.zero, Tensor):
         return None
@@ -260,5 +262,6 @@ def _parts(stored: UniformCodes) -> tuple[list[int], list[int], list[float], Ten
     steps = [part.zero_step for part in stored.parts] + [1.0] * none
     blocks = None
     if stored.parts[0].blocks is not None:
-        blocks = once(stored, "blocks", lambda: torch.cat([part.blocks for part in stored.parts]))
+        listed = [part.blocks for part in stored.parts if part.blocks is not None]
+        blocks = once(stored, "blocks", lambda: torch.cat(listed))
     return counts, starts, steps, blocks

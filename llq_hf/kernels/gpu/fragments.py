@@ -7,8 +7,8 @@ operand.
 
 A plane of a block is 4n words of 32 bits (bitpack.py). Thread q of a quad reads words qn .. qn+n-1,
 which are 16 neighbouring bytes at 4 bits. The same field of bytes j and j+2 of a word lies 16 bits
-apart, as the two halves of an operand's register do. So one LOP3 masks two fields where they are and
-sets the bits around them:
+apart, as the two halves of an operand's register do. So one LOP3 masks two fields where they are
+and sets the bits around them:
     bf16    128 + code * 2**power, exact as power + n <= 4: the sums of x have to be subtracted
     fp16    code * 2**power * 2**-24, a subnormal number: nothing has to be
 Fields whose bit in the half is `power` modulo 4 form a *class*: one after shifts by 0, 4, 8 and 12,
@@ -23,7 +23,6 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 from triton.runtime.jit import constexpr_function
-
 
 STAGES = gl.constexpr(4)  # steps of a program whose data are on their way through shared memory
 
@@ -80,10 +79,7 @@ def x_layout(n, tokens, splits):
     """Of x, [S, T, quad 4, word n / run, field 8 / n, run x 4 columns]."""
     run = run_of(n)
     return gl.DistributedLinearLayout(
-        bases(6, 5, 4 * run)
-        + bases(6, 4, 8 // n)
-        + bases(6, 3, n // run)
-        + bases(6, 1, tokens, 8),
+        bases(6, 5, 4 * run) + bases(6, 4, 8 // n) + bases(6, 3, n // run) + bases(6, 1, tokens, 8),
         bases(6, 2, 4) + bases(6, 1, 8),
         bases(6, 0, splits),
         [],
@@ -198,10 +194,14 @@ def masked(words, mask: gl.constexpr, HALF: gl.constexpr):
     """Both halves of each pair of equal words: their masked bits as an operand's numbers."""
     if HALF:
         bits: gl.constexpr = f"and.b32 $0, $1, {mask * 0x10001};"
-        return gl.inline_asm_elementwise(bits, "=r,r,r", [words], dtype=gl.float16, is_pure=True, pack=2)  # fmt: skip
+        return gl.inline_asm_elementwise(
+            bits, "=r, r, r", [words], dtype=gl.float16, is_pure=True, pack=2,
+        )  # fmt: skip
     else:
         code: gl.constexpr = f"lop3.b32 $0, $1, {mask * 0x10001}, {0x43004300}, 0xEA;"
-        return gl.inline_asm_elementwise(code, "=r,r,r", [words], dtype=gl.bfloat16, is_pure=True, pack=2)  # fmt: skip
+        return gl.inline_asm_elementwise(
+            code, "=r, r, r", [words], dtype=gl.bfloat16, is_pure=True, pack=2,
+        )  # fmt: skip
 
 
 @gluon.jit
@@ -216,9 +216,7 @@ def left(halves, rows: gl.constexpr, splits: gl.constexpr, mma: gl.constexpr):
 
 @gluon.jit
 def of_class(x, n: gl.constexpr, cls: gl.constexpr):
-    """The fields of x [S, T, 4, n / run, 8 / n, 4 run] that belong to a class: every `classes(n)`-th
-    one.
-    """
+    """Of x [S, T, 4, n / run, 8 / n, 4 run], the fields of a class: every `classes(n)`-th one."""
     count: gl.constexpr = fields(n)
     if classes(n) == 1:
         return x
@@ -244,13 +242,17 @@ def right(x, n: gl.constexpr, tokens: gl.constexpr, splits: gl.constexpr, mma: g
 
 
 @gluon.jit
-def product(a, b, rows: gl.constexpr, splits: gl.constexpr, tokens: gl.constexpr, mma: gl.constexpr):  # fmt: skip
+def product(
+    a, b, rows: gl.constexpr, splits: gl.constexpr, tokens: gl.constexpr, mma: gl.constexpr,
+):  # fmt: skip
     """a @ b, [S, R, T] fp32."""
     return mma_v2(a, b, gl.zeros([splits, rows, tokens], gl.float32, layout=mma))
 
 
 @gluon.jit
-def column_sums(b, rows: gl.constexpr, splits: gl.constexpr, tokens: gl.constexpr, mma: gl.constexpr):  # fmt: skip
+def column_sums(
+    b, rows: gl.constexpr, splits: gl.constexpr, tokens: gl.constexpr, mma: gl.constexpr,
+):  # fmt: skip
     """Sums over the columns of the right operand, by the tensor cores, the same in all R rows."""
     ones = gl.full([splits, 16, b.shape[1]], 1.0, b.dtype, layout=gl.DotOperandLayout(0, mma, 2))
     sums = product(ones, b, 16, splits, tokens, mma)
@@ -290,7 +292,10 @@ def in_group(x, n: gl.constexpr, group: gl.constexpr, GROUP: gl.constexpr, layou
 
 
 @gluon.jit
-def first_group(step, blocks_ptr, count, O, G, GROUP: gl.constexpr, LISTED: gl.constexpr, R: gl.constexpr, S: gl.constexpr, mma: gl.constexpr):
+def first_group(
+    step, blocks_ptr, count, O, G, GROUP: gl.constexpr, LISTED: gl.constexpr, R: gl.constexpr,
+    S: gl.constexpr, mma: gl.constexpr,
+):  # fmt: skip
     """The place of each row's first group in each warp's block, [S, R]."""
     sides: gl.constexpr = gl.SliceLayout(2, mma)
     row = gl.expand_dims(gl.arange(0, R, layout=gl.SliceLayout(0, sides)), 0)
@@ -354,7 +359,10 @@ def wait():
 
 
 @gluon.jit
-def store(y, y_ptr, bias_ptr, step_ptr, M, O, BIAS: gl.constexpr, STEPS: gl.constexpr, R: gl.constexpr, T: gl.constexpr, layout: gl.constexpr):  # fmt: skip
+def store(
+    y, y_ptr, bias_ptr, step_ptr, M, O, BIAS: gl.constexpr, STEPS: gl.constexpr, R: gl.constexpr,
+    T: gl.constexpr, layout: gl.constexpr,
+):  # fmt: skip
     """Write y [R, T] of a program to y [M, O]."""
     row = gl.program_id(0) * R + gl.arange(0, R, layout=gl.SliceLayout(1, layout))
     row = gl.expand_dims(row, 1)

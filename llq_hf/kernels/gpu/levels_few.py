@@ -1,15 +1,16 @@
 """Few tokens times 1- and 2-bit codes of levels, on tensor cores, straight from the stored planes.
 
-Legend: O rows, K columns (whole blocks of 128), G groups, M tokens; b1, b0 the bits of a code; S, R,
-T as in fragments.py.
+Legend: O rows, K columns (whole blocks of 128), G groups, M tokens; b1, b0 the bits of a code; S,
+R, T as in fragments.py.
 
 Each level is linear in b1, b0 and b1 b0, so a group's sum is one of products of x with single bits:
     DUAL    scale0 b0 + scale1 b1                                       (DB-LLM)
     SIGNS   mean + scale (2 b0 - 1), codes of one bit                   (PB-LLM's plain weights)
     SPLIT   in plain columns (low or mid by b1, sign b0)                (BiLLM)
-              (m_low - a_low) + b1 (m_mid - m_low - a_mid + a_low) + b0 2 a_low + b1 b0 2 (a_mid - a_low)
+              m_low - a_low + b1 (m_mid - m_low - a_mid + a_low)
+              + b0 2 a_low + b1 b0 2 (a_mid - a_low)
             in salient ones (two signs)
-              (m - a_first - a_second) + b1 2 a_first + b0 2 a_second
+              m - a_first - a_second + b1 2 a_first + b0 2 a_second
 """
 
 from __future__ import annotations
@@ -60,14 +61,20 @@ def scales_of(kind):
 
 
 @gluon.jit
-def add_bit(sums, halves, b, power: gl.constexpr, R: gl.constexpr, S: gl.constexpr, T: gl.constexpr, HALF: gl.constexpr, mma: gl.constexpr):  # fmt: skip
+def add_bit(
+    sums, halves, b, power: gl.constexpr, R: gl.constexpr, S: gl.constexpr, T: gl.constexpr,
+    HALF: gl.constexpr, mma: gl.constexpr,
+):  # fmt: skip
     """sums + x times the bit at `power` of the shifted halves, and what bf16 adds to it."""
     a = left(masked(halves, 1 << power, HALF), R, S, mma)
     return sums + product(a, b, R, S, T, mma) * worth(HALF, power)
 
 
 @gluon.jit
-def add_x(of_x, extra, b, power: gl.constexpr, R: gl.constexpr, S: gl.constexpr, T: gl.constexpr, HALF: gl.constexpr, mma: gl.constexpr):  # fmt: skip
+def add_x(
+    of_x, extra, b, power: gl.constexpr, R: gl.constexpr, S: gl.constexpr, T: gl.constexpr,
+    HALF: gl.constexpr, mma: gl.constexpr,
+):  # fmt: skip
     """of_x + the sums of x; extra + what `add_bit` of this power adds to the right sum. At the next
     power it is half of that.
     """
@@ -97,7 +104,10 @@ def coefficient(word, more, at, i: gl.constexpr, each: gl.constexpr):
 
 
 @gluon.jit
-def split_sums(all_x, all_salient, halves, scale, more_scale, mean, more_mean, at, MEANS: gl.constexpr, R: gl.constexpr, S: gl.constexpr, T: gl.constexpr, HALF: gl.constexpr, mma: gl.constexpr):  # fmt: skip
+def split_sums(
+    all_x, all_salient, halves, scale, more_scale, mean, more_mean, at, MEANS: gl.constexpr,
+    R: gl.constexpr, S: gl.constexpr, T: gl.constexpr, HALF: gl.constexpr, mma: gl.constexpr,
+):  # fmt: skip
     """The sums of SPLIT levels in each warp's block, [S, R, T]."""
     none = gl.zeros([S, R, T], gl.float32, layout=mma)
     of_plain, plain_extra, first, second, both = none, none, none, none, none
@@ -134,7 +144,10 @@ def split_sums(all_x, all_salient, halves, scale, more_scale, mean, more_mean, a
 
 
 @gluon.jit
-def group_sums(all_x, halves, scale, mean, at, group: gl.constexpr, KIND: gl.constexpr, GROUP: gl.constexpr, R: gl.constexpr, S: gl.constexpr, T: gl.constexpr, HALF: gl.constexpr, mma: gl.constexpr):  # fmt: skip
+def group_sums(
+    all_x, halves, scale, mean, at, group: gl.constexpr, KIND: gl.constexpr, GROUP: gl.constexpr,
+    R: gl.constexpr, S: gl.constexpr, T: gl.constexpr, HALF: gl.constexpr, mma: gl.constexpr,
+):  # fmt: skip
     """The sums of DUAL or SIGNS levels in one group of each warp's block, [S, R, T]."""
     n: gl.constexpr = 1 if KIND == SIGNS else 2
     x_in: gl.constexpr = x_layout(n, T, S)
@@ -158,7 +171,11 @@ def group_sums(all_x, halves, scale, mean, at, group: gl.constexpr, KIND: gl.con
 
 
 @gluon.jit
-def ask_step(words, scales, more_scales, means, more_means, w_ptr, scale_ptr, mean_ptr, step, count, O, G, row_words, KIND: gl.constexpr, MEANS: gl.constexpr, GROUP: gl.constexpr, R: gl.constexpr, S: gl.constexpr, mma: gl.constexpr):
+def ask_step(
+    words, scales, more_scales, means, more_means, w_ptr, scale_ptr, mean_ptr, step, count, O, G,
+    row_words, KIND: gl.constexpr, MEANS: gl.constexpr, GROUP: gl.constexpr, R: gl.constexpr,
+    S: gl.constexpr, mma: gl.constexpr,
+):  # fmt: skip
     """Begin to copy what a step needs: words, scales and means of each warp's block."""
     n: gl.constexpr = 1 if KIND == SIGNS else 2
     layout: gl.constexpr = words_layout(n, R, S)
@@ -178,25 +195,35 @@ def ask_step(words, scales, more_scales, means, more_means, w_ptr, scale_ptr, me
 
 
 @gluon.jit
-def add_block(total, words, scale, more_scale, mean, more_mean, at, x, salient, scale_ptr, mean_ptr, KIND: gl.constexpr, MEANS: gl.constexpr, GROUP: gl.constexpr, HALF: gl.constexpr, R: gl.constexpr, S: gl.constexpr, T: gl.constexpr, mma: gl.constexpr):
+def add_block(
+    total, words, scale, more_scale, mean, more_mean, at, x, salient, scale_ptr, mean_ptr,
+    KIND: gl.constexpr, MEANS: gl.constexpr, GROUP: gl.constexpr, HALF: gl.constexpr,
+    R: gl.constexpr, S: gl.constexpr, T: gl.constexpr, mma: gl.constexpr,
+):  # fmt: skip
     """total + the product of each warp's block."""
     n: gl.constexpr = 1 if KIND == SIGNS else 2
     GROUPS: gl.constexpr = 1 if GROUP == 0 or GROUP >= 128 else 128 // GROUP
     halves = shifted(words, n, 0, weight_layout(n, R, S))
     if KIND == SPLIT:
-        total += split_sums(x, salient, halves, scale, more_scale, mean, more_mean, at, MEANS, R, S, T, HALF, mma)
+        total += split_sums(
+            x, salient, halves, scale, more_scale, mean, more_mean, at, MEANS, R, S, T, HALF, mma,
+        )  # fmt: skip
     else:
         for group in gl.static_range(GROUPS):
             if group > 0:
                 scale = gl.load(scale_ptr + first_word(at + group, scales_of(KIND)))
                 if KIND == SIGNS:
                     mean = gl.load(mean_ptr + first_word(at + group, 1))
-            total += group_sums(x, halves, scale, mean, at + group, group, KIND, GROUP, R, S, T, HALF, mma)
+            total += group_sums(
+                x, halves, scale, mean, at + group, group, KIND, GROUP, R, S, T, HALF, mma,
+            )  # fmt: skip
     return total
 
 
 @gluon.jit
-def load_columns(x_ptr, salient_ptr, step, count, K, M, KIND: gl.constexpr, S: gl.constexpr, T: gl.constexpr):
+def load_columns(
+    x_ptr, salient_ptr, step, count, K, M, KIND: gl.constexpr, S: gl.constexpr, T: gl.constexpr,
+):  # fmt: skip
     """x of each warp's block, and which columns are salient."""
     n: gl.constexpr = 1 if KIND == SIGNS else 2
     x_in: gl.constexpr = x_layout(n, T, S)
@@ -232,7 +259,10 @@ def levels_few(
     more_means = new_ring_of_rows(scale_ptr, KIND == SPLIT, R, S)
     total = gl.zeros([S, R, T], gl.float32, layout=mma)
     for step in gl.static_range(STAGES - 1):
-        ask_step(words, scales, more_scales, means, more_means, w_ptr, scale_ptr, mean_ptr, step, count, O, G, row_words, KIND, MEANS, GROUP, R, S, mma)
+        ask_step(
+            words, scales, more_scales, means, more_means, w_ptr, scale_ptr, mean_ptr, step, count,
+            O, G, row_words, KIND, MEANS, GROUP, R, S, mma,
+        )  # fmt: skip
     x, salient = load_columns(x_ptr, salient_ptr, 0, count, K, M, KIND, S, T)
     for step in range(0, (count + S - 1) // S):
         wait()
@@ -242,9 +272,15 @@ def levels_few(
         more_scale = row_words_of(more_scales, step, at, KIND == SPLIT, sides)
         mean = row_words_of(means, step, at, KIND != DUAL, sides)
         more_mean = row_words_of(more_means, step, at, KIND == SPLIT, sides)
-        ask_step(words, scales, more_scales, means, more_means, w_ptr, scale_ptr, mean_ptr, step + (STAGES - 1), count, O, G, row_words, KIND, MEANS, GROUP, R, S, mma)
+        ask_step(
+            words, scales, more_scales, means, more_means, w_ptr, scale_ptr, mean_ptr,
+            step + (STAGES - 1), count, O, G, row_words, KIND, MEANS, GROUP, R, S, mma,
+        )  # fmt: skip
         y, next_salient = load_columns(x_ptr, salient_ptr, step + 1, count, K, M, KIND, S, T)
-        total = add_block(total, bits, scale, more_scale, mean, more_mean, at, x, salient, scale_ptr, mean_ptr, KIND, MEANS, GROUP, HALF, R, S, T, mma)
+        total = add_block(
+            total, bits, scale, more_scale, mean, more_mean, at, x, salient, scale_ptr, mean_ptr,
+            KIND, MEANS, GROUP, HALF, R, S, T, mma,
+        )  # fmt: skip
         x, salient = y, next_salient
     async_copy.wait_group(0)
     layout: gl.constexpr = gl.SliceLayout(0, mma)

@@ -1,8 +1,8 @@
 """The rows of the Triton kernels for NVIDIA GPUs.
 
-Of at most 16 tokens, the codes are multiplied where they lie; of more, and of fp32 activations, they
-are decoded to a dense weight first. Both read the stored tensors as they are; `few.zero_points` and
-`decode.salient_list` name what is kept beside them.
+For at most 16 tokens, the codes are multiplied where they lie; for more, and for fp32 activations,
+they are decoded to a dense weight first. Both read the stored tensors as they are;
+`few.zero_points` and `decode.salient_list` name what is kept beside them.
 """
 
 from __future__ import annotations

@@ -4,8 +4,9 @@ Legend: O rows, K columns (whole blocks of 128), G groups of a row, M tokens; S,
 fragments.py. Of the two codes of a byte, the first lies in the high half, so a word holds eight
 neighbouring columns and a quarter of a block is four words.
 
-A level has 16 bits, two bytes; PRMT looks up a byte for four codes at once among eight, and the code's
-top bit chooses between two such results. Levels are rounded to the 16-bit type of the activations.
+A level has 16 bits, two bytes; PRMT looks up a byte for four codes at once among eight, and the
+code's top bit chooses between two such results. Levels are rounded to the 16-bit type of the
+activations.
 """
 
 from __future__ import annotations
@@ -87,13 +88,20 @@ def looked_up(words, levels: gl.constexpr, HALF: gl.constexpr):
     code: gl.constexpr = look_up_code(levels)
     kinds: gl.constexpr = "=r,=r,=r,=r,r,r,r,r,r,r,r,r"
     if HALF:
-        return gl.inline_asm_elementwise(code, kinds, [words], dtype=gl.float16, is_pure=True, pack=8)  # fmt: skip
+        return gl.inline_asm_elementwise(
+            code, kinds, [words], dtype=gl.float16, is_pure=True, pack=8,
+        )  # fmt: skip
     else:
-        return gl.inline_asm_elementwise(code, kinds, [words], dtype=gl.bfloat16, is_pure=True, pack=8)  # fmt: skip
+        return gl.inline_asm_elementwise(
+            code, kinds, [words], dtype=gl.bfloat16, is_pure=True, pack=8,
+        )  # fmt: skip
 
 
 @gluon.jit
-def numbers(ptr, first, at, group: gl.constexpr, map_ptr, step_ptr, mean_ptr, CODED: gl.constexpr, MEAN: gl.constexpr):
+def numbers(
+    ptr, first, at, group: gl.constexpr, map_ptr, step_ptr, mean_ptr, CODED: gl.constexpr,
+    MEAN: gl.constexpr,
+):  # fmt: skip
     """fp32 numbers of one of a block's groups: themselves, or codes (`Numbers`), in words of four,
     of which `first` holds the first group's.
     """
@@ -118,7 +126,10 @@ def place(step, O, K, G, GROUP: gl.constexpr, R: gl.constexpr, S: gl.constexpr, 
 
 
 @gluon.jit
-def ask_step(words, values, w_ptr, scale_ptr, step, O, K, G, row_words, CODED: gl.constexpr, GROUP: gl.constexpr, R: gl.constexpr, S: gl.constexpr, mma: gl.constexpr):
+def ask_step(
+    words, values, w_ptr, scale_ptr, step, O, K, G, row_words, CODED: gl.constexpr,
+    GROUP: gl.constexpr, R: gl.constexpr, S: gl.constexpr, mma: gl.constexpr,
+):  # fmt: skip
     """Begin to copy each warp's block, and what is stored for its first group."""
     layout: gl.constexpr = gl.SliceLayout(4, codes_layout(R, S))
     row = gl.minimum(gl.program_id(0) * R + along(1, R, layout, 4), O - 1)
@@ -147,7 +158,11 @@ def load_columns(x_ptr, step, M, K, S: gl.constexpr, T: gl.constexpr):
 
 
 @gluon.jit
-def add_block(total, words, value, at, x, scale_ptr, map_ptr, step_ptr, mean_ptr, shift_ptr, shift_step_ptr, LEVELS: gl.constexpr, GROUP: gl.constexpr, CODED: gl.constexpr, SHIFTED: gl.constexpr, HALF: gl.constexpr, R: gl.constexpr, S: gl.constexpr, T: gl.constexpr, mma: gl.constexpr):  # fmt: skip
+def add_block(
+    total, words, value, at, x, scale_ptr, map_ptr, step_ptr, mean_ptr, shift_ptr, shift_step_ptr,
+    LEVELS: gl.constexpr, GROUP: gl.constexpr, CODED: gl.constexpr, SHIFTED: gl.constexpr,
+    HALF: gl.constexpr, R: gl.constexpr, S: gl.constexpr, T: gl.constexpr, mma: gl.constexpr,
+):  # fmt: skip
     """total + the product of each warp's block."""
     x_in: gl.constexpr = columns_layout(T, S)
     wide: gl.constexpr = codes_layout(R, S)
@@ -166,7 +181,9 @@ def add_block(total, words, value, at, x, scale_ptr, map_ptr, step_ptr, mean_ptr
         total += product(a, b, R, S, T, mma) * gl.expand_dims(scale, 2)
         if SHIFTED:
             first = gl.load(shift_ptr + (at >> 2))
-            shift = numbers(shift_ptr, first, at, group, map_ptr, shift_step_ptr, mean_ptr, True, False)
+            shift = numbers(
+                shift_ptr, first, at, group, map_ptr, shift_step_ptr, mean_ptr, True, False,
+            )  # fmt: skip
             total += column_sums(b, R, S, T, mma) * gl.expand_dims(shift, 2)
     return total
 
@@ -180,8 +197,9 @@ def table_few(
 ):  # fmt: skip
     """y [M, O] = x [M, K] times the weight, plus the bias.
 
-    scale: fp32 or, if CODED, uint8 codes [O G] (int32 words of four), with map [256], a step for 256
-    codes, and one mean. shift: codes of the same kind without a mean, if SHIFTED. LEVELS: 16 patterns of 16 bits.
+    scale: fp32 or, if CODED, uint8 codes [O G] (int32 words of four), with map [256], a step for
+    256 codes, and one mean. shift: codes of the same kind without a mean, if SHIFTED. LEVELS: 16
+    patterns of 16 bits.
     """
     mma: gl.constexpr = product_layout(S)
     count = K // 128
@@ -196,9 +214,15 @@ def table_few(
         bits = words.index(step % STAGES).load(gl.SliceLayout(4, codes_layout(R, S)))
         at = place(step, O, K, G, GROUP, R, S, mma)
         value = row_words_of(values, step, at, True, gl.SliceLayout(2, mma))
-        ask_step(words, values, w_ptr, scale_ptr, step + (STAGES - 1), O, K, G, row_words, CODED, GROUP, R, S, mma)
+        ask_step(
+            words, values, w_ptr, scale_ptr, step + (STAGES - 1), O, K, G, row_words, CODED, GROUP,
+            R, S, mma,
+        )  # fmt: skip
         y = load_columns(x_ptr, step + 1, M, K, S, T)
-        total = add_block(total, bits.to(gl.uint32, bitcast=True), value, at, x, scale_ptr, map_ptr, step_ptr, mean_ptr, shift_ptr, shift_step_ptr, LEVELS, GROUP, CODED, SHIFTED, HALF, R, S, T, mma)
+        total = add_block(
+            total, bits.to(gl.uint32, bitcast=True), value, at, x, scale_ptr, map_ptr, step_ptr,
+            mean_ptr, shift_ptr, shift_step_ptr, LEVELS, GROUP, CODED, SHIFTED, HALF, R, S, T, mma,
+        )  # fmt: skip
         x = y
     async_copy.wait_group(0)
     layout: gl.constexpr = gl.SliceLayout(0, mma)

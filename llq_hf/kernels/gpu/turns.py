@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..views import Kronecker, TokenGrid, Transform, Turn
+from ..views import TokenGrid, Transform, Turn
 
 COLUMNS, DEPTH = 16, 64  # of a program: columns of the result, and of what it sums at a time
 WIDTH = 1024  # numbers that one program divides

@@ -56,7 +56,10 @@ def new_ring(BITS: gl.constexpr, n: gl.constexpr, R: gl.constexpr, S: gl.constex
 
 
 @gluon.jit
-def ask_words(ring, w_ptr, step, count, O, row_words, BITS: gl.constexpr, n: gl.constexpr, R: gl.constexpr, S: gl.constexpr):
+def ask_words(
+    ring, w_ptr, step, count, O, row_words, BITS: gl.constexpr, n: gl.constexpr, R: gl.constexpr,
+    S: gl.constexpr,
+):  # fmt: skip
     """Begin to copy the plane of n bits of each warp's block."""
     if BITS & n:
         layout: gl.constexpr = words_layout(n, R, S)
@@ -77,7 +80,10 @@ def words_of(ring, step, BITS: gl.constexpr, n: gl.constexpr, R: gl.constexpr, S
 
 
 @gluon.jit
-def ask_grid(scales, more, zeros, scale_ptr, zero_ptr, at, step, GROUPS: gl.constexpr, SCALES: gl.constexpr, ZEROS: gl.constexpr):
+def ask_grid(
+    scales, more, zeros, scale_ptr, zero_ptr, at, step, GROUPS: gl.constexpr, SCALES: gl.constexpr,
+    ZEROS: gl.constexpr,
+):  # fmt: skip
     """Begin to copy the words that hold the scales and the zeros of a block's groups."""
     if SCALES == 32:
         ask(scales, step, scale_ptr + at)
@@ -90,7 +96,10 @@ def ask_grid(scales, more, zeros, scale_ptr, zero_ptr, at, step, GROUPS: gl.cons
 
 
 @gluon.jit
-def scaled(sums, of_x, scale, more, zero, at, group: gl.constexpr, scale_ptr, zero_step, scale_value, zero_value, SCALES: gl.constexpr, ZEROS: gl.constexpr):
+def scaled(
+    sums, of_x, scale, more, zero, at, group: gl.constexpr, scale_ptr, zero_step, scale_value,
+    zero_value, SCALES: gl.constexpr, ZEROS: gl.constexpr,
+):  # fmt: skip
     """scale * (sums - zero * of_x) of one of a block's groups."""
     if ZEROS:
         sums -= gl.expand_dims(byte_of(zero, at + group), 2) * zero_step * of_x
@@ -105,7 +114,10 @@ def scaled(sums, of_x, scale, more, zero, at, group: gl.constexpr, scale_ptr, ze
 
 
 @gluon.jit
-def load_plane_x(x_ptr, step, blocks_ptr, count, K, M, BITS: gl.constexpr, n: gl.constexpr, LISTED: gl.constexpr, S: gl.constexpr, T: gl.constexpr):
+def load_plane_x(
+    x_ptr, step, blocks_ptr, count, K, M, BITS: gl.constexpr, n: gl.constexpr,
+    LISTED: gl.constexpr, S: gl.constexpr, T: gl.constexpr,
+):  # fmt: skip
     """x of each warp's block in the order of the plane of n bits, if there is such a plane."""
     layout: gl.constexpr = x_layout(n, T, S)
     if BITS & n:
@@ -117,7 +129,11 @@ def load_plane_x(x_ptr, step, blocks_ptr, count, K, M, BITS: gl.constexpr, n: gl
 
 
 @gluon.jit
-def add_plane(sums, of_x, x, words, group: gl.constexpr, BITS: gl.constexpr, n: gl.constexpr, GROUP: gl.constexpr, R: gl.constexpr, S: gl.constexpr, T: gl.constexpr, HALF: gl.constexpr, mma: gl.constexpr):
+def add_plane(
+    sums, of_x, x, words, group: gl.constexpr, BITS: gl.constexpr, n: gl.constexpr,
+    GROUP: gl.constexpr, R: gl.constexpr, S: gl.constexpr, T: gl.constexpr, HALF: gl.constexpr,
+    mma: gl.constexpr,
+):  # fmt: skip
     """sums += the codes of a plane times x, in one group of each block; of_x: the sums of x, which
     the narrowest plane computes for all.
     """
@@ -127,7 +143,7 @@ def add_plane(sums, of_x, x, words, group: gl.constexpr, BITS: gl.constexpr, n: 
         for cls in gl.static_range(classes(n)):
             b = right(of_class(x, n, cls), n, T, S, mma)
             own = column_sums(b, R, S, T, mma)
-            if (BITS & -BITS) == n:
+            if n == (BITS & -BITS):
                 of_x += own
             for nibble in gl.static_range(2 if n == 8 else 1):
                 bits = shifted(words, n, nibble, weight_layout(n, R, S))
@@ -138,7 +154,12 @@ def add_plane(sums, of_x, x, words, group: gl.constexpr, BITS: gl.constexpr, n: 
 
 
 @gluon.jit
-def add_block(total, x8, x4, x2, x1, w8, w4, w2, w1, scale, more, zero, at, scale_ptr, zero_step, scale_value, zero_value, BITS: gl.constexpr, GROUP: gl.constexpr, GROUPS: gl.constexpr, SCALES: gl.constexpr, ZEROS: gl.constexpr, R: gl.constexpr, S: gl.constexpr, T: gl.constexpr, HALF: gl.constexpr, mma: gl.constexpr):
+def add_block(
+    total, x8, x4, x2, x1, w8, w4, w2, w1, scale, more, zero, at, scale_ptr, zero_step,
+    scale_value, zero_value, BITS: gl.constexpr, GROUP: gl.constexpr, GROUPS: gl.constexpr,
+    SCALES: gl.constexpr, ZEROS: gl.constexpr, R: gl.constexpr, S: gl.constexpr, T: gl.constexpr,
+    HALF: gl.constexpr, mma: gl.constexpr,
+):  # fmt: skip
     """total + the product of each warp's block."""
     for group in gl.static_range(GROUPS):
         sums = gl.zeros([S, R, T], gl.float32, layout=mma)
@@ -147,12 +168,18 @@ def add_block(total, x8, x4, x2, x1, w8, w4, w2, w1, scale, more, zero, at, scal
         sums, of_x = add_plane(sums, of_x, x4, w4, group, BITS, 4, GROUP, R, S, T, HALF, mma)
         sums, of_x = add_plane(sums, of_x, x2, w2, group, BITS, 2, GROUP, R, S, T, HALF, mma)
         sums, of_x = add_plane(sums, of_x, x1, w1, group, BITS, 1, GROUP, R, S, T, HALF, mma)
-        total += scaled(sums, of_x, scale, more, zero, at, group, scale_ptr, zero_step, scale_value, zero_value, SCALES, ZEROS)
+        total += scaled(
+            sums, of_x, scale, more, zero, at, group, scale_ptr, zero_step, scale_value,
+            zero_value, SCALES, ZEROS,
+        )  # fmt: skip
     return total
 
 
 @gluon.jit
-def load_all_x(x_ptr, step, blocks_ptr, count, K, M, BITS: gl.constexpr, LISTED: gl.constexpr, S: gl.constexpr, T: gl.constexpr):
+def load_all_x(
+    x_ptr, step, blocks_ptr, count, K, M, BITS: gl.constexpr, LISTED: gl.constexpr,
+    S: gl.constexpr, T: gl.constexpr,
+):  # fmt: skip
     """x of a step, in the orders of the four planes."""
     x8 = load_plane_x(x_ptr, step, blocks_ptr, count, K, M, BITS, 8, LISTED, S, T)
     x4 = load_plane_x(x_ptr, step, blocks_ptr, count, K, M, BITS, 4, LISTED, S, T)
@@ -162,7 +189,12 @@ def load_all_x(x_ptr, step, blocks_ptr, count, K, M, BITS: gl.constexpr, LISTED:
 
 
 @gluon.jit
-def part_sums(total, x_ptr, w_ptr, scale_ptr, zero_ptr, blocks_ptr, count, zero_step, scale_value, zero_value, M, O, K, G, row_words, BITS: gl.constexpr, GROUP: gl.constexpr, SCALES: gl.constexpr, ZEROS: gl.constexpr, LISTED: gl.constexpr, R: gl.constexpr, S: gl.constexpr, T: gl.constexpr, HALF: gl.constexpr, mma: gl.constexpr):
+def part_sums(
+    total, x_ptr, w_ptr, scale_ptr, zero_ptr, blocks_ptr, count, zero_step, scale_value,
+    zero_value, M, O, K, G, row_words, BITS: gl.constexpr, GROUP: gl.constexpr,
+    SCALES: gl.constexpr, ZEROS: gl.constexpr, LISTED: gl.constexpr, R: gl.constexpr,
+    S: gl.constexpr, T: gl.constexpr, HALF: gl.constexpr, mma: gl.constexpr,
+):  # fmt: skip
     """total + the products of a part's codes of `BITS` bits, [S, R, T] fp32.
 
     Words, scales and zeros go through a ring in shared memory, `STAGES` - 1 steps ahead. x comes
@@ -206,7 +238,10 @@ def part_sums(total, x_ptr, w_ptr, scale_ptr, zero_ptr, blocks_ptr, count, zero_
         ask_grid(scales, more, zeros, scale_ptr, zero_ptr, at_ahead, ahead, GROUPS, SCALES, ZEROS)
         async_copy.commit_group()
         y8, y4, y2, y1 = load_all_x(x_ptr, step + 1, blocks_ptr, count, K, M, BITS, LISTED, S, T)
-        total = add_block(total, x8, x4, x2, x1, w8, w4, w2, w1, scale, later, zero, at, scale_ptr, zero_step, scale_value, zero_value, BITS, GROUP, GROUPS, SCALES, ZEROS, R, S, T, HALF, mma)
+        total = add_block(
+            total, x8, x4, x2, x1, w8, w4, w2, w1, scale, later, zero, at, scale_ptr, zero_step,
+            scale_value, zero_value, BITS, GROUP, GROUPS, SCALES, ZEROS, R, S, T, HALF, mma,
+        )  # fmt: skip
         x8, x4, x2, x1 = y8, y4, y2, y1
     async_copy.wait_group(0)
     return total
@@ -294,13 +329,27 @@ def uniform_few(
     """
     mma: gl.constexpr = product_layout(S)
     total = gl.zeros([S, R, T], gl.float32, layout=mma)
-    total = part_sums(total, x_ptr, w_ptr, scale_ptr, zero_ptr, blocks_ptr, count0, zero_step0, scale_value, zero_value, M, O, K, G, row_words, BITS0, GROUP, SCALES, ZEROS, LISTED, R, S, T, HALF, mma)  # fmt: skip
+    total = part_sums(
+        total, x_ptr, w_ptr, scale_ptr, zero_ptr, blocks_ptr, count0, zero_step0, scale_value,
+        zero_value, M, O, K, G, row_words, BITS0, GROUP, SCALES, ZEROS, LISTED, R, S, T, HALF, mma,
+    )  # fmt: skip
     if BITS1:
-        total = part_sums(total, x_ptr, w_ptr + start1, scale_ptr, zero_ptr, blocks_ptr + count0, count1, zero_step1, scale_value, zero_value, M, O, K, G, row_words, BITS1, GROUP, SCALES, ZEROS, LISTED, R, S, T, HALF, mma)  # fmt: skip
+        total = part_sums(
+            total, x_ptr, w_ptr + start1, scale_ptr, zero_ptr, blocks_ptr + count0, count1,
+            zero_step1, scale_value, zero_value, M, O, K, G, row_words, BITS1, GROUP, SCALES,
+            ZEROS, LISTED, R, S, T, HALF, mma,
+        )  # fmt: skip
     if BITS2:
-        total = part_sums(total, x_ptr, w_ptr + start2, scale_ptr, zero_ptr, blocks_ptr + count0 + count1, count2, zero_step2, scale_value, zero_value, M, O, K, G, row_words, BITS2, GROUP, SCALES, ZEROS, LISTED, R, S, T, HALF, mma)  # fmt: skip
+        total = part_sums(
+            total, x_ptr, w_ptr + start2, scale_ptr, zero_ptr, blocks_ptr + count0 + count1,
+            count2, zero_step2, scale_value, zero_value, M, O, K, G, row_words, BITS2, GROUP,
+            SCALES, ZEROS, LISTED, R, S, T, HALF, mma,
+        )  # fmt: skip
     y = gl.sum(total, 0)
     layout: gl.constexpr = gl.SliceLayout(0, mma)
     if UNITS:
-        y = add_tail(y, x_ptr, w_ptr, scale_ptr, zero_ptr, scale_value, zero_value, M, O, K, G, row_words, BITS0, GROUP, SCALES, ZEROS, UNITS, R, S, T, layout)  # fmt: skip
+        y = add_tail(
+            y, x_ptr, w_ptr, scale_ptr, zero_ptr, scale_value, zero_value, M, O, K, G, row_words,
+            BITS0, GROUP, SCALES, ZEROS, UNITS, R, S, T, layout,
+        )  # fmt: skip
     store(y, y_ptr, bias_ptr, step_ptr, M, O, BIAS, STEPS, R, T, layout)

@@ -123,9 +123,27 @@ def _operator(name: str) -> Any:
     return apply
 
 
-for (
-    _name
-) in "add radd sub rsub mul rmul floordiv mod and or xor lshift rshift lt le gt ge eq ne".split():
+for _name in [
+    "add",
+    "radd",
+    "sub",
+    "rsub",
+    "mul",
+    "rmul",
+    "floordiv",
+    "mod",
+    "and",
+    "or",
+    "xor",
+    "lshift",
+    "rshift",
+    "lt",
+    "le",
+    "gt",
+    "ge",
+    "eq",
+    "ne",
+]:
     setattr(Array, f"__{_name}__", _operator(f"__{_name}__"))
 
 
