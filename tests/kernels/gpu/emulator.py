@@ -123,27 +123,10 @@ def _operator(name: str) -> Any:
     return apply
 
 
-for _name in [
-    "add",
-    "radd",
-    "sub",
-    "rsub",
-    "mul",
-    "rmul",
-    "floordiv",
-    "mod",
-    "and",
-    "or",
-    "xor",
-    "lshift",
-    "rshift",
-    "lt",
-    "le",
-    "gt",
-    "ge",
-    "eq",
-    "ne",
-]:
+ARITHMETIC = "add radd sub rsub mul rmul floordiv mod"
+BITS = "and or xor lshift rshift"
+ORDER = "lt le gt ge eq ne"
+for _name in f"{ARITHMETIC} {BITS} {ORDER}".split():
     setattr(Array, f"__{_name}__", _operator(f"__{_name}__"))
 
 
@@ -234,7 +217,9 @@ class Language:
         assert not pointer.memory.written[at].any(), "two programs wrote one number"
         pointer.memory.values[at], pointer.memory.written[at] = x.values[live], True
 
-    def inline_asm_elementwise(self, code: str, kinds: str, args: list[Array], dtype: Kind, is_pure: bool, pack: int) -> Array:  # fmt: skip
+    def inline_asm_elementwise(
+        self, code: str, kinds: str, args: list[Array], dtype: Kind, is_pure: bool, pack: int
+    ) -> Array:
         words = args[0].values.astype(np.uint32)
         words = words.reshape(*words.shape[:-1], -1, pack)[..., 0]
         results = _run_ptx(code, words, outputs=kinds.count("="))
