@@ -63,7 +63,7 @@ from ..method import Flow, Job, Method, Packed
 from ..numerics.cholesky import prepare_hessian
 from ..numerics.coordinate_descent import Objective, descend, refit_levels
 from ..numerics.error_feedback import by_blocks
-from ..numerics.grids import scale_dtype
+from ..numerics.grids import at_once, scale_dtype
 from ..numerics.stats import PairedHessian, Stat
 from .options import check_choice, check_damp, check_least, check_range, check_refine
 
@@ -345,7 +345,7 @@ def level_table(scale: Tensor, mean: Tensor) -> Tensor:
 
 def masked_mean(x_OB: Tensor, mask_OB: Tensor) -> Tensor:
     """Mean [O, 1] over the masked entries of each row; 0 if there are none."""
-    return (x_OB * mask_OB).sum(1, keepdim=True) / mask_OB.sum(1, keepdim=True).clamp_min(1)
+    return (x_OB * mask_OB).sum(-1, keepdim=True) / mask_OB.sum(-1, keepdim=True).clamp_min(1)
 
 
 def fit(x_OB: Tensor, mask_OB: Tensor, rounds: int = 0) -> tuple[Tensor, Tensor]:
@@ -388,7 +388,10 @@ def one_sign(x_OB: Tensor, a_O1: Tensor, mu_O1: Tensor) -> Tensor:
 
 
 def approximate(x_OB: Tensor, mask_OB: Tensor, signs: int) -> Tensor:
-    """x approximated by one or two signs per entry where masked; 0 elsewhere."""
+    """x approximated by one or two signs per entry where masked; 0 elsewhere.
+
+    Masks [C, O, B] give C approximations.
+    """
     sum_OB = torch.zeros_like(x_OB)
     for _ in range(signs):
         rest_OB = x_OB - sum_OB
@@ -404,20 +407,24 @@ def salient_columns(target_OB: Tensor, salience_OB: Tensor) -> Tensor:
 
     n has the least squared error of `target` if both parts get two signs.
     """
-    columns = target_OB.shape[1]
-    order_B = torch.argsort(salience_OB.abs().sum(0), descending=True, stable=True)
-    counts = range(1, min(MOST_SALIENT, columns))
-    masks_NB = torch.zeros(len(counts), columns, dtype=torch.bool, device=order_B.device)
-    for row, count in enumerate(counts):
-        masks_NB[row, order_B[:count]] = True
+    rank_B = torch.argsort(salience_OB.abs().sum(0), descending=True, stable=True).argsort()
+    count_C = torch.arange(1, min(MOST_SALIENT, len(rank_B)), device=rank_B.device)
+    if not len(count_C):  # a block of one column
+        return torch.zeros_like(rank_B, dtype=torch.bool)
+    mask_CB = rank_B < count_C[:, None]
     errors = []
-    for mask_B in masks_NB:
-        mask_OB = mask_B.expand_as(target_OB)
-        both_OB = approximate(target_OB, mask_OB, 2) + approximate(target_OB, ~mask_OB, 2)
-        errors.append((target_OB - both_OB).square().mean())
-    if not errors:  # a block of one column
-        return torch.zeros_like(order_B, dtype=torch.bool)
-    return masks_NB[torch.stack(errors).argmin()]
+    for mask_COB in torch.split(mask_CB[:, None], candidates_at_once(target_OB)):
+        both_COB = approximate(target_OB, mask_COB, 2) + approximate(target_OB, ~mask_COB, 2)
+        errors.append((target_OB - both_COB).square_().mean((1, 2)))
+    return mask_CB.index_select(0, torch.cat(errors).argmin(0, keepdim=True))[0]
+
+
+def candidates_at_once(target_OB: Tensor) -> int:
+    """How many candidates to compare together.
+
+    On CPUs one, if its block is not small: torch sums a large one up by several threads.
+    """
+    return max(1, at_once(target_OB.device, cpu=1 << 15) // target_OB.numel())
 
 
 def mid_weights(target_OB: Tensor, salience_OB: Tensor, salient_B: Tensor) -> Tensor:
@@ -428,14 +435,15 @@ def mid_weights(target_OB: Tensor, salience_OB: Tensor, salient_B: Tensor) -> Te
     # Zeros of the salient columns stay in the sample of the quantiles, as in the authors' code.
     size_OB = salience_OB.abs() * ~salient_B
     rest_OB = target_OB - approximate(target_OB, salient_B.expand_as(target_OB), 2)
-    thresholds = quantiles(size_OB.flatten(), QUANTILES)
+    threshold_C = quantiles(size_OB.flatten(), QUANTILES)
     errors = []
-    for threshold in thresholds:
-        mid_OB = ~salient_B & (size_OB >= threshold)
-        low_OB = ~(salient_B | mid_OB)
-        split_OB = approximate(target_OB, low_OB, 1) + approximate(target_OB, mid_OB, 1)
-        errors.append((rest_OB - split_OB).square().mean())
-    return ~salient_B & (size_OB >= thresholds[torch.stack(errors).argmin()])
+    for threshold_COB in torch.split(threshold_C[:, None, None], candidates_at_once(target_OB)):
+        mid_COB = ~salient_B & (size_OB >= threshold_COB)
+        low_COB = ~(salient_B | mid_COB)
+        split_COB = approximate(target_OB, low_COB, 1) + approximate(target_OB, mid_COB, 1)
+        errors.append((rest_OB - split_COB).square_().mean((1, 2)))
+    best = torch.cat(errors).argmin(0, keepdim=True)
+    return ~salient_B & (size_OB >= threshold_C.index_select(0, best))
 
 
 def quantiles(x_N: Tensor, shares: list[float]) -> Tensor:

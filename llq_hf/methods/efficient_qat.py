@@ -66,7 +66,7 @@ from ..numerics.activations import pass_through, round_through
 from ..numerics.cholesky import prepare_hessian
 from ..numerics.coordinate_descent import Objective, refined
 from ..numerics.error_feedback import BLOCK, Solution, group_aware_order, solve
-from ..numerics.grids import Grid, Uniform, grouped
+from ..numerics.grids import Grid, Uniform, checked_scale, grouped
 from ..numerics.stats import PairedHessian, Stat
 from .options import check_least
 from .training import (
@@ -371,4 +371,5 @@ class UniformLinear(ScaledLinear):
 
     def stored(self) -> Tensor:
         """fp16 scales [O, G], as they are stored."""
-        return self.method.grid.stored(self.scale().detach()[..., 0]).half().cpu()
+        scale_OG = self.method.grid.stored(self.scale().detach()[..., 0])
+        return checked_scale(scale_OG, torch.float16).cpu()

@@ -53,12 +53,12 @@ from ..common.spec import Spec
 from ..kernels import Numbers, TableCodes, once, product
 from ..kernels.bitpack import pack, packed_words, unpack
 from ..method import Job, Method, Packed
-from ..numerics.grids import grouped
+from ..numerics.grids import at_once, grouped
 from ..numerics.stats import Stat
 from .options import check_least, check_range
 
 SUPER = 256  # blocks whose scales (or shifts) share one fp32 number
-CHUNK = 2**21  # weights whose shifts are searched at once, to bound memory
+CHUNK = 2**21  # weights whose shifts are searched at once on a CPU, to bound memory
 SHRINKS = 32  # ranges tried by search_range, 1.00 down to 0.38
 
 # The published levels, and the bounds between neighbours that bitsandbytes' kernels use: midpoints,
@@ -117,12 +117,15 @@ def dynamic_levels() -> tuple[Tensor, Tensor]:
 
 @cache
 @torch.inference_mode(False)
-def _on(device: torch.device, table: Callable[..., tuple[Tensor, Tensor]], *bits: int) -> Tensor:
-    """The values of `levels` or `dynamic_levels` on a device.
+def _on(
+    device: torch.device, table: Callable[..., tuple[Tensor, Tensor]], *bits: int
+) -> tuple[Tensor, Tensor]:
+    """The values and bounds of `levels` or `dynamic_levels` on a device.
 
     They are copied there once, because a CUDA graph may not copy them.
     """
-    return table(*bits)[0].to(device)
+    values, bounds = table(*bits)
+    return values.to(device), bounds.to(device)
 
 
 class DynamicInt8:
@@ -135,14 +138,14 @@ class DynamicInt8:
         """Codes, uint8 [B], and largest magnitudes, fp32 [S]."""
         padded_SK = grouped(values_B, SUPER)
         absmax_S = padded_SK.abs().amax(1)
-        bounds = dynamic_levels()[1].to(values_B.device)
+        bounds = _on(values_B.device, dynamic_levels)[1]
         codes_SK = torch.bucketize(padded_SK * _inverse(absmax_S)[:, None], bounds)
         return codes_SK.flatten()[: len(values_B)].to(torch.uint8), absmax_S
 
     @staticmethod
     def decode(codes_B: Tensor, absmax_S: Tensor) -> Tensor:
         absmax_B = absmax_S.repeat_interleave(SUPER)[: len(codes_B)]
-        return _on(codes_B.device, dynamic_levels)[codes_B.int()] * absmax_B
+        return _on(codes_B.device, dynamic_levels)[0][codes_B.int()] * absmax_B
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,14 +213,14 @@ class NF4(Method):
     def _codes(self, weight_BK: Tensor, scale_B: Tensor) -> Tensor:
         """Nearest codes [B, K]."""
         # Times the reciprocal, as in bitsandbytes: a division would round differently.
-        bounds = levels(self.bits)[1].to(weight_BK.device)
+        bounds = _on(weight_BK.device, levels, self.bits)[1]
         return torch.bucketize(weight_BK * _inverse(scale_B)[:, None], bounds, out_int32=True)
 
     def _search_scales(self, weight_BK: Tensor) -> Tensor:
         """The scale [B] of each block that has the least squared error, of `SHRINKS` shrunken
         ones.
         """
-        values = levels(self.bits)[0].to(weight_BK.device)
+        values = _on(weight_BK.device, levels, self.bits)[0]
         full_B = weight_BK.abs().amax(1)
         best_B = full_B
         least_B = torch.full_like(full_B, torch.inf)
@@ -263,7 +266,9 @@ class NF4(Method):
         Like the authors' the subtracted tau is not rounded, unless ranges are searched.
         """
         whole = len(weight_N) // self.block_size
-        chunks = torch.split(weight_BK[:whole], max(CHUNK // self.block_size, 1))
+        chunks = torch.split(
+            weight_BK[:whole], max(at_once(weight_BK.device, CHUNK) // self.block_size, 1)
+        )
         taus = [self._taus(chunk_BK) for chunk_BK in chunks]
         if whole < len(weight_BK):  # a short last block: its padding takes no part
             taus.append(self._taus(weight_N[whole * self.block_size :][None]))
@@ -302,7 +307,7 @@ class NF4(Method):
     def _entropy(self, ordered_BK: Tensor) -> Tensor:
         """Entropy [B] in bits per code, of blocks whose weights are in ascending order."""
         size = ordered_BK.shape[1]
-        bounds = levels(self.bits)[1].to(ordered_BK.device)
+        bounds = _on(ordered_BK.device, levels, self.bits)[1]
         scale_B = torch.maximum(ordered_BK[:, -1], -ordered_BK[:, 0])
         normal_BK = ordered_BK * _inverse(scale_B)[:, None]
         bounds_BL = bounds.expand(len(normal_BK), -1).contiguous()
@@ -318,7 +323,7 @@ class NF4(Method):
 
     def dequantize(self, packed: Packed, out_features: int, in_features: int) -> Tensor:
         weights = out_features * in_features
-        values = _on(packed["weight"].device, levels, self.bits)
+        values = _on(packed["weight"].device, levels, self.bits)[0]
         weight_BK = grouped(values[self._unpack_codes(packed["weight"], weights)], self.block_size)
         weight_BK *= self._scales(packed)[:, None]
         if self.icq:
@@ -333,7 +338,7 @@ class NF4(Method):
     def _stored(self, packed: Packed, out_features: int, in_features: int) -> TableCodes:
         """The stored tensors as kernels read them."""
         device = packed["weight"].device
-        map_256 = _on(device, dynamic_levels)
+        map_256 = _on(device, dynamic_levels)[0]
         scale = Numbers(packed["scale"])
         if self.double_quant:
             scale = Numbers(packed["scale"], map_256, packed["scale_absmax"], packed["scale_mean"])
@@ -342,7 +347,7 @@ class NF4(Method):
             out_features,
             in_features,
             self.bits,
-            _on(device, levels, self.bits),
+            _on(device, levels, self.bits)[0],
             self.block_size,
             scale,
             Numbers(packed["tau"], map_256, packed["tau_absmax"]) if self.icq else None,

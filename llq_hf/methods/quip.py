@@ -285,7 +285,7 @@ def greedy_pass(codes_OI: Tensor, t_OI: Tensor, H_II: Tensor, top: int) -> bool:
     Returns whether a code changed.
     """
     error_OI = codes_OI - t_OI
-    changed = False
+    before_OI = codes_OI.clone()
     columns = t_OI.shape[1]
     for stop in range(columns, 0, -BLOCK):
         start = max(stop - BLOCK, 0)
@@ -296,5 +296,5 @@ def greedy_pass(codes_OI: Tensor, t_OI: Tensor, H_II: Tensor, top: int) -> bool:
             codes_OI[:, i] = new_O
             error_OI[:, i] += move_O
             slope_OB.addmm_(move_O[:, None], H_II[i, None, start:stop])
-            changed = changed or bool(move_O.any())
-    return changed
+    # Read once a pass: at every read a GPU has to wait.
+    return bool((codes_OI != before_OI).any())

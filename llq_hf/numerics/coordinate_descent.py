@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .error_feedback import BLOCK, Solution
 from .grids import Grid, Uniform
@@ -106,8 +106,9 @@ def refitted(objective: Objective, solution: Solution, uniform: Uniform) -> Grid
     """
     scale_OG, zero_OG = solution.grid_OG
     units_OI = solution.codes_OI - zero_OG[:, solution.group_I]
+    groups = Groups.of(solution.group_I, scale_OG.shape[1])
     found = [
-        _refitted_rows(objective.H_II, B_RI, units_RI, scale_RG, solution.group_I, uniform)
+        _refitted_rows(objective.H_II, B_RI, units_RI, scale_RG, groups, uniform)
         for B_RI, units_RI, scale_RG in zip(
             *(torch.split(part, ROWS) for part in (objective.B_OI, units_OI, scale_OG)), strict=True
         )
@@ -115,27 +116,51 @@ def refitted(objective: Objective, solution: Solution, uniform: Uniform) -> Grid
     return Grid(torch.cat(found), zero_OG)
 
 
+class Groups(NamedTuple):
+    """The columns of each group, read from the device once."""
+
+    members: tuple[Tensor, ...]  # ascending
+    order_I: Tensor | None  # all of them, group by group; None: as they are
+    ends_G1: Tensor  # where the groups end in that order, behind a 0
+
+    @classmethod
+    def of(cls, group_I: Tensor, count: int) -> Groups:
+        groups = group_I.cpu()
+        order_I = torch.argsort(groups, stable=True)
+        sizes = torch.bincount(groups, minlength=count)
+        in_order = bool((groups.diff() >= 0).all())
+        ends_G1 = nn.functional.pad(sizes.cumsum(0), (1, 0)).to(group_I.device)
+        order_I = order_I.to(group_I.device)
+        members = torch.split(order_I, sizes.tolist())
+        return cls(members, None if in_order else order_I, ends_G1)
+
+    def sums(self, x_RI: Tensor) -> Tensor:
+        """Sums [R, G] over the columns of each group, one after the other: on GPUs as on CPUs the
+        same bits in every run, which the atomic sums of index_add_ would not give.
+        """
+        x_RI = x_RI if self.order_I is None else x_RI[:, self.order_I]
+        ends_RG1 = self.ends_G1.expand(len(x_RI), -1).contiguous()
+        sums_RG: Tensor = torch.segment_reduce(x_RI, "sum", offsets=ends_RG1, axis=1, unsafe=True)
+        return sums_RG
+
+
 def _refitted_rows(
     H_II: Tensor,
     B_RI: Tensor,
     units_RI: Tensor,
     scale_RG: Tensor,
-    group_I: Tensor,
+    groups: Groups,
     uniform: Uniform,
 ) -> Tensor:
-    def by_group(x_RI: Tensor) -> Tensor:
-        return torch.zeros_like(scale_RG).index_add_(1, group_I, x_RI)
-
     A_RGG = scale_RG.new_empty(*scale_RG.shape, scale_RG.shape[1])
-    for k in range(scale_RG.shape[1]):
-        members = (group_I == k).nonzero().flatten()
-        A_RGG[:, k] = by_group((units_RI[:, members] @ H_II[members]).mul_(units_RI))
-    b_RG = by_group(units_RI * B_RI)
+    for k, members in enumerate(groups.members):
+        A_RGG[:, k] = groups.sums((units_RI[:, members] @ H_II[members]).mul_(units_RI))
+    b_RG = groups.sums(units_RI * B_RI)
     # A weak pull towards the old scale: nothing else determines the scale of an all-zero group, and
     # rounding can make A singular.
     diagonal_RG = torch.diagonal(A_RGG, dim1=1, dim2=2)
     pull_RG = (1e-6 * diagonal_RG.mean(1, keepdim=True)).clamp_min(1e-20).expand_as(scale_RG)
-    best_RG = torch.linalg.solve(A_RGG + torch.diag_embed(pull_RG), b_RG + pull_RG * scale_RG)
+    best_RG = _solved(A_RGG + torch.diag_embed(pull_RG), b_RG + pull_RG * scale_RG)
     sound_RG = torch.isfinite(best_RG) & (best_RG > scale_RG / REACH) & (best_RG < scale_RG * REACH)
     best_RG = uniform.stored(torch.where(sound_RG, best_RG, scale_RG))
 
@@ -144,6 +169,16 @@ def _refitted_rows(
         return (s * ((A @ s[..., None])[..., 0] - 2 * b)).sum(1, keepdim=True)
 
     return torch.where(loss(best_RG) < loss(scale_RG), best_RG, scale_RG)
+
+
+def _solved(A_RKK: Tensor, b: Tensor) -> Tensor:
+    """x with A x = b, [R, K] or [R, K, 1].
+
+    Nothing is checked, for which a GPU would have to wait: the caller keeps its old numbers where
+    those of a singular system are no better.
+    """
+    found: Tensor = torch.linalg.solve_ex(A_RKK, b).result
+    return found
 
 
 # --- levels that are no uniform grid --------------------------------------------------------------
@@ -170,7 +205,7 @@ def refit_levels(
     # rounding can make A singular.
     diagonal_OK = torch.diagonal(A_OKK, dim1=1, dim2=2)
     pull_OK = (1e-6 * diagonal_OK.mean(1, keepdim=True)).clamp_min(1e-20).expand_as(levels_OK)
-    change_OK = torch.linalg.solve(A_OKK + torch.diag_embed(pull_OK), b_OK1)[..., 0]
+    change_OK = _solved(A_OKK + torch.diag_embed(pull_OK), b_OK1)[..., 0]
     found_OK = stored(levels_OK + change_OK)
     step_OK1 = (found_OK - levels_OK)[..., None].double()
     growth_O1 = (step_OK1 * (A_OKK.double() @ step_OK1 - 2 * b_OK1.double())).sum(1)

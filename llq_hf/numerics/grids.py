@@ -1,6 +1,7 @@
 """Uniform affine grids: the 2**b levels of each group of weights, and how they are stored.
 
-Legend: O out_features, I in_features, g group size, G = ceil(I / g) groups, R any leading shape.
+Legend: O out_features, I in_features, g group size, G = ceil(I / g) groups, R any leading shape, C
+candidate grids.
 
 value = scale * (code - zero), code in 0..2**b - 1. Scales are found in fp32 and rounded to the
 stored dtype *before* any code is chosen, so codes are optimal for the scales as stored. The grid
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple, Self
 
 import torch
@@ -102,6 +104,15 @@ def grouped(x: Tensor, size: int, mode: str = "constant") -> Tensor:
     return x.reshape(*x.shape[:-1], -1, size)
 
 
+def at_once(device: torch.device, cpu: int = 1 << 18) -> int:
+    """How many numbers an operation should work on.
+
+    cpu: on CPUs; the default stays in the processor's cache. On GPUs it is far more, because the
+    start of an operation takes as long there as its work on a million numbers.
+    """
+    return cpu if device.type == "cpu" else 1 << 24
+
+
 def check_group_size(group_size: int, whole: str = "one group per row") -> None:
     """LLQError unless it is -1 or at least 1. whole: what -1 means, in words."""
     if group_size != -1 and group_size < 1:
@@ -118,6 +129,19 @@ def scale_dtype(scale_bits: int) -> torch.dtype:
     if scale_bits not in (16, 32):
         raise LLQError(f"scale_bits={scale_bits} must be 16 (stored as fp16) or 32 (fp32)")
     return torch.float16 if scale_bits == 16 else torch.float32
+
+
+def checked_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """`scale` in the dtype that it is stored in. LLQError where it does not fit.
+
+    `Uniform.stored` left the largest number of the dtype there. So that a GPU need not wait, this
+    is asked once for a linear, when it is packed, and not for every grid.
+    """
+    stored = scale.to(dtype)
+    if not bool((stored < torch.finfo(dtype).max).all()):
+        width = torch.finfo(dtype).bits
+        raise LLQError(f"a scale does not fit fp{width}: the weights are too large")
+    return stored.contiguous()
 
 
 SYMMETRIC = ("full", "absmax", "halves")
@@ -160,6 +184,7 @@ class Uniform:
         """The grid of each row of weights, fp32 [R, 1]. Its range always contains zero.
 
         importance_g: the cost of an error in each column, where ranges are searched; None: equal.
+            It may differ from group to group [G, g].
 
         sym: the range is always symmetric. (The authors' code leaves its lower end at 0 where a
         row has no negative weight, which halves the scale and clips the upper half.)
@@ -172,13 +197,22 @@ class Uniform:
 
     def grids(self, weight_OI: Tensor, importance_I: Tensor | None = None) -> Grid:
         """One grid per row and group of consecutive columns: scale and zero point [O, G]."""
-        size = self.size(weight_OI.shape[1])
-        if importance_I is None:
-            importance_I = weight_OI.new_ones(weight_OI.shape[1])
-        parts = zip(
-            torch.split(weight_OI, size, dim=1), torch.split(importance_I, size), strict=True
-        )
-        return concatenated([self.grid(part, importance_g) for part, importance_g in parts])
+        columns = weight_OI.shape[1]
+        size = self.size(columns)
+        # Whole groups, then a short last one: padding it would change the last bits of its errors.
+        whole = columns // size * size
+        cuts = [(start, stop) for start, stop in ((0, whole), (whole, columns)) if start < stop]
+        rows = max(1, at_once(weight_OI.device) // columns)
+        found = []
+        for start, stop in cuts:
+            importance_Gg = None
+            if importance_I is not None:
+                importance_Gg = grouped(importance_I[start:stop], min(size, stop - start))
+            weight_OGg = grouped(weight_OI[:, start:stop], min(size, stop - start))
+            parts = [self.grid(part, importance_Gg) for part in torch.split(weight_OGg, rows)]
+            found.append(joined(parts, 0))
+        grid_OG1 = joined(found, 1)
+        return grid_OG1._replace(scale=grid_OG1.scale[..., 0], zero=grid_OG1.zero[..., 0])
 
     def spread(self, grid_OG: Grid, in_features: int) -> Grid:
         """[O, G] -> [O, I]: each column gets the scale and zero point of its group."""
@@ -216,39 +250,45 @@ class Uniform:
     def _searched(
         self, weight_Rg: Tensor, low: Tensor, high: Tensor, importance_g: Tensor | None
     ) -> Grid:
-        """The best grid of each row among 80 shrunken ranges (1.00 to 0.21 of the full one).
+        """The best grid of each row among 80 shrunken ranges (1.00 to 0.21 of the full one); of
+        equally good ones, the first.
 
         This is the option `mse` of IST-DASLab/gptq. Asymmetric grids also try the zero point one
         code lower and higher (as GPTQModel does at 2 bits).
         """
         best = self._spanning(low, high)
-        best_error = self._error(best, weight_Rg, importance_g)
-        for step in range(80):
-            shrink = 1 - step / 100
-            grid = self._spanning(shrink * low, shrink * high)
-            for offset in (0,) if self.sym else (0, -1, 1):
-                shifted = grid._replace(zero=(grid.zero + offset).clamp(0, 2**self.bits - 1))
-                error = self._error(shifted, weight_Rg, importance_g)
-                better = error < best_error
-                best_error = torch.where(better, error, best_error)
-                scale, zero = (
-                    torch.where(better, new, old) for new, old in zip(shifted, best, strict=True)
-                )
-                best = grid._replace(scale=scale, zero=zero)
+        least = torch.full_like(low, torch.inf)
+        axes = (-1, *(1,) * low.ndim)
+        size = max(1, at_once(low.device) // weight_Rg.numel())
+        candidates = (torch.split(part, size) for part in _candidates(low.device, self.sym))
+        for share_C, move_C in zip(*candidates, strict=True):
+            share_C11 = share_C.view(axes)
+            grid = self._spanning(share_C11 * low, share_C11 * high)
+            zero = (grid.zero + move_C.view(axes)).clamp_(0, 2**self.bits - 1)
+            grid = grid._replace(zero=zero)
+            error = self._error(grid, weight_Rg, importance_g)
+            which = error.argmin(0, keepdim=True)
+            error = error.gather(0, which)[0]
+            better = error < least
+            least = torch.where(better, error, least)
+            scale, zero = (
+                torch.where(better, new.gather(0, which)[0], old)
+                for new, old in zip(grid, best, strict=True)
+            )
+            best = grid._replace(scale=scale, zero=zero)
         return best
 
     def _error(self, grid: Grid, weight_Rg: Tensor, importance_g: Tensor | None) -> Tensor:
-        error_Rg = (grid.values(grid.codes(weight_Rg, self.bits)) - weight_Rg).abs().pow(2.4)
+        error_Rg = grid.values(grid.codes(weight_Rg, self.bits)).sub_(weight_Rg).abs_().pow_(2.4)
         return (error_Rg if importance_g is None else error_Rg * importance_g).sum(-1, keepdim=True)
 
     def stored(self, scale: Tensor) -> Tensor:
-        """`scale` rounded to what is stored, in fp32. LLQError where fp16 overflows."""
-        stored = scale.clamp_min(_TINY_SCALE).to(self.scale_dtype).float()
-        if not torch.isfinite(stored).all():
-            raise LLQError(
-                f"a scale of {float(scale.max()):g} does not fit fp16: the weights are too large"
-            )
-        return stored
+        """`scale` rounded to what is stored, in fp32.
+
+        Where it overflows it is the largest number of the dtype, which `pack` refuses.
+        """
+        largest = torch.finfo(self.scale_dtype).max
+        return scale.clamp(_TINY_SCALE, largest).to(self.scale_dtype).float()
 
     # --- storing codes ----------------------------------------------------------------------------
 
@@ -274,10 +314,13 @@ class Uniform:
         return layout
 
     def pack(self, codes_OI: Tensor, grid_OG: Grid) -> dict[str, Tensor]:
-        """Tensors of `layout` from integer codes and grids. Nothing is rounded here."""
+        """Tensors of `layout` from integer codes and grids. Nothing is rounded here.
+
+        LLQError where a scale overflows.
+        """
         packed = {
             "weight": bitpack.pack(codes_OI, self.bits),
-            "scale": grid_OG.scale.to(self.scale_dtype).contiguous(),
+            "scale": checked_scale(grid_OG.scale, self.scale_dtype),
         }
         if not self.sym:
             packed["zero"] = bitpack.pack(grid_OG.zero.flatten(), self.bits)
@@ -345,3 +388,21 @@ def concatenated(grids: Sequence[Grid]) -> Grid:
     """Join grids [O] or [O, 1] of consecutive groups into one [O, G]."""
     scale, zero = (torch.column_stack(parts) for parts in zip(*grids, strict=True))
     return grids[0]._replace(scale=scale, zero=zero)
+
+
+def joined(grids: Sequence[Grid], dim: int) -> Grid:
+    """One grid from those of parts of a matrix."""
+    scale, zero = (torch.cat(parts, dim) for parts in zip(*grids, strict=True))
+    return grids[0]._replace(scale=scale, zero=zero)
+
+
+@cache
+@torch.inference_mode(False)
+def _candidates(device: torch.device, sym: bool) -> tuple[Tensor, Tensor]:
+    """Of every grid that a search tries [C]: its share of the range, and how far its zero point is
+    moved. They are copied to a device once.
+    """
+    moves = (0,) if sym else (0, -1, 1)
+    tried = [(1 - step / 100, float(move)) for step in range(80) for move in moves]
+    share_C, move_C = torch.tensor(tried).to(device).T.contiguous()
+    return share_C, move_C

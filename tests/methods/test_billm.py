@@ -7,11 +7,13 @@ import torch
 from contract import checks
 from methods.test_gptq import hessian_of, well_conditioned
 from methods.test_pb_llm import statistic
+from numerics.host_reads import watched
 from reference.billm import billm
 
 from llq_hf.common.errors import LLQError
 from llq_hf.kernels.bitpack import unpack
 from llq_hf.method import Flow, stored_bits
+from llq_hf.methods import billm as billm_module
 from llq_hf.methods import build
 from llq_hf.methods.billm import quantiles
 
@@ -49,6 +51,32 @@ def test_equals_the_literal_solver(
         :, alive_I
     ] > 1e-5
     assert off.double().mean() <= 0.005
+
+
+@pytest.mark.parametrize("search_on", ["salience", "weight"])
+def test_the_splits_are_the_same_however_many_are_compared_at_once(
+    search_on: str, monkeypatch: pytest.MonkeyPatch
+):
+    weight_OI, x_TI = checks.weight(6, 130), well_conditioned(130)
+    method = build("billm", search_on=search_on)
+    found = []
+    for count in (1, 7, 1000):
+        monkeypatch.setattr(billm_module, "candidates_at_once", lambda target_OB, n=count: n)
+        found.append(method.quantize(weight_OI, statistic(x_TI), checks.job()))
+    for packed in found[1:]:
+        checks.check_same_bits(found[0], packed)
+
+
+def test_the_splits_of_a_block_are_found_without_a_read(monkeypatch: pytest.MonkeyPatch):
+    """At every read a GPU has to wait. And it gets no launch for each candidate."""
+    monkeypatch.setattr(billm_module, "candidates_at_once", lambda target_OB: 1000)
+    target_OB = checks.weight(6, 128)
+    salient = watched(lambda: billm_module.salient_columns(target_OB, target_OB.square()))
+    none_B = torch.zeros(128, dtype=torch.bool)
+    mid = watched(lambda: billm_module.mid_weights(target_OB, target_OB.square(), none_B))
+    assert not salient.reads
+    assert not mid.reads
+    assert salient.operations + mid.operations < 250
 
 
 @pytest.mark.parametrize("last", [1, 2, 49, 50, 51])

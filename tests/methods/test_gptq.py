@@ -126,6 +126,13 @@ def test_a_repair_that_overflows_is_an_error():
         by_columns(W_OI, U_II, lambda j, w_O: torch.zeros_like(w_O))
 
 
+@pytest.mark.parametrize("name", ["gptq", "slim_llm"])
+def test_a_scale_that_fp16_cannot_hold_is_refused_after_the_feedback(name: str):
+    """The error says so, and not that the feedback overflows."""
+    with pytest.raises(LLQError, match="too large"):
+        checks.quantize(build(name, bits=3, group_size=16), checks.weight(4, 64) * 1e9)
+
+
 def test_the_damping_ladder_is_climbed_and_noted():
     """A Hessian of rank 1 with no damping asked for cannot be factorized as it is."""
     x_TI = torch.ones(4, 64) * torch.linspace(1, 2, 64)

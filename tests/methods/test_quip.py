@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from contract import checks
+from numerics.host_reads import watched
 from reference.quip import greedy as greedy_literal
 from reference.quip import ldlq as ldlq_literal
 from reference.quip import quip, quip_rows
@@ -105,6 +106,19 @@ def test_ldlq_and_greedy_equal_their_loops(columns: int):
     )
     error, error_better = codes - t_OI, better - t_OI
     assert (error_better @ H_II * error_better).sum() <= (error @ H_II * error).sum()
+
+
+def test_a_greedy_pass_says_whether_a_code_changed_and_reads_it_once():
+    stat, random = statistic(inputs(40)), torch.Generator().manual_seed(1)
+    t_OI = torch.rand(6, 40, generator=random) * 7
+    codes_OI, said = t_OI.round(), []
+    for _ in range(12):
+        before_OI = codes_OI.clone()
+        found = watched(lambda: said.append(greedy_pass(codes_OI, t_OI, stat.H_II, 7)))
+        assert sum(found.reads.values()) == 1
+        assert said[-1] == (not torch.equal(before_OI, codes_OI))
+    assert said[0]
+    assert not said[-1]
 
 
 def test_halves_round_up():

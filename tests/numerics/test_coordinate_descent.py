@@ -9,6 +9,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from numerics.host_reads import HostReads, watched
 from reference import refine as slow
 
 from llq_hf.numerics import coordinate_descent
@@ -117,3 +118,34 @@ def test_many_rows_are_solved_in_parts(monkeypatch):
     assert torch.allclose(
         coordinate_descent.refitted(objective, solution, uniform).scale, whole.scale, rtol=1e-5
     )
+
+
+@pytest.mark.parametrize("order", ["in order", "mixed"])
+def test_sums_over_groups_are_those_of_a_loop_to_the_last_bit(order: str):
+    """The loop is what index_add_ does on CPUs; on GPUs it would add in another order each run."""
+    random = torch.Generator().manual_seed(3)
+    x_RI = torch.randn(4, 50, generator=random)
+    group_I = torch.randint(6, (50,), generator=random)
+    group_I[group_I == 4] = 5  # a group without columns
+    if order == "in order":
+        group_I = group_I.sort().values
+    expected_RG = torch.zeros(4, 6)
+    for column, group in enumerate(group_I.tolist()):
+        expected_RG[:, group] += x_RI[:, column]
+    groups = coordinate_descent.Groups.of(group_I, 6)
+    assert torch.equal(groups.sums(x_RI), expected_RG)
+    assert [m.tolist() for m in groups.members] == [
+        (group_I == k).nonzero().flatten().tolist() for k in range(6)
+    ]
+
+
+def test_a_refit_reads_as_little_for_many_groups_as_for_two():
+    def found(group_size: int) -> HostReads:
+        objective, solution, uniform = problem(3, group_size)
+        return watched(lambda: coordinate_descent.refitted(objective, solution, uniform))
+
+    assert found(5).reads == found(75).reads
+    assert not found(5).atomic
+    assert watched(
+        lambda: torch.zeros(2).index_add_(0, torch.zeros(2).long(), torch.ones(2))
+    ).atomic

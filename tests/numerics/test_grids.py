@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from numerics.host_reads import watched
 from reference.grid import code_of, grid_of, searched, value_of
 
 from llq_hf.common.errors import LLQError
 from llq_hf.common.spec import Spec
+from llq_hf.numerics import grids
 from llq_hf.numerics.grids import Grid, Uniform, grouped, scale_dtype
 
 RANDOM = torch.Generator().manual_seed(5)
@@ -118,6 +120,44 @@ def test_groups_are_consecutive_columns_and_the_last_may_be_short(group_size: in
         assert torch.equal(scale, own.scale[:, 0])
 
 
+@pytest.mark.parametrize("group_size", [-1, 7, 32, 128])
+@pytest.mark.parametrize("levels", ["asymmetric", "full", "halves"])
+@pytest.mark.parametrize("chunk", [1, 500, 1 << 24])
+def test_all_groups_at_once_have_the_grids_of_each_alone(
+    group_size: int, levels: str, chunk: int, monkeypatch: pytest.MonkeyPatch
+):
+    """To the last bit, however many rows and candidates are worked on together."""
+    random = torch.Generator().manual_seed(2)
+    weight_OI, importance_I = torch.randn(5, 140, generator=random), torch.rand(140)
+    symmetric = {
+        "sym": levels != "asymmetric",
+        **({} if levels == "asymmetric" else {"levels": levels}),
+    }
+    uniform = Uniform(3, group_size, search=True, **symmetric)
+    size = uniform.size(140)
+    alone = [
+        uniform.grid(weight_OI[:, start : start + size], importance_I[start : start + size])
+        for start in range(0, 140, size)
+    ]
+    monkeypatch.setattr(grids, "at_once", lambda device: chunk)
+    together = uniform.grids(weight_OI, importance_I)
+    assert type(together) is type(alone[0])
+    for part in range(2):
+        assert torch.equal(together[part], torch.cat([grid[part] for grid in alone], dim=1))
+
+
+def test_a_search_reads_nothing_and_starts_as_much_for_many_groups_as_for_one(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(grids, "at_once", lambda device: 1 << 24)  # as on a GPU
+    weight_OI = torch.randn(8, 512, generator=torch.Generator().manual_seed(0))
+    uniform = Uniform(4, 16, search=True)
+    many = watched(lambda: uniform.grids(weight_OI))
+    one = watched(lambda: uniform.grids(weight_OI[:, :16]))
+    assert not many.reads
+    assert many.operations <= one.operations + 2
+
+
 @pytest.mark.parametrize("bits", range(1, 9))
 @pytest.mark.parametrize("group_size", [-1, 8, 24, 64])
 @each_sym
@@ -142,8 +182,10 @@ def test_bad_options_are_named():
             Uniform(4, group_size)
     with pytest.raises(LLQError, match="scale_bits=8"):
         Uniform(4, scale_bits=8)
+    weight_OI = torch.tensor([[-1e5, 1e5]])
     with pytest.raises(LLQError, match="too large"):
-        Uniform(1).grid(torch.tensor([[-1e5, 1e5]]))
+        Uniform(1).pack(torch.zeros(1, 2), Uniform(1).grid(weight_OI))
+    assert torch.isfinite(Uniform(1).grid(weight_OI).scale).all()  # so that feedback goes on
     assert torch.isfinite(Uniform(1, scale_bits=32).grid(torch.tensor([[-1e5, 1e5]])).scale).all()
 
 

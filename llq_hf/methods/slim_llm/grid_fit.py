@@ -8,20 +8,26 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
 
-from ...numerics.grids import Uniform
+from ...numerics.grids import Uniform, at_once
 from .levels import Levels, ends_of
 from .storage import Storage
 
-# Weights times candidate grids that are rounded at once: they should stay in the processor's cache.
-CHUNK = 1 << 18
 # Shares of a range, in the authors' order: of equally good ones the first wins.
-SHARES = torch.cat([torch.linspace(1.0, 1.1, 51), torch.linspace(1.0, 0.9, 51)[1:]]).tolist()
-WIDE_SHARES = torch.linspace(0.4, 1.05, 41).tolist()  # of search_range
+SHARES = torch.cat([torch.linspace(1.0, 1.1, 51), torch.linspace(1.0, 0.9, 51)[1:]])
+WIDE_SHARES = torch.linspace(0.4, 1.05, 41)  # of search_range
 OFFSETS = (-2, -1, 0, 1, 2)  # of search_range: steps of a stored zero
+
+
+@cache
+@torch.inference_mode(False)
+def _shares(device: torch.device, wide: bool) -> Tensor:
+    """The shares of a range, copied to a device once."""
+    return (WIDE_SHARES if wide else SHARES).to(device)
 
 
 @dataclass(frozen=True)
@@ -43,7 +49,7 @@ class GridFit:
         """
         rows_Rg = weight_OKg.reshape(-1, weight_OKg.shape[2])
         rounded = []
-        for part_Rg in torch.split(rows_Rg, max(1, CHUNK // rows_Rg.shape[1])):
+        for part_Rg in torch.split(rows_Rg, max(1, at_once(rows_Rg.device) // rows_Rg.shape[1])):
             levels_R = self._whole_range(part_Rg, width)
             if self.search_range:
                 equal_g = torch.ones_like(part_Rg[0])
@@ -89,7 +95,7 @@ class GridFit:
         tried_C = self._candidates(part_OB, width, sym)  # each part [C, O, 1]
         best = tried_C.map(lambda t: t[0])
         least = torch.full_like(part_OB[:, :1], math.inf)
-        size = max(1, CHUNK // part_OB.numel())
+        size = max(1, at_once(part_OB.device) // part_OB.numel())
         for start in range(0, len(tried_C.scale), size):
             some_C = tried_C.map(lambda t, start=start: t[start : start + size])  # type: ignore[misc]
             error_COB = some_C.round(part_OB, width) - part_OB
@@ -114,7 +120,7 @@ class GridFit:
         if width == 1 and not self.search_range:
             return self._two_levels(part_OB).map(lambda t: t[None])
         low, high = ends_of(part_OB)
-        shares_C11 = part_OB.new_tensor(WIDE_SHARES if self.search_range else SHARES)[:, None, None]
+        shares_C11 = _shares(part_OB.device, self.search_range)[:, None, None]
         if not self.search_range:
             return self._grid(shares_C11 * low, shares_C11 * high, width, sym)
         if width == 1:

@@ -33,6 +33,7 @@ from ...common.spec import Spec
 from ...kernels import Part, UniformCodes, once
 from ...kernels.bitpack import BLOCK, pack, packed_words, unpack
 from ...method import Packed
+from ...numerics.grids import checked_scale
 from .levels import Levels
 
 FEWEST_GROUPS = 4  # with fewer the authors' search has no candidates
@@ -129,7 +130,7 @@ class Storage:
         widths_G = torch.tensor(widths, dtype=torch.uint8, device=device)
         packed = {
             "weight": F.pad(weight, (0, layout["weight"].shape[1] - weight.shape[1])),
-            "scale": levels_OG.scale.to(layout["scale"].dtype).contiguous(),
+            "scale": checked_scale(levels_OG.scale, layout["scale"].dtype),
             "zero": pack((levels_OG.zero * self.zero_steps(widths_G)).flatten(), self.zero_bits),
             "widths": widths_G,
         }
