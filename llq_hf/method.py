@@ -33,6 +33,7 @@ from .common.errors import LLQError
 from .common.progress import PassListener
 from .common.spec import Spec
 from .common.words import nearest
+from .kernels import product
 from .numerics.activations import Attention
 from .numerics.grids import Affine
 from .numerics.stats import Stat
@@ -302,8 +303,8 @@ class Method(WholeModel, ABC):
 
     def linear(self, x: Tensor, packed: Packed, bias: Tensor | None, out_features: int) -> Tensor:
         """y [..., O] of x [..., I]. Override to use a kernel or to transform the input."""
-        weight_OI = self.dequantize(packed, out_features, x.shape[-1])
-        return nn.functional.linear(x, weight_OI.to(x.dtype), bias)
+        in_features = x.shape[-1]
+        return product(x, None, lambda: self.dequantize(packed, out_features, in_features), bias)
 
     def affine(self, packed: Packed, out_features: int, in_features: int) -> Affine:
         """The linear as codes on uniform grids, for other libraries' formats.

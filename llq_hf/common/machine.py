@@ -26,6 +26,21 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def gpu_name(device: torch.device) -> str | None:
+    """The model of a GPU; None for other devices."""
+    usable = device.type == "cuda" and torch.cuda.is_available()
+    return torch.cuda.get_device_name(device) if usable else None
+
+
+def gpu_free_bytes(device: torch.device) -> int | None:
+    """Memory of a GPU that this process can still get; None for other devices."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return None
+    # Beside what the driver has, what torch holds and does not use.
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0]) + unused
+
+
 def auto_device(name: str, gpu: str = "cuda") -> str:
     """The device that a user named; "auto" is `gpu` where there is one, else the CPU."""
     if name != "auto":

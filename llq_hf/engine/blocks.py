@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..checkpoints.dense import Checkpoint
+from ..common.errors import LLQError
 from ..models.decoder import block_prefixes, decoder_of
 
 
@@ -45,6 +46,7 @@ class LiveBlocks(Blocks):
     """The blocks of a model in memory, which are changed in place."""
 
     def __init__(self, model: nn.Module) -> None:
+        check_in_memory(model)
         self.model = model
         self.prefixes = block_prefixes(model)
         self.device = next(model.parameters()).device
@@ -57,6 +59,17 @@ class LiveBlocks(Blocks):
 
     def around(self) -> nn.Module:
         return self.model
+
+
+def check_in_memory(model: nn.Module) -> None:
+    """LLQError where weights of a model lie on no CPU or GPU: accelerate offloaded them."""
+    away = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if away:
+        raise LLQError(
+            f"{len(away)} tensors of the model are offloaded, {away[0]} first: it is too large to "
+            "be quantized in memory with this device_map; give another one, or quantize it to a "
+            "folder with `llq quantize`, which holds one block at a time"
+        )
 
 
 class StreamedBlocks(Blocks):

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..checkpoints.dense import Checkpoint
 from ..common.errors import LLQError
+from ..common.machine import gpu_free_bytes
 from ..common.progress import Progress
 from ..data.pairs import Pairs
 from ..layers.linear import checked_layout
@@ -67,8 +68,7 @@ def estimate(
     if out is not None:
         _check_disk(out, output)
     peak = expected_peak_bytes(skeleton, method, data, dtype, run)
-    if run.device == "cpu":
-        _check_memory(peak)
+    check_memory(peak, _activation_bytes(skeleton, data, dtype, run), run)
     seconds = 0.0
     if data is not None:
         progress.stage("trial forward pass of one block")
@@ -108,8 +108,18 @@ def _check_disk(out: Path, needed: int) -> None:
         )
 
 
-def _check_memory(needed: int) -> None:
-    """LLQError if the machine has less memory than `needed` bytes."""
+def check_memory(peak: int, activations: int, run: RunOptions) -> None:
+    """LLQError if the device, or the machine, has less memory than the run's peak.
+
+    activations: the bytes of the peak that a GPU leaves to the CPU's memory where they do not fit.
+    """
+    free = gpu_free_bytes(torch.device(run.device))
+    if free is not None and peak - activations > free:
+        raise LLQError(
+            f"about {(peak - activations) / 2**30:.1f} GiB of memory are needed on {run.device} "
+            f"and {free / 2**30:.1f} are free; free some, or run with device=cpu"
+        )
+    needed = peak if torch.device(run.device).type == "cpu" else activations
     total = psutil.virtual_memory().total
     if needed > total:
         raise LLQError(
@@ -135,15 +145,24 @@ def expected_peak_bytes(
     # 1 GiB for Python and its libraries, and five fp32 copies of the largest weight in the solver.
     total: int = 2**30 + block_parameters * dtype.itemsize + embedding + 5 * 4 * largest
     total += _hessian_bytes(skeleton, method, widths)
-    if data is not None and run.offload is None:
-        tokens = sum(data.lengths) if isinstance(data, Pairs) else data.numel()
-        total += tokens * widths[0] * dtype.itemsize
+    total += _activation_bytes(skeleton, data, dtype, run)
     total += 4 * method.training_copies * block_parameters
     if method.learns or method.tunes:
         # The whole model, a changed copy, its gradients, and room to work in.
         parameters = sum(p.numel() for p in skeleton.parameters())
         total = max(total, 4 * parameters * dtype.itemsize + 2**30)
     return total
+
+
+def _activation_bytes(
+    skeleton: PreTrainedModel, data: Tensor | Pairs | None, dtype: torch.dtype, run: RunOptions
+) -> int:
+    """Bytes of a block's input for all calibration data, if they stay in memory."""
+    if data is None or run.offload is not None:
+        return 0
+    block = skeleton.get_submodule(block_prefixes(skeleton)[0])
+    tokens = sum(data.lengths) if isinstance(data, Pairs) else data.numel()
+    return tokens * next(iter(block_linears(block).values())).in_features * dtype.itemsize
 
 
 def _hessian_bytes(skeleton: PreTrainedModel, method: Method, widths: list[int]) -> int:

@@ -34,6 +34,7 @@ from ..models.decoder import block_prefixes, quantizable
 from ..models.load import auto_class
 from .blocks import StreamedBlocks
 from .options import RunOptions
+from .precision import full_precision
 from .prepare import Plan, prepare
 from .step import quantize_step, record_tuned
 from .walk import walk
@@ -65,6 +66,7 @@ def quantize_checkpoint(
 
 
 @reference()
+@full_precision()
 def execute(plan: Plan, out: Path, progress: Progress) -> Report:
     """Run a plan into the folder `out`; the report.
 

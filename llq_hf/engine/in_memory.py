@@ -17,12 +17,14 @@ from ..method import Method
 from ..models.decoder import quantizable
 from .blocks import LiveBlocks
 from .options import RunOptions
+from .precision import full_precision
 from .step import quantize_step, record_tuned
 from .walk import walk
 from .whole_model import resolve_method, rewrite_model, shared_copy, token_ids, tune
 
 
 @reference()
+@full_precision()
 def quantize_model(
     model: nn.Module,
     method: Method,

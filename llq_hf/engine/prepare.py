@@ -13,7 +13,7 @@ from ..checkpoints.dense import Checkpoint, Rewritten, provenance
 from ..checkpoints.fingerprint import fingerprint
 from ..checkpoints.format import FORMAT_VERSION
 from ..common.errors import LLQError
-from ..common.machine import check_device
+from ..common.machine import check_device, gpu_name
 from ..common.progress import Progress
 from ..data.calibration import Calibration
 from ..data.pairs import Pairs, read_pairs
@@ -29,6 +29,7 @@ from ..models.load import (
 )
 from .estimates import estimate, problems_of
 from .options import RunOptions
+from .precision import full_precision
 from .team import edges_of
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ class Plan:
 
 
 @reference()
+@full_precision()
 def prepare(
     model: str,
     method: Method,
@@ -157,6 +159,8 @@ def _identity(
         "calibration": calibration,
         "dtype": str(dtype).removeprefix("torch."),
         "device": torch.device(run.device).type,
+        # Another GPU has other last bits. Processors have, too, but too many names.
+        **({"gpu": name} if (name := gpu_name(torch.device(run.device))) else {}),
         **({"shards": run.shards} if calibration and run.shards > 1 else {}),
     }
 

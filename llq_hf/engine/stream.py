@@ -7,6 +7,7 @@ tokens of all sequences.
 from __future__ import annotations
 
 import copy
+import math
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..common.errors import LLQError
+from ..common.machine import gpu_free_bytes
 from ..common.progress import PassListener
 from ..data.pairs import Pairs
 from ..models.decoder import block_linears, decoder_of, hidden_of, watch_inputs
@@ -29,22 +31,36 @@ from .team import Stats, Team, batches_of, edges_of
 
 # Tokens per forward pass: enough to keep the cores busy, few enough to bound memory.
 BATCH_TOKENS = 4096
+CPU = torch.device("cpu")
 
 # --- activations ----------------------------------------------------------------------------------
 
 
+# Of the free memory of a GPU, the part that activations may take. The rest is for a block, its
+# statistics and the solver.
+GPU_SHARE = 0.25
+
+
 class Activations:
-    """The input [N, S, D] of a block, in memory or in a file of the folder `offload`.
+    """The input [N, S, D] of a block: on the GPU `device` where it fits, else in the CPU's memory;
+    or in a file of the folder `offload`.
 
     It is read and replaced in batches: activations[rows].
     """
 
     def __init__(
-        self, shape: tuple[int, int, int], dtype: torch.dtype, offload: Path | None
+        self,
+        shape: tuple[int, int, int],
+        dtype: torch.dtype,
+        offload: Path | None,
+        device: torch.device = CPU,
     ) -> None:
         self._file = None
+        self._device = device
         if offload is None:
-            self.tensor_NSD = torch.empty(shape, dtype=dtype)
+            free = gpu_free_bytes(device)
+            fits = free is not None and math.prod(shape) * dtype.itemsize <= GPU_SHARE * free
+            self.tensor_NSD = torch.empty(shape, dtype=dtype, device=device if fits else CPU)
             return
         offload.mkdir(parents=True, exist_ok=True)
         # The file must live as long as the tensor.
@@ -76,7 +92,8 @@ class Activations:
         """A copy that has its own memory or its own file."""
         twin = copy.copy(self)
         count, length, width = self.tensor_NSD.shape
-        Activations.__init__(twin, (count, length, width), self.tensor_NSD.dtype, offload)
+        shape, dtype = (count, length, width), self.tensor_NSD.dtype
+        Activations.__init__(twin, shape, dtype, offload, self._device)
         twin.tensor_NSD.copy_(self.tensor_NSD)
         return twin
 
@@ -88,9 +105,14 @@ class Ragged(Activations):
     """
 
     def __init__(
-        self, lengths: Sequence[int], width: int, dtype: torch.dtype, offload: Path | None
+        self,
+        lengths: Sequence[int],
+        width: int,
+        dtype: torch.dtype,
+        offload: Path | None,
+        device: torch.device = CPU,
     ) -> None:
-        super().__init__((1, sum(lengths), width), dtype, offload)
+        super().__init__((1, sum(lengths), width), dtype, offload, device)
         self.ends = [0, *accumulate(lengths)]
 
     def __getitem__(self, rows: slice) -> Tensor:
@@ -144,8 +166,9 @@ class Entrance:
     def new_activations(self, width: int, dtype: torch.dtype, offload: Path | None) -> Activations:
         """Room for the activations of all sequences."""
         if self.is_pairs:
-            return Ragged(self.lengths, width, dtype, offload)
-        return Activations((len(self.lengths), self.lengths[0], width), dtype, offload)
+            return Ragged(self.lengths, width, dtype, offload, self.device)
+        shape = (len(self.lengths), self.lengths[0], width)
+        return Activations(shape, dtype, offload, self.device)
 
 
 def capture(decoder: nn.Module, ids_BS: Tensor) -> tuple[Tensor, dict[str, Any]]:
@@ -234,6 +257,13 @@ class Stream:
         twin.activations = self.activations.copy(offload)
         return twin
 
+    def place(self, block: nn.Module) -> None:
+        """Give the inputs of `block` on its own device: a model may lie on several GPUs."""
+        device = next(block.parameters()).device
+        if device != self.device:
+            self.device = device
+            self._kwargs = moved(self._kwargs, device)
+
     def batches(self) -> list[slice]:
         return [rows for batches in self.shards for rows in batches]
 
@@ -285,7 +315,8 @@ class Stream:
         observer = _Observer({})
         for group in groups:
             kinds = {kind for name in group if (kind := observes[name]) is not None}
-            own = {kind: kind(linears[group[0]].in_features, self.device) for kind in kinds}
+            first = linears[group[0]]
+            own = {kind: kind(first.in_features, first.weight.device) for kind in kinds}
             stats |= {_key(group, kind): stat for kind, stat in own.items()}
             if own:
                 observer.stats[group[0]] = list(own.values())
@@ -317,6 +348,17 @@ class Stream:
                 )
             self.activations[rows] = out_BSD
             self.listener.advance(len(hidden_BSD))
+
+
+def moved(value: Any, device: torch.device) -> Any:
+    """`value` with all tensors in it on `device`."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {key: moved(part, device) for key, part in value.items()}
+    if isinstance(value, tuple | list):
+        return type(value)(moved(part, device) for part in value)
+    return value
 
 
 def _key(group: list[str], kind: type[Stat]) -> str:

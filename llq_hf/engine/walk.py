@@ -79,6 +79,9 @@ class Block:
     def module(self) -> nn.Module:
         """The block. The caller replaces linears in it."""
         loaded = self._blocks.load(self.index)
+        for stream in (self._passage.stream, self._passage.beside):
+            if stream is not None:
+                stream.place(loaded)
         if self._passage.stream is not None and self._passage.method.flow is not Flow.QUANTIZED:
             self._dense = copy.deepcopy(loaded)
         return loaded

@@ -17,8 +17,11 @@ from ..common.progress import Progress
 from ..data.pairs import Pairs
 from ..layers.attention import install
 from ..method import Method, Packed, Rewrite, State
+from .blocks import check_in_memory
+from .precision import full_precision
 
 
+@full_precision()
 def resolve_method(
     model: nn.Module, method: Method, data: Tensor | Pairs | None, progress: Progress | None = None
 ) -> tuple[Method, dict[str, Tensor]]:
@@ -26,6 +29,7 @@ def resolve_method(
 
     data: token ids [N, S], which a method that learns needs.
     """
+    check_in_memory(model)
     method = method.bound_to(model)
     learned: dict[str, Tensor] = {}
     if method.learns:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ContextDecorator
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,9 +41,35 @@ def product(
     bf16 and fp16 ones they are below what rounding x and y to that dtype costs anyway.
     """
     kernel = choose(x, stored)
-    if kernel is None:
+    if kernel is not None:
+        return kernel(x, stored, bias)
+    if x.requires_grad and torch.is_grad_enabled():
+        y: Tensor = _DecodedTwice.apply(x, bias, dense)  # type: ignore[no-untyped-call]
+        return y
+    return F.linear(x, dense().to(x.dtype), bias)
+
+
+class _DecodedTwice(torch.autograd.Function):
+    """F.linear(x, dense(), bias). The backward pass decodes again: autograd would otherwise keep
+    the decoded weights of all linears, which are as large as the dense model.
+    """
+
+    @staticmethod
+    def forward(x: Tensor, bias: Tensor | None, dense: Callable[[], Tensor]) -> Tensor:
         return F.linear(x, dense().to(x.dtype), bias)
-    return kernel(x, stored, bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.dense = inputs[2]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (y_gradient,) = gradients
+        x_gradient = y_gradient @ ctx.dense().to(y_gradient.dtype)
+        bias_gradient = None
+        if ctx.needs_input_grad[1]:
+            bias_gradient = y_gradient.reshape(-1, y_gradient.shape[-1]).sum(0)
+        return x_gradient, bias_gradient, None
 
 
 def transformed(

@@ -55,7 +55,7 @@ import torch
 from torch import Tensor, nn
 
 from ..common.spec import Spec
-from ..kernels import divided, once, product_of_codes
+from ..kernels import divided, once, product, product_of_codes
 from ..kernels.bitpack import unpack
 from ..method import Flow, Method, Packed, Step
 from ..numerics.activations import TokenQuant
@@ -168,7 +168,7 @@ class SmoothQuant(OnUniformGrid):
             return super().linear(z, packed, bias, out_features)
         # in fp32, whatever the model's dtype
         z = x / packed["in_scale"].float() if self.smooth else x
-        y = nn.functional.linear(self.tokens(z.float()), self.grid.unpack(packed, x.shape[-1]))
+        y = product(self.tokens(z.float()), None, lambda: self.grid.unpack(packed, z.shape[-1]))
         return (y if bias is None else y + bias).to(x.dtype)
 
     def _integers(self, x: Tensor, out_features: int) -> bool:
