@@ -240,6 +240,9 @@ def _unit_weight(norm: nn.Module, name: str) -> float:
     LLQError if neither does.
     """
     probe = copy.deepcopy(norm).to_empty(device="cpu").float()
+    # What spreads a model over GPUs would send the probe's input to the norm's.
+    probe._forward_pre_hooks.clear()
+    probe.__dict__.pop("forward", None)
     weight: Any = probe.weight
     rotate = hadamard(len(weight), torch.device("cpu")).apply
     # The mean of 1 exposes a LayerNorm, which would subtract it.

@@ -176,6 +176,15 @@ def test_what_cannot_be_rotated_is_refused(make: Callable[[], nn.Module], messag
         residual_of(skeleton)
 
 
+def test_a_model_over_several_devices_gives_the_same():
+    """Each of its modules has a hook that sends inputs to its own device."""
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+
+    model = of("LlamaConfig")()
+    add_hook_to_module(model.model.norm, AlignDevicesHook(execution_device="meta"))
+    assert residual_of(model) == residual_of(of("LlamaConfig")())
+
+
 def test_an_unknown_parameter_is_refused():
     model = of("LlamaConfig")()
     model.model.layers[1].mlp.register_parameter("gate_shift", nn.Parameter(torch.zeros(76)))
