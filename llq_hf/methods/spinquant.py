@@ -61,6 +61,7 @@ from ..numerics.grids import Affine, Uniform
 from ..numerics.rotations import cayley_step, hadamard, nearest_orthogonal
 from ..numerics.stats import Hessian, Stat
 from .options import check_choice, check_damp, check_least, check_positive
+from .training import settled_attention
 from .uniform import OnUniformGrid
 
 ROTATIONS = ("hadamard", "learned")
@@ -257,7 +258,8 @@ class SpinQuant(OnUniformGrid):
         listener.stage("learning rotations", self.learn_steps)
         for step in range(self.learn_steps):
             rows = torch.arange(step * BATCH, (step + 1) * BATCH, device=device) % len(ids_NS)
-            loss, gradients = student.gradients(rotations, ids_NS[rows])
+            with settled_attention(device):
+                loss, gradients = student.gradients(rotations, ids_NS[rows])
             size = math.sqrt(sum(float(g.square().sum()) for g in gradients))
             rate = self.learn_rate * (1 + math.cos(math.pi * step / self.learn_steps)) / 2
             shrink = min(1.0, 1 / (size + 1e-6))  # as the authors' trainer, to norm 1

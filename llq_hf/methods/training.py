@@ -14,12 +14,14 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..common.errors import LLQError
 from ..common.prefix import below
@@ -74,6 +76,18 @@ def cosine(done: float, floor: float = 0.0, warmup: float = 0.0) -> float:
     return floor + (1 - floor) * (1 + math.cos(math.pi * (done - warmup) / (1 - warmup))) / 2
 
 
+def settled_attention(device: torch.device) -> AbstractContextManager[None]:
+    """Inside, the gradients of attention have the same bits in every run.
+
+    On CUDA the fused kernels add them up by atomics, so torch's plain products take their place; it
+    needs memory for S x S weights of each head. Elsewhere nothing changes.
+    """
+    if device.type != "cuda":
+        return nullcontext()
+    plain: AbstractContextManager[None] = sdpa_kernel(SDPBackend.MATH)
+    return plain
+
+
 # --- a block --------------------------------------------------------------------------------------
 
 
@@ -117,11 +131,14 @@ def train_block(
         trained.restore(saved)
     step.listener.stage("training", epochs * count)
     step.listener.advance(len(losses) * count)
+    device = trained.parameters[0].device
     for epoch in range(len(losses), epochs):
-        total = torch.zeros((), device=trained.parameters[0].device)
+        total = torch.zeros((), device=device)
         for i, rows in enumerate(parts):
             size = rows.stop - rows.start
-            total += descend(rows, (epoch * len(parts) + i) / (epochs * len(parts))) * size
+            with settled_attention(device):
+                loss = descend(rows, (epoch * len(parts) + i) / (epochs * len(parts)))
+            total += loss * size
             step.listener.advance(size)
         losses.append(float(total) / count)
         # Only once per epoch, because reading a loss makes a GPU wait.
@@ -188,7 +205,8 @@ class Schedule:
                 step / self.steps, warmup=self.warmup
             )
             optimizer.zero_grad()
-            self._descend(step, rows_BS, loss_of)
+            with settled_attention(rows_BS.device):
+                self._descend(step, rows_BS, loss_of)
             if self.clip:
                 torch.nn.utils.clip_grad_norm_(factors, self.clip)
             optimizer.step()

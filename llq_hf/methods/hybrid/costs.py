@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from ...common.progress import PassListener
 from ...models.decoder import watch_inputs
 from ...numerics.stats import Hessian, Stat
+from ..training import settled_attention
 
 # --- costs ----------------------------------------------------------------------------------------
 
@@ -144,7 +145,7 @@ def output_gradients(
     model.requires_grad_(False)
     random = torch.Generator().manual_seed(seed)
     listener.stage("gradients of the model's predictions", len(ids_NS))
-    with ExitStack() as hooks, torch.enable_grad():
+    with ExitStack() as hooks, torch.enable_grad(), settled_attention(ids_NS.device):
         for name, linear in linears.items():
             hooks.enter_context(linear.register_full_backward_hook(partial(add, name)))
         hooks.enter_context(model.get_input_embeddings().register_forward_hook(require_grad))

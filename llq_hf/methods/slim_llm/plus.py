@@ -17,6 +17,7 @@ from ...method import Packed, Step
 from ...models.decoder import hidden_of
 from ...numerics.activations import round_through
 from ...numerics.grids import grouped
+from ..training import settled_attention
 from .levels import Levels, ends_of
 
 if TYPE_CHECKING:
@@ -113,7 +114,8 @@ def train(
     step.listener.stage("clipping", method.epochs)
     step.listener.advance(len(losses))
     while len(losses) < method.epochs:
-        losses.append(_epoch(method, step, clippings, optimizer))
+        with settled_attention(parameters[0].device):
+            losses.append(_epoch(method, step, clippings, optimizer))
         if not math.isfinite(losses[-1]):
             raise LLQError(
                 f"the clipping of {step.prefix} diverged; "
