@@ -1,0 +1,123 @@
+"""What methods may cost on a GPU: the table of ceilings that the tests hold them to.
+
+Measured on a pretended GPU, where every run counts alike. `measure.py` prints these rows anew, with
+the ceilings that belong to what it measures: paste them when a change makes a method cheaper.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from llq_hf.method import Method
+from llq_hf.methods import build
+
+
+@dataclass(frozen=True)
+class Costs:
+    """An option set of a method, and its ceilings, which follow in subclasses. Trainings are short
+    here: each step costs the same.
+
+    fails: why it fails today, if it does.
+    """
+
+    method: str
+    bits: float
+
+    options: dict[str, Any] = field(default_factory=dict, kw_only=True)
+    preset: str = field(default="study", kw_only=True)
+    fails: str = field(default="", kw_only=True)
+
+    def build(self) -> Method:
+        return build(self.method, self.preset, bits=self.bits, **self.options)
+
+    def __str__(self) -> str:
+        preset = [] if self.preset == "study" else [self.preset]
+        return "-".join([self.method, f"{self.bits:g}", *preset, *self.options])
+
+
+@dataclass(frozen=True)
+class Solver(Costs):
+    """Quantizing one block in memory, `checks.llama` with a narrow and with a wide MLP.
+
+    column: launches that a column more of a linear costs. block: launches of the narrow block.
+    syncs, uploads: of the wide block; each makes the host wait.
+    """
+
+    column: float
+    block: int
+    syncs: int
+    uploads: int
+
+
+@dataclass(frozen=True)
+class Decoder(Costs):
+    """A packed linear [64, 512] and one token in bf16, from the second call on.
+
+    launches: of one call. moved: bytes that its operations read and write, a weight; a linear in
+    bf16 moves 2.
+    """
+
+    launches: int
+    moved: float
+
+
+ATOMICS = "the scales of groups are refitted by a float index_add_ (issue 18)"
+
+# fmt: off
+SOLVERS: tuple[Solver, ...] = (
+    # method, bits, launches a column, launches a block, syncs, uploads
+    Solver("rtn", 4, 0.3, 745, 47, 0),
+    Solver("rtn", 4, 46.24, 45182, 751, 0, preset="best"),
+    Solver("gptq", 4, 10.86, 4771, 119, 4),
+    Solver("gptq", 4, 81.87, 60230, 882, 13, preset="best", fails=ATOMICS),
+    Solver("awq", 4, 0.12, 9691, 319, 6),
+    Solver("awq", 4, 10.67, 20150, 454, 6, preset="best"),
+    Solver("smoothquant", 8, 0.1, 738, 41, 4),
+    Solver("smoothquant", 8, 0.1, 24338, 657, 4, preset="best"),
+    Solver("omniquant", 4, 0.1, 2168, 75, 8, options={"epochs": 1}),
+    Solver("omniquant", 4, 0.1, 52749, 92, 13, preset="best", options={"epochs": 1}),
+    Solver("spinquant", 4, 10.75, 28318, 734, 23),
+    Solver("spinquant", 4, 12.77, 30308, 734, 23, preset="best"),
+    Solver("quip", 2, 7.59, 3780, 95, 104),
+    Solver("quip", 2, 386.36, 115681, 4028, 104, preset="best"),
+    Solver("slim_llm", 2, 17.6, 7291, 135, 28),
+    Solver("slim_llm", 2, 54.55, 22577, 209, 37, preset="best", fails=ATOMICS),
+    Solver("db_llm", 2, 22.75, 47168, 60, 11, options={"steps": 2}),
+    Solver("pb_llm", 1.7, 19.86, 9768, 203, 12),
+    Solver("pb_llm", 1.7, 128.24, 49404, 257, 14, preset="best"),
+    Solver("billm", 1.1, 65.85, 55141, 154, 20),
+    Solver("billm", 1.1, 130.71, 87160, 259, 23, preset="best"),
+    Solver("nf4", 4, 0.1, 354, 7, 17),
+    Solver("efficient_qat", 2, 0.35, 3688, 189, 20, options={"epochs": 1, "tune_batch": 2}),
+    Solver("efficient_qat", 2, 126.55, 68600, 1184, 33, preset="best", fails=ATOMICS,
+        options={"epochs": 1, "tune_epochs": 1, "tune_batch": 2}),
+    Solver("hybrid", 3, 0.69, 4162, 166, 20, options={"candidates": "rtn:2+rtn:4", "samples": 2}),
+    Solver("nf4", 4, 0.1, 6845, 7, 187, options={"icq": True, "tau_steps": 10}),
+)
+DECODERS: tuple[Decoder, ...] = (
+    # method, bits, launches a linear, bytes a weight
+    Decoder("rtn", 4, 15, 36),
+    Decoder("gptq", 4, 15, 36),
+    Decoder("awq", 4, 18, 36.4),
+    Decoder("smoothquant", 8, 21, 10.2),
+    Decoder("omniquant", 4, 15, 36, options={"epochs": 1}),
+    Decoder("spinquant", 4, 11, 35.9),
+    Decoder("quip", 2, 23, 23.9),
+    Decoder("slim_llm", 2, 44, 69.9),
+    Decoder("db_llm", 2, 12, 41.2, options={"steps": 2}),
+    Decoder("pb_llm", 1.7, 105, 84.5),
+    Decoder("billm", 1.1, 47, 53.7),
+    Decoder("nf4", 4, 13, 47.6),
+    Decoder("efficient_qat", 2, 15, 35.9, options={"epochs": 1}),
+    Decoder("hybrid", 3, 27, 44.8),
+    Decoder("gptq", 4, 17, 36.3, options={"act_order": True}),
+    Decoder("spinquant", 4, 29, 37.1, options={"a_bits": 8}),
+    Decoder("rtn", 3, 27, 44.8),
+    Decoder("slim_llm", 2, 44, 69.9, options={"plus": True, "epochs": 1}),
+    Decoder("nf4", 4, 18, 57, options={"icq": True, "tau_steps": 10}),
+    Decoder("smoothquant", 4, 21, 9.6, options={"a_bits": 8}),
+    Decoder("pb_llm", 3, 75, 101.7),
+    Decoder("omniquant", 4, 37, 37.2, options={"a_bits": 8, "group_size": -1, "epochs": 1}),
+)
+# fmt: on

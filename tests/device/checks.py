@@ -1,0 +1,199 @@
+"""Measures methods on a pretended GPU and compares with the ceilings. Functions that raise
+AssertionError; the fault tests call them too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+import torch
+from accelerate import dispatch_model
+from contract import checks as contract
+from device.ceilings import Costs, Decoder, Solver
+from device.pretended import Events, Far, PretendedGPU, exact_attention, near
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from llq_hf.engine.in_memory import quantize_model
+from llq_hf.layers.linear import QuantLinear
+from llq_hf.method import Method
+
+GPU = "cuda:0"
+HIDDEN, NARROW, WIDE = 32, 128, 256  # columns of the narrow and the wide down_proj
+OUT, IN = 64, 512  # of the linear that decodes
+VOCAB = 64
+
+# Cached values serve all tests of a process: tests must not change them.
+
+
+@cache
+def ids() -> Tensor:
+    return torch.randint(VOCAB, (2, 16), generator=torch.Generator().manual_seed(1))
+
+
+def llama(ffn: int = NARROW, layers: int = 1) -> Any:
+    """A random Llama in bf16. The same numbers at each call."""
+    config = LlamaConfig(
+        hidden_size=HIDDEN,
+        intermediate_size=ffn,
+        num_hidden_layers=layers,
+        vocab_size=VOCAB,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=64,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    torch.manual_seed(0)
+    return LlamaForCausalLM(config).bfloat16().eval()
+
+
+def packed_linears(model: nn.Module) -> dict[str, QuantLinear]:
+    return {name: m for name, m in model.named_modules() if isinstance(m, QuantLinear)}
+
+
+def spread(model: Any) -> Any:
+    """Lay the model out over two GPUs, as device_map does: the second block and what follows it go
+    to the second GPU.
+    """
+    first = ("model.embed_tokens", "model.rotary_emb", "model.layers.0")
+    places = {name: "cuda:0" for name in first}
+    places |= {name: "cuda:1" for name in ("model.layers.1", "model.norm", "lm_head")}
+    return dispatch_model(model, places, main_device="cuda:0")
+
+
+def ours(events: Events) -> Events:
+    """What transformers does not do by itself."""
+    return Events({key: n for key, n in events.items() if not key[1].startswith("transformers/")})
+
+
+def most(events: Events, count: int = 5) -> str:
+    """The operations that cost most, with their lines."""
+    return ", ".join(f"{n} x {name} in {line}" for (name, line), n in events.most_common(count))
+
+
+def check_below(costs: Costs, measured: Mapping[str, float], words: str) -> None:
+    """AssertionError where a number is above its ceiling. words: what it is made of."""
+    above = [
+        f"{name}: measured {value:g}, ceiling {getattr(costs, name):g}"
+        for name, value in measured.items()
+        if value > getattr(costs, name)
+    ]
+    assert not above, f"{costs} costs more on a GPU: {'; '.join(above)}. It has {words}"
+
+
+def check_same(far: Mapping[str, Tensor], cpu: Mapping[str, Tensor]) -> None:
+    """The tensors lie on a GPU, and are the CPU's to the last bit."""
+    assert far.keys() == cpu.keys()
+    for name, tensor in far.items():
+        assert isinstance(tensor, Far), f"{name} was left on the CPU"
+        assert torch.equal(near(tensor), cpu[name]), f"{name} is not what it is on a CPU"
+
+
+# --- quantizing -----------------------------------------------------------------------------------
+
+
+@exact_attention()
+def quantized(method: Method, ffn: int) -> tuple[Any, PretendedGPU]:
+    """A block that was quantized in memory on a pretended GPU, and what that GPU counted."""
+    model = llama(ffn)
+    with PretendedGPU() as gpu:
+        model.to(GPU)
+        gpu.reset()
+        quantize_model(model, method, ids())
+    return model, gpu
+
+
+def solver_costs(method: Method) -> tuple[dict[str, float], str]:
+    """What a `Solver` limits, and where most of it is spent."""
+    narrow, (_, wide) = quantized(method, NARROW)[1], quantized(method, WIDE)
+    return compared(narrow, wide)
+
+
+def compared(narrow: PretendedGPU, wide: PretendedGPU) -> tuple[dict[str, float], str]:
+    more = Events(wide.launches)
+    more.subtract(narrow.launches)
+    measured = {
+        "column": more.total() / (WIDE - NARROW),
+        "block": narrow.launches.total(),
+        "syncs": wide.syncs.total(),
+        "uploads": wide.uploads.total(),
+    }
+    words = (
+        f"by wider linears: {most(more)}; in a block: {most(narrow.launches)}; "
+        f"syncs: {most(wide.syncs)}; uploads: {most(wide.uploads)}"
+    )
+    return measured, words
+
+
+@exact_attention()
+def check_quantizing(solver: Solver) -> None:
+    """The method keeps the ceilings, draws nothing on the GPU, and gives the CPU's bytes."""
+    method, cpu = solver.build(), llama(WIDE)
+    quantize_model(cpu, method, ids())
+    narrow = quantized(method, NARROW)[1]
+    far, wide = quantized(method, WIDE)
+    check_same(packed_tensors(far), packed_tensors(cpu))
+    assert not wide.random, f"a GPU draws other numbers than a CPU: {most(wide.random)}"
+    assert wide.faults == [], "an error of the GPU was caught by somebody"
+    check_below(solver, *compared(narrow, wide))
+
+
+def packed_tensors(model: nn.Module) -> dict[str, Tensor]:
+    return {
+        f"{name}.{key}": getattr(linear, key)
+        for name, linear in packed_linears(model).items()
+        for key in linear.layout
+    }
+
+
+# --- decoding -------------------------------------------------------------------------------------
+
+
+@cache
+def packed_linear(method: Method) -> QuantLinear:
+    """A linear [OUT, IN] that the method packed on the CPU."""
+    packed = contract.quantize(method, contract.weight(OUT, IN))
+    return QuantLinear.from_packed(method, nn.Linear(IN, OUT, bias=False), packed)
+
+
+def token() -> Tensor:
+    return contract.inputs(IN)[:1].bfloat16()
+
+
+@torch.no_grad()
+def decoding(method: Method, gpu: PretendedGPU | None = None) -> tuple[PretendedGPU, Tensor]:
+    """What the second token through a linear costs on a GPU (by default a new one), and its y."""
+    gpu = gpu or PretendedGPU()
+    linear = QuantLinear.from_packed(
+        method, nn.Linear(IN, OUT, bias=False), packed_linear(method).packed()
+    )
+    with gpu:
+        linear.to(GPU)
+        x = token().to(GPU)
+        linear(x)
+        gpu.reset()
+        y = linear(x)
+    return gpu, y
+
+
+def decoder_costs(gpu: PretendedGPU) -> dict[str, float]:
+    """What a `Decoder` limits."""
+    return {"launches": gpu.launches.total(), "moved": gpu.moved / (OUT * IN)}
+
+
+def check_idle_host(gpu: PretendedGPU) -> None:
+    """The host neither waits for the GPU nor sends it anything, but for what transformers does."""
+    syncs, uploads = ours(gpu.syncs), ours(gpu.uploads)
+    assert not syncs, f"the host waits for the GPU: {most(syncs)}"
+    assert not uploads, f"the host sends tensors: {most(uploads)}"
+    assert gpu.faults == [], "an error of the GPU was caught by somebody"
+
+
+def check_decoding(decoder: Decoder) -> None:
+    """The method keeps the ceilings, and the host does nothing from the second token on."""
+    gpu, _ = decoding(decoder.build())
+    check_idle_host(gpu)
+    check_below(decoder, decoder_costs(gpu), most(gpu.launches))
