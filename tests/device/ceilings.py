@@ -55,11 +55,14 @@ class Decoder(Costs):
     """A packed linear [64, 512] and one token in bf16, from the second call on.
 
     launches: of one call. moved: bytes that its operations read and write, a weight; a linear in
-    bf16 moves 2.
+    bf16 moves 2. kernels: whether those for GPUs serve; otherwise torch decodes, as it does where
+    they do not fit.
     """
 
     launches: int
     moved: float
+
+    kernels: bool = field(default=True, kw_only=True)
 
 
 ATOMICS = "the scales of groups are refitted by a float index_add_ (issue 18)"
@@ -97,27 +100,41 @@ SOLVERS: tuple[Solver, ...] = (
 )
 DECODERS: tuple[Decoder, ...] = (
     # method, bits, launches a linear, bytes a weight
-    Decoder("rtn", 4, 15, 36),
-    Decoder("gptq", 4, 15, 36),
-    Decoder("awq", 4, 18, 36.4),
-    Decoder("smoothquant", 8, 21, 10.2),
-    Decoder("omniquant", 4, 15, 36, options={"epochs": 1}),
-    Decoder("spinquant", 4, 11, 35.9),
-    Decoder("quip", 2, 23, 23.9),
-    Decoder("slim_llm", 2, 44, 69.9),
-    Decoder("db_llm", 2, 12, 41.2, options={"steps": 2}),
-    Decoder("pb_llm", 1.7, 105, 84.5),
-    Decoder("billm", 1.1, 47, 53.7),
-    Decoder("nf4", 4, 13, 47.6),
-    Decoder("efficient_qat", 2, 15, 35.9, options={"epochs": 1}),
-    Decoder("hybrid", 3, 27, 44.8),
-    Decoder("gptq", 4, 17, 36.3, options={"act_order": True}),
-    Decoder("spinquant", 4, 29, 37.1, options={"a_bits": 8}),
-    Decoder("rtn", 3, 27, 44.8),
-    Decoder("slim_llm", 2, 44, 69.9, options={"plus": True, "epochs": 1}),
-    Decoder("nf4", 4, 18, 57, options={"icq": True, "tau_steps": 10}),
-    Decoder("smoothquant", 4, 21, 9.6, options={"a_bits": 8}),
-    Decoder("pb_llm", 3, 75, 101.7),
-    Decoder("omniquant", 4, 37, 37.2, options={"a_bits": 8, "group_size": -1, "epochs": 1}),
+    Decoder("rtn", 4, 1, 0.62),
+    Decoder("gptq", 4, 1, 0.62),
+    Decoder("awq", 4, 4, 1),
+    Decoder("smoothquant", 8, 2, 1.22),
+    Decoder("omniquant", 4, 1, 0.62, options={"epochs": 1}),
+    Decoder("spinquant", 4, 1, 0.6),
+    Decoder("quip", 2, 3, 0.77),
+    Decoder("slim_llm", 2, 1, 0.34),
+    Decoder("db_llm", 2, 1, 0.35, options={"steps": 2}),
+    Decoder("pb_llm", 1.7, 2, 0.65),
+    Decoder("billm", 1.1, 1, 0.46),
+    Decoder("nf4", 4, 1, 0.65),
+    Decoder("efficient_qat", 2, 1, 0.37, options={"epochs": 1}),
+    Decoder("hybrid", 3, 1, 0.48),
+    Decoder("gptq", 4, 3, 0.89, options={"act_order": True}),
+    Decoder("spinquant", 4, 19, 1.77, options={"a_bits": 8}),
+    Decoder("rtn", 3, 1, 0.48),
+    Decoder("slim_llm", 2, 1, 0.34, options={"plus": True, "epochs": 1}),
+    Decoder("nf4", 4, 1, 0.66, options={"icq": True, "tau_steps": 10}),
+    Decoder("smoothquant", 4, 2, 0.67, options={"a_bits": 8}),
+    Decoder("pb_llm", 3, 75, 101.67),
+    Decoder("omniquant", 4, 18, 1.94, options={"a_bits": 8, "group_size": -1, "epochs": 1}),
+    Decoder("rtn", 4, 15, 35.99, kernels=False),
+    Decoder("gptq", 4, 15, 35.99, kernels=False),
+    Decoder("awq", 4, 18, 36.37, kernels=False),
+    Decoder("smoothquant", 8, 21, 10.15, kernels=False),
+    Decoder("omniquant", 4, 15, 35.99, kernels=False, options={"epochs": 1}),
+    Decoder("spinquant", 4, 11, 35.84, kernels=False),
+    Decoder("quip", 2, 23, 23.81, kernels=False),
+    Decoder("slim_llm", 2, 44, 69.82, kernels=False),
+    Decoder("db_llm", 2, 12, 41.19, kernels=False, options={"steps": 2}),
+    Decoder("pb_llm", 1.7, 105, 84.43, kernels=False),
+    Decoder("billm", 1.1, 47, 53.66, kernels=False),
+    Decoder("nf4", 4, 13, 47.54, kernels=False),
+    Decoder("efficient_qat", 2, 15, 35.9, kernels=False, options={"epochs": 1}),
+    Decoder("hybrid", 3, 27, 44.72, kernels=False),
 )
 # fmt: on

@@ -4,10 +4,12 @@ AssertionError; the fault tests call them too.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
+import pytest
 import torch
 from accelerate import dispatch_model
 from contract import checks as contract
@@ -17,6 +19,8 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llq_hf.engine.in_memory import quantize_model
+from llq_hf.kernels import reference
+from llq_hf.kernels.gpu import ready
 from llq_hf.layers.linear import QuantLinear
 from llq_hf.method import Method
 
@@ -163,14 +167,22 @@ def token() -> Tensor:
     return contract.inputs(IN)[:1].bfloat16()
 
 
+@contextmanager
+def kernels() -> Iterator[None]:
+    """Within the context, the kernels of GPUs serve where they fit."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ready, "problem", lambda: None)
+        yield
+
+
 @torch.no_grad()
-def decoding(method: Method, gpu: PretendedGPU | None = None) -> tuple[PretendedGPU, Tensor]:
-    """What the second token through a linear costs on a GPU (by default a new one), and its y."""
-    gpu = gpu or PretendedGPU()
+def decoding(decoder: Decoder) -> tuple[PretendedGPU, Tensor]:
+    """What the second token through a linear costs on a GPU, and its y."""
+    method = decoder.build()
     linear = QuantLinear.from_packed(
         method, nn.Linear(IN, OUT, bias=False), packed_linear(method).packed()
     )
-    with gpu:
+    with kernels() if decoder.kernels else reference(), PretendedGPU() as gpu:
         linear.to(GPU)
         x = token().to(GPU)
         linear(x)
@@ -194,6 +206,6 @@ def check_idle_host(gpu: PretendedGPU) -> None:
 
 def check_decoding(decoder: Decoder) -> None:
     """The method keeps the ceilings, and the host does nothing from the second token on."""
-    gpu, _ = decoding(decoder.build())
+    gpu, _ = decoding(decoder)
     check_idle_host(gpu)
     check_below(decoder, decoder_costs(gpu), most(gpu.launches))

@@ -28,7 +28,7 @@ def ceiling(name: str, measured: float) -> float:
     if name == "launches":
         return int(measured)
     if name == "moved":
-        return math.ceil(measured * 11) / 10
+        return math.ceil(measured * 110) / 100
     return math.floor(measured * 1.1)
 
 
@@ -43,6 +43,8 @@ def text(row: Solver | Decoder, measured: dict[str, float]) -> str:
     words = [f'"{row.method}"', f"{row.bits:g}", *(f"{getattr(row, name):g}" for name in measured)]
     if row.preset != "study":
         words.append(f'preset="{row.preset}"')
+    if isinstance(row, Decoder) and not row.kernels:
+        words.append("kernels=False")
     start = f"    {type(row).__name__}({', '.join(words)}"
     if not row.options:
         return f"{start}),"
@@ -64,7 +66,7 @@ def main(names: list[str]) -> None:
             if isinstance(row, Solver):
                 measured = checks.solver_costs(row.build())[0]
             else:
-                measured = checks.decoder_costs(checks.decoding(row.build())[0])
+                measured = checks.decoder_costs(checks.decoding(row)[0])
         except RuntimeError as error:
             print(f"    # {row} fails: {error}", flush=True)
         else:

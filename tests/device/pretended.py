@@ -26,8 +26,11 @@ Counted:
     transfers   a tensor goes from GPU to GPU
     random      numbers drawn on the GPU, which are others than the CPU draws
 
+A kernel of Triton is counted (its tensors are read or written once) and computes nothing: what it
+should write stays what the memory held.
+
 Not noticed: dtypes that a CUDA kernel does not take (but for integers in products), other last bits
-of a real GPU, memory, what happens inside a custom kernel. `scaled_dot_product_attention` takes its
+of a real GPU, memory. `scaled_dot_product_attention` takes its
 plain path, so give the CPU `exact_attention`, too, to compare bytes.
 
 It needs a torch that was built for CUDA, as PyPI's is for Linux, and no driver. Devices need their
@@ -40,6 +43,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache, partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -298,24 +302,30 @@ class PretendedGPU(TorchDispatchMode):
 
     def __enter__(self) -> Any:
         forget_tables()
+        self._patches = pytest.MonkeyPatch()
         self._before = (
             torch._C._only_lift_cpu_tensors(),
             torch.__future__.get_overwrite_module_params_on_conversion(),
-            torch.cuda._lazy_init,
-            torch.cuda.is_available,
         )
         # torch.tensor(..., device="cuda") becomes a copy of a CPU tensor
         torch._C._set_only_lift_cpu_tensors(True)
         # Module.to: a Far cannot become the data of a CPU tensor
         torch.__future__.set_overwrite_module_params_on_conversion(True)
-        torch.cuda._lazy_init = lambda: None
-        torch.cuda.is_available = lambda: False  # where there is one, it stays out of this
+        self._patches.setattr(torch.cuda, "_lazy_init", lambda: None)
+        # A real GPU stays out of this
+        self._patches.setattr(torch.cuda, "is_available", lambda: False)
+        for kind in triton_kernels():
+            own = kind.__getitem__
+            self._patches.setattr(
+                kind, "__getitem__", lambda kernel, grid, own=own: self._launcher(kernel, grid, own)
+            )
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
         forget_tables()
-        lifted, overwritten, torch.cuda._lazy_init, torch.cuda.is_available = self._before
+        self._patches.undo()
+        lifted, overwritten = self._before
         torch._C._set_only_lift_cpu_tensors(lifted)
         torch.__future__.set_overwrite_module_params_on_conversion(overwritten)
 
@@ -339,23 +349,22 @@ class PretendedGPU(TorchDispatchMode):
         self._count(op, flat, far, out, place)
         return out
 
-    def kernel(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """`function`, which computes with CPU tensors, as one kernel of the GPU.
+    def _launcher(self, kernel: Any, grid: Any, own: Callable[..., Any]) -> Callable[..., Any]:
+        """What kernel[grid] of Triton is; own: what it was."""
 
-        For what torch does not dispatch, such as kernels of Triton in its interpreter. A custom
-        operator needs none of this: it counts as one launch, and its CPU implementation computes.
-        """
-        op = Operation(function.__name__, is_view=False, exists=True, draws=False)
+        def launch(*args: Any, **kwargs: Any) -> Any:
+            tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
+            far = [t for t in tensors if isinstance(t, Far)]
+            if not far:
+                return own(kernel, grid)(*args, **kwargs)
+            name, place = kernel.__name__, far[0].place
+            others = {str(t.device) for t in tensors if t.device != place}
+            if others:
+                self._fail(f"{name}: pointers to {place} and {', '.join(sorted(others))}")
+            self.launches[name, line()] += 1
+            self.moved += sum({id(t): bytes_of(t) for t in far}.values())
 
-        def launched(*args: Any) -> Any:
-            flat = flattened(args)
-            far = [t for t in flat if isinstance(t, Far)]
-            self._check_places(op.name, flat, far[0].place)
-            out = mapped(lambda t: Far(t, far[0].place), Tensor, function(*map(near, args)))
-            self._count(op, flat, far, out, far[0].place)
-            return out
-
-        return launched
+        return launch
 
     def _place(self, func: Any, args: Any, kwargs: dict[str, Any], far: list[Far]) -> torch.device:
         """Where the operation's results lie."""
@@ -450,6 +459,16 @@ class PretendedGPU(TorchDispatchMode):
     def _fail(self, words: str) -> None:
         self.faults.append(f"{words}, in {line()}")
         raise RuntimeError(self.faults[-1])
+
+
+def triton_kernels() -> list[Any]:
+    """The classes of Triton's kernels: compiled ones, and those in its interpreter."""
+    if find_spec("triton") is None:
+        return []
+    from triton.runtime.interpreter import InterpretedFunction
+    from triton.runtime.jit import JITFunction
+
+    return [JITFunction, InterpretedFunction]
 
 
 def forget_tables() -> None:
