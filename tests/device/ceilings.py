@@ -18,6 +18,7 @@ class Costs:
     """An option set of a method, and its ceilings, which follow in subclasses. Trainings are short
     here: each step costs the same.
 
+    kernels: whether the kernels of GPUs serve; else torch does all, as where they do not fit.
     fails: why it fails today, if it does.
     """
 
@@ -26,6 +27,7 @@ class Costs:
 
     options: dict[str, Any] = field(default_factory=dict, kw_only=True)
     preset: str = field(default="study", kw_only=True)
+    kernels: bool = field(default=False, kw_only=True)
     fails: str = field(default="", kw_only=True)
 
     def build(self) -> Method:
@@ -33,7 +35,8 @@ class Costs:
 
     def __str__(self) -> str:
         preset = [] if self.preset == "study" else [self.preset]
-        return "-".join([self.method, f"{self.bits:g}", *preset, *self.options])
+        kernels = ["kernels"] if self.kernels else []
+        return "-".join([self.method, f"{self.bits:g}", *preset, *kernels, *self.options])
 
 
 @dataclass(frozen=True)
@@ -55,14 +58,11 @@ class Decoder(Costs):
     """A packed linear [64, 512] and one token in bf16, from the second call on.
 
     launches: of one call. moved: bytes that its operations read and write, a weight; a linear in
-    bf16 moves 2. kernels: whether those for GPUs serve; otherwise torch decodes, as it does where
-    they do not fit.
+    bf16 moves 2.
     """
 
     launches: int
     moved: float
-
-    kernels: bool = field(default=True, kw_only=True)
 
 
 ATOMICS = "the scales of groups are refitted by a float index_add_ (issue 18)"
@@ -97,44 +97,48 @@ SOLVERS: tuple[Solver, ...] = (
         options={"epochs": 1, "tune_epochs": 1, "tune_batch": 2}),
     Solver("hybrid", 3, 0.69, 4162, 166, 20, options={"candidates": "rtn:2+rtn:4", "samples": 2}),
     Solver("nf4", 4, 0.1, 6845, 7, 187, options={"icq": True, "tau_steps": 10}),
+    Solver("gptq", 4, 0.38, 1290, 112, 4, kernels=True),
+    Solver("gptq", 4, 70.79, 56397, 874, 13, preset="best", kernels=True, fails=ATOMICS),
+    Solver("spinquant", 4, 0.23, 24813, 727, 23, kernels=True),
 )
 DECODERS: tuple[Decoder, ...] = (
     # method, bits, launches a linear, bytes a weight
-    Decoder("rtn", 4, 1, 0.62),
-    Decoder("gptq", 4, 1, 0.62),
-    Decoder("awq", 4, 4, 1),
-    Decoder("smoothquant", 8, 2, 1.22),
-    Decoder("omniquant", 4, 1, 0.62, options={"epochs": 1}),
-    Decoder("spinquant", 4, 1, 0.6),
-    Decoder("quip", 2, 3, 0.77),
-    Decoder("slim_llm", 2, 1, 0.34),
-    Decoder("db_llm", 2, 1, 0.35, options={"steps": 2}),
-    Decoder("pb_llm", 1.7, 2, 0.65),
-    Decoder("billm", 1.1, 1, 0.46),
-    Decoder("nf4", 4, 1, 0.65),
-    Decoder("efficient_qat", 2, 1, 0.37, options={"epochs": 1}),
-    Decoder("hybrid", 3, 1, 0.48),
-    Decoder("gptq", 4, 3, 0.89, options={"act_order": True}),
-    Decoder("spinquant", 4, 19, 1.77, options={"a_bits": 8}),
-    Decoder("rtn", 3, 1, 0.48),
-    Decoder("slim_llm", 2, 1, 0.34, options={"plus": True, "epochs": 1}),
-    Decoder("nf4", 4, 1, 0.66, options={"icq": True, "tau_steps": 10}),
-    Decoder("smoothquant", 4, 2, 0.67, options={"a_bits": 8}),
-    Decoder("pb_llm", 3, 75, 101.67),
-    Decoder("omniquant", 4, 18, 1.94, options={"a_bits": 8, "group_size": -1, "epochs": 1}),
-    Decoder("rtn", 4, 15, 35.99, kernels=False),
-    Decoder("gptq", 4, 15, 35.99, kernels=False),
-    Decoder("awq", 4, 18, 36.37, kernels=False),
-    Decoder("smoothquant", 8, 21, 10.15, kernels=False),
-    Decoder("omniquant", 4, 15, 35.99, kernels=False, options={"epochs": 1}),
-    Decoder("spinquant", 4, 11, 35.84, kernels=False),
-    Decoder("quip", 2, 23, 23.81, kernels=False),
-    Decoder("slim_llm", 2, 44, 69.82, kernels=False),
-    Decoder("db_llm", 2, 12, 41.19, kernels=False, options={"steps": 2}),
-    Decoder("pb_llm", 1.7, 105, 84.43, kernels=False),
-    Decoder("billm", 1.1, 47, 53.66, kernels=False),
-    Decoder("nf4", 4, 13, 47.54, kernels=False),
-    Decoder("efficient_qat", 2, 15, 35.9, kernels=False, options={"epochs": 1}),
-    Decoder("hybrid", 3, 27, 44.72, kernels=False),
+    Decoder("rtn", 4, 1, 0.62, kernels=True),
+    Decoder("gptq", 4, 1, 0.62, kernels=True),
+    Decoder("awq", 4, 4, 1, kernels=True),
+    Decoder("smoothquant", 8, 2, 1.22, kernels=True),
+    Decoder("omniquant", 4, 1, 0.62, kernels=True, options={"epochs": 1}),
+    Decoder("spinquant", 4, 1, 0.6, kernels=True),
+    Decoder("quip", 2, 3, 0.77, kernels=True),
+    Decoder("slim_llm", 2, 1, 0.34, kernels=True),
+    Decoder("db_llm", 2, 1, 0.35, kernels=True, options={"steps": 2}),
+    Decoder("pb_llm", 1.7, 2, 0.65, kernels=True),
+    Decoder("billm", 1.1, 1, 0.46, kernels=True),
+    Decoder("nf4", 4, 1, 0.65, kernels=True),
+    Decoder("efficient_qat", 2, 1, 0.37, kernels=True, options={"epochs": 1}),
+    Decoder("hybrid", 3, 1, 0.48, kernels=True),
+    Decoder("gptq", 4, 3, 0.89, kernels=True, options={"act_order": True}),
+    Decoder("spinquant", 4, 19, 1.77, kernels=True, options={"a_bits": 8}),
+    Decoder("rtn", 3, 1, 0.48, kernels=True),
+    Decoder("slim_llm", 2, 1, 0.34, kernels=True, options={"plus": True, "epochs": 1}),
+    Decoder("nf4", 4, 1, 0.66, kernels=True, options={"icq": True, "tau_steps": 10}),
+    Decoder("smoothquant", 4, 2, 0.67, kernels=True, options={"a_bits": 8}),
+    Decoder("pb_llm", 3, 75, 101.67, kernels=True),
+    Decoder("omniquant", 4, 18, 1.94, kernels=True,
+        options={"a_bits": 8, "group_size": -1, "epochs": 1}),
+    Decoder("rtn", 4, 15, 35.99),
+    Decoder("gptq", 4, 15, 35.99),
+    Decoder("awq", 4, 18, 36.37),
+    Decoder("smoothquant", 8, 21, 10.15),
+    Decoder("omniquant", 4, 15, 35.99, options={"epochs": 1}),
+    Decoder("spinquant", 4, 11, 35.84),
+    Decoder("quip", 2, 23, 23.81),
+    Decoder("slim_llm", 2, 44, 69.82),
+    Decoder("db_llm", 2, 12, 41.19, options={"steps": 2}),
+    Decoder("pb_llm", 1.7, 105, 84.43),
+    Decoder("billm", 1.1, 47, 53.66),
+    Decoder("nf4", 4, 13, 47.54),
+    Decoder("efficient_qat", 2, 15, 35.9, options={"epochs": 1}),
+    Decoder("hybrid", 3, 27, 44.72),
 )
 # fmt: on

@@ -5,7 +5,7 @@ AssertionError; the fault tests call them too.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -28,6 +28,7 @@ GPU = "cuda:0"
 HIDDEN, NARROW, WIDE = 32, 128, 256  # columns of the narrow and the wide down_proj
 OUT, IN = 64, 512  # of the linear that decodes
 VOCAB = 64
+TIES = 0.05  # share of stored numbers that may differ, as kernels round other sums
 
 # Cached values serve all tests of a process: tests must not change them.
 
@@ -88,31 +89,65 @@ def check_below(costs: Costs, measured: Mapping[str, float], words: str) -> None
     assert not above, f"{costs} costs more on a GPU: {'; '.join(above)}. It has {words}"
 
 
-def check_same(far: Mapping[str, Tensor], cpu: Mapping[str, Tensor]) -> None:
-    """The tensors lie on a GPU, and are the CPU's to the last bit."""
+def check_same(far: Mapping[str, Tensor], cpu: Mapping[str, Tensor], differing: float = 0) -> None:
+    """The tensors lie on a GPU, and are the CPU's to the last bit, but for a share `differing`."""
     assert far.keys() == cpu.keys()
     for name, tensor in far.items():
         assert isinstance(tensor, Far), f"{name} was left on the CPU"
-        assert torch.equal(near(tensor), cpu[name]), f"{name} is not what it is on a CPU"
+        other = (near(tensor) != cpu[name]).float().mean()
+        assert other <= differing, f"{name} is not what it is on a CPU"
+
+
+@contextmanager
+def kernels() -> Iterator[None]:
+    """Within the context, the kernels of GPUs serve where they fit."""
+    if (ready.triton_version() or (0, 0)) < ready.OLDEST_GLUON:
+        pytest.skip("without Triton 3.6 or newer not all kernels serve")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ready, "problem", lambda: None)
+        yield
 
 
 # --- quantizing -----------------------------------------------------------------------------------
 
 
+def uniform_block(
+    w_OI: Tensor, u_II: Tensor, drift_II: Tensor, scale_BO: Tensor, zero_BO: Tensor,
+    codes_IO: Tensor, error_OB: Tensor, before_OB: Tensor, start: int, size: int, *rest: Any,
+    HALVES: bool, DRIFT: bool, **constants: int,
+) -> None:  # fmt: skip
+    """What the kernel of this name computes (kernels/gpu/solve.py)."""
+    top = rest[-1]
+    later_OB = w_OI[:, start : start + size].clone()
+    for i in range(size):
+        w_O, scale_O, zero_O = later_OB[:, i].clone(), scale_BO[i], zero_BO[i]
+        half = 0.5 if HALVES else 0.0
+        code_O = (w_O / scale_O - half).round() + (zero_O + half)
+        code_O = code_O.clamp(0, top)
+        codes_IO[start + i] = code_O.to(torch.uint8)
+        before_OB[:, i] = w_O
+        error_OB[:, i] = (w_O - scale_O * (code_O - zero_O)) / u_II[start + i, start + i]
+        columns = slice(start + i + 1, start + size)
+        later_OB[:, i + 1 :] -= error_OB[:, i, None] * u_II[start + i, columns]
+        if DRIFT:
+            later_OB[:, i + 1 :] += w_O[:, None] * drift_II[start + i, columns]
+
+
 @exact_attention()
-def quantized(method: Method, ffn: int) -> tuple[Any, PretendedGPU]:
+def quantized(solver: Solver, ffn: int) -> tuple[Any, PretendedGPU]:
     """A block that was quantized in memory on a pretended GPU, and what that GPU counted."""
     model = llama(ffn)
-    with PretendedGPU() as gpu:
+    serving = kernels() if solver.kernels else nullcontext()
+    with serving, PretendedGPU({"uniform_block": uniform_block}) as gpu:
         model.to(GPU)
         gpu.reset()
-        quantize_model(model, method, ids())
+        quantize_model(model, solver.build(), ids())
     return model, gpu
 
 
-def solver_costs(method: Method) -> tuple[dict[str, float], str]:
+def solver_costs(solver: Solver) -> tuple[dict[str, float], str]:
     """What a `Solver` limits, and where most of it is spent."""
-    narrow, (_, wide) = quantized(method, NARROW)[1], quantized(method, WIDE)
+    narrow, wide = (quantized(solver, ffn)[1] for ffn in (NARROW, WIDE))
     return compared(narrow, wide)
 
 
@@ -134,12 +169,13 @@ def compared(narrow: PretendedGPU, wide: PretendedGPU) -> tuple[dict[str, float]
 
 @exact_attention()
 def check_quantizing(solver: Solver) -> None:
-    """The method keeps the ceilings, draws nothing on the GPU, and gives the CPU's bytes."""
-    method, cpu = solver.build(), llama(WIDE)
-    quantize_model(cpu, method, ids())
-    narrow = quantized(method, NARROW)[1]
-    far, wide = quantized(method, WIDE)
-    check_same(packed_tensors(far), packed_tensors(cpu))
+    """The method keeps the ceilings, draws nothing on the GPU, and gives the CPU's bytes; with
+    kernels all but some of them.
+    """
+    cpu, narrow = llama(WIDE), quantized(solver, NARROW)[1]
+    quantize_model(cpu, solver.build(), ids())
+    far, wide = quantized(solver, WIDE)
+    check_same(packed_tensors(far), packed_tensors(cpu), TIES if solver.kernels else 0)
     assert not wide.random, f"a GPU draws other numbers than a CPU: {most(wide.random)}"
     assert wide.faults == [], "an error of the GPU was caught by somebody"
     check_below(solver, *compared(narrow, wide))
@@ -165,14 +201,6 @@ def packed_linear(method: Method) -> QuantLinear:
 
 def token() -> Tensor:
     return contract.inputs(IN)[:1].bfloat16()
-
-
-@contextmanager
-def kernels() -> Iterator[None]:
-    """Within the context, the kernels of GPUs serve where they fit."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ready, "problem", lambda: None)
-        yield
 
 
 @torch.no_grad()

@@ -43,8 +43,8 @@ def text(row: Solver | Decoder, measured: dict[str, float]) -> str:
     words = [f'"{row.method}"', f"{row.bits:g}", *(f"{getattr(row, name):g}" for name in measured)]
     if row.preset != "study":
         words.append(f'preset="{row.preset}"')
-    if isinstance(row, Decoder) and not row.kernels:
-        words.append("kernels=False")
+    if row.kernels:
+        words.append("kernels=True")
     start = f"    {type(row).__name__}({', '.join(words)}"
     if not row.options:
         return f"{start}),"
@@ -64,7 +64,7 @@ def main(names: list[str]) -> None:
             continue
         try:
             if isinstance(row, Solver):
-                measured = checks.solver_costs(row.build())[0]
+                measured = checks.solver_costs(row)[0]
             else:
                 measured = checks.decoder_costs(checks.decoding(row)[0])
         except RuntimeError as error:

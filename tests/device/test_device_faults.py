@@ -110,7 +110,7 @@ def test_a_fault_in_a_solver(
     monkeypatch: pytest.MonkeyPatch, fault: Callable[[Tensor], object], words: str
 ):
     solver: Solver = row(SOLVERS, "rtn")
-    tight = with_ceilings(solver, checks.solver_costs(solver.build())[0])
+    tight = with_ceilings(solver, checks.solver_costs(solver)[0])
     quantize = METHODS["rtn"].quantize
 
     def faulty(self: Any, weight_OI: Tensor, stat: Any, job: Any) -> Packed:

@@ -119,6 +119,27 @@ def test_launches_and_bytes():
     assert gpu.transfers.total() == 1
 
 
+def test_a_kernel_of_triton_is_one_launch():
+    triton = pytest.importorskip("triton")
+
+    @triton.jit
+    def doubled(x_ptr, y_ptr, size):
+        pass
+
+    def double(x: Tensor, y: Tensor, size: int, num_warps: int) -> None:
+        y.copy_(2 * x)
+
+    with PretendedGPU({"doubled": double}) as gpu:
+        x, y = far(4), torch.zeros(4, device="cuda:0")
+        gpu.reset()
+        doubled[(1,)](x, y, 4, num_warps=1)
+        assert gpu.launches.total() == 1
+        assert gpu.moved == 2 * 4 * 4
+        with pytest.raises(RuntimeError, match="doubled: pointers to cuda:0 and cpu"):
+            doubled[(1,)](x, torch.zeros(4), 4, num_warps=1)
+    assert near(y).tolist() == [0, 2, 4, 6]
+
+
 def test_random_numbers_of_the_gpu_are_counted():
     with PretendedGPU() as gpu:
         torch.rand(3, device="cuda:0")
