@@ -123,6 +123,6 @@ def test_a_fault_in_a_solver(
 
 
 def test_a_message_holds_the_measured_number_and_its_lines():
-    solver: Solver = replace(row(SOLVERS, "rtn"), column=0.1)
-    with pytest.raises(AssertionError, match=r"column: measured 0\.\d+, ceiling 0\.1.*grids\.py:"):
+    solver: Solver = replace(row(SOLVERS, "rtn"), block=1)
+    with pytest.raises(AssertionError, match=r"block: measured \d+, ceiling 1\b.*bitpack\.py:"):
         checks.check_quantizing(solver)
