@@ -55,7 +55,6 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from ..common.errors import LLQError
 from ..common.spec import Spec
 from ..kernels import LevelCodes, once, product
 from ..kernels.bitpack import pack, packed_words, unpack
@@ -63,7 +62,7 @@ from ..method import Flow, Job, Method, Packed
 from ..numerics.cholesky import prepare_hessian
 from ..numerics.coordinate_descent import Objective, descend, refit_levels
 from ..numerics.error_feedback import by_blocks
-from ..numerics.grids import at_once, scale_dtype
+from ..numerics.grids import at_once, checked_scale, scale_dtype
 from ..numerics.stats import PairedHessian, Stat
 from .options import check_choice, check_damp, check_least, check_range, check_refine
 
@@ -196,8 +195,8 @@ class BiLLM(Method):
         return {
             "weight": pack(code.codes_OI, 2),
             "salient": pack(code.salient_I.to(torch.uint8), 1),
-            "scale": torch.stack(code.scales, dim=1).to(self._scale_dtype),
-            "mean": mean_OGm.to(self._scale_dtype).contiguous(),
+            "scale": checked_scale(torch.stack(code.scales, dim=1), self._scale_dtype),
+            "mean": checked_scale(mean_OGm, self._scale_dtype),
         }
 
     @property
@@ -246,11 +245,12 @@ class BiLLM(Method):
         return a_O4, mu_O4, codes_OB
 
     def _rounded(self, levels: Tensor) -> Tensor:
-        """Levels as they will be stored, in fp32; LLQError if fp16 cannot hold them."""
-        rounded = levels.to(self._scale_dtype).float()
-        if not torch.isfinite(rounded).all():
-            raise LLQError("a level does not fit fp16: the weights are too large")
-        return rounded
+        """Levels as they will be stored, in fp32.
+
+        Where they overflow they are the largest number of the dtype, which `_pack` refuses.
+        """
+        largest = torch.finfo(self._scale_dtype).max
+        return levels.clamp(-largest, largest).to(self._scale_dtype).float()
 
     def dequantize(self, packed: Packed, out_features: int, in_features: int) -> Tensor:
         mean_OG4 = packed["mean"].float()

@@ -138,7 +138,7 @@ def checked_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
     is asked once for a linear, when it is packed, and not for every grid.
     """
     stored = scale.to(dtype)
-    if not bool((stored < torch.finfo(dtype).max).all()):
+    if not bool((stored.abs() < torch.finfo(dtype).max).all()):
         width = torch.finfo(dtype).bits
         raise LLQError(f"a scale does not fit fp{width}: the weights are too large")
     return stored.contiguous()
