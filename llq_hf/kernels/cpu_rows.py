@@ -54,14 +54,14 @@ def _whole_vectors(by: Transform) -> bool:
     return by.whole_vectors
 
 
-def _digits_of_codes(
+def digits_of_codes(
     codes: Tensor, stored: UniformCodes, bias: Tensor | None, step: Tensor, dtype: torch.dtype
 ) -> Tensor:
     y = digits(codes, stored, None) * step
     return (y if bias is None else y + bias).to(dtype)
 
 
-def _tiles_of_codes(
+def tiles_of_codes(
     codes: Tensor, stored: UniformCodes, bias: Tensor | None, step: Tensor, dtype: torch.dtype
 ) -> Tensor:
     y = integer_tiles(codes, stored, None) * step
@@ -89,8 +89,8 @@ def _row(
 
 ROWS = (
     #    view          tokens      activations          fits            kernel
-    _row(UniformCodes, FEW, (torch.int8,), _half_blocks, _digits_of_codes),
-    _row(UniformCodes, MANY, (torch.int8,), _centred, _tiles_of_codes),
+    _row(UniformCodes, FEW, (torch.int8,), _half_blocks, digits_of_codes),
+    _row(UniformCodes, MANY, (torch.int8,), _centred, tiles_of_codes),
     _row(UniformCodes, FEW, HALF, _half_blocks, digits),
     _row(UniformCodes, FEW_FLOATS, ALL, _any, floats),
     _row(UniformCodes, MANY, ALL, _any, tiles),

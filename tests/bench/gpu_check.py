@@ -6,14 +6,14 @@ It needs torch, triton, transformers and numpy, and nothing from a registry. A J
 rewritten after every piece of work; what failed is in it with its error.
 
     machine     the card, its bandwidth, what a launch costs
+    tiles       products of few tokens with other tiles than `few.tile` chooses
     kernels     every method's linear beside bf16 F.linear, on cold weights, in a CUDA graph: errors
                 and speed at 1, 8, 16 and 2048 tokens
-    discipline  a small block by every method on the CPU, the GPU and the GPU again: equal weights,
-                the same bytes twice, no sync in decoding
     decode      a whole decoding step of blocks in LLaMA-3-8B's shape in a CUDA graph, beside bf16
     solver      GPTQ's loop by torch and by the kernel
     block       one block of that shape by every method: seconds and peak memory
-    tiles       which tiles the few-token kernels should use (not run unless asked for)
+    discipline  a small block by every method on the CPU, the GPU and the GPU again: equal weights,
+                the same bytes twice, no sync in decoding
 """
 
 from __future__ import annotations
@@ -70,6 +70,8 @@ LINEARS: list[tuple[str, dict[str, Any]]] = [
     ("billm", {}),
     ("pb_llm", {"bits": 1.7}),
 ]
+TILED = [case for case in LINEARS if case[0] in ("rtn", "efficient_qat", "nf4", "db_llm", "billm")]
+DECODED = [*LINEARS[:3], ("quip", {"bits": 2}), ("nf4", {"bits": 4}), ("billm", {})]
 FEWER = ("rtn", "quip", "nf4", "billm")  # methods whose linears are timed in every shape
 COLD_BYTES = 240 << 20  # more than any cache holds
 DEVICE = torch.device("cuda:0")
@@ -437,43 +439,30 @@ def label(name: str, options: dict[str, Any]) -> str:
 def works(shapes: list[tuple[int, int]]) -> Iterator[tuple[str, Callable[[], Any]]]:
     yield "machine", machine
     for rows, columns in shapes:
-        for name, options in LINEARS:
-            if (rows, columns) != shapes[0] and name not in FEWER:
-                continue
+        for name, options in TILED:
             yield (
-                f"kernels/{rows}x{columns}/{label(name, options)}",
-                lambda n=name, o=options, r=rows, c=columns: kernels(n, o, r, c),
+                f"tiles/{rows}x{columns}/{label(name, options)}",
+                lambda n=name, o=options, r=rows, c=columns: tiles(n, o, r, c),
             )
-    for name, options in (*LINEARS[:3], ("quip", {"bits": 2}), ("billm", {})):
+    for rows, columns in shapes:
+        for name, options in LINEARS:
+            if (rows, columns) == shapes[0] or name in FEWER:
+                yield (
+                    f"kernels/{rows}x{columns}/{label(name, options)}",
+                    lambda n=name, o=options, r=rows, c=columns: kernels(n, o, r, c),
+                )
+    for name, options in DECODED:
         yield f"decode/{label(name, options)}", lambda n=name, o=options: decode(n, o)
     for rows, columns in shapes:
         yield f"solver/{rows}x{columns}", lambda r=rows, c=columns: solver(r, c)
-    for preset, names in (("study", tuple(STUDY)), ("best", BEST)):
-        for name in names:
-            yield f"discipline/{name} {preset}", lambda n=name, p=preset: discipline(n, p)
     yield "block/gptq study, 128 x 2048", lambda: block("gptq", "study", 128, 2048)
     for preset, names in (("study", tuple(STUDY)), ("best", BEST)):
         for name in names:
             if name != "hybrid":
                 yield f"block/{name} {preset}", lambda n=name, p=preset: block(n, p)
-
-
-def tile_works(shapes: list[tuple[int, int]]) -> Iterator[tuple[str, Callable[[], Any]]]:
-    for rows, columns in shapes:
-        for name, options in LINEARS:
-            if name not in (
-                "awq",
-                "spinquant",
-                "quip",
-                "smoothquant",
-                "pb_llm",
-                "slim_llm",
-                "db_llm",
-            ):
-                yield (
-                    f"tiles/{rows}x{columns}/{label(name, options)}",
-                    lambda n=name, o=options, r=rows, c=columns: tiles(n, o, r, c),
-                )
+    for preset, names in (("study", tuple(STUDY)), ("best", BEST)):
+        for name in names:
+            yield f"discipline/{name} {preset}", lambda n=name, p=preset: discipline(n, p)
 
 
 @torch.inference_mode()
@@ -502,7 +491,7 @@ def main() -> None:
     stages = set(filter(None, args.only.split(",")))
     if args.compile:
         part, parts = map(int, args.compile.split("/"))
-        return compile_part(part, parts, "tiles" in stages)
+        return compile_part(part, parts, not stages or "tiles" in stages)
     if not torch.cuda.is_available():
         sys.exit("gpu_check needs a CUDA device, and there is none")
     if not stages or stages & {"kernels", "tiles"}:
@@ -512,8 +501,7 @@ def main() -> None:
             worker.wait()
         print(f"compiled: {time.monotonic() - began:.0f} s", flush=True)
     shapes = [tuple(map(int, shape.split("x"))) for shape in args.shapes.split(",")]
-    every = [*works(shapes), *(tile_works(shapes) if "tiles" in stages else ())]
-    for path, work in every:
+    for path, work in works(shapes):
         if not stages or path.split("/")[0] in stages or path == "machine":
             tried(args, path, work)
     keep(args.out, "seconds", round(time.monotonic() - began))

@@ -23,7 +23,7 @@ from llq_hf.common.errors import LLQError
 from llq_hf.data.calibration import Calibration
 from llq_hf.engine.execute import quantize_checkpoint
 from llq_hf.kernels import build as building
-from llq_hf.kernels import native
+from llq_hf.kernels import cpu_rows, native
 from llq_hf.layers.linear import QuantLinear
 from llq_hf.method import Job, Method, Packed
 from llq_hf.methods import build
@@ -143,7 +143,8 @@ def test_products_of_integers_are_exact(isa: str, bits: int, a_bits: int, dtype:
     """
     method = build("smoothquant", bits=bits, a_bits=a_bits)
     packed = random_packed(method, 600, 556)
-    for tokens, kernel in ((1, native.digits), (8, native.digits), (40, native.integer_tiles)):
+    few, many = cpu_rows.digits_of_codes, cpu_rows.tiles_of_codes
+    for tokens, kernel in ((1, few), (8, few), (40, many)):
         x = torch.randn(tokens, 556, generator=generator(tokens)).to(dtype)
         codes = method.tokens.codes(x / packed["in_scale"].float())[0]
         assert kernels.choose(codes, method.grid.readable(packed, 556)) is kernel
