@@ -29,6 +29,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -240,23 +241,33 @@ def kernels(name: str, options: dict[str, Any], rows: int, columns: int) -> dict
     return row
 
 
-@torch.inference_mode()
-def tiles(name: str, options: dict[str, Any], rows: int, columns: int) -> dict[str, Any]:
+@contextmanager
+def tile_of(tile: tuple[int, int] | None) -> Iterator[None]:
+    """Inside, all few-token kernels use this tile; None: the one that they choose."""
     from llq_hf.kernels.gpu import few
 
+    chosen = few.tile
+    if tile is not None:
+        few.tile = lambda *shape, **more: few.Tile(*tile)
+    try:
+        yield
+    finally:
+        few.tile = chosen
+
+
+@torch.inference_mode()
+def tiles(name: str, options: dict[str, Any], rows: int, columns: int) -> dict[str, Any]:
     linear = Linear(name, options, rows, columns)
-    packs, chosen = linear.cold(), few.tile
+    packs = linear.cold()
     row: dict[str, Any] = {}
     for tokens in (1, 8):
         x = torch.randn(tokens, columns, device=DEVICE).bfloat16()
-        times = {}
+        dense, times = dense_time(rows, columns, tokens), {}
         for tile in TILES:
-            few.tile = lambda *shape, tile=tile: few.Tile(*tile)
-            for packed in packs:
-                linear.multiply(x, packed)
-            times[tile] = in_a_graph(lambda i, x=x: linear.multiply(x, packs[i]), len(packs), 5)
-        few.tile = chosen
-        dense = dense_time(rows, columns, tokens)
+            with tile_of(tile):
+                for packed in packs:
+                    linear.multiply(x, packed)
+                times[tile] = in_a_graph(lambda i, x=x: linear.multiply(x, packs[i]), len(packs), 5)
         best = sorted(times, key=lambda tile: times[tile])
         row[f"{tokens} tokens"] = " ".join(f"{tile}:{dense / times[tile]:.2f}" for tile in best)
     return row
@@ -340,7 +351,7 @@ def discipline(name: str, preset: str) -> dict[str, Any]:
     }
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: what is computed once for a weight is kept by its version
 def decode(name: str, options: dict[str, Any], layers: int = 4) -> dict[str, Any]:
     """One token through blocks in LLaMA-3-8B's shape with a static cache of 512 tokens."""
     from transformers import StaticCache
@@ -468,19 +479,15 @@ def works(shapes: list[tuple[int, int]]) -> Iterator[tuple[str, Callable[[], Any
 @torch.inference_mode()
 def compile_part(part: int, parts: int, with_tiles: bool) -> None:
     """Call every kernel that will be timed once, so that it is compiled into Triton's cache."""
-    from llq_hf.kernels.gpu import few
-
-    chosen = few.tile
     rows, columns = 4096, 4096  # the other shapes use the same kernels
     for name, options in LINEARS[part::parts]:
         try:
             linear = Linear(name, options, rows, columns)
             for tokens in (1, 8, 16, 2048):
                 x = torch.randn(tokens, columns, device=DEVICE).bfloat16()
-                for tile in TILES if with_tiles and tokens in (1, 8) else [None]:
-                    few.tile = chosen if tile is None else lambda *shape, t=tile: few.Tile(*t)
-                    linear.multiply(x, linear.first)
-                few.tile = chosen
+                for tile in [None, *(TILES if with_tiles and tokens in (1, 8) else ())]:
+                    with tile_of(tile):
+                        linear.multiply(x, linear.first)
         except Exception as error:
             print(f"compiling {label(name, options)}: {type(error).__name__}: {error}"[:400])
 
