@@ -328,6 +328,14 @@ class Method(WholeModel, ABC):
 
     # --- rarely -----------------------------------------------------------------------------------
 
+    def check_packed(self, packed: Packed, out_features: int, in_features: int) -> None:
+        """LLQError, with the tensor's name, where a stored number cannot be what it is: an index, a
+        width or a seed. Called once for tensors that come from a file.
+
+        Shapes and dtypes are those of `layout`. That numbers are finite is checked for all methods
+        (see `check_linears`), so only methods that store something else override this.
+        """
+
     @property
     def sequential(self) -> bool:
         """Whether a block's linears are observed and quantized one input group after the other."""

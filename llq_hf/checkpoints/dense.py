@@ -6,6 +6,7 @@ import hashlib
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,7 @@ class Checkpoint:
         """
         path = fetch(model, revision)
         config = read_json(path / "config.json")
-        files = _tensor_files(path)
+        files = listed_files(path)
         specs: dict[str, Spec] = {}
         for file in sorted(set(files.values())):
             specs.update(header(file))
@@ -238,10 +239,29 @@ def provenance(path: Path) -> dict[str, Any]:
     machine is in it.
     """
     bundled = next((name for name, folder in MODELS.items() if folder == path), None)
-    snapshot = re.search(r"models--([^/]+)/snapshots/([0-9a-f]{40})$", path.as_posix())
-    model = snapshot[1].replace("--", "/") if snapshot else bundled or path.resolve().name
+    repo, revision = _snapshot(path)
+    model = repo or bundled or path.resolve().name
     card = {key: value for key, value in _metadata(path / CARD).items() if key in CARD_FIELDS}
-    return {"model": model, "revision": snapshot[2] if snapshot else None, "card": card}
+    return {"model": model, "revision": revision, "card": card}
+
+
+def fetch_beside(path: Path, name: str) -> None:
+    """Download a file into the Hub snapshot in `path`, where it is not there and the repository
+    has it: transformers downloads only the files that it knows.
+    """
+    repo, revision = _snapshot(path)
+    if repo is None or (path / name).is_file():
+        return
+    from huggingface_hub import hf_hub_download
+
+    with suppress(Exception):  # offline, no such file, ...: the caller sees that it is not there
+        hf_hub_download(repo, name, revision=revision)
+
+
+def _snapshot(path: Path) -> tuple[str | None, str | None]:
+    """Hub id and commit of the snapshot in a folder of the Hub's cache; (None, None) elsewhere."""
+    found = re.search(r"models--([^/]+)/snapshots/([0-9a-f]{40})$", path.as_posix())
+    return (found[1].replace("--", "/"), found[2]) if found else (None, None)
 
 
 def _metadata(card: Path) -> dict[str, Any]:
@@ -287,13 +307,19 @@ def _dtype(name: str, file: Path) -> torch.dtype:
     return DTYPES[name]
 
 
-def _tensor_files(path: Path) -> dict[str, Path]:
-    """The file of every tensor, from the index or from the single file."""
+def is_name(name: Any) -> bool:
+    """Whether a name that a file gave is that of a file in the same folder, and no path."""
+    return isinstance(name, str) and name not in ("", ".", "..") and Path(name).name == name
+
+
+def listed_files(path: Path) -> dict[str, Path]:
+    """The file of every tensor, from the index or from the single file.
+
+    LLQError where there is neither, or where the index is no list of files in the folder.
+    """
     if (path / INDEX).is_file():
         weight_map = read_json(path / INDEX).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(
-            isinstance(file, str) for file in weight_map.values()
-        ):
+        if not isinstance(weight_map, dict) or not all(map(is_name, weight_map.values())):
             raise LLQError(f"{path / INDEX} has no weight_map of tensor names to file names")
         return {name: path / file for name, file in weight_map.items()}
     if (path / SINGLE).is_file():

@@ -15,7 +15,7 @@ from ..methods import method_type
 from .fingerprint import fingerprint
 
 FORMAT_VERSION = 1
-CONFIG, REPORT = "config.json", "llq_report.json"
+CONFIG, REPORT, HASHES = "config.json", "llq_report.json", "llq_hashes.json"
 PREFIX = "llq_"
 # Keys of the section that are not options of the method.
 RUN_KEYS = (

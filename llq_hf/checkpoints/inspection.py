@@ -13,6 +13,7 @@ from ..models.decoder import quantizable
 from ..models.load import build_skeleton
 from .dense import Checkpoint
 from .format import REPORT, PackedConfig
+from .hashes import Hashes
 from .journal import Journal
 from .packed import read_report
 from .records import LinearRecord, Report
@@ -31,6 +32,7 @@ class Inspection(TypedDict):
     quantized_linears: int
     calibration: dict[str, Any] | None
     fingerprint: str | None
+    content: str | None  # stands for every tensor, file and field (see `hashes`)
     identity: dict[str, Any] | None
     made_from: dict[str, Any] | None
     rewritten: bool
@@ -55,6 +57,7 @@ def inspect_checkpoint(path: Path) -> Inspection:
     stored = sum(spec.nbytes for specs in packed.values() for spec in specs.values())
     # There is no report where save_pretrained wrote the folder.
     report = read_report(path) if (path / REPORT).is_file() else None
+    hashes = Hashes.read(path)
     return {
         "path": str(path),
         "method": config.method.name,
@@ -66,6 +69,7 @@ def inspect_checkpoint(path: Path) -> Inspection:
         "quantized_linears": len(packed),
         "calibration": config.calibration,
         "fingerprint": config.run,
+        "content": hashes.digest if hashes else None,
         "identity": report.get("identity") if report else None,
         "made_from": report.get("made_from") if report else None,
         "rewritten": report is not None and "rewrite" in report,

@@ -3,6 +3,7 @@
 model.safetensors   all tensors, or shards of at most 5 GB with an index (see `shards`): packed
                     linears, and the base's own bytes of everything else
 llq_report.json     per linear: bits, errors, what the method noted
+llq_hashes.json     sha256 of every tensor and file, and a copy of config.json
 tokenizer files, licence, ...   copied from the base
 config.json         last: without it nothing loads, so half a run never passes for a whole one
 """
@@ -10,7 +11,7 @@ config.json         last: without it nothing loads, so half a run never passes f
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,7 +26,8 @@ from ..method import Method
 from ..models.decoder import block_linears, replace_module
 from .dense import INDEX, Checkpoint, Rewritten
 from .fingerprint import fingerprint
-from .format import CONFIG, REPORT, PackedConfig
+from .format import CONFIG, HASHES, REPORT, PackedConfig
+from .hashes import Hashes
 from .records import Bits, LinearRecord, Report
 from .shards import Shards, names_by_block
 
@@ -78,10 +80,12 @@ class PackedFolder:
                 specs |= {module + key: spec for key, spec in layout.items()}
         return {self.base.in_file(name): spec for name, spec in specs.items()}
 
-    def open(self) -> None:
-        """Make the files, or take up an interrupted run's, and write all outside the blocks."""
+    def open(self) -> dict[str, str]:
+        """Make the files, or take up an interrupted run's, and write all outside the blocks; sha256
+        of each of these tensors, by the name in the file.
+        """
         self.shards.open()
-        self._write((name, self.base.read([name])[name]) for name in self._base_names[0])
+        return self._write((name, self.base.read([name])[name]) for name in self._base_names[0])
 
     def save_block(self, index: int, block: nn.Module) -> dict[str, str]:
         """Write a quantized block; sha256 of each of its tensors, by the name in the file.
@@ -133,12 +137,17 @@ class PackedFolder:
             replace_module(block, name, quantized)
 
     def finish(
-        self, linears: list[LinearRecord], identity: dict[str, Any], made_from: dict[str, Any]
+        self,
+        linears: list[LinearRecord],
+        identity: dict[str, Any],
+        made_from: dict[str, Any],
+        digests: Sequence[Mapping[str, str]],
     ) -> Report:
-        """Name the files, write report, small files, and config.json as the last. The report.
+        """Name the files, write report, small files, hashes, and config.json as the last. The
+        report.
 
         made_from: by what names base and calibration went, which decides no byte of the tensors
-        (see `provenance`).
+        (see `provenance`). digests: those that `open` and then `save_block` gave.
         """
         self.shards.finish()
         report: Report = {
@@ -155,8 +164,9 @@ class PackedFolder:
         config = PackedConfig(
             self.method, len(linears), identity["calibration"], report["fingerprint"]
         )
-        section = config.to_section()
-        write_json(self.path / CONFIG, {**self.base.config, "quantization_config": section})
+        whole = {**self.base.config, "quantization_config": config.to_section()}
+        Hashes.of(self.path, whole, small_files(self.path), digests).write(self.path)
+        write_json(self.path / CONFIG, whole)
         return report
 
     def _bits(self, linears: list[LinearRecord]) -> Bits:
@@ -174,10 +184,21 @@ class PackedFolder:
 
 def copy_small_files(base: Path, out: Path) -> None:
     """Copy the base's small files: tokenizer, generation defaults, licence."""
-    for pattern in CARRIED:
-        for file in base.glob(pattern):
-            if file.name not in (CONFIG, INDEX, REPORT) and file.is_file():
-                shutil.copyfile(file, out / file.name)
+    for file in carried(base):
+        shutil.copyfile(file, out / file.name)
+
+
+def carried(folder: Path) -> list[Path]:
+    """The small files of a checkpoint that its packed checkpoints carry along unchanged."""
+    own = (CONFIG, INDEX, REPORT, HASHES)
+    found = {file for pattern in CARRIED for file in folder.glob(pattern) if file.is_file()}
+    return sorted(file for file in found if file.name not in own)
+
+
+def small_files(folder: Path) -> list[str]:
+    """Names of the files of a packed checkpoint that hold no tensors and are hashed."""
+    names = [file.name for file in carried(folder)]
+    return [*names, REPORT] if (folder / REPORT).is_file() else names
 
 
 def read_report(folder: Path) -> Report:
@@ -190,6 +211,6 @@ def finished_fingerprint(folder: Path) -> str | None:
     """Fingerprint of the run that finished `folder`; None where no run did."""
     if not (folder / CONFIG).is_file():
         return None
-    section = read_json(folder / CONFIG).get("quantization_config", {})
-    run: str | None = section.get("fingerprint")
-    return run
+    section = read_json(folder / CONFIG).get("quantization_config")
+    run = section.get("fingerprint") if isinstance(section, dict) else None
+    return run if isinstance(run, str) else None

@@ -14,7 +14,7 @@ MEASURE = "Measure"
 PUBLISH = "Publish"
 OTHER = "Other"
 ORDER = (
-    *("quantize", "info", "methods"),
+    *("quantize", "info", "verify", "methods"),
     *("eval", "bench", "show", "study", "report"),
     *("export", "card", "push"),
     *("finetune", "build-kernels"),

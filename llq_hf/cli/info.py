@@ -1,4 +1,6 @@
-"""`llq info`, `llq methods`: look into a packed checkpoint, and at what can be made."""
+"""`llq info`, `llq verify`, `llq methods`: what a packed checkpoint is, whether it is as it was
+written, and what can be made.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +25,10 @@ def info(
     linears: Annotated[
         bool, typer.Option("--linears", help="Also print a row per quantized linear.")
     ] = False,
+    verify: Annotated[
+        bool,
+        typer.Option("--verify", help="First compare every tensor and file, as `llq verify` does."),
+    ] = False,
 ) -> None:
     """Show what a packed checkpoint is: method, options, bits, calibration, fingerprint.
 
@@ -33,9 +39,12 @@ def info(
 
     - `llq info /tmp/demo-quip --linears`
     """
+    from ..checkpoints.hashes import damage, refuse
     from ..checkpoints.inspection import inspect_checkpoint
     from ..kernels import describe
 
+    if verify:
+        refuse(path, damage(path))
     found = inspect_checkpoint(path)
     shown: dict[str, Any] = {**found, "kernels": describe()}
     if as_json:
@@ -50,6 +59,7 @@ def info(
         "bytes",
         "quantized_linears",
         "fingerprint",
+        "content",
         "kernels",
     ):
         value = shown[key]
@@ -62,6 +72,39 @@ def info(
     print_served(found["linears"])
     if linears:
         console.print(_linears_table(found["linears"]))
+
+
+@app.command(rich_help_panel=QUANTIZE)
+def verify(
+    path: Annotated[str, typer.Argument(help="Folder or Hub id of a packed checkpoint.")],
+    revision: Annotated[
+        str | None, typer.Option(help="Branch, tag or commit on the Hub. Default: main.")
+    ] = None,
+) -> None:
+    """Compare every tensor, file and field of a packed checkpoint with how it was written.
+
+    What is damaged or missing is listed by name, with the block that a tensor belongs to, and the
+    exit status is 1. The `llq quantize` that made a folder mends it: it does the damaged blocks
+    again. Loading compares what it can without reading a tensor, and everything where the
+    environment has LLQ_VERIFY=1.
+
+    Example:
+
+    - `llq verify /tmp/demo-quip`
+    """
+    from ..checkpoints.dense import fetch
+    from ..checkpoints.hashes import CURE, Hashes, damage
+
+    folder = fetch(path, revision)
+    found = damage(folder)
+    for phrase in found:
+        print(phrase)
+    if found:
+        print(f"{len(found)} of {path} not as written. To have it whole, {CURE}.")
+        raise typer.Exit(1)
+    hashes = Hashes.read(folder)
+    content = f" (content {hashes.digest})" if hashes else ""
+    print(f"{path} is as it was written: every tensor, file and field{content}")
 
 
 def _brief(text: str) -> str:

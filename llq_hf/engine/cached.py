@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from ..checkpoints.hashes import damage_once
 from ..checkpoints.packed import finished_fingerprint
+from ..common.errors import LLQError
 from ..common.machine import cache_root
 from ..common.progress import Progress
 from ..common.terminal import RichProgress
@@ -26,7 +28,8 @@ def cached(
 ) -> Path:
     """The folder of the packed checkpoint, which is made if the cache does not hold it.
 
-    Its name is the run's fingerprint, a hash of everything that decides its bytes. root: folder of
+    Its name is the run's fingerprint, a hash of everything that decides its bytes. What is damaged
+    in it is made again. root: folder of
     the cache; None: the default one. progress: None draws bars on the terminal in the first of
     several processes. LLQError as of `prepare` and `execute`.
     """
@@ -35,8 +38,15 @@ def cached(
     try:
         plan = prepare(model, method, calibration, run, None, progress)
         out = (root or cache_root()) / plan.fingerprint
-        if finished_fingerprint(out) != plan.fingerprint:
+        if finished_fingerprint(out) != plan.fingerprint or _is_damaged(out):
             execute(plan, out, progress)
         return out
     finally:
         progress.close()
+
+
+def _is_damaged(out: Path) -> bool:
+    try:
+        return bool(damage_once(out))
+    except LLQError:  # the hashes themselves
+        return True

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..checkpoints.dense import Rewritten
 from ..checkpoints.format import CONFIG
+from ..checkpoints.hashes import is_whole, restore_journal
 from ..checkpoints.journal import FileState, Journal
 from ..checkpoints.packed import PackedFolder, finished_fingerprint, read_report
 from ..checkpoints.records import BlockLine, LinearRecord, Report
@@ -80,10 +81,12 @@ def execute(plan: Plan, out: Path, progress: Progress) -> Report:
         # A second run of the same command waits here, and then finds the work done.
         with FileLock(out.with_name(out.name + ".lock")):
             if finished_fingerprint(out) == plan.fingerprint:
-                if not Journal.damaged(out):
+                if is_whole(out):
                     plan.run.team.broadcast_json(None)
                     return read_report(out)
-                # Nothing loads the folder until the damaged blocks are done again.
+                # Nothing loads the folder until what is damaged is done again.
+                if not Journal.beside(out).is_file():
+                    restore_journal(out)
                 (out / CONFIG).unlink()
             journal = Journal.open(out, plan.identity)
             report = _compute_and_write(plan, out, journal, progress)
@@ -107,7 +110,7 @@ def _compute_and_write(plan: Plan, out: Path, journal: Journal, progress: Progre
     learned = _load_or_learn(plan, out, progress)
     plan = replace(plan, method=plan.method.with_learned(learned))
     blocks, folder = _open(plan, out, learned)
-    folder.open()
+    outside = folder.open()
     tuned = FileState(out, plan.fingerprint, "model", kind="tuned")
     journal.verify(out, rewritten={folder.base.in_file(name) for name in tuned.load() or {}})
     done = sorted(journal.blocks)
@@ -142,7 +145,8 @@ def _compute_and_write(plan: Plan, out: Path, journal: Journal, progress: Progre
             f"{len(records)} linears were quantized, {len(folder.linears)} should have been; "
             f"delete {journal.path} and start anew"
         )
-    report = folder.finish(records, plan.identity, plan.made_from)
+    digests = [outside, *(line["tensors"] for _, line in sorted(journal.blocks.items()))]
+    report = folder.finish(records, plan.identity, plan.made_from, digests)
     FileState.clear(out, kind="tuned")
     return report
 

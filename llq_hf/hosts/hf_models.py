@@ -15,14 +15,15 @@ from transformers import LlamaForCausalLM, LlavaNextForConditionalGeneration
 
 from ..checkpoints.dense import fetch, provenance
 from ..checkpoints.format import REPORT
-from ..checkpoints.packed import copy_small_files
+from ..checkpoints.hashes import Hashes
+from ..checkpoints.packed import copy_small_files, small_files
 from ..common.errors import LLQError
 from ..common.files import read_json, write_json
 from ..data.calibration import CalibrationOptions
 from ..demo import resolve
 from ..methods import METHODS, method_type
 from ..publish.hub import prepare_upload, push
-from .hf_quantizer import CONFIGS, check_quantized
+from .hf_quantizer import CONFIGS, LLQConfig, check_quantized
 
 
 class _Quantized:
@@ -66,6 +67,8 @@ class _Quantized:
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
         path = Path(save_directory) / "config.json"
         write_json(path, {**read_json(path), "architectures": [self.plain.__name__]})
+        if isinstance(getattr(self.config, "quantization_config", None), LLQConfig):  # type: ignore[attr-defined]
+            _write_hashes(Path(save_directory))
         if push_to_hub:
             self.push_to_hub(repo_id)
 
@@ -101,8 +104,13 @@ class _Quantized:
                 write_json(
                     folder / REPORT, {"made_from": made_from, "linears": config.records, "bits": {}}
                 )
+            _write_hashes(folder)
             upload = prepare_upload(folder, repo_id, base=base_model, results=results)
             return push(upload, private=private, token=token)
+
+
+def _write_hashes(folder: Path) -> None:
+    Hashes.made(folder, small_files(folder)).write(folder)
 
 
 class QuantizedLlama(_Quantized, LlamaForCausalLM):  # type: ignore[misc]

@@ -25,7 +25,8 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..checkpoints.dense import header
-from ..checkpoints.format import PREFIX, RUN_KEYS, PackedConfig
+from ..checkpoints.format import CONFIG, PREFIX, RUN_KEYS, PackedConfig
+from ..checkpoints.hashes import check
 from ..checkpoints.records import LinearRecord
 from ..common.errors import LLQError
 from ..common.progress import Progress
@@ -34,7 +35,7 @@ from ..engine.in_memory import quantize_model
 from ..engine.prepare import calibration_data
 from ..engine.whole_model import resolve_method
 from ..layers.attention import install
-from ..layers.linear import QuantLinear
+from ..layers.linear import QuantLinear, check_finite, check_linears
 from ..method import Method, stored_bits
 from ..methods import METHODS
 from ..models.decoder import decoder_of, quantizable, replace_module
@@ -154,13 +155,18 @@ class LLQQuantizer(HfQuantizer):  # type: ignore[misc]
             replace_module(model, name, new)
         if config.method.attention is not None:
             install(decoder_of(model)[1], config.method.attention)
-        _check_files(model, checkpoint_files or [])
+        files = [Path(file) for file in checkpoint_files or []]
+        if files and (files[0].parent / CONFIG).is_file():
+            check(files[0].parent)
+        _check_files(model, files)
 
     def _process_model_after_weight_loading(
         self, model: PreTrainedModel, **kwargs: Any
     ) -> PreTrainedModel:
         if not self.pre_quantized:
             self._quantize(model)
+        else:
+            _check_numbers(model)
         for module in model.modules():
             if isinstance(module, QuantLinear):
                 module.weight.requires_grad_(False)
@@ -191,7 +197,17 @@ class LLQQuantizer(HfQuantizer):  # type: ignore[misc]
         return True  # `generate` then compiles decoding with a static cache on GPUs by itself
 
 
-def _check_files(model: PreTrainedModel, files: list[str]) -> None:
+def _check_numbers(model: PreTrainedModel) -> None:
+    """Raise LLQError where a number that was loaded cannot be: in the packed linears, and in all
+    vectors (norms, biases). Large matrices outside the blocks are not read.
+    """
+    modules = model.named_modules()
+    check_linears({name: each for name, each in modules if isinstance(each, QuantLinear)})
+    vectors = {name: p for name, p in model.named_parameters() if p.ndim == 1}
+    check_finite({name: p for name, p in vectors.items() if p.is_floating_point()})
+
+
+def _check_files(model: PreTrainedModel, files: list[Path]) -> None:
     """Raise LLQError unless every tensor of every QuantLinear is in the files, with its shape and
     dtype. This is checked before any is loaded.
 
@@ -199,7 +215,7 @@ def _check_files(model: PreTrainedModel, files: list[str]) -> None:
     """
     found: dict[str, Any] = {}
     for file in files:
-        found.update(header(Path(file)))
+        found.update(header(file))
     found = {name: found[stored] for name, stored in module_names(model, found).items()}
     for name, module in model.named_modules():
         if not isinstance(module, QuantLinear) or not found:

@@ -1,7 +1,8 @@
 """model_args: the options of `--model llq`, alike in lm-eval and lmms-eval, and the checkpoint that
 they stand for.
 
-A packed checkpoint is scored as it is. A dense one is first quantized by `method` and kept in the
+A packed checkpoint is scored as it is, if every tensor is as it was written: that is verified once,
+and remembered until a file changes. A dense one is first quantized by `method` and kept in the
 cache under the fingerprint of everything that decides its bytes; `method=none` is the
 full-precision baseline.
 """
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple, Self
 
 from ..checkpoints.dense import fetch
 from ..checkpoints.format import CONFIG, PackedConfig
+from ..checkpoints.hashes import damage_once, refuse
 from ..common.errors import LLQError
 from ..common.files import read_json
 from ..common.machine import usable_device
@@ -77,6 +79,8 @@ class ModelArgs:
         packed = _packed_config(model, self.revision)
         if packed is not None:
             _agree(model, packed, self.method, self.method_options)
+            folder = fetch(model, self.revision)
+            refuse(folder, damage_once(folder))
         elif self.method is None:
             raise LLQError(
                 f"{model} is not quantized: give method=... (one of {', '.join(METHODS)}), "
@@ -112,10 +116,8 @@ def _packed_config(model: str, revision: str | None) -> PackedConfig | None:
     if section is None:
         return None
     if not PackedConfig.is_ours(section):
-        raise LLQError(
-            f"{model} was quantized by {section.get('quant_method')}, not by llq-hf; score it with "
-            "--model hf"
-        )
+        other = section.get("quant_method") if isinstance(section, dict) else None
+        raise LLQError(f"{model} was quantized by {other}, not by llq-hf; score it with --model hf")
     return PackedConfig.from_section(section)
 
 

@@ -4,7 +4,7 @@ multiplies with them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -15,6 +15,8 @@ from ..common.spec import Spec
 from ..kernels import cached_tensors
 from ..method import Method, Packed
 from .ops import node, register
+
+DAMAGED = "which no run of llq-hf writes: the file is damaged (`llq verify` finds where)"
 
 
 class QuantLinear(nn.Linear):
@@ -71,6 +73,10 @@ class QuantLinear(nn.Linear):
         if linear.bias is not None:
             self.bias = nn.Parameter(linear.bias.detach(), requires_grad=False)
         return self.train(linear.training)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        check_linears({prefix.removesuffix("."): self})
 
     def packed(self) -> Packed:
         """The stored tensors by name: views, not copies."""
@@ -129,3 +135,41 @@ def checked_layout(method: Method, out_features: int, in_features: int) -> dict[
             "mistake for weights; it is too small"
         )
     return layout
+
+
+def check_linears(linears: Mapping[str, QuantLinear]) -> None:
+    """LLQError, with the tensor's name, where a number in packed linears that came from a file
+    cannot be what it is: a scale that is not finite, an index outside of its range.
+
+    Shapes are known to be right. Linears on the meta device are left out: they have no numbers.
+    """
+    here = {name: linear for name, linear in linears.items() if not linear.weight.is_meta}
+    floats = {
+        f"{name}.{key}": tensor
+        for name, linear in here.items()
+        for key, tensor in linear.named_buffers(recurse=False)
+        if tensor.is_floating_point()
+    }
+    check_finite(floats)
+    for name, linear in here.items():
+        packed = linear.packed()
+        if "in_scale" in packed and not (packed["in_scale"] > 0).all():
+            raise LLQError(f"{name}.in_scale holds a number that is not above zero, {DAMAGED}")
+        try:
+            linear.method.check_packed(packed, linear.out_features, linear.in_features)
+        except LLQError as error:
+            raise LLQError(f"{name}.{error}, {DAMAGED}") from None
+
+
+def check_finite(tensors: Mapping[str, Tensor]) -> None:
+    """LLQError with the name of the first tensor that holds NaN or infinity."""
+    by_kind: dict[tuple[torch.device, torch.dtype], list[str]] = {}
+    for name, tensor in tensors.items():
+        if tensor.numel() and not tensor.is_meta:
+            by_kind.setdefault((tensor.device, tensor.dtype), []).append(name)
+    for names in by_kind.values():  # all of a kind at once: a GPU is waited for once
+        most = torch._foreach_norm([tensors[name].detach() for name in names], float("inf"))
+        finite = torch.stack(most).isfinite()
+        if not finite.all():
+            name = names[finite.tolist().index(False)]
+            raise LLQError(f"{name} holds NaN or infinity, {DAMAGED}")

@@ -111,6 +111,7 @@ def make_card(
         options=packed["config"],
         calibration=_calibration(packed["calibration"], made_from.get("calibration")),
         fingerprint=packed["fingerprint"],
+        content=packed["content"],
         command=_command(method, base, name, made_from, packed["identity"])
         if packed["identity"]
         else None,

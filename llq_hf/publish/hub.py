@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..checkpoints.dense import CARD, INDEX
-from ..checkpoints.format import CONFIG
+from ..checkpoints.format import CONFIG, HASHES
+from ..checkpoints.hashes import Hashes, damage, is_known, refuse
 from ..checkpoints.inspection import Inspection, inspect_checkpoint
 from ..checkpoints.journal import Journal
-from ..checkpoints.packed import CARRIED
+from ..checkpoints.packed import CARRIED, small_files
 from ..common.errors import LLQError
 from ..common.files import read_json
 from .card import RESULTS, check_scored, make_card, results_files
@@ -67,7 +68,8 @@ def prepare_upload(
     """Check the checkpoint in `path` and gather the files to upload; uploads nothing.
 
     A README.md in `path` is taken as it is, else the card is made. LLQError for a name that no
-    repository can have, a checkpoint that is not whole, or a results file of another checkpoint.
+    repository can have, a checkpoint or a tokenizer that is not as it was written, or a results
+    file of another checkpoint.
     """
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
@@ -86,6 +88,9 @@ def prepare_upload(
         for file in sorted(path.glob(pattern))
         if file.is_file()
     }
+    if HASHES not in files:  # of an older version, or of save_pretrained
+        made = Hashes.made(path, small_files(path))
+        files[HASHES] = json.dumps(made.to_dict(), indent=2, sort_keys=True).encode()
     if Journal.beside(path).is_file():
         files[JOURNAL] = Journal.beside(path)
     scored = results_files(path, results)
@@ -102,11 +107,8 @@ def _check_whole(path: Path, linears: int) -> None:
     """LLQError unless the checkpoint has all of its linears, and every file as it was written."""
     if linears != read_json(path / CONFIG)["quantization_config"]["quantized_linears"]:
         raise LLQError(f"{path} holds {linears} packed linears, and not what its config.json says")
-    if damaged := Journal.damaged(path):
-        raise LLQError(
-            f"{path / damaged[0]} is not as it was written; "
-            "run the same `llq quantize` again to mend it"
-        )
+    if is_known(path):
+        refuse(path, damage(path))
 
 
 def _without_machine(file: Path, checkpoint: Inspection) -> bytes:
