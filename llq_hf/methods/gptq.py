@@ -218,6 +218,12 @@ class GPTQ(OnUniformGrid):
             codes_OI = codes_OI[:, torch.argsort(order_I)]
         return self.grid.pack(codes_OI, grid_OG)
 
+    def check_packed(self, packed: Packed, out_features: int, in_features: int) -> None:
+        if self._keeps_order:
+            sorted_I = torch.sort(packed["order"].long()).values
+            if not torch.equal(sorted_I, torch.arange(in_features, device=sorted_I.device)):
+                raise LLQError(f"order does not name each of {in_features} columns once")
+
     def dequantize(self, packed: Packed, out_features: int, in_features: int) -> Tensor:
         weight_OI = super().dequantize(packed, out_features, in_features)
         return weight_OI[:, torch.argsort(packed["order"])] if self._keeps_order else weight_OI

@@ -55,7 +55,7 @@ from ..kernels.bitpack import pack, packed_words, unpack
 from ..method import Job, Method, Packed
 from ..numerics.grids import at_once, grouped
 from ..numerics.stats import Stat
-from .options import check_least, check_range
+from .options import check_range
 
 SUPER = 256  # blocks whose scales (or shifts) share one fp32 number
 CHUNK = 2**21  # weights whose shifts are searched at once on a CPU, to bound memory
@@ -171,7 +171,7 @@ class NF4(Method):
     nearest_shift: bool = False
 
     def check(self) -> None:
-        check_least(self, 2, "block_size")
+        check_range(self, "block_size", 2, 2**24)  # a short block is padded to this
         if not 0 < self.tau_range < 1:
             raise LLQError(f"tau_range={self.tau_range} must lie between 0 and 1")
         check_range(self, "tau_steps", 1, 10_000)

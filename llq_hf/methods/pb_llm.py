@@ -61,7 +61,7 @@ from torch import Tensor
 from ..common.errors import LLQError
 from ..common.spec import Spec
 from ..kernels import SalientCodes, once, product
-from ..kernels.bitpack import count_ones, pack, packed_words, unpack
+from ..kernels.bitpack import UNIT, count_ones, pack, packed_words, unpack
 from ..method import Flow, Job, Method, Packed
 from ..numerics.cholesky import prepare_hessian
 from ..numerics.coordinate_descent import Objective, descend, refit_levels
@@ -136,29 +136,51 @@ class Positions:
         """Positions of the salient weights, int64 [count], in ascending order."""
         if self.listed == 0:
             return torch.arange(self.count, device=device)
-        low = self.low_bits
-        if low is None:
+        if self.low_bits is None:
             return _ones(unpack(packed["position"], 1, self.total), self.count)
-        ones_K = _ones(unpack(packed["position"], 1, self.unary_bits), self.listed)
-        listed_K = (ones_K - torch.arange(self.listed, device=device)) << low
-        if low:
-            listed_K |= unpack(packed["position_low"], low, self.listed)
+        listed_K = self._list(packed)
         if self.listed == self.count:
             return listed_K
         salient_N = torch.ones(self.total, dtype=torch.bool, device=device)
         salient_N[listed_K] = False
         return _ones(salient_N, self.count)
 
-    def check(self, packed: Packed) -> None:
-        """LLQError if the list has the wrong length, on which `unpack` and kernels rely."""
+    def _list(self, packed: Packed) -> Tensor:
+        """The listed positions, int64 [listed]."""
+        low = self.low_bits or 0
+        ones_K = _ones(unpack(packed["position"], 1, self.unary_bits), self.listed)
+        listed_K = ones_K.sub_(torch.arange(self.listed, device=ones_K.device)) << low
+        if low:
+            listed_K |= unpack(packed["position_low"], low, self.listed)
+        return listed_K
+
+    def check_count(self, packed: Packed) -> None:
+        """LLQError if `position` holds the wrong number of ones. This is quick: no list is read."""
         if not self.listed:
             return
-        wanted = self.count if self.low_bits is None else self.listed
-        ones = count_ones(packed["position"])
+        low = self.low_bits
+        wanted, plane = (self.count, self.total) if low is None else (self.listed, self.unary_bits)
+        words = packed["position"]
+        padding = unpack(words[-1:], 1, UNIT)[plane % UNIT :] if plane % UNIT else words[:0]
+        ones = count_ones(words) - int(padding.sum())
         if ones != wanted:
             raise LLQError(
-                f"the list of salient weights is damaged: it holds {ones} of them, not {wanted}"
+                f"position: the list of salient weights is damaged: it holds {ones} of them, "
+                f"not {wanted}"
             )
+
+    def check(self, packed: Packed) -> None:
+        """LLQError if a list has the wrong length, does not ascend or leaves the weight. `unpack`
+        and kernels rely on that. It takes as long as `unpack`.
+        """
+        self.check_count(packed)
+        if self.listed and self.low_bits is not None:
+            listed_K = self._list(packed)
+            ascending = (listed_K[1:] > listed_K[:-1]).all() & (listed_K[-1] < self.total)
+            if not ascending:
+                raise LLQError(
+                    "position: the list of salient weights is damaged: it does not ascend"
+                )
 
 
 def _ones(mask_N: Tensor, count: int) -> Tensor:
@@ -387,6 +409,9 @@ class PBLLM(Method):
             "salient_scale": coder.grid.scale.flatten().to(self._scale_dtype),
             "salient_zero": coder.grid.zero.flatten().to(torch.uint8),
         }
+
+    def check_packed(self, packed: Packed, out_features: int, in_features: int) -> None:
+        self._positions(out_features, in_features).check_count(packed)
 
     def linear(self, x: Tensor, packed: Packed, bias: Tensor | None, out_features: int) -> Tensor:
         in_features = x.shape[-1]

@@ -202,6 +202,10 @@ class QuIP(Method):
         U = rotation(seed_out, out_features, self.blocked, seeds.device)
         return V, U
 
+    def check_packed(self, packed: Packed, out_features: int, in_features: int) -> None:
+        if self.incoherence and not (packed["seeds"] >= 0).all():
+            raise LLQError("seeds holds a number below zero")
+
     def dequantize(self, packed: Packed, out_features: int, in_features: int) -> Tensor:
         if self.incoherence:
             V, U = self._sides(packed["seeds"], out_features, in_features)

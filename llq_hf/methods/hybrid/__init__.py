@@ -154,6 +154,9 @@ class Hybrid(Method):
     def layout(self, out_features: int, in_features: int) -> dict[str, Spec]:
         return self.for_linear("").layout(out_features, in_features)
 
+    def check_packed(self, packed: Packed, out_features: int, in_features: int) -> None:
+        self.for_linear("").check_packed(packed, out_features, in_features)
+
     def dequantize(self, packed: Packed, out_features: int, in_features: int) -> Tensor:
         return self.for_linear("").dequantize(packed, out_features, in_features)
 

@@ -168,6 +168,9 @@ class SliMLLM(Method):
     def layout(self, out_features: int, in_features: int) -> dict[str, Spec]:
         return self.storage.layout(out_features, in_features)
 
+    def check_packed(self, packed: Packed, out_features: int, in_features: int) -> None:
+        self.storage.widths(packed, in_features)
+
     def dequantize(self, packed: Packed, out_features: int, in_features: int) -> Tensor:
         return self.storage.unpack(packed, out_features, in_features)
 

@@ -136,12 +136,25 @@ class Storage:
         }
         return {**packed, "mean": levels_OG.mean.contiguous()} if "mean" in layout else packed
 
+    def widths(self, packed: Packed, in_features: int) -> list[int]:
+        """The stored width of each group. LLQError for an allocation that `pack` does not store: it
+        would read codes from behind the end of a row.
+        """
+        widths: list[int] = packed["widths"].tolist()
+        fewer, same, more = (widths.count(self.bits + step) for step in (-1, 0, 1))
+        short = in_features % self.group_size != 0 and widths[-1] != self.bits
+        if fewer + same + more < len(widths) or fewer != more or short:
+            raise LLQError(f"widths {widths} are no allocation of {self.bits} bits a weight")
+        if fewer > self.most_pairs(in_features):
+            raise LLQError(f"widths move bits between more groups than pairs={self.pairs} allows")
+        return widths
+
     def unpack(self, packed: Packed, out_features: int, in_features: int) -> Tensor:
         """fp32 weight [O, I] of the stored tensors."""
         # 1. Codes, one run after the other.
         weight = packed["weight"]
         weight_OI = torch.empty(out_features, in_features, device=weight.device)
-        widths: list[int] = once(packed, packed["widths"].tolist, "widths")
+        widths = once(packed, lambda: self.widths(packed, in_features), "widths")
         start = 0
         for width, columns in self._runs(widths, in_features, weight.device):
             stop = start + packed_words(len(columns), width)
@@ -171,11 +184,12 @@ class Storage:
         if self.group_size % BLOCK or in_features % BLOCK or "mean" in packed:
             return None
         widths_G = packed["widths"]
+        widths = once(packed, lambda: self.widths(packed, in_features), "widths")
         parts = []
         start = 0
         blocks_K = torch.arange(in_features // BLOCK, dtype=torch.int32, device=widths_G.device)
         widths_K = widths_G.repeat_interleave(self.group_size // BLOCK)[: len(blocks_K)]
-        for width in sorted(set(widths_G.tolist())):
+        for width in sorted(set(widths)):
             blocks = blocks_K[widths_K == width]
             columns = len(blocks) * BLOCK
             parts.append(Part(width, columns, start, blocks, 2.0 ** (width - self.zero_bits)))
