@@ -424,6 +424,8 @@ def _typed(method: str, name: str, value: Any, wanted: type) -> Any:
         return float(value)
     if not isinstance(value, wanted) or (wanted is int and isinstance(value, bool)):
         raise LLQError(f"{method}: {name}={value!r} should be of type {wanted.__name__}")
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise LLQError(f"{method}: {name}={value} does not fit 64 bits")
     return value
 
 

@@ -26,6 +26,13 @@ RUN_KEYS = (
     "calibration",
     "fingerprint",
 )
+# Their types, where they are there.
+_KINDS: dict[str, tuple[type, str]] = {
+    "quantized_linears": (int, "a whole number"),
+    "digest": (str, "a text"),
+    "calibration": (Mapping, "an object"),
+    "fingerprint": (str, "a text"),
+}
 
 
 @dataclass(frozen=True)
@@ -45,9 +52,11 @@ class PackedConfig:
     format_version: Any = FORMAT_VERSION
 
     @staticmethod
-    def is_ours(section: Mapping[str, Any] | None) -> bool:
+    def is_ours(section: Any) -> bool:
         """Whether llq-hf wrote this `quantization_config`."""
-        return section is not None and str(section.get("quant_method", "")).startswith(PREFIX)
+        return isinstance(section, Mapping) and str(section.get("quant_method", "")).startswith(
+            PREFIX
+        )
 
     @classmethod
     def from_section(cls, section: Mapping[str, Any]) -> Self:
@@ -59,6 +68,12 @@ class PackedConfig:
     @classmethod
     def of(cls, method: Method, section: Mapping[str, Any]) -> Self:
         """The same for a method that was built already."""
+        for key, (kind, words) in _KINDS.items():
+            value = section.get(key)
+            if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
+                raise LLQError(
+                    f"{CONFIG}: quantization_config.{key} is {value!r}, which is not {words}"
+                )
         return cls(
             method,
             section.get("quantized_linears"),

@@ -13,7 +13,7 @@ from ..models.decoder import quantizable
 from ..models.load import build_skeleton
 from .dense import Checkpoint
 from .format import REPORT, PackedConfig
-from .hashes import Hashes
+from .hashes import Hashes, check_quickly
 from .journal import Journal
 from .packed import read_report
 from .records import LinearRecord, Report
@@ -53,6 +53,7 @@ def inspect_checkpoint(path: Path) -> Inspection:
         raise LLQError(f"{path} holds a checkpoint that llq did not quantize")
     config = PackedConfig.from_section(section)
     config.check()
+    check_quickly(path)
     packed = _packed_modules(checkpoint)
     stored = sum(spec.nbytes for specs in packed.values() for spec in specs.values())
     # There is no report where save_pretrained wrote the folder.

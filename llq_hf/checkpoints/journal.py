@@ -97,9 +97,12 @@ class Journal:
         lines: list[dict[str, Any]] = []
         for text in path.read_text(errors="replace").splitlines() if path.is_file() else []:
             try:
-                lines.append(json.loads(text))
+                line = json.loads(text)
             except json.JSONDecodeError:
                 break
+            if not isinstance(line, dict):
+                break
+            lines.append(line)
         return lines
 
     @classmethod

@@ -19,6 +19,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..common.errors import LLQError
 from ..common.files import read_json, write_json
 from ..common.spec import Spec
 from ..layers.linear import QuantLinear
@@ -202,9 +203,29 @@ def small_files(folder: Path) -> list[str]:
 
 
 def read_report(folder: Path) -> Report:
+    """LLQError where there is none, or where it is not what a run writes."""
     report: Any = read_json(folder / REPORT)
+    linears = report.get("linears")
+    sound = (
+        isinstance(linears, list)
+        and all(_is_record(record) for record in linears)
+        and isinstance(report.get("bits"), dict)
+        and isinstance(report.get("made_from", {}), dict)
+    )
+    if not sound:
+        raise LLQError(f"{folder / REPORT} is damaged: it is not what a run writes")
     found: Report = report
     return found
+
+
+def _is_record(record: Any) -> bool:
+    """Whether this is the record of a linear: with its name and the two sizes of its weight."""
+    if not isinstance(record, dict) or not isinstance(record.get("name"), str):
+        return False
+    shape: Any = record.get("shape")
+    if not isinstance(shape, list) or len(shape) != 2:
+        return False
+    return all(isinstance(size, int) and size > 0 for size in shape)
 
 
 def finished_fingerprint(folder: Path) -> str | None:

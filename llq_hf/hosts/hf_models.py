@@ -14,8 +14,8 @@ from typing import Any, ClassVar
 from transformers import LlamaForCausalLM, LlavaNextForConditionalGeneration
 
 from ..checkpoints.dense import fetch, provenance
-from ..checkpoints.format import REPORT
-from ..checkpoints.hashes import Hashes
+from ..checkpoints.format import CONFIG, REPORT
+from ..checkpoints.hashes import Hashes, check_quickly
 from ..checkpoints.packed import copy_small_files, small_files
 from ..common.errors import LLQError
 from ..common.files import read_json, write_json
@@ -57,6 +57,10 @@ class _Quantized:
             options = {key: kwargs.pop(key) for key in list(kwargs) if key in keys}
             kwargs["quantization_config"] = CONFIGS[method](**options)
         folder = resolve(model) if isinstance(model, str) else model
+        if (Path(folder) / CONFIG).is_file():
+            check_quickly(
+                Path(folder)
+            )  # before transformers fails somewhere inside for an edited field
         return super().from_pretrained(folder, *args, **kwargs)  # type: ignore[misc]
 
     def save_pretrained(

@@ -26,7 +26,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..checkpoints.dense import header
 from ..checkpoints.format import CONFIG, PREFIX, RUN_KEYS, PackedConfig
-from ..checkpoints.hashes import check
+from ..checkpoints.hashes import check, check_quickly
 from ..checkpoints.records import LinearRecord
 from ..common.errors import LLQError
 from ..common.progress import Progress
@@ -39,7 +39,7 @@ from ..layers.linear import QuantLinear, check_finite, check_linears
 from ..method import Method, stored_bits
 from ..methods import METHODS
 from ..models.decoder import decoder_of, quantizable, replace_module
-from ..models.load import module_names
+from ..models.load import check_depth, module_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -130,6 +130,16 @@ class LLQQuantizer(HfQuantizer):  # type: ignore[misc]
         super().__init__(quantization_config, **kwargs)
         if self.pre_quantized:
             quantization_config.packed.check()
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        """The first hook that sees the config, before a model is built from it: what an edited
+        field does there is a failure somewhere inside of transformers, or no end of layers.
+        """
+        folder = Path(str(getattr(config, "name_or_path", "")))
+        if self.pre_quantized and (folder / CONFIG).is_file():
+            check_quickly(folder)
+        check_depth(config)
+        return config
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any

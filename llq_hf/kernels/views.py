@@ -15,7 +15,8 @@ from weakref import ReferenceType, ref
 
 from torch import Tensor
 
-from .bitpack import BLOCK, UNIT
+from ..common.errors import LLQError
+from .bitpack import BLOCK, UNIT, packed_words
 
 
 @dataclass(frozen=True, eq=False)
@@ -321,6 +322,92 @@ class TokenGrid(_View):
 Stored = UniformCodes | LevelCodes | TableCodes | SalientCodes
 Turn = Transform | Kronecker
 View = Stored | Turn | TokenGrid
+
+
+# --- what kernels rely on -------------------------------------------------------------------------
+
+MOST = 2**31 - 2**12  # of columns, rows or groups: kernels count them, and a block more, in 32 bits
+
+
+def check_view(view: View) -> None:
+    """LLQError unless every tensor of a view is as large as its numbers say. Kernels read memory by
+    these numbers, and check nothing.
+
+    Numbers inside tensors that lead to memory (positions, blocks) are checked by who makes a view.
+    """
+    if isinstance(view, Transform):
+        n = view.left.shape[0] * view.right.shape[0]
+        sizes = [(view.source, n), (view.target, n)]
+        sizes += [(matrix, len(matrix) ** 2) for matrix in (view.left, view.right)]
+        _check(view, n, sizes)
+        return
+    size = min(view.group_size, view.columns)
+    _check(view, view.rows, [], view.columns, view.groups, size)
+    rows, columns, groups = view.rows, view.columns, view.groups
+    numbers = rows * groups
+    sizes = []
+    if isinstance(view, UniformCodes):
+        row_bytes = view.weight.shape[1] * 4
+        for part in view.parts:
+            blocks = part.columns // BLOCK
+            here = part.blocks is None or (
+                part.blocks.numel() == blocks and part.columns % BLOCK == 0
+            )
+            inside = part.start + 4 * packed_words(part.columns, part.bits) <= row_bytes
+            _require(view, here and inside and 1 <= part.bits <= 8)
+        _require(view, sum(part.columns for part in view.parts) == columns)
+        if isinstance(view.scale, Tensor):
+            sizes.append((view.scale, numbers))
+        if isinstance(view.zero, Tensor):
+            sizes.append((view.zero, packed_words(numbers, view.zero_bits)))
+        _require(view, groups == 1 or size * groups >= columns)
+    elif isinstance(view, LevelCodes):
+        sizes = [(view.weight, rows * packed_words(columns, 2)), (view.scale, 2 * numbers)]
+        if view.mean is not None:
+            sizes[1] = (view.scale, 4 * numbers)
+            sizes.append((view.mean, view.mean.shape[-1] * numbers))
+        if view.salient is not None:
+            sizes.append((view.salient, packed_words(columns, 1)))
+        _require(view, size * groups >= columns)
+    elif isinstance(view, TableCodes):
+        _require(view, columns % size == 0 and 1 <= view.bits <= 4)
+        codes = packed_words(rows * columns, view.bits)
+        sizes = [(view.weight, codes), (view.levels, 2**view.bits)]
+        for each in filter(None, (view.scale, view.shift)):
+            sizes.append((each.values, numbers))
+            if each.map is not None and each.step is not None:
+                sizes += [(each.map, 256), (each.step, -(-numbers // Numbers.STEP_CODES))]
+    else:
+        sizes = [(view.weight, rows * packed_words(columns, 1))]
+        sizes += [(each, numbers) for each in (view.scale, view.mean)]
+        sizes += [(each, rows) for each in (view.own_scale, view.own_zero)]
+        sizes += [
+            (view.code, packed_words(view.count, 7)),
+            (view.high, packed_words(view.unary, 1)),
+        ]
+        if view.low is not None:
+            sizes.append((view.low, packed_words(view.count, view.low_bits)))
+        _require(view, size * groups >= columns and view.low_bits <= 8)
+        _require(view, (view.low is not None) == (view.low_bits > 0))
+    _check(view, rows, sizes)
+
+
+def _check(view: View, *numbers_and_sizes: Any) -> None:
+    """LLQError unless numbers are in 1..MOST, and tensors have at least so many elements."""
+    for each in numbers_and_sizes:
+        if isinstance(each, int):
+            _require(view, 1 <= each <= MOST)
+        else:
+            _require(view, all(tensor.numel() >= least for tensor, least in each))
+
+
+def _require(view: View, condition: bool) -> None:
+    if not condition:
+        shapes = ", ".join(str(list(tensor.shape)) for tensor in view.tensors)
+        raise LLQError(
+            f"the tensors {shapes} are not what {type(view).__name__} of {view.columns} columns"
+            " reads: the checkpoint is damaged"
+        )
 
 
 Made = TypeVar("Made")

@@ -21,6 +21,8 @@ from ..common.words import one_line
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
+MOST_LAYERS = 4096
+
 
 def auto_class(config: PreTrainedConfig) -> Any:
     """AutoModelForImageTextToText for vision-language models, else AutoModelForCausalLM."""
@@ -64,10 +66,25 @@ def build_skeleton(path: Path) -> PreTrainedModel:
 
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except Exception as error:  # transformers and the Hub client validate with a dozen types
-        raise LLQError(f"{path / 'config.json'} describes no model: {one_line(error)}") from error
-    with torch.device("meta"):
-        return auto_class(config).from_config(config)
+        check_depth(config)
+        with torch.device("meta"):
+            return auto_class(config).from_config(config)
+    # transformers and the Hub client validate with a dozen types, and what they do not validate
+    # fails inside of a model
+    except Exception as error:
+        kind = "" if isinstance(error, LLQError | ValueError | OSError) else type(error).__name__
+        text = f"{kind}: {one_line(error)}".removeprefix(": ")
+        raise LLQError(f"{path / 'config.json'} describes no model: {text}") from error
+
+
+def check_depth(config: Any) -> None:
+    """LLQError for more layers than a model has: building each takes time and memory, even on the
+    meta device.
+    """
+    for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
+        layers = getattr(part, "num_hidden_layers", 0)
+        if isinstance(layers, int) and layers > MOST_LAYERS:
+            raise LLQError(f"num_hidden_layers={layers} is more than {MOST_LAYERS}")
 
 
 def load_tokenizer(path: Path) -> Any:

@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from llq_hf import cli
+from llq_hf.checkpoints.format import HASHES
 from llq_hf.checkpoints.inspection import inspect_checkpoint
 from llq_hf.checkpoints.journal import Journal
 from llq_hf.checkpoints.shards import Shards
@@ -509,6 +510,8 @@ CODES = "model.layers.0.mlp.up_proj.weight"
 def test_a_packed_tensor_is_missing(packed, key):
     name = CODES.replace("weight", key)
     _edit_tensors(packed, lambda tensors: tensors.pop(name), SINGLE)
+    refused(rf"{name} \(block 0\) is missing", load, packed)
+    (packed / HASHES).unlink()  # as of an older version
     refused(f"lacks {name}", load, packed)
 
 
@@ -523,6 +526,8 @@ def test_a_packed_tensor_is_missing(packed, key):
 )
 def test_a_packed_tensor_of_another_shape_or_type(packed, edit):
     _edit_tensors(packed, lambda tensors: tensors.update({CODES: edit(tensors[CODES])}), SINGLE)
+    refused(rf"{CODES} \(block 0\) is not as it was written", load, packed)
+    (packed / HASHES).unlink()
     refused(f"{CODES} is stored as", load, packed)
 
 
