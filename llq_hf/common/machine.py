@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 from pathlib import Path
 
 import torch
@@ -20,9 +19,15 @@ def cache_root() -> Path:
 
 
 def peak_bytes() -> int:
-    """Peak resident memory of this process, or peak allocated GPU memory where a GPU is used."""
+    """Peak resident memory of this process, or peak allocated GPU memory where a GPU is used;
+    0 where the system does not tell.
+    """
     if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         return int(torch.cuda.max_memory_allocated())
+    try:
+        import resource  # Windows has none
+    except ImportError:
+        return 0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 

@@ -73,6 +73,7 @@ def execute(plan: Plan, out: Path, progress: Progress) -> Report:
 
     In a distributed run the first process writes all files. LLQError where `out` cannot be written.
     """
+    out = out.absolute()  # "." has no name, beside which the journal could lie
     if not plan.run.team.leads:
         return _compute(plan, out, progress)
     journal = None

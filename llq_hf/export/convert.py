@@ -26,11 +26,13 @@ from ..checkpoints.shards import gathered, names_by_block
 from ..common.errors import LLQError
 from ..common.files import save_tensors, write_json
 from ..common.progress import Progress
+from ..layers.linear import QuantLinear, check_linears
 from ..method import Method
 from ..methods import build
 from ..models.decoder import block_prefixes, quantizable
 from ..models.load import build_skeleton
 from ..models.residual_stream import Residual, residual_of
+from ..numerics.grids import Affine
 from .base import Exported, Format
 
 
@@ -94,9 +96,9 @@ def _write(
 ) -> Exported:
     """Write one file per block, after one of everything outside the blocks.
 
-    Returns the first linear, from which `Format.section` is made.
+    Returns a linear from which `Format.section` is made.
     """
-    first = None
+    grids = _OneGrid(form)
     shapes = _shapes(folds.skeleton)
     outside, *blocks = names_by_block(checkpoint.files, block_prefixes(folds.skeleton))
     progress.blocks(0, len(blocks))
@@ -104,7 +106,7 @@ def _write(
     for index, names in enumerate(blocks):
         tensors = checkpoint.read(names)
         linears = _linears(tensors, method, form, shapes)
-        first = first or next(iter(linears.values()))
+        grids.see(linears)
         folds.apply(linears, tensors)
         stored = {
             f"{n}.{k}": t
@@ -113,8 +115,54 @@ def _write(
         }
         save_tensors(_to_dtype(tensors, form.dtype) | stored, parts[index + 1])
         progress.blocks(index + 1, len(blocks))
-    assert first is not None
-    return first
+    return grids.checked()
+
+
+@dataclass
+class _OneGrid:
+    """Formats name one width, group size and symmetry for all linears, in `Format.section`."""
+
+    form: Format
+    # The linear to name it by: one with scattered groups if there is any, else with most groups.
+    shown: Exported | None = None
+    seen: dict[tuple[int, bool, int, int], str] = field(default_factory=dict)
+
+    def see(self, linears: dict[str, Exported]) -> None:
+        for name, linear in linears.items():
+            affine = linear.affine
+            if affine is None:
+                self.shown = self.shown or linear
+                continue
+            key = (affine.bits, affine.sym, affine.group_size, affine.codes_OI.shape[1])
+            self.seen.setdefault(key, name)
+            if self.shown is None or _rank(affine) > _rank(self.shown.affine):
+                self.shown = linear
+
+    def checked(self) -> Exported:
+        """The linear to name the grid by. LLQError where it is not the grid of all."""
+        assert self.shown is not None
+        shown = self.shown.affine
+        for (bits, sym, size, columns), name in self.seen.items():
+            assert shown is not None
+            # A row that is one group may be as long as the others' groups.
+            sizes = {size, columns} if size == -1 else {size}
+            if (bits, sym) != (shown.bits, shown.sym) or shown.group_size not in sizes:
+                raise LLQError(
+                    f"{name} is stored in {_words(bits, sym, size)}, others in "
+                    f"{_words(shown.bits, shown.sym, shown.group_size)}, and {self.form.name} "
+                    "names one kind for all; export as dense"
+                )
+        return self.shown
+
+
+def _rank(affine: Affine | None) -> tuple[bool, int]:
+    assert affine is not None
+    return not affine.in_order, affine.scale_OG.shape[1]
+
+
+def _words(bits: int, sym: bool, size: int) -> str:
+    groups = "whole rows" if size == -1 else f"groups of {size}"
+    return f"{'symmetric' if sym else 'asymmetric'} {bits}-bit {groups}"
 
 
 def _shapes(skeleton: nn.Module) -> dict[str, tuple[int, int]]:
@@ -133,8 +181,11 @@ def _linears(
             continue
         keys = [key for key in tensors if key.startswith(name + ".") and not key.endswith(".bias")]
         packed = {key.removeprefix(name + "."): tensors.pop(key) for key in keys}
+        own = method.for_linear(name)
+        dense = nn.Linear(shape[1], shape[0], bias=False, device="meta")
+        check_linears({name: QuantLinear.from_packed(own, dense, packed)})
         try:
-            linears[name] = form.linear(method.for_linear(name), packed, shape)
+            linears[name] = form.linear(own, packed, shape)
         except LLQError as error:
             raise LLQError(f"{name} does not fit {form.name}: {error}") from None
     return linears

@@ -162,6 +162,10 @@ class LLQQuantizer(HfQuantizer):  # type: ignore[misc]
                 "meta",
                 linear.weight.dtype,
             )
+            # transformers would draw random numbers for what stays on meta, because it is loaded
+            # from disk when it is used; integers have none.
+            flagged: Any = new
+            flagged._is_hf_initialized = True
             replace_module(model, name, new)
         if config.method.attention is not None:
             install(decoder_of(model)[1], config.method.attention)
@@ -194,6 +198,23 @@ class LLQQuantizer(HfQuantizer):  # type: ignore[misc]
         method, learned = resolve_method(model, method, data)
         config.records = quantize_model(model, method, data, learned=learned)
         config.packed = PackedConfig(method, len(config.records), used)
+
+    def _dequantize(self, model: PreTrainedModel, dtype: Any = None) -> PreTrainedModel:
+        """`model.dequantize()`: the dense model that computes the same."""
+        packed = {n: each for n, each in model.named_modules() if isinstance(each, QuantLinear)}
+        for method in (self.quantization_config.method, *(each.method for each in packed.values())):
+            if not method.weight_only:
+                raise LLQError(
+                    f"{method.name} quantizes activations while the model runs; a dense model would"
+                    " not"
+                )
+        for name, linear in packed.items():
+            weight = linear.dequantized().to(dtype or model.dtype)
+            dense = nn.Linear(linear.in_features, linear.out_features, False, device="meta")
+            dense.weight = nn.Parameter(weight, requires_grad=False)
+            dense.bias = linear.bias
+            replace_module(model, name, dense.train(linear.training))
+        return model
 
     def is_serializable(self, **kwargs: Any) -> bool:
         return True

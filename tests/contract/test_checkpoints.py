@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from llq_hf.checkpoints.dense import Checkpoint, Rewritten
+from llq_hf.checkpoints.format import HASHES
 from llq_hf.common.errors import LLQError
 from llq_hf.data.calibration import Calibration
 from llq_hf.engine.execute import quantize_checkpoint
@@ -191,6 +192,49 @@ def test_loading_in_another_dtype_keeps_what_is_stored(
     assert_same_tensors(packed_of(reference), packed_of(model))
     y, expected = logits(model, calibration_ids).float(), logits(reference, calibration_ids)
     assert (y - expected).norm() <= (1e-6 if dtype == torch.float32 else 0.05) * expected.norm()
+
+
+@once_per_method
+def test_blocks_that_stay_on_disk_compute_the_same(
+    quantized: Run,
+    tiny_llama: Path,
+    calibration_ids: Tensor,
+    tmp_path: Path,
+    name: str,
+    bits: int,
+    options: dict,
+):
+    folder = quantized(tiny_llama, name, bits, options)
+    here = ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head", "model.layers.0")
+    places = {**dict.fromkeys(here, "cpu"), "model.layers.1": "disk"}
+    model = load(folder, device_map=places, offload_folder=tmp_path)
+    assert torch.equal(logits(model, calibration_ids), logits(load(folder), calibration_ids))
+
+
+@once_per_method
+def test_dequantizing_gives_the_dense_model_or_says_why_not(
+    quantized: Run,
+    tiny_llama: Path,
+    calibration_ids: Tensor,
+    tmp_path: Path,
+    name: str,
+    bits: int,
+    options: dict,
+):
+    model = load(quantized(tiny_llama, name, bits, options))
+    expected = logits(model, calibration_ids)
+    if not model.config.quantization_config.method.weight_only:
+        with pytest.raises(LLQError, match="quantizes activations"):
+            model.dequantize()
+        assert torch.equal(logits(model, calibration_ids), expected)
+        return
+    model.dequantize()
+    assert count_quantized(model) == 0
+    model.save_pretrained(tmp_path)
+    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
+    for dense in (model, load(tmp_path)):
+        y = logits(dense, calibration_ids)
+        assert (y - expected).norm() <= 1e-5 * expected.norm()
 
 
 @once_per_method
@@ -426,5 +470,8 @@ def test_a_missing_tensor_or_an_edited_option_is_refused(
     save_file(
         {key: t for key, t in tensors.items() if key != removed}, file, metadata={"format": "pt"}
     )
-    with pytest.raises(LLQError, match="lacks"):
+    with pytest.raises(LLQError, match=rf"{removed} \(block \d\) is missing"):
+        load(folder)
+    (folder / HASHES).unlink()  # as of an older version
+    with pytest.raises(LLQError, match=f"lacks {removed}"):
         load(folder)

@@ -39,6 +39,7 @@ FITTING: dict[str, tuple[str, dict[str, Any]]] = {
     "spinquant": ("spinquant", {"bits": 4, "r4": False}),
     "efficient_qat": ("efficient_qat", {"bits": 3, "group_size": 32, "tune_epochs": 0}),
 }
+SOME = "rtn:4:group_size=32"
 ORDERED = ("gptq", {"bits": 4, "group_size": 32, "act_order": True})
 each_fitting = pytest.mark.parametrize("case", FITTING)
 Make = Callable[..., Path]
@@ -215,6 +216,20 @@ def test_awq_holds_our_codes_and_folds_its_scales(packed, tmp_path):
         ("gptq", "rtn", {"bits": 5, "group_size": 32}, "it has 2, 3, 4, 8"),
         ("awq", "gptq", {"bits": 3, "group_size": 32}, "it has 4"),
         ("awq", *ORDERED, "act_order"),
+        *(
+            (
+                form,
+                "hybrid",
+                {"bits": 3, "rules": f"*.up_proj={other}+*={SOME}"},
+                "one kind for all",
+            )
+            for form, other in (
+                ("compressed-tensors", "rtn:3:group_size=32"),
+                ("gptq", "rtn:4:group_size=16"),
+                ("gptq", "rtn:4:group_size=32:sym=true"),
+                ("awq", "rtn:4:group_size=-1"),
+            )
+        ),
         (
             "awq",
             "awq",
@@ -230,6 +245,20 @@ def test_what_does_not_fit_is_refused_with_the_reason(
     with pytest.raises(LLQError, match=reason):
         export(folder, tmp_path / "out", FORMATS[form])
     assert not list(tmp_path.iterdir())  # nothing half written
+
+
+def test_a_row_that_is_one_group_may_be_as_long_as_the_others_groups(packed, tmp_path):
+    """q_proj comes first, and its 64 columns are one group; down_proj has three of 32."""
+    rules = "*.down_proj=rtn:4:group_size=32+*=rtn:4:group_size=64"
+    with pytest.raises(LLQError, match="one kind for all"):
+        export(packed("hybrid", {"bits": 4, "rules": rules}), tmp_path / "no", FORMATS["gptq"])
+    rules = "*.down_proj=rtn:4:group_size=48+*=rtn:4:group_size=32"
+    with pytest.raises(LLQError, match="one kind for all"):
+        export(packed("hybrid", {"bits": 4, "rules": rules}), tmp_path / "no", FORMATS["gptq"])
+    mixed = packed("hybrid", {"bits": 4, "rules": "*.down_proj=gptq:4:group_size=32+*=" + SOME})
+    export(mixed, tmp_path / "out", FORMATS["gptq"])
+    section = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert (section["bits"], section["group_size"]) == (4, 32)
 
 
 def test_a_folder_that_exists_is_left_alone(packed, tmp_path):
