@@ -26,7 +26,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..checkpoints.dense import header
 from ..checkpoints.format import CONFIG, PREFIX, RUN_KEYS, PackedConfig
-from ..checkpoints.hashes import check, check_quickly
+from ..checkpoints.hashes import check
 from ..checkpoints.records import LinearRecord
 from ..common.errors import LLQError
 from ..common.progress import Progress
@@ -128,6 +128,7 @@ class LLQQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def __init__(self, quantization_config: LLQConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
+        self._checked: Path | None = None
         if self.pre_quantized:
             quantization_config.packed.check()
 
@@ -135,11 +136,16 @@ class LLQQuantizer(HfQuantizer):  # type: ignore[misc]
         """The first hook that sees the config, before a model is built from it: what an edited
         field does there is a failure somewhere inside of transformers, or no end of layers.
         """
-        folder = Path(str(getattr(config, "name_or_path", "")))
-        if self.pre_quantized and (folder / CONFIG).is_file():
-            check_quickly(folder)
-        check_depth(config)
+        if self.pre_quantized:
+            self._check(Path(str(getattr(config, "name_or_path", ""))))
+            check_depth(config)
         return config
+
+    def _check(self, folder: Path) -> None:
+        """LLQError unless the folder is as it was written; it is looked at once."""
+        if folder != self._checked and (folder / CONFIG).is_file():
+            check(folder)
+            self._checked = folder
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
@@ -170,8 +176,8 @@ class LLQQuantizer(HfQuantizer):  # type: ignore[misc]
         if config.method.attention is not None:
             install(decoder_of(model)[1], config.method.attention)
         files = [Path(file) for file in checkpoint_files or []]
-        if files and (files[0].parent / CONFIG).is_file():
-            check(files[0].parent)
+        if files:
+            self._check(files[0].parent)
         _check_files(model, files)
 
     def _process_model_after_weight_loading(
@@ -247,23 +253,28 @@ def _check_files(model: PreTrainedModel, files: list[Path]) -> None:
     found: dict[str, Any] = {}
     for file in files:
         found.update(header(file))
-    found = {name: found[stored] for name, stored in module_names(model, found).items()}
-    for name, module in model.named_modules():
-        if not isinstance(module, QuantLinear) or not found:
-            continue
-        for key, spec in module.layout.items():
-            stored = found.get(f"{name}.{key}")
-            if stored is None:
-                raise LLQError(
-                    f"the checkpoint lacks {name}.{key}; it is incomplete, or its"
-                    " quantization_config was edited"
-                )
-            if stored != spec:
-                raise LLQError(
-                    f"{name}.{key} is stored as {list(stored.shape)} {stored.dtype}, its"
-                    f" quantization_config says {list(spec.shape)} {spec.dtype}: one of them was"
-                    " edited"
-                )
+    if not found:
+        return
+    asked = {
+        f"{name}.{key}": spec
+        for name, module in model.named_modules()
+        if isinstance(module, QuantLinear)
+        for key, spec in module.layout.items()
+    }
+    if not asked.keys() <= found.keys():  # names of the files may be older than the model's
+        found = {name: found[stored] for name, stored in module_names(model, found).items()}
+    for name, spec in asked.items():
+        stored = found.get(name)
+        if stored is None:
+            raise LLQError(
+                f"the checkpoint lacks {name}; it is incomplete, or its quantization_config was"
+                " edited"
+            )
+        if stored != spec:
+            raise LLQError(
+                f"{name} is stored as {list(stored.shape)} {stored.dtype}, its"
+                f" quantization_config says {list(spec.shape)} {spec.dtype}: one of them was edited"
+            )
 
 
 def count_quantized(model: nn.Module) -> int:
