@@ -28,7 +28,7 @@ import torch
 from ..common.errors import LLQError
 from ..common.files import read_json, write_json, write_text
 from ..common.machine import cache_root
-from .dense import SINGLE, fetch_beside, header, is_name, listed_files
+from .dense import INDEX, SINGLE, fetch_beside, header, is_name, listed_files
 from .fingerprint import differences, fingerprint, sha256_file
 from .format import CONFIG, HASHES, REPORT, PackedConfig
 from .journal import Journal
@@ -144,10 +144,16 @@ class Hashes:
     # --- comparing --------------------------------------------------------------------------------
 
     def is_as_written(self, folder: Path) -> bool:
-        """Whether config.json, and sizes and headers of the weight files, are what they were."""
+        """Whether config.json, and sizes and headers of the weight files, are what they were, and
+        the index lists these files.
+        """
         if _deciding(read_json(folder / CONFIG)) != _deciding(self.config):
             return False
         with suppress(LLQError, OSError):
+            if (folder / INDEX).is_file():
+                listed = {file.name for file in listed_files(folder).values()}
+                if listed != set(self.weights):
+                    return False
             return all(_weight_file(folder / name) == file for name, file in self.weights.items())
         return False
 

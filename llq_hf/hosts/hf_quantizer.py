@@ -246,7 +246,7 @@ def _check_numbers(model: PreTrainedModel) -> None:
 
 def _check_files(model: PreTrainedModel, files: list[Path]) -> None:
     """Raise LLQError unless every tensor of every QuantLinear is in the files, with its shape and
-    dtype. This is checked before any is loaded.
+    dtype, and everything else with its shape. This is checked before any is loaded.
 
     transformers itself would fill a missing buffer with whatever memory holds, and only warn.
     """
@@ -274,6 +274,14 @@ def _check_files(model: PreTrainedModel, files: list[Path]) -> None:
             raise LLQError(
                 f"{name} is stored as {list(stored.shape)} {stored.dtype}, its"
                 f" quantization_config says {list(spec.shape)} {spec.dtype}: one of them was edited"
+            )
+    # Of all else the sizes: transformers makes room for a tensor of another size before it refuses.
+    for name, parameter in model.named_parameters():
+        stored = found.get(name)
+        if stored is not None and stored.shape != tuple(parameter.shape):
+            raise LLQError(
+                f"{name} is stored as {list(stored.shape)}, config.json says"
+                f" {list(parameter.shape)}: one of them was edited"
             )
 
 

@@ -28,7 +28,6 @@ from .views import (
     Transform,
     UniformCodes,
     View,
-    check_view,
 )
 
 DTYPES = {torch.float16: 1, torch.float32: 2, torch.bfloat16: 3}
@@ -326,7 +325,6 @@ def _fits_c(view: View) -> bool:
 
 
 def _structs(view: View) -> Any:
-    check_view(view)
     if isinstance(view, UniformCodes):
         each = [_uniform_struct(view, part) for part in view.parts]
     else:
@@ -363,7 +361,7 @@ def _salient_struct(stored: SalientCodes) -> _Salient:
         stored.rows,
         stored.columns,
         stored.groups,
-        _group(stored),
+        stored.group_size,
         DTYPES[stored.scale.dtype],
         stored.low_bits,
     )
@@ -378,7 +376,7 @@ def _table_struct(stored: TableCodes) -> _Table:
         stored.rows,
         stored.columns,
         stored.groups,
-        _group(stored),
+        stored.group_size,
         stored.bits,
     )
 
@@ -402,7 +400,7 @@ def _levels_struct(stored: LevelCodes) -> _Levels:
         stored.rows,
         stored.columns,
         stored.groups,
-        _group(stored),
+        stored.group_size,
         DTYPES[stored.scale.dtype],
         0 if stored.mean is None else stored.mean.shape[2],
     )
@@ -420,18 +418,13 @@ def _uniform_struct(stored: UniformCodes, part: Part) -> _Uniform:
         part.columns,
         part.bits,
         stored.groups,
-        _group(stored),
+        stored.group_size,
         DTYPES[scale.dtype] if isinstance(scale, Tensor) else 0,
         stored.zero_bits,
         0.0 if isinstance(scale, Tensor) else scale,
         0.0 if isinstance(zero, Tensor) else zero,
         part.zero_step,
     )
-
-
-def _group(stored: Stored) -> int:
-    """The columns of a group; a group that is longer than the rows, as much as they have."""
-    return min(stored.group_size, stored.columns)
 
 
 def _pointer(tensor: Tensor | float | None) -> int | None:

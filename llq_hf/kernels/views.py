@@ -42,6 +42,9 @@ class _View:
 
     memo: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)
 
+    def __post_init__(self) -> None:
+        check_view(self)
+
 
 @dataclass(frozen=True, eq=False)
 class UniformCodes(_View):
@@ -326,83 +329,91 @@ View = Stored | Turn | TokenGrid
 
 # --- what kernels rely on -------------------------------------------------------------------------
 
-MOST = 2**31 - 2**12  # of columns, rows or groups: kernels count them, and a block more, in 32 bits
+MOST = 2**31 - 2**12  # of rows, columns or groups: kernels count them, and a block more, in 32 bits
 
 
-def check_view(view: View) -> None:
-    """LLQError unless every tensor of a view is as large as its numbers say. Kernels read memory by
-    these numbers, and check nothing.
+def check_view(view: Any) -> None:
+    """LLQError unless every tensor of a view is as large as its numbers say: kernels read memory by
+    these numbers, and check nothing. A group that is longer than what it divides is made as long.
 
-    Numbers inside tensors that lead to memory (positions, blocks) are checked by who makes a view.
+    Numbers inside tensors that lead to memory (positions, widths) are checked by who makes a view.
     """
-    if isinstance(view, Transform):
-        n = view.left.shape[0] * view.right.shape[0]
-        sizes = [(view.source, n), (view.target, n)]
-        sizes += [(matrix, len(matrix) ** 2) for matrix in (view.left, view.right)]
-        _check(view, n, sizes)
+    if isinstance(view, Kronecker | TokenGrid):
         return
-    size = min(view.group_size, view.columns)
-    _check(view, view.rows, [], view.columns, view.groups, size)
-    rows, columns, groups = view.rows, view.columns, view.groups
+    if isinstance(view, Transform):
+        a, b = len(view.left), len(view.right)
+        pairs = [(view.left, a * a), (view.right, b * b), (view.source, a * b)]
+        _require(view, [a, b, a * b], [*pairs, (view.target, a * b)])
+        return
+    rows, columns = view.rows, view.columns
+    whole = rows * columns if isinstance(view, TableCodes) else columns
+    object.__setattr__(view, "group_size", min(view.group_size, whole))
+    size = view.group_size
+    _require(view, [rows, columns, size], [])
+    if isinstance(view, TableCodes):
+        _check_table(view)
+        return
+    groups = view.groups
     numbers = rows * groups
-    sizes = []
+    _require(view, [groups, groups * size - columns + 1 if groups > 1 else 1], [])
     if isinstance(view, UniformCodes):
-        row_bytes = view.weight.shape[1] * 4
-        for part in view.parts:
-            blocks = part.columns // BLOCK
-            here = part.blocks is None or (
-                part.blocks.numel() == blocks and part.columns % BLOCK == 0
-            )
-            inside = part.start + 4 * packed_words(part.columns, part.bits) <= row_bytes
-            _require(view, here and inside and 1 <= part.bits <= 8)
-        _require(view, sum(part.columns for part in view.parts) == columns)
-        if isinstance(view.scale, Tensor):
-            sizes.append((view.scale, numbers))
-        if isinstance(view.zero, Tensor):
-            sizes.append((view.zero, packed_words(numbers, view.zero_bits)))
-        _require(view, groups == 1 or size * groups >= columns)
+        _check_uniform(view, numbers)
     elif isinstance(view, LevelCodes):
-        sizes = [(view.weight, rows * packed_words(columns, 2)), (view.scale, 2 * numbers)]
+        levels = 2 if view.mean is None else 4
+        pairs = [(view.weight, rows * packed_words(columns, 2)), (view.scale, levels * numbers)]
         if view.mean is not None:
-            sizes[1] = (view.scale, 4 * numbers)
-            sizes.append((view.mean, view.mean.shape[-1] * numbers))
+            pairs.append((view.mean, view.mean.shape[-1] * numbers))
         if view.salient is not None:
-            sizes.append((view.salient, packed_words(columns, 1)))
-        _require(view, size * groups >= columns)
-    elif isinstance(view, TableCodes):
-        _require(view, columns % size == 0 and 1 <= view.bits <= 4)
-        codes = packed_words(rows * columns, view.bits)
-        sizes = [(view.weight, codes), (view.levels, 2**view.bits)]
-        for each in filter(None, (view.scale, view.shift)):
-            sizes.append((each.values, numbers))
-            if each.map is not None and each.step is not None:
-                sizes += [(each.map, 256), (each.step, -(-numbers // Numbers.STEP_CODES))]
+            pairs.append((view.salient, packed_words(columns, 1)))
+        _require(view, [], pairs)
     else:
-        sizes = [(view.weight, rows * packed_words(columns, 1))]
-        sizes += [(each, numbers) for each in (view.scale, view.mean)]
-        sizes += [(each, rows) for each in (view.own_scale, view.own_zero)]
-        sizes += [
-            (view.code, packed_words(view.count, 7)),
-            (view.high, packed_words(view.unary, 1)),
-        ]
-        if view.low is not None:
-            sizes.append((view.low, packed_words(view.count, view.low_bits)))
-        _require(view, size * groups >= columns and view.low_bits <= 8)
-        _require(view, (view.low is not None) == (view.low_bits > 0))
-    _check(view, rows, sizes)
+        _check_salient(view, numbers)
 
 
-def _check(view: View, *numbers_and_sizes: Any) -> None:
-    """LLQError unless numbers are in 1..MOST, and tensors have at least so many elements."""
-    for each in numbers_and_sizes:
-        if isinstance(each, int):
-            _require(view, 1 <= each <= MOST)
-        else:
-            _require(view, all(tensor.numel() >= least for tensor, least in each))
+def _check_uniform(view: UniformCodes, numbers: int) -> None:
+    row_bytes = view.weight.shape[1] * 4
+    for part in view.parts:
+        _require(view, [part.bits, 9 - part.bits], [])
+        ends = part.start + 4 * packed_words(part.columns, part.bits)
+        blocks = part.columns // BLOCK
+        whole = part.blocks is None or part.columns == part.blocks.numel() * BLOCK
+        _require(view, [row_bytes - ends + 1, int(whole)], [])
+        _require(view, [], [] if part.blocks is None else [(part.blocks, blocks)])
+    _require(view, [int(sum(part.columns for part in view.parts) == view.columns)], [])
+    pairs = [(view.scale, numbers), (view.zero, packed_words(numbers, view.zero_bits))]
+    _require(view, [], [(each, least) for each, least in pairs if isinstance(each, Tensor)])
 
 
-def _require(view: View, condition: bool) -> None:
-    if not condition:
+def _check_table(view: TableCodes) -> None:
+    weights = view.rows * view.columns
+    numbers = -(-weights // view.group_size)
+    _require(view, [view.bits, 5 - view.bits], [(view.levels, 2**view.bits)])
+    words = -(-weights // 8) if view.bits == 4 else packed_words(weights, view.bits)
+    pairs = [(view.weight, words)]
+    for each in (view.scale, view.shift):
+        if each is not None:
+            pairs.append((each.values, numbers))
+            if each.map is not None and each.step is not None:
+                pairs += [(each.map, 256), (each.step, -(-numbers // Numbers.STEP_CODES))]
+    _require(view, [], pairs)
+
+
+def _check_salient(view: SalientCodes, numbers: int) -> None:
+    pairs = [(view.weight, view.rows * packed_words(view.columns, 1))]
+    pairs += [(each, numbers) for each in (view.scale, view.mean)]
+    pairs += [(each, view.rows) for each in (view.own_scale, view.own_zero)]
+    pairs += [(view.code, packed_words(view.count, 7)), (view.high, packed_words(view.unary, 1))]
+    if view.low is not None:
+        pairs.append((view.low, packed_words(view.count, view.low_bits)))
+    listed = (view.low is not None) == (view.low_bits > 0)
+    _require(view, [int(listed), view.low_bits + 1, 9 - view.low_bits], pairs)
+
+
+def _require(view: Any, numbers: Iterable[int], pairs: Iterable[tuple[Tensor, int]]) -> None:
+    """LLQError unless all numbers lie in 1..MOST, and tensors have at least so many elements."""
+    if not all(1 <= number <= MOST for number in numbers) or any(
+        tensor.numel() < least for tensor, least in pairs
+    ):
         shapes = ", ".join(str(list(tensor.shape)) for tensor in view.tensors)
         raise LLQError(
             f"the tensors {shapes} are not what {type(view).__name__} of {view.columns} columns"

@@ -168,12 +168,12 @@ def read_behind_the_end() -> None:
 
     import torch
 
-    from llq_hf.kernels import Part, UniformCodes, native
+    from llq_hf.kernels import Part, UniformCodes, native, views
 
     weight = torch.zeros(8, 4, dtype=torch.int32)
-    view = UniformCodes(weight, 640, (Part(8, 640),), 1.0, 0.0, 640)
-    with mock.patch.object(native, "check_view"):
-        native.decode(view, 0, 8, torch.empty(8, 640))
+    with mock.patch.object(views, "check_view"):
+        view = UniformCodes(weight, 640, (Part(8, 640),), 1.0, 0.0, 640)
+    native.decode(view, 0, 8, torch.empty(8, 640))
 
 
 def prepare(work: Path) -> None:

@@ -195,6 +195,26 @@ def test_damaged_hashes_do_not_pass_for_good_ones(folder: Path, break_it) -> Non
         load(folder)
 
 
+@pytest.mark.parametrize("value", [1, [], "../model.safetensors", "model-00009.safetensors"])
+def test_an_index_that_lists_no_files_is_refused_in_a_sentence(
+    tiny_llama: Path, tmp_path: Path, monkeypatch, value
+) -> None:
+    monkeypatch.setattr(Shards, "limit_bytes", 100_000)
+    folder = quantized(tiny_llama, tmp_path / "sharded")
+    index = folder / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"][IN_BLOCK] = value
+    index.write_text(json.dumps(content))
+    for door in (load, QuantizedLlama.from_pretrained, damage_or_refuse):
+        with pytest.raises(LLQError, match=r"weight_map|up_proj\.scale") as error:
+            door(folder)
+        assert len(str(error.value).splitlines()) == 1
+
+
+def damage_or_refuse(folder: Path) -> None:
+    hashes.refuse(folder, damage(folder))
+
+
 def test_no_name_in_the_hashes_is_a_path(folder: Path) -> None:
     found = Hashes.read(folder)
     assert found is not None

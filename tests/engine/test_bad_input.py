@@ -32,6 +32,7 @@ from llq_hf.data.calibration import Calibration
 from llq_hf.engine.execute import quantize_checkpoint
 from llq_hf.engine.options import RunOptions
 from llq_hf.methods import build, method_type
+from llq_hf.models.load import build_skeleton
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
@@ -529,6 +530,18 @@ def test_a_packed_tensor_of_another_shape_or_type(packed, edit):
     refused(rf"{CODES} \(block 0\) is not as it was written", load, packed)
     (packed / HASHES).unlink()
     refused(f"{CODES} is stored as", load, packed)
+
+
+def test_a_size_in_a_config_makes_no_room(packed):
+    """2**40 words would take 400 TB before transformers compares them with the file."""
+    (packed / HASHES).unlink()
+    config = json.loads((packed / "config.json").read_text())
+    for vocab in (2**40, 319):
+        (packed / "config.json").write_text(json.dumps({**config, "vocab_size": vocab}))
+        refused(rf"embed_tokens.weight is stored as \[320, 96\], .* \[{vocab}, 96\]", load, packed)
+    (packed / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 10**9}))
+    refused("num_hidden_layers=1000000000", load, packed)
+    refused("num_hidden_layers=1000000000", build_skeleton, packed)
 
 
 @pytest.fixture(
