@@ -41,12 +41,12 @@ def info(
     """
     from ..checkpoints.hashes import damage, refuse
     from ..checkpoints.inspection import inspect_checkpoint
-    from ..kernels import describe
+    from ..kernels import describe, describe_gpu
 
     if verify:
         refuse(path, damage(path))
     found = inspect_checkpoint(path)
-    shown: dict[str, Any] = {**found, "kernels": describe()}
+    shown: dict[str, Any] = {**found, "kernels": describe(), "gpu_kernels": describe_gpu()}
     if as_json:
         print(json.dumps(shown, indent=2))
         return
@@ -61,6 +61,7 @@ def info(
         "fingerprint",
         "content",
         "kernels",
+        "gpu_kernels",
     ):
         value = shown[key]
         table.add_row(

@@ -16,6 +16,9 @@ from ..views import LevelCodes, Numbers, SalientCodes, Stored, TableCodes, Unifo
 
 MOST = 16  # tokens of a call
 PARTS = 3  # widths of a weight that one launch can read
+STAGES = 4  # of the ring in shared memory, as in fragments.py
+SHARED = 99 << 10  # bytes that a program may have on the smallest card (RTX 30 and 40)
+MANY_ROWS = 8192
 
 
 class Tile(NamedTuple):
@@ -25,14 +28,22 @@ class Tile(NamedTuple):
     splits: int
 
 
-def tile(rows: int, columns: int, tokens: int, wide: bool = False) -> Tile:
-    """The tile of a weight [rows, columns]: enough programs for every multiprocessor, and enough
-    blocks for every warp. wide: a row of the product takes so many registers that a program can
-    only have few. Measured on an H200 (tests/bench/gpu_check.py --only tiles).
+def tile(rows: int, tokens: int, bits: int, wide: bool = False) -> Tile:
+    """The tile of a weight with so many rows and bits: enough programs for every multiprocessor,
+    and enough blocks for every warp, within the shared memory of the smallest card.
+
+    wide: a row of the product takes so many registers that a program can only have few. Measured on
+    an H200 (tests/bench/gpu_check.py --only tiles).
     """
-    if rows >= 8192:
+    if rows >= MANY_ROWS:
         return Tile(16 if wide else 32, 4)
-    return Tile(16, 8) if wide or tokens <= 4 else Tile(32, 8)
+    few_rows = wide or tokens <= 4 or ring_bytes(Tile(32, 8), bits) > SHARED
+    return Tile(16, 8) if few_rows else Tile(32, 8)
+
+
+def ring_bytes(used: Tile, bits: int) -> int:
+    """Shared memory of a program: of each stage, row and warp, a block of codes and two words."""
+    return STAGES * used.rows * used.splits * (BLOCK * bits // 8 + 8)
 
 
 def uniform(x: Tensor, stored: UniformCodes, bias: Tensor | None) -> Tensor:
@@ -61,9 +72,8 @@ def _uniform(
     own_zero = zeros is not None
     scale_words = as_words(scale) if isinstance(scale, Tensor) else None
     bits = [part.bits for part in stored.parts] + [0] * (PARTS - len(stored.parts))
-    used = tile(
-        *_shape(stored), len(x_MI), wide=stored.groups > 1 and stored.group_size < BLOCK // 2
-    )
+    small = stored.groups > 1 and stored.group_size < BLOCK // 2
+    used = tile(stored.rows, len(x_MI), max(bits), wide=small)
     uniform_few[(-(-stored.rows // used.rows),)](
         x_MI,
         stored.weight,
@@ -135,7 +145,7 @@ def _levels(
     x_MI, y_MO = _activations(x, stored, dtype)
     kind, means = levels_kind(stored)
     mean = stored.mean
-    used = tile(*_shape(stored), len(x_MI), wide=salient is not None)
+    used = tile(stored.rows, len(x_MI), 2, wide=salient is not None)
     levels_few[(-(-stored.rows // used.rows),)](
         x_MI,
         stored.weight,
@@ -164,7 +174,7 @@ def table(x: Tensor, stored: TableCodes, bias: Tensor | None) -> Tensor:
     from .table_few import table_few
 
     x_MI, y_MO = _activations(x, stored, x.dtype)
-    used = tile(*_shape(stored), len(x_MI))
+    used = tile(stored.rows, len(x_MI), stored.bits)
     scale, shift = stored.scale, stored.shift
     table_few[(-(-stored.rows // used.rows),)](
         x_MI,
@@ -213,10 +223,6 @@ def _activations(x: Tensor, stored: Stored, dtype: torch.dtype) -> tuple[Tensor,
     """x [M, I] as kernels read it, and an empty y [M, O]."""
     x_MI = x.reshape(-1, stored.columns).contiguous()
     return x_MI, torch.empty(len(x_MI), stored.rows, dtype=dtype, device=x.device)
-
-
-def _shape(stored: Stored) -> tuple[int, int]:
-    return stored.rows, stored.columns
 
 
 def _constants(x_MI: Tensor, bias: Tensor | None, used: Tile) -> dict[str, Any]:

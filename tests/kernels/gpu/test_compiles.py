@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from llq_hf.kernels.gpu import few
+
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 pytest.importorskip("triton.experimental.gluon", reason="Triton >= 3.6 is not installed")
 
@@ -109,3 +111,10 @@ def test_kernels_compile_without_spills(case: Case, card: int, tmp_path: Path):
     assert found is not None
     assert int(found[2]) == 0
     assert int(found[1]) <= 255
+
+
+@pytest.mark.parametrize("bits", [1, 4, 8])
+def test_programs_take_the_shared_memory_that_tiles_are_chosen_by(bits: int):
+    constants = {**UNIFORM, "BITS0": bits, "R": 32, "S": 4}
+    kernel = compiled(("uniform_few", "uniform_few", FEW, constants, 4), 90)
+    assert kernel.metadata.shared <= few.ring_bytes(few.Tile(32, 4), bits) + 1024

@@ -68,6 +68,15 @@ def test_products_of_integers_are_exact(emulated: None, bits: int):
     assert error(y, codes.double() @ weight_OI.T * step.double()) < 2e-7
 
 
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("rows", [1024, 4096, 14336])
+@pytest.mark.parametrize("tokens", [1, 8, 16])
+def test_tiles_fit_the_shared_memory_of_the_smallest_card(bits: int, rows: int, tokens: int):
+    for wide in (False, True):
+        used = few.tile(rows, tokens, bits, wide)
+        assert few.ring_bytes(used, bits) <= few.SHARED
+
+
 def test_a_wrong_zero_point_is_noticed(emulated: None, monkeypatch: pytest.MonkeyPatch):
     stored, weight_OI = uniform_weight(Uniform(4, 128), 20, 256)
     zeros = few.zero_points(stored)
