@@ -20,6 +20,7 @@ kernels), bitsandbytes_rows (CUDA), gpu/ (the Triton kernels). README.md says ho
 from __future__ import annotations
 
 from .dispatch import (
+    backward_rounder,
     block_rounder,
     choose,
     divided,
@@ -62,6 +63,7 @@ __all__ = [
     "TokenGrid",
     "Transform",
     "UniformCodes",
+    "backward_rounder",
     "block_rounder",
     "cached_tensors",
     "choose",

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from . import bitsandbytes_rows, cpu_rows
 from .gpu import ready, turns
 from .gpu import rows as gpu_rows
-from .gpu.feedback import BlockRounder
+from .gpu.feedback import BlockRounder, round_backwards
 from .rows import MANY, Kernel, Row
 from .views import Stored, TokenGrid, Turn, UniformCodes, View
 
@@ -138,6 +138,14 @@ def block_rounder(
     if W_OI.is_cuda and W_OI.dtype == torch.float32 and ready.dense():
         return BlockRounder(W_OI, U_II, bits, block, drift_II)
     return None
+
+
+def backward_rounder(codes_OI: Tensor) -> Callable[..., None] | None:
+    """What rounds a block of columns from last to first in one launch, `feedback.round_backwards`;
+    None where no kernel can. It serves inside `reference` too, as `block_rounder` does.
+    """
+    fits = codes_OI.is_cuda and codes_OI.dtype == torch.float32 and codes_OI.is_contiguous()
+    return round_backwards if fits and ready.dense() else None
 
 
 def choose(x: Tensor, view: View | None) -> Kernel | None:

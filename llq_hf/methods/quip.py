@@ -47,7 +47,15 @@ from torch import Tensor
 
 from ..common.errors import LLQError
 from ..common.spec import Spec
-from ..kernels import Part, UniformCodes, divided, once, product, transformed
+from ..kernels import (
+    Part,
+    UniformCodes,
+    backward_rounder,
+    divided,
+    once,
+    product,
+    transformed,
+)
 from ..kernels.bitpack import pack, packed_words, unpack
 from ..method import Job, Method, Packed
 from ..numerics.cholesky import prepare_hessian
@@ -270,12 +278,16 @@ def ldlq(t_OI: Tensor, L_II: Tensor, top: int) -> Tensor:
 
     L_II is strictly lower triangular. Halves are rounded up.
     """
+    t_OI = t_OI.contiguous()
     codes_OI = torch.empty_like(t_OI)
     error_OI = torch.zeros_like(t_OI)
-    columns = t_OI.shape[1]
+    columns, rounder = t_OI.shape[1], backward_rounder(codes_OI)
     for stop in range(columns, 0, -BLOCK):
         start = max(stop - BLOCK, 0)
         target_OB = t_OI[:, start:stop] + error_OI[:, stop:] @ L_II[stop:, start:stop]
+        if rounder is not None:
+            rounder(target_OB, t_OI, L_II, codes_OI, error_OI, start, top, greedy=False)
+            continue
         for i in range(stop - 1, start - 1, -1):
             codes_OI[:, i] = (target_OB[:, i - start] + 0.5).floor_().clamp_(0, top)
             error_OI[:, i] = t_OI[:, i] - codes_OI[:, i]
@@ -290,10 +302,13 @@ def greedy_pass(codes_OI: Tensor, t_OI: Tensor, H_II: Tensor, top: int) -> bool:
     """
     error_OI = codes_OI - t_OI
     before_OI = codes_OI.clone()
-    columns = t_OI.shape[1]
+    columns, rounder = t_OI.shape[1], backward_rounder(codes_OI)
     for stop in range(columns, 0, -BLOCK):
         start = max(stop - BLOCK, 0)
         slope_OB = error_OI @ H_II[:, start:stop]
+        if rounder is not None:
+            rounder(slope_OB, t_OI, H_II, codes_OI, error_OI, start, top, greedy=True)
+            continue
         for i in range(stop - 1, start - 1, -1):
             new_O = (codes_OI[:, i] - slope_OB[:, i - start] / H_II[i, i]).round_().clamp_(0, top)
             move_O = new_O - codes_OI[:, i]

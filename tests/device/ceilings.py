@@ -98,12 +98,14 @@ SOLVERS: tuple[Solver, ...] = (
     Solver("gptq", 4, 0.35, 1282, 111, 4, kernels=True),
     Solver("gptq", 4, 25.49, 12123, 136, 45, preset="best", kernels=True),
     Solver("spinquant", 4, 0.23, 2207, 111, 24, kernels=True),
+    Solver("quip", 2, 0.13, 1324, 95, 104, kernels=True),
+    Solver("quip", 2, 0.63, 3564, 361, 104, preset="best", kernels=True),
 )
 DECODERS: tuple[Decoder, ...] = (
     # method, bits, launches a linear, bytes a weight
     Decoder("rtn", 4, 1, 0.62, kernels=True),
     Decoder("gptq", 4, 1, 0.62, kernels=True),
-    Decoder("awq", 4, 4, 1, kernels=True),
+    Decoder("awq", 4, 2, 0.72, kernels=True),
     Decoder("smoothquant", 8, 2, 1.22, kernels=True),
     Decoder("omniquant", 4, 1, 0.62, kernels=True, options={"epochs": 1}),
     Decoder("spinquant", 4, 1, 0.6, kernels=True),

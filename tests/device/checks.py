@@ -133,12 +133,33 @@ def uniform_block(
             later_OB[:, i + 1 :] += w_O[:, None] * drift_II[start + i, columns]
 
 
+def backward_block(
+    sums_OB: Tensor, target_OI: Tensor, matrix_II: Tensor, codes_OI: Tensor, error_OI: Tensor,
+    start: int, size: int, *rest: Any, GREEDY: bool, **constants: int,
+) -> None:  # fmt: skip
+    """What the kernel of this name computes (kernels/gpu/solve.py)."""
+    top = rest[-1]
+    for i in range(start + size - 1, start - 1, -1):
+        sum_O, old_O = sums_OB[:, i - start].clone(), codes_OI[:, i].clone()
+        if GREEDY:
+            codes_OI[:, i] = (old_O - sum_O / matrix_II[i, i]).round().clamp(0, top)
+            change_O = codes_OI[:, i] - old_O
+            error_OI[:, i] += change_O
+        else:
+            codes_OI[:, i] = (sum_O + 0.5).floor().clamp(0, top)
+            error_OI[:, i] = change_O = target_OI[:, i] - codes_OI[:, i]
+        sums_OB += change_O[:, None] * matrix_II[i, start : start + size]
+
+
+STAND_INS = {"uniform_block": uniform_block, "backward_block": backward_block}
+
+
 @exact_attention()
 def quantized(solver: Solver, ffn: int) -> tuple[Any, PretendedGPU]:
     """A block that was quantized in memory on a pretended GPU, and what that GPU counted."""
     model = llama(ffn)
     serving = kernels() if solver.kernels else nullcontext()
-    with serving, PretendedGPU({"uniform_block": uniform_block}) as gpu:
+    with serving, PretendedGPU(STAND_INS) as gpu:
         model.to(GPU)
         gpu.reset()
         quantize_model(model, solver.build(), ids())

@@ -98,15 +98,13 @@ def stored(folder: Path) -> dict[str, bytes]:
 
 # --- several GPUs ---------------------------------------------------------------------------------
 
-SPREAD = "statistics lie on the device of the model's first parameter (issue 18)"
-
 
 @pytest.mark.parametrize(
     ("name", "bits", "options"),
     [
         ("rtn", 4, {}),
-        pytest.param("gptq", 4, {}, marks=pytest.mark.xfail(strict=False, reason=SPREAD)),
-        pytest.param("awq", 4, {"ratios": 2}, marks=pytest.mark.xfail(strict=False, reason=SPREAD)),
+        ("gptq", 4, {}),
+        ("awq", 4, {"ratios": 2}),
         ("omniquant", 4, {"epochs": 1}),
     ],
     ids=["rtn", "gptq", "awq", "omniquant"],

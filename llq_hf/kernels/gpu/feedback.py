@@ -59,3 +59,37 @@ class BlockRounder:
         later_OI.addmm_(self.errors_OB[:, :size], self.U_II[start:stop, stop:], alpha=-1)
         if drift_II is not None:
             later_OI.addmm_(self.before_OB[:, :size], drift_II[start:stop, stop:])
+
+
+def round_backwards(
+    sums_OB: Tensor,
+    target_OI: Tensor,
+    matrix_II: Tensor,
+    codes_OI: Tensor,
+    error_OI: Tensor,
+    start: int,
+    top: int,
+    greedy: bool,
+) -> None:
+    """Round the columns of a block from last to first, one launch; see `backward_block`."""
+    from .solve import backward_block
+
+    rows, columns = codes_OI.shape
+    size = sums_OB.shape[1]
+    backward_block[(-(-rows // ROWS),)](
+        sums_OB.contiguous(),
+        target_OI,
+        matrix_II,
+        codes_OI,
+        error_OI,
+        start,
+        size,
+        rows,
+        columns,
+        *matrix_II.stride(),
+        float(top),
+        GREEDY=greedy,
+        B=max(16, 1 << (size - 1).bit_length()),
+        BR=ROWS,
+        num_warps=4,
+    )

@@ -64,3 +64,51 @@ def uniform_block(
     tl.store(error_ptr + to, errors, mask=(row < O)[:, None])
     if DRIFT:
         tl.store(before_ptr + to, before, mask=(row < O)[:, None])
+
+
+@triton.jit
+def backward_block(
+    sums_ptr, target_ptr, matrix_ptr, codes_ptr, error_ptr, start, size, O, I, m_row, m_column, top,
+    GREEDY: tl.constexpr, B: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    """Round columns start + size - 1 .. start, each changing the sums of the earlier ones.
+
+    With feedback, a code is its sum rounded, halves up, and its error times its row of the matrix
+    [I, I] is added to the sums. GREEDY: a code moves by minus its sum over the diagonal, rounded,
+    and the move times the row is added. sums [O, size]; target, codes, error [O, I] in fp32; the
+    last two are written (GREEDY: changed) in the columns of the block.
+    """
+    row = tl.program_id(0) * BR + tl.arange(0, BR)
+    safe = tl.minimum(row, O - 1).to(tl.int64)
+    column = tl.arange(0, B).to(tl.int64)
+    inside = column < size
+    live = (row < O)[:, None] & inside[None, :]
+    place = safe[:, None] * I + start + column[None, :]
+    sums = tl.load(sums_ptr + (safe[:, None] * size + column[None, :]), mask=live, other=0)
+    if GREEDY:
+        codes = tl.load(codes_ptr + place, mask=live, other=0)
+        errors = tl.load(error_ptr + place, mask=live, other=0)
+    else:
+        codes = tl.zeros((BR, B), tl.float32)
+        errors = tl.load(target_ptr + place, mask=live, other=0)
+    for step in range(0, size):
+        i = size - 1 - step
+        here = (column == i)[None, :]
+        at = (start + i + column * 0) * m_row + (start + column) * m_column
+        matrix_B = tl.load(matrix_ptr + at, mask=inside, other=0)
+        sum_R = tl.sum(tl.where(here, sums, 0.0), 1)
+        if GREEDY:
+            old_R = tl.sum(tl.where(here, codes, 0.0), 1)
+            pivot = tl.sum(tl.where(column == i, matrix_B, 0.0), 0)
+            code_R = nearest_whole(old_R - tl.div_rn(sum_R, pivot + sum_R * 0))
+            code_R = tl.clamp(code_R, 0.0, top)
+            change_R = code_R - old_R
+            errors = tl.where(here, errors + change_R[:, None], errors)
+        else:
+            code_R = tl.clamp(tl.floor(sum_R + 0.5), 0.0, top)
+            change_R = tl.sum(tl.where(here, errors, 0.0), 1) - code_R
+            errors = tl.where(here, change_R[:, None], errors)
+        codes = tl.where(here, code_R[:, None], codes)
+        sums += change_R[:, None] * matrix_B[None, :]
+    tl.store(codes_ptr + place, codes, mask=live)
+    tl.store(error_ptr + place, errors, mask=live)

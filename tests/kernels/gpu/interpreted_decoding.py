@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from llq_hf import kernels
 from llq_hf.kernels import TokenGrid
 from llq_hf.kernels.gpu import turns
-from llq_hf.kernels.gpu.feedback import BlockRounder
-from llq_hf.methods import build
+from llq_hf.kernels.gpu.feedback import BlockRounder, round_backwards
+from llq_hf.methods import build, quip
 from llq_hf.numerics import error_feedback
 from llq_hf.numerics.activations import TokenQuant
 from llq_hf.numerics.cholesky import factorize
@@ -147,6 +147,31 @@ def test_error_feedback_finds_the_codes_that_torch_finds(
     # Where two codes are equally near, the later ones of the row may differ as well.
     assert (by_torch.codes_OI != by_kernel.codes_OI).float().mean() < 0.02
     assert torch.allclose(by_torch.grid_OG.scale, by_kernel.grid_OG.scale, rtol=1e-3)
+
+
+@pytest.mark.parametrize("columns", [40, 176])
+def test_rounding_backwards_finds_the_codes_that_torch_finds(
+    monkeypatch: pytest.MonkeyPatch, columns: int
+):
+    X_TI = torch.randn(400, columns, generator=generator())
+    X_TI[:, 1:] += 0.5 * X_TI[:, :-1]
+    H_II = X_TI.T @ X_TI / len(X_TI)
+    factor_II = torch.linalg.cholesky(H_II.flip(0, 1)).flip(0, 1).T
+    L_II = (factor_II / factor_II.diagonal()[:, None]).tril(-1)
+    t_OI = torch.rand(10, columns, generator=generator(1)) * 7
+
+    def rounded() -> tuple[torch.Tensor, torch.Tensor, bool]:
+        first_OI = quip.ldlq(t_OI, L_II, 7)
+        better_OI = first_OI.clone()
+        return first_OI, better_OI, quip.greedy_pass(better_OI, t_OI, H_II, 7)
+
+    by_torch = rounded()
+    monkeypatch.setattr(quip, "backward_rounder", lambda codes_OI: round_backwards)
+    by_kernel = rounded()
+    for one, other in zip(by_torch[:2], by_kernel[:2], strict=True):
+        assert (one != other).float().mean() < 0.02
+    assert by_torch[2] == by_kernel[2]
+    assert not torch.equal(by_kernel[0], by_kernel[1])
 
 
 def test_feedback_that_overflows_is_refused(monkeypatch: pytest.MonkeyPatch):
