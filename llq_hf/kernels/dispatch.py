@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from . import bitsandbytes_rows, cpu_rows
 from .gpu import ready, turns
 from .gpu import rows as gpu_rows
-from .gpu.feedback import BlockRounder, round_backwards
+from .gpu.feedback import BlockRounder, descend, round_backwards
 from .rows import MANY, Kernel, Row
 from .views import Stored, TokenGrid, Turn, UniformCodes, View
 
@@ -146,6 +146,14 @@ def backward_rounder(codes_OI: Tensor) -> Callable[..., None] | None:
     """
     fits = codes_OI.is_cuda and codes_OI.dtype == torch.float32 and codes_OI.is_contiguous()
     return round_backwards if fits and ready.dense() else None
+
+
+def descender(values_IO: Tensor) -> Callable[..., None] | None:
+    """What makes a pass of coordinate descent on uniform grids, one launch a block of columns,
+    `feedback.descend`; None where no kernel can. It serves inside `reference` too.
+    """
+    fits = values_IO.is_cuda and values_IO.dtype == torch.float32
+    return descend if fits and ready.dense() else None
 
 
 def choose(x: Tensor, view: View | None) -> Kernel | None:

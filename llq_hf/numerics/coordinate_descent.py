@@ -17,8 +17,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..kernels import descender
 from .error_feedback import BLOCK, Solution
-from .grids import Grid, Uniform
+from .grids import Grid, HalfGrid, Uniform
 
 ROWS = 1024  # rows whose G x G systems are solved together
 REACH = 4.0  # a refitted scale that changes by a larger factor is not used
@@ -59,8 +60,7 @@ def descend(
     """
     H_II = objective.H_II
     columns = values_OI.shape[1]
-    values_IO = values_OI.T.clone(memory_format=torch.contiguous_format)
-    gradient_IO = (H_II @ values_IO).sub_(objective.B_OI.T)  # half of it
+    values_IO, gradient_IO = _begun(objective, values_OI)
     for start in range(0, columns, BLOCK):
         stop = min(start + BLOCK, columns)
         moved_BO = torch.empty_like(values_IO[start:stop])
@@ -71,6 +71,12 @@ def descend(
             values_IO[j] = value_O
         gradient_IO[stop:].addmm_(H_II[stop:, start:stop], moved_BO)
     return values_IO.T.contiguous()
+
+
+def _begun(objective: Objective, values_OI: Tensor) -> tuple[Tensor, Tensor]:
+    """The values and half of their gradient, both [I, O] and contiguous."""
+    values_IO = values_OI.T.clone(memory_format=torch.contiguous_format)
+    return values_IO, (objective.H_II @ values_IO).sub_(objective.B_OI.T)
 
 
 def refined(objective: Objective, solution: Solution, uniform: Uniform, rounds: int) -> Solution:
@@ -88,6 +94,13 @@ def descended(objective: Objective, solution: Solution, bits: int) -> Tensor:
     """Codes [O, I] after one pass of coordinate descent over the columns."""
     scale_IO, zero_IO = (part.T.contiguous() for part in solution.columns())
     codes_IO = solution.codes_OI.T.contiguous()
+    by_kernel = descender(scale_IO)
+    if by_kernel is not None:
+        values_IO, gradient_IO = _begun(objective, solution.values())
+        halves, codes_IO = isinstance(solution.grid_OG, HalfGrid), codes_IO.to(torch.uint8)
+        grids = (scale_IO, zero_IO)
+        by_kernel(gradient_IO, values_IO, objective.H_II, *grids, codes_IO, BLOCK, bits, halves)
+        return codes_IO.T.contiguous()
 
     def nearest(j: int, w_O: Tensor) -> Tensor:
         grid_O = solution.grid_OG._replace(scale=scale_IO[j], zero=zero_IO[j])

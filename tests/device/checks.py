@@ -151,7 +151,29 @@ def backward_block(
         sums_OB += change_O[:, None] * matrix_II[i, start : start + size]
 
 
-STAND_INS = {"uniform_block": uniform_block, "backward_block": backward_block}
+def descend_block(
+    gradient_IO: Tensor, values_IO: Tensor, matrix_II: Tensor, scale_IO: Tensor, zero_IO: Tensor,
+    codes_IO: Tensor, moved_BO: Tensor, start: int, size: int, *rest: Any, HALVES: bool,
+    **constants: int,
+) -> None:  # fmt: skip
+    """What the kernel of this name computes (kernels/gpu/solve.py)."""
+    top, half = rest[-1], 0.5 if HALVES else 0.0
+    for j in range(start, start + size):
+        wanted_O = values_IO[j] - gradient_IO[j] / matrix_II[j, j]
+        code_O = ((wanted_O / scale_IO[j] - half).round() + (zero_IO[j] + half)).clamp(0, top)
+        codes_IO[j] = code_O.to(torch.uint8)
+        value_O = scale_IO[j] * (code_O - zero_IO[j])
+        moved_BO[j - start] = value_O - values_IO[j]
+        later = slice(j + 1, start + size)
+        gradient_IO[later] += matrix_II[j, later, None] * moved_BO[j - start]
+        values_IO[j] = value_O
+
+
+STAND_INS = {
+    "uniform_block": uniform_block,
+    "backward_block": backward_block,
+    "descend_block": descend_block,
+}
 
 
 @exact_attention()

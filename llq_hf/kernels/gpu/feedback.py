@@ -93,3 +93,44 @@ def round_backwards(
         BR=ROWS,
         num_warps=4,
     )
+
+
+def descend(
+    gradient_IO: Tensor,
+    values_IO: Tensor,
+    H_II: Tensor,
+    scale_IO: Tensor,
+    zero_IO: Tensor,
+    codes_IO: Tensor,
+    block: int,
+    bits: int,
+    halves: bool,
+) -> None:
+    """Coordinate descent over all columns on uniform grids, one launch a block; see
+    `descend_block`. All but H_II are contiguous.
+    """
+    from .solve import descend_block
+
+    columns, rows = values_IO.shape
+    moved_BO = torch.empty_like(values_IO[:block])
+    for start in range(0, columns, block):
+        stop = min(start + block, columns)
+        descend_block[(-(-rows // ROWS),)](
+            gradient_IO,
+            values_IO,
+            H_II,
+            scale_IO,
+            zero_IO,
+            codes_IO,
+            moved_BO,
+            start,
+            stop - start,
+            rows,
+            *H_II.stride(),
+            float(2**bits - 1),
+            HALVES=halves,
+            B=max(16, 1 << (block - 1).bit_length()),
+            BR=ROWS,
+            num_warps=4,
+        )
+        gradient_IO[stop:].addmm_(H_II[stop:, start:stop], moved_BO[: stop - start])

@@ -112,3 +112,47 @@ def backward_block(
         sums += change_R[:, None] * matrix_B[None, :]
     tl.store(codes_ptr + place, codes, mask=live)
     tl.store(error_ptr + place, errors, mask=live)
+
+
+@triton.jit
+def descend_block(
+    gradient_ptr, value_ptr, matrix_ptr, scale_ptr, zero_ptr, codes_ptr, moved_ptr, start, size, O,
+    m_row, m_column, top, HALVES: tl.constexpr, B: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    """Coordinate descent in columns start .. start + size: each value moves against its gradient to
+    the nearest one of its grid, which changes the gradients of the later columns.
+
+    gradient, value, scale, zero [I, O] in fp32; matrix [I, I]. Writes values, codes uint8 [I, O],
+    and moves [size, O].
+    """
+    row = tl.program_id(0) * BR + tl.arange(0, BR)
+    safe = tl.minimum(row, O - 1).to(tl.int64)
+    column = tl.arange(0, B).to(tl.int64)
+    inside = column < size
+    live = (row < O)[:, None] & inside[None, :]
+    place = (start + column)[None, :] * O + safe[:, None]
+    gradient = tl.load(gradient_ptr + place, mask=live, other=0)
+    values = tl.load(value_ptr + place, mask=live, other=0)
+    moves = tl.zeros((BR, B), tl.float32)
+    for i in range(0, size):
+        here = (column == i)[None, :]
+        at = (start + i + column * 0) * m_row + (start + column) * m_column
+        matrix_B = tl.load(matrix_ptr + at, mask=inside, other=0)
+        pivot = tl.sum(tl.where(column == i, matrix_B, 0.0), 0)
+        old_R = tl.sum(tl.where(here, values, 0.0), 1)
+        slope_R = tl.sum(tl.where(here, gradient, 0.0), 1)
+        own = (start + i + safe * 0) * O + safe
+        scale_R, zero_R = tl.load(scale_ptr + own), tl.load(zero_ptr + own)
+        wanted_R = old_R - tl.div_rn(slope_R, pivot + slope_R * 0)
+        steps_R = tl.clamp(tl.div_rn(wanted_R, scale_R), -1048576.0, 1048576.0)
+        if HALVES:
+            code_R = nearest_whole(steps_R - 0.5) + (zero_R + 0.5)
+        else:
+            code_R = nearest_whole(steps_R) + zero_R
+        code_R = tl.clamp(code_R, 0.0, top)
+        tl.store(codes_ptr + own, code_R.to(tl.uint8), mask=row < O)
+        move_R = scale_R * (code_R - zero_R) - old_R
+        moves = tl.where(here, move_R[:, None], moves)
+        gradient += move_R[:, None] * matrix_B[None, :]
+    tl.store(moved_ptr + (column[None, :] * O + safe[:, None]), moves, mask=live)
+    tl.store(value_ptr + place, values + moves, mask=live)

@@ -15,9 +15,9 @@ from torch.nn import functional as F
 from llq_hf import kernels
 from llq_hf.kernels import TokenGrid
 from llq_hf.kernels.gpu import turns
-from llq_hf.kernels.gpu.feedback import BlockRounder, round_backwards
+from llq_hf.kernels.gpu.feedback import BlockRounder, descend, round_backwards
 from llq_hf.methods import build, quip
-from llq_hf.numerics import error_feedback
+from llq_hf.numerics import coordinate_descent, error_feedback
 from llq_hf.numerics.activations import TokenQuant
 from llq_hf.numerics.cholesky import factorize
 from llq_hf.numerics.grids import Uniform
@@ -172,6 +172,28 @@ def test_rounding_backwards_finds_the_codes_that_torch_finds(
         assert (one != other).float().mean() < 0.02
     assert by_torch[2] == by_kernel[2]
     assert not torch.equal(by_kernel[0], by_kernel[1])
+
+
+@pytest.mark.parametrize("levels", ["full", "halves"])
+def test_coordinate_descent_finds_the_codes_that_torch_finds(
+    monkeypatch: pytest.MonkeyPatch, levels: str
+):
+    columns = 176
+    X_TI = torch.randn(400, columns, generator=generator())
+    X_TI[:, 1:] += 0.5 * X_TI[:, :-1]
+    H_II = X_TI.T @ X_TI / len(X_TI)
+    W_OI = torch.randn(10, columns, generator=generator(1))
+    uniform = Uniform(3, 64, sym=levels == "halves", levels=levels)
+    grid = uniform.grids(W_OI)
+    group_I = torch.arange(columns) // 64
+    codes_OI = uniform.spread(grid, columns).codes(W_OI, 3).to(torch.uint8)
+    solution = error_feedback.Solution(codes_OI, grid, group_I)
+    objective = coordinate_descent.Objective.of(H_II.clone(), 0.01, H_II, W_OI, W_OI)
+    by_torch = coordinate_descent.descended(objective, solution, 3)
+    monkeypatch.setattr(coordinate_descent, "descender", lambda values_IO: descend)
+    by_kernel = coordinate_descent.descended(objective, solution, 3)
+    assert (by_torch != by_kernel).float().mean() < 0.02
+    assert (by_kernel != codes_OI).float().mean() > 0.05
 
 
 def test_feedback_that_overflows_is_refused(monkeypatch: pytest.MonkeyPatch):

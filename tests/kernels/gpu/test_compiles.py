@@ -71,6 +71,10 @@ KERNELS: list[Case] = [
        {"sums_ptr": "*fp32", "target_ptr": "*fp32", "matrix_ptr": "*fp32", "codes_ptr": "*fp32",
         "error_ptr": "*fp32"}, {"GREEDY": greedy, "B": 128, "BR": 4}, 4)
       for greedy in (False, True)),
+    ("solve", "descend_block",
+     {"gradient_ptr": "*fp32", "value_ptr": "*fp32", "matrix_ptr": "*fp32", "scale_ptr": "*fp32",
+      "zero_ptr": "*fp32", "codes_ptr": "*u8", "moved_ptr": "*fp32"},
+     {"HALVES": False, "B": 128, "BR": 4}, 4),
     ("tokens", "turn", {**X, **TURN, "divisor_ptr": "*fp16", "factor_ptr": "*fp32"},
      {"A": 112, "B": 128, "AP": 128, "NB": 16, "KB": 64, "SHUFFLED": False, "DIVIDE": False,
       "FACTOR": False}, 8),
