@@ -96,8 +96,10 @@ SOLVERS: tuple[Solver, ...] = (
     Solver("hybrid", 3, 0.15, 4116, 162, 20, options={"candidates": "rtn:2+rtn:4", "samples": 2}),
     Solver("nf4", 4, 0.1, 6845, 7, 4, options={"icq": True, "tau_steps": 10}),
     Solver("gptq", 4, 0.35, 1282, 111, 4, kernels=True),
-    Solver("gptq", 4, 25.49, 12123, 136, 45, preset="best", kernels=True),
+    Solver("gptq", 4, 0.86, 3682, 136, 45, preset="best", kernels=True),
     Solver("spinquant", 4, 0.23, 2207, 111, 24, kernels=True),
+    Solver("efficient_qat", 2, 1.32, 6884, 259, 68, preset="best", kernels=True,
+        options={"tune_batch": 4, "epochs": 1}),
     Solver("quip", 2, 0.13, 1324, 95, 104, kernels=True),
     Solver("quip", 2, 0.63, 3564, 361, 104, preset="best", kernels=True),
 )
