@@ -124,7 +124,8 @@ def divided(x: Tensor, divisor: Tensor) -> Tensor:
     """x / divisor [n], computed in fp32, in the dtype of x: on a GPU, one launch and not three."""
     gradients = x.requires_grad and torch.is_grad_enabled()
     if x.is_cuda and not (gradients or reference.depth) and ready.dense():
-        return turns.divided(x, divisor)
+        with ready.device_of(x):
+            return turns.divided(x, divisor)
     return (x / divisor.float()).to(x.dtype)
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .ready import device_of
+
 ROWS = 4  # of a program; few, as each program walks through its columns one after the other
 
 
@@ -33,28 +35,29 @@ class BlockRounder:
 
         rows, columns = self.W_OI.shape
         drift_II = self.drift_II
-        uniform_block[(-(-rows // ROWS),)](
-            self.W_OI,
-            self.U_II,
-            self.U_II if drift_II is None else drift_II,
-            scale_BO,
-            zero_BO,
-            self.codes_IO,
-            self.errors_OB,
-            self.before_OB,
-            start,
-            stop - start,
-            rows,
-            columns,
-            *self.U_II.stride(),
-            0 if drift_II is None else drift_II.stride(0),
-            float(2**self.bits - 1),
-            HALVES=halves,
-            DRIFT=drift_II is not None,
-            B=self.width,
-            BR=ROWS,
-            num_warps=4,
-        )
+        with device_of(self.W_OI):
+            uniform_block[(-(-rows // ROWS),)](
+                self.W_OI,
+                self.U_II,
+                self.U_II if drift_II is None else drift_II,
+                scale_BO,
+                zero_BO,
+                self.codes_IO,
+                self.errors_OB,
+                self.before_OB,
+                start,
+                stop - start,
+                rows,
+                columns,
+                *self.U_II.stride(),
+                0 if drift_II is None else drift_II.stride(0),
+                float(2**self.bits - 1),
+                HALVES=halves,
+                DRIFT=drift_II is not None,
+                B=self.width,
+                BR=ROWS,
+                num_warps=4,
+            )
         later_OI, size = self.W_OI[:, stop:], stop - start
         later_OI.addmm_(self.errors_OB[:, :size], self.U_II[start:stop, stop:], alpha=-1)
         if drift_II is not None:
@@ -76,23 +79,24 @@ def round_backwards(
 
     rows, columns = codes_OI.shape
     size = sums_OB.shape[1]
-    backward_block[(-(-rows // ROWS),)](
-        sums_OB.contiguous(),
-        target_OI,
-        matrix_II,
-        codes_OI,
-        error_OI,
-        start,
-        size,
-        rows,
-        columns,
-        *matrix_II.stride(),
-        float(top),
-        GREEDY=greedy,
-        B=max(16, 1 << (size - 1).bit_length()),
-        BR=ROWS,
-        num_warps=4,
-    )
+    with device_of(codes_OI):
+        backward_block[(-(-rows // ROWS),)](
+            sums_OB.contiguous(),
+            target_OI,
+            matrix_II,
+            codes_OI,
+            error_OI,
+            start,
+            size,
+            rows,
+            columns,
+            *matrix_II.stride(),
+            float(top),
+            GREEDY=greedy,
+            B=max(16, 1 << (size - 1).bit_length()),
+            BR=ROWS,
+            num_warps=4,
+        )
 
 
 def descend(
@@ -115,22 +119,23 @@ def descend(
     moved_BO = torch.empty_like(values_IO[:block])
     for start in range(0, columns, block):
         stop = min(start + block, columns)
-        descend_block[(-(-rows // ROWS),)](
-            gradient_IO,
-            values_IO,
-            H_II,
-            scale_IO,
-            zero_IO,
-            codes_IO,
-            moved_BO,
-            start,
-            stop - start,
-            rows,
-            *H_II.stride(),
-            float(2**bits - 1),
-            HALVES=halves,
-            B=max(16, 1 << (block - 1).bit_length()),
-            BR=ROWS,
-            num_warps=4,
-        )
+        with device_of(values_IO):
+            descend_block[(-(-rows // ROWS),)](
+                gradient_IO,
+                values_IO,
+                H_II,
+                scale_IO,
+                zero_IO,
+                codes_IO,
+                moved_BO,
+                start,
+                stop - start,
+                rows,
+                *H_II.stride(),
+                float(2**bits - 1),
+                HALVES=halves,
+                B=max(16, 1 << (block - 1).bit_length()),
+                BR=ROWS,
+                num_warps=4,
+            )
         gradient_IO[stop:].addmm_(H_II[stop:, start:stop], moved_BO[: stop - start])

@@ -6,9 +6,12 @@ import importlib.util
 import os
 import re
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from ...common.errors import LLQError
 
@@ -82,6 +85,19 @@ def few() -> bool:
         )
         return False
     return True
+
+
+@cache
+def several() -> bool:
+    """Whether this process sees more than one GPU."""
+    return torch.cuda.device_count() > 1
+
+
+def device_of(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Inside, kernels are launched on the GPU of `tensor`. Triton launches on the current one,
+    which is another where a model lies on several.
+    """
+    return torch.cuda.device(tensor.device) if several() else nullcontext()
 
 
 def describe() -> str:

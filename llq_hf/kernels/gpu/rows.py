@@ -8,9 +8,11 @@ they are decoded to a dense weight first. Both read the stored tensors as they a
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..bitpack import BLOCK, UNIT
 from ..rows import ALL, HALF, MANY, Kernel, Row
@@ -93,7 +95,12 @@ def _row(
     kernel: Kernel,
     differentiable: bool = False,
 ) -> Row:
-    return Row(view, "cuda", tokens, dtypes, available, fits, kernel, differentiable)
+    @wraps(kernel)
+    def launched(x: Tensor, *args: Any, **more: Any) -> Any:
+        with ready.device_of(x):
+            return kernel(x, *args, **more)
+
+    return Row(view, "cuda", tokens, dtypes, available, fits, launched, differentiable)
 
 
 INT8 = (torch.int8,)

@@ -41,7 +41,7 @@ def test_weights_are_decoded_to_the_last_bit(
     if not few or "tokens" in few or turned or method.layout(8, 512).keys() & {"in_scale", "order"}:
         pytest.skip("the product is not that of the decoded weight alone, or no kernel serves")
     served = use_gpu_rows(monkeypatch)
-    size = 240 if options.get("group_size") == 48 else 512
+    size = {48: 240, 256: 1024}.get(options.get("group_size", 0), 512)
     packed = random_packed(method, 20, size)
     with torch.no_grad():
         found_OI = method.linear(torch.eye(size, dtype=dtype), packed, None, 20).T

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from llq_hf.common.errors import LLQError
-from llq_hf.kernels.gpu import ready
+from llq_hf.kernels import TokenGrid
+from llq_hf.kernels.gpu import ready, rows
 
 
 @pytest.fixture(autouse=True)
@@ -77,6 +78,29 @@ def test_dense_kernels_can_be_had_alone(monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setenv("LLQ_GPU", choice)
         monkeypatch.setattr(ready, "triton_version", lambda: (3, 7))
         assert (ready.dense(), ready.few()) == expected
+
+
+def test_kernels_are_launched_where_their_tensors_lie(monkeypatch: pytest.MonkeyPatch):
+    entered = []
+
+    class Device:
+        def __init__(self, device: torch.device) -> None:
+            entered.append(device)
+
+        def __enter__(self) -> None: ...
+
+        def __exit__(self, *rest: object) -> None: ...
+
+    monkeypatch.setattr(torch.cuda, "device", Device)
+    x = torch.empty(3, device="meta")
+    for several in (False, True):
+        monkeypatch.setattr(ready, "several", lambda several=several: several)
+        with ready.device_of(x):
+            pass
+    assert entered == [x.device]
+    anything = (TokenGrid, range(1, 2), (torch.float32,), lambda: True, lambda view: True)
+    assert rows._row(*anything, lambda x: x).kernel(x) is x
+    assert len(entered) == 2
 
 
 def test_the_package_does_not_import_triton():
