@@ -144,9 +144,11 @@ def test_error_feedback_finds_the_codes_that_torch_finds(
     by_torch = solve()
     monkeypatch.setattr(error_feedback, "block_rounder", BlockRounder)
     by_kernel = solve()
-    # Where two codes are equally near, the later ones of the row may differ as well.
-    assert (by_torch.codes_OI != by_kernel.codes_OI).float().mean() < 0.02
-    assert torch.allclose(by_torch.grid_OG.scale, by_kernel.grid_OG.scale, rtol=1e-3)
+    # Where two codes are equally near, later codes and grids of the row may differ as well.
+    same_O = (by_torch.codes_OI == by_kernel.codes_OI).all(1)
+    assert same_O.sum() >= 9
+    scales = (solution.grid_OG.scale[same_O] for solution in (by_torch, by_kernel))
+    assert torch.allclose(*scales, rtol=1e-5)
 
 
 @pytest.mark.parametrize("columns", [40, 176])
