@@ -32,7 +32,7 @@ from .dispatch import (
     token_values,
     transformed,
 )
-from .gpu.feedback import BlockRounder
+from .gpu.feedback import OVERFLOW, BlockRounder
 from .gpu.ready import describe as describe_gpu
 from .native import describe
 from .views import (
@@ -52,6 +52,7 @@ from .views import (
 )
 
 __all__ = [
+    "OVERFLOW",
     "BlockRounder",
     "CachedTensors",
     "Kronecker",

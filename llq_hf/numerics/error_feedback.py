@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 
 from ..common.errors import LLQError
-from ..kernels import BlockRounder, block_rounder
+from ..kernels import OVERFLOW, BlockRounder, block_rounder
 from .grids import Grid, HalfGrid, Uniform, concatenated
 
-OVERFLOW = "error feedback overflows fp32: the weights or the calibration inputs are not usable"
 BLOCK = 128  # columns of a block: later columns get its errors all at once
 
 
@@ -184,9 +183,7 @@ def _solve_by_kernel(
         own_B = group_I[start:stop]
         scale_BO, zero_BO = (part.expand(rows, -1).T[own_B] for part in grid)
         rounder(start, stop, scale_BO, zero_BO, isinstance(grid, HalfGrid))
-    # NaN spreads to all later columns, so the last error shows it.
-    if bool(rounder.errors_OB[:, (columns - 1) % block].isnan().any()):
-        raise LLQError(OVERFLOW)
+    rounder.check()
     grids_OG = concatenated(found) if grid_OG is None else grid_OG
     return Solution(rounder.codes_IO.T.contiguous(), grids_OG, group_I)
 

@@ -113,20 +113,22 @@ def kernels() -> Iterator[None]:
 
 def uniform_block(
     w_OI: Tensor, u_II: Tensor, drift_II: Tensor, scale_BO: Tensor, zero_BO: Tensor,
-    codes_IO: Tensor, error_OB: Tensor, before_OB: Tensor, start: int, size: int, *rest: Any,
-    HALVES: bool, DRIFT: bool, **constants: int,
+    mean_BO: Tensor, codes_IO: Tensor, error_OB: Tensor, before_OB: Tensor, start: int, size: int,
+    *rest: Any, HALVES: bool, MEANS: bool, DRIFT: bool, **constants: int,
 ) -> None:  # fmt: skip
     """What the kernel of this name computes (kernels/gpu/solve.py)."""
     top = rest[-1]
     later_OB = w_OI[:, start : start + size].clone()
     for i in range(size):
         w_O, scale_O, zero_O = later_OB[:, i].clone(), scale_BO[i], zero_BO[i]
-        half = 0.5 if HALVES else 0.0
-        code_O = (w_O / scale_O - half).round() + (zero_O + half)
+        mean_O = mean_BO[i] if MEANS else torch.zeros_like(zero_O)
+        whole_O = zero_O.floor() if MEANS else zero_O + 0.5 if HALVES else zero_O
+        code_O = ((w_O - mean_O) / scale_O + (zero_O - whole_O)).round() + whole_O
         code_O = code_O.clamp(0, top)
         codes_IO[start + i] = code_O.to(torch.uint8)
         before_OB[:, i] = w_O
-        error_OB[:, i] = (w_O - scale_O * (code_O - zero_O)) / u_II[start + i, start + i]
+        value_O = scale_O * (code_O - zero_O) + mean_O
+        error_OB[:, i] = (w_O - value_O) / u_II[start + i, start + i]
         columns = slice(start + i + 1, start + size)
         later_OB[:, i + 1 :] -= error_OB[:, i, None] * u_II[start + i, columns]
         if DRIFT:

@@ -8,8 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...common.errors import LLQError
 from .ready import device_of
 
+OVERFLOW = "error feedback overflows fp32: the weights or the calibration inputs are not usable"
 ROWS = 4  # of a program; few, as each program walks through its columns one after the other
 
 
@@ -20,16 +22,25 @@ class BlockRounder:
         self, W_OI: Tensor, U_II: Tensor, bits: int, block: int, drift_II: Tensor | None
     ) -> None:
         self.W_OI, self.U_II, self.drift_II, self.bits = W_OI, U_II, drift_II, bits
+        self.block = block
         self.width = max(16, 1 << (block - 1).bit_length())
         self.codes_IO = W_OI.new_empty(W_OI.shape[::-1], dtype=torch.uint8)
         self.errors_OB = W_OI.new_empty(len(W_OI), self.width)
         self.before_OB = torch.empty_like(self.errors_OB)
 
     def __call__(
-        self, start: int, stop: int, scale_BO: Tensor, zero_BO: Tensor, halves: bool
+        self,
+        start: int,
+        stop: int,
+        scale_BO: Tensor,
+        zero_BO: Tensor,
+        halves: bool,
+        mean_BO: Tensor | None = None,
+        bits: int | None = None,
     ) -> None:
         """Round the columns from `start` up to `stop`, each on its own grids, and compensate their
-        errors in all later columns.
+        errors in all later columns. mean_BO: added to all values; zeros then lie anywhere. bits: of
+        these columns, if they are not those of all.
         """
         from .solve import uniform_block
 
@@ -40,8 +51,9 @@ class BlockRounder:
                 self.W_OI,
                 self.U_II,
                 self.U_II if drift_II is None else drift_II,
-                scale_BO,
-                zero_BO,
+                scale_BO.contiguous(),
+                zero_BO.contiguous(),
+                scale_BO if mean_BO is None else mean_BO.contiguous(),
                 self.codes_IO,
                 self.errors_OB,
                 self.before_OB,
@@ -51,8 +63,9 @@ class BlockRounder:
                 columns,
                 *self.U_II.stride(),
                 0 if drift_II is None else drift_II.stride(0),
-                float(2**self.bits - 1),
+                float(2 ** (bits or self.bits) - 1),
                 HALVES=halves,
+                MEANS=mean_BO is not None,
                 DRIFT=drift_II is not None,
                 B=self.width,
                 BR=ROWS,
@@ -62,6 +75,13 @@ class BlockRounder:
         later_OI.addmm_(self.errors_OB[:, :size], self.U_II[start:stop, stop:], alpha=-1)
         if drift_II is not None:
             later_OI.addmm_(self.before_OB[:, :size], drift_II[start:stop, stop:])
+
+    def check(self) -> None:
+        """LLQError where the compensation overflowed, after the last block."""
+        # NaN spreads to all later columns, so the last error shows it.
+        last = (self.W_OI.shape[1] - 1) % self.block
+        if bool(self.errors_OB[:, last].isnan().any()):
+            raise LLQError(OVERFLOW)
 
 
 def round_backwards(

@@ -17,16 +17,18 @@ def nearest_whole(x):
 
 @triton.jit
 def uniform_block(
-    w_ptr, u_ptr, drift_ptr, scale_ptr, zero_ptr, codes_ptr, error_ptr, before_ptr,
+    w_ptr, u_ptr, drift_ptr, scale_ptr, zero_ptr, mean_ptr, codes_ptr, error_ptr, before_ptr,
     start, size, O, I, u_row, u_column, drift_row, top,
-    HALVES: tl.constexpr, DRIFT: tl.constexpr, B: tl.constexpr, BR: tl.constexpr,
+    HALVES: tl.constexpr, MEANS: tl.constexpr, DRIFT: tl.constexpr,
+    B: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """Round columns start .. start + size of w [O, I], each compensated in the later ones of the
     block, as `error_feedback.by_columns` does.
 
     u: upper triangular [I, I] with strides u_row and u_column; drift: of strides drift_row and 1.
-    scale, zero: fp32 [B, O], of each column. HALVES: zeros lie between two codes. Writes codes
-    uint8 [I, O], errors [O, B], and with DRIFT what the columns were before rounding, [O, B].
+    scale, zero: fp32 [B, O], of each column. HALVES: zeros lie between two codes. MEANS: values
+    have a mean [B, O] added, and zeros lie anywhere. Writes codes uint8 [I, O], errors [O, B], and
+    with DRIFT what the columns were before rounding, [O, B].
     """
     row = tl.program_id(0) * BR + tl.arange(0, BR)
     safe = tl.minimum(row, O - 1).to(tl.int64)
@@ -44,14 +46,20 @@ def uniform_block(
         pivot = tl.sum(tl.where(column == i, u_B, 0.0), 0)
         scale_R = tl.load(scale_ptr + (i * O + safe))
         zero_R = tl.load(zero_ptr + (i * O + safe))
-        steps_R = tl.clamp(tl.div_rn(w_R, scale_R), -1048576.0, 1048576.0)
+        mean_R = zero_R * 0
+        if MEANS:
+            mean_R = tl.load(mean_ptr + (i * O + safe))
+        steps_R = tl.clamp(tl.div_rn(w_R - mean_R, scale_R), -1048576.0, 1048576.0)
         if HALVES:
             code_R = nearest_whole(steps_R - 0.5) + (zero_R + 0.5)
+        elif MEANS:
+            whole_R = tl.floor(zero_R)
+            code_R = nearest_whole(steps_R + (zero_R - whole_R)) + whole_R
         else:
             code_R = nearest_whole(steps_R) + zero_R
         code_R = tl.clamp(code_R, 0.0, top)
         tl.store(codes_ptr + ((start + i + safe * 0) * O + row), code_R.to(tl.uint8), mask=row < O)
-        rest_R = w_R - scale_R * (code_R - zero_R)
+        rest_R = w_R - (scale_R * (code_R - zero_R) + mean_R)
         error_R = tl.div_rn(rest_R, pivot + rest_R * 0)
         if DRIFT:
             before = tl.where(here, w_R[:, None], before)

@@ -46,6 +46,7 @@ Departures
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -56,7 +57,7 @@ from torch import Tensor
 
 from ...common.errors import LLQError
 from ...common.spec import Spec
-from ...kernels import once, product
+from ...kernels import BlockRounder, block_rounder, once, product
 from ...method import Flow, Job, Method, Packed, Step
 from ...numerics.cholesky import prepare_hessian
 from ...numerics.coordinate_descent import Objective, descend, refitted
@@ -326,17 +327,41 @@ class SliMLLM(Method):
             codes_IO[j] = code_O = levels_O.codes(w_O, widths[len(grids) - 1])
             return levels_O.values(code_O)
 
-        by_columns(
-            W_OI,
-            U_II,
-            round_column,
-            begin,
-            block=self.group_size,
-            drift_II=drift_II,
-            fused=not self.as_published,
-        )
+        rounder = None
+        if U_II is not None:
+            W_OI = W_OI.contiguous()
+            rounder = block_rounder(W_OI, U_II, self.bits, self.group_size, drift_II)
+        if rounder is not None:
+            self._by_kernel(rounder, begin, grids, widths)
+            codes_IO = rounder.codes_IO.float()
+        else:
+            by_columns(
+                W_OI,
+                U_II,
+                round_column,
+                begin,
+                block=self.group_size,
+                drift_II=drift_II,
+                fused=not self.as_published,
+            )
         levels_OG = Levels(*(torch.cat(parts, dim=1) for parts in zip(*grids, strict=True)))
         return codes_IO.T.contiguous(), levels_OG
+
+    def _by_kernel(
+        self,
+        rounder: BlockRounder,
+        begin: Callable[[int, int], None],
+        grids: list[Levels],
+        widths: list[int],
+    ) -> None:
+        """The loop of `by_columns` on a GPU, one launch for a group."""
+        rows, columns = rounder.W_OI.shape
+        for group, start in enumerate(range(0, columns, self.group_size)):
+            stop = min(start + self.group_size, columns)
+            begin(start, stop)
+            scale_BO, zero_BO, mean_BO = (part.T.expand(stop - start, rows) for part in grids[-1])
+            rounder(start, stop, scale_BO, zero_BO, False, mean_BO, widths[group])
+        rounder.check()
 
     def _refine(
         self, objective: Objective, codes_OI: Tensor, levels_OG: Levels, widths: list[int]

@@ -16,7 +16,7 @@ from llq_hf import kernels
 from llq_hf.kernels import TokenGrid
 from llq_hf.kernels.gpu import turns
 from llq_hf.kernels.gpu.feedback import BlockRounder, descend, round_backwards
-from llq_hf.methods import build, quip
+from llq_hf.methods import build, quip, slim_llm
 from llq_hf.numerics import coordinate_descent, error_feedback
 from llq_hf.numerics.activations import TokenQuant
 from llq_hf.numerics.cholesky import factorize
@@ -204,3 +204,29 @@ def test_feedback_that_overflows_is_refused(monkeypatch: pytest.MonkeyPatch):
     U_II = torch.triu(torch.ones(64, 64), 1) + 1e-38 * torch.eye(64)
     with pytest.raises(error_feedback.LLQError, match="overflows"):
         error_feedback.solve(W_OI, U_II, Uniform(4, 64), torch.zeros(64, dtype=torch.long))
+
+
+@pytest.mark.parametrize("preset", ["study", "best"])
+def test_groups_of_other_widths_get_the_codes_that_torch_finds(
+    monkeypatch: pytest.MonkeyPatch, preset: str
+):
+    columns = 128
+    X_TI = torch.randn(400, columns, generator=generator())
+    X_TI[:, 1:] += 0.5 * X_TI[:, :-1]
+    H_II = X_TI.T @ X_TI / len(X_TI)
+    U_II = factorize(H_II.clone(), 0.01, {}, inverse=True, quick=True)
+    order_I, none_I = torch.arange(columns), torch.zeros(columns, dtype=torch.bool)
+    factor = slim_llm.Factor(H_II, U_II, order_I, none_I, [0, 1, 2, 3], H_II.diagonal().sqrt())
+    method = build("slim_llm", preset, bits=2, group_size=32)
+    W_OI = torch.randn(6, columns, generator=generator(1))
+
+    def solved() -> tuple[torch.Tensor, slim_llm.Levels]:
+        return method._solve(W_OI.clone(), factor, None, [2, 1, 3, 2])
+
+    by_torch, levels = solved()
+    monkeypatch.setattr(slim_llm, "block_rounder", BlockRounder)
+    by_kernel, found = solved()
+    same_O = (by_torch == by_kernel).all(1)
+    assert same_O.sum() >= 5
+    for one, other in zip(levels, found, strict=True):
+        assert torch.allclose(one[same_O], other[same_O], rtol=1e-5)

@@ -66,7 +66,7 @@ KERNELS: list[Case] = [
     ("solve", "uniform_block",
      {"w_ptr": "*fp32", "u_ptr": "*fp32", "drift_ptr": "*fp32", "scale_ptr": "*fp32",
       "zero_ptr": "*fp32", "codes_ptr": "*u8", "error_ptr": "*fp32", "before_ptr": "*fp32"},
-     {"HALVES": False, "DRIFT": True, "B": 128, "BR": 4}, 4),
+     {"HALVES": False, "MEANS": True, "DRIFT": True, "B": 128, "BR": 4}, 4),
     *(("solve", "backward_block",
        {"sums_ptr": "*fp32", "target_ptr": "*fp32", "matrix_ptr": "*fp32", "codes_ptr": "*fp32",
         "error_ptr": "*fp32"}, {"GREEDY": greedy, "B": 128, "BR": 4}, 4)
