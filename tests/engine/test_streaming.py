@@ -171,9 +171,9 @@ def test_offload_gives_the_same_bytes_and_leaves_nothing(quantize, tmp_path, mon
     make = Activations.__init__
 
     def recording_make(
-        self: Activations, shape: Any, dtype: torch.dtype, offload: Path | None
+        self: Activations, shape: Any, dtype: torch.dtype, offload: Path | None, *device: Any
     ) -> None:
-        make(self, shape, dtype, offload)
+        make(self, shape, dtype, offload, *device)
         opened.append(len(list(offload.iterdir())) if offload else 0)
 
     monkeypatch.setattr(Activations, "__init__", recording_make)

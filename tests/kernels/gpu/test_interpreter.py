@@ -17,7 +17,7 @@ def test_in_the_interpreter(name: str):
     pytest.importorskip("triton", reason="Triton is not installed")
     env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     env = {key: value for key, value in env.items() if not key.startswith("PYTEST_XDIST")}
-    command = [sys.executable, "-m", "pytest", "-n", "0", "-q", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-n", "0", "-p", "no:cacheprovider"]
     done = subprocess.run(
         [*command, str(HERE / name)], env=env, capture_output=True, text=True, check=False
     )
