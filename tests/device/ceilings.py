@@ -98,6 +98,7 @@ SOLVERS: tuple[Solver, ...] = (
     Solver("gptq", 4, 0.35, 1282, 111, 4, kernels=True),
     Solver("gptq", 4, 0.86, 3682, 136, 45, preset="best", kernels=True),
     Solver("spinquant", 4, 0.23, 2207, 111, 24, kernels=True),
+    Solver("slim_llm", 2, 0.74, 1921, 134, 20, kernels=True),
     Solver("efficient_qat", 2, 1.32, 6884, 259, 68, preset="best", kernels=True,
         options={"tune_batch": 4, "epochs": 1}),
     Solver("quip", 2, 0.13, 1324, 95, 104, kernels=True),
