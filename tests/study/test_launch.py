@@ -2,6 +2,8 @@
 
 import json
 import multiprocessing
+import subprocess
+import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -87,9 +89,27 @@ def test_a_crash_is_recorded_and_the_rest_goes_on(tmp_path: Path) -> None:
     ]  # what failed is tried again, what is done is not
 
 
+SECOND_SWEEP = """
+import sys
+from pathlib import Path
+from filelock import FileLock
+sys.path.insert(0, sys.argv[1])
+import test_launch as t
+out = Path(sys.argv[2])
+with FileLock(out / ".lock"):
+    try:
+        t.sweep(t.CELLS, t.fakes.work, out, t.inline)
+    except t.LLQError as error:
+        print(error)
+"""
+
+
 def test_two_sweeps_do_not_share_a_folder(tmp_path: Path) -> None:
-    with FileLock(tmp_path / ".lock"), pytest.raises(LLQError, match="another `llq study`"):
-        sweep(CELLS, fakes.work, tmp_path, inline)
+    # In a process of its own: what else this one has imported must not matter to its locks.
+    here = str(Path(__file__).parent)
+    command = [sys.executable, "-c", SECOND_SWEEP, here, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "another `llq study` is at work" in done.stdout
 
 
 def test_a_broken_record_is_named(tmp_path: Path) -> None:
