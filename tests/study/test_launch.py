@@ -94,7 +94,7 @@ import sys
 from pathlib import Path
 from filelock import FileLock
 sys.path.insert(0, sys.argv[1])
-import test_launch as t
+from study import test_launch as t
 out = Path(sys.argv[2])
 with FileLock(out / ".lock"):
     try:
@@ -106,8 +106,8 @@ with FileLock(out / ".lock"):
 
 def test_two_sweeps_do_not_share_a_folder(tmp_path: Path) -> None:
     # In a process of its own: what else this one has imported must not matter to its locks.
-    here = str(Path(__file__).parent)
-    command = [sys.executable, "-c", SECOND_SWEEP, here, str(tmp_path)]
+    tests = str(Path(__file__).parents[1])
+    command = [sys.executable, "-c", SECOND_SWEEP, tests, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "another `llq study` is at work" in done.stdout
 
