@@ -12,18 +12,17 @@ tokens get.
 Memory: no kernel keeps a copy of a weight, so a loaded model is as large as its file. (On GPUs zero
 points take a byte each, and PB-LLM's positions are kept as a list; gpu/ says how much that is.)
 
-Modules: bitpack (how codes lie), views (what is stored), rows (what a row of the table says),
-dispatch (the table and the choice), cpu_rows with native, build and cpp/ (the compiled CPU
-kernels), bitsandbytes_rows (CUDA), gpu/ (the Triton kernels). README.md says how to add a kernel.
+Modules: bitpack (how codes lie), views (what is stored), cached (what is computed once for it),
+rows (what a row of the table says), dispatch (the table and the choice), products (by torch),
+cpu_rows with native, build and cpp/ (the compiled CPU kernels), bitsandbytes_rows (CUDA), gpu/ (the
+Triton kernels). README.md says how to add a kernel.
 """
 
 from __future__ import annotations
 
+from .cached import CachedTensors, cached_tensors, once
 from .dispatch import (
-    backward_rounder,
-    block_rounder,
     choose,
-    descender,
     divided,
     product,
     product_of_codes,
@@ -32,11 +31,11 @@ from .dispatch import (
     token_values,
     transformed,
 )
-from .gpu.feedback import OVERFLOW, BlockRounder
+from .gpu.feedback import OVERFLOW, BlockRounder, backward_rounder, block_rounder, descender
 from .gpu.ready import describe as describe_gpu
 from .native import describe
+from .products import integer_product
 from .views import (
-    CachedTensors,
     Kronecker,
     LevelCodes,
     Numbers,
@@ -47,8 +46,6 @@ from .views import (
     TokenGrid,
     Transform,
     UniformCodes,
-    cached_tensors,
-    once,
 )
 
 __all__ = [
@@ -73,6 +70,7 @@ __all__ = [
     "describe",
     "describe_gpu",
     "divided",
+    "integer_product",
     "once",
     "product",
     "product_of_codes",

@@ -9,18 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ContextDecorator
 from types import TracebackType
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from . import bitsandbytes_rows, cpu_rows
-from .gpu import ready, turns
+from .cached import once
 from .gpu import rows as gpu_rows
-from .gpu.feedback import BlockRounder, descend, round_backwards
+from .products import decoded_product
 from .rows import MANY, Kernel, Row
-from .views import Stored, TokenGrid, Turn, UniformCodes, View
+from .views import Division, Stored, TokenGrid, Turn, UniformCodes, View
 
 # The first row that fits serves.
 TABLE: tuple[Row, ...] = (*cpu_rows.ROWS, *bitsandbytes_rows.ROWS, *gpu_rows.ROWS)
@@ -43,33 +41,7 @@ def product(
     kernel = choose(x, stored)
     if kernel is not None:
         return kernel(x, stored, bias)
-    if x.requires_grad and torch.is_grad_enabled():
-        y: Tensor = _DecodedTwice.apply(x, bias, dense)  # type: ignore[no-untyped-call]
-        return y
-    return F.linear(x, dense().to(x.dtype), bias)
-
-
-class _DecodedTwice(torch.autograd.Function):
-    """F.linear(x, dense(), bias). The backward pass decodes again: autograd would otherwise keep
-    the decoded weights of all linears, which are as large as the dense model.
-    """
-
-    @staticmethod
-    def forward(x: Tensor, bias: Tensor | None, dense: Callable[[], Tensor]) -> Tensor:
-        return F.linear(x, dense().to(x.dtype), bias)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.dense = inputs[2]
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (y_gradient,) = gradients
-        x_gradient = y_gradient @ ctx.dense().to(y_gradient.dtype)
-        bias_gradient = None
-        if ctx.needs_input_grad[1]:
-            bias_gradient = y_gradient.reshape(-1, y_gradient.shape[-1]).sum(0)
-        return x_gradient, bias_gradient, None
+    return decoded_product(x, lambda dtype: dense().to(dtype), bias)
 
 
 def transformed(
@@ -120,41 +92,11 @@ def token_values(x: Tensor, by: TokenGrid, slow: Callable[[], Tensor]) -> Tensor
     return slow() if kernel is None else kernel(x, by, None, values=True)
 
 
-def divided(x: Tensor, divisor: Tensor) -> Tensor:
-    """x / divisor [n], computed in fp32, in the dtype of x: on a GPU, one launch and not three."""
-    gradients = x.requires_grad and torch.is_grad_enabled()
-    if x.is_cuda and not (gradients or reference.depth) and ready.dense():
-        with ready.device_of(x):
-            return turns.divided(x, divisor)
-    return (x / divisor.float()).to(x.dtype)
-
-
-def block_rounder(
-    W_OI: Tensor, U_II: Tensor, bits: int, block: int, drift_II: Tensor | None
-) -> BlockRounder | None:
-    """What rounds blocks of columns of W_OI with error feedback, one launch a block; None where no
-    kernel can. It serves inside `reference` too: codes that a GPU finds differ from another GPU's
-    anyway, and from torch's on the same one only where two codes are equally near.
-    """
-    if W_OI.is_cuda and W_OI.dtype == torch.float32 and ready.dense():
-        return BlockRounder(W_OI, U_II, bits, block, drift_II)
-    return None
-
-
-def backward_rounder(codes_OI: Tensor) -> Callable[..., None] | None:
-    """What rounds a block of columns from last to first in one launch, `feedback.round_backwards`;
-    None where no kernel can. It serves inside `reference` too, as `block_rounder` does.
-    """
-    fits = codes_OI.is_cuda and codes_OI.dtype == torch.float32 and codes_OI.is_contiguous()
-    return round_backwards if fits and ready.dense() else None
-
-
-def descender(values_IO: Tensor) -> Callable[..., None] | None:
-    """What makes a pass of coordinate descent on uniform grids, one launch a block of columns,
-    `feedback.descend`; None where no kernel can. It serves inside `reference` too.
-    """
-    fits = values_IO.is_cuda and values_IO.dtype == torch.float32
-    return descend if fits and ready.dense() else None
+def divided(x: Tensor, packed: dict[str, Tensor], name: str) -> Tensor:
+    """x / the stored tensor [n] of this name, computed in fp32, in the dtype of x."""
+    by = once(packed, lambda: Division(packed[name]), f"division by {name}")
+    kernel = choose(x, by)
+    return (x / by.divisor.float()).to(x.dtype) if kernel is None else kernel(x, by)
 
 
 def choose(x: Tensor, view: View | None) -> Kernel | None:
@@ -170,10 +112,7 @@ def choose(x: Tensor, view: View | None) -> Kernel | None:
         x.device.type,
         x.requires_grad and torch.is_grad_enabled(),
     )
-    if call not in view.memo:
-        view.memo[call] = _first_fit(view, *call)
-    kernel: Kernel | None = view.memo[call]
-    return kernel
+    return view.once(call, lambda: _first_fit(view, *call))
 
 
 def _first_fit(

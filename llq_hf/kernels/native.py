@@ -311,9 +311,7 @@ def structs(view: View) -> Any:
     """A C array of the structs that describe `view`: one, or one for each part of uniform codes.
     None where C cannot read the tensors.
     """
-    if "structs" not in view.memo:
-        view.memo["structs"] = _structs(view) if _fits_c(view) else None
-    return view.memo["structs"]
+    return view.once("structs", lambda: _structs(view) if _fits_c(view) else None)
 
 
 def _fits_c(view: View) -> bool:

@@ -17,6 +17,7 @@ MANY = range(1, 1 << 62)  # any number of tokens
 # Of a product: kernel(x, stored, bias) -> y [..., O], which is F.linear with the weight [O, I].
 # Of a product with int8 activations: kernel(codes, stored, bias, step, dtype); `product_of_codes`.
 # Of a transform: kernel(x, transform, divisor, factor) -> y, shaped like x; see `transformed`.
+# Of a division: kernel(x, division) -> y, shaped like x.
 # Of tokens: kernel(x, grid, divisor, values); see `token_codes` and `token_values`.
 Kernel = Callable[..., Tensor]
 

@@ -6,17 +6,17 @@ Legend: O out_features, I in_features, G groups.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
-from functools import cached_property, partial
-from operator import is_
-from typing import Any, ClassVar, NamedTuple, TypeVar
-from weakref import ReferenceType, ref
+from functools import cached_property
+from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor
 
 from ..common.errors import LLQError
 from .bitpack import BLOCK, UNIT, packed_words
+
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,14 +36,19 @@ class Part:
 
 @dataclass(frozen=True, eq=False)
 class _View:
-    """memo: what was computed once for this view, for example which kernel serves a call. Computing
-    it at each call would take as long as a small product.
-    """
-
-    memo: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)
+    _made: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         check_view(self)
+
+    def once(self, name: Hashable, make: Callable[[], Made]) -> Made:
+        """What `make` returns, computed once for this view: for example, which kernel serves a
+        call. Computing it at each call would take as long as a small product.
+        """
+        if name not in self._made:
+            self._made[name] = make()
+        made: Made = self._made[name]
+        return made
 
 
 @dataclass(frozen=True, eq=False)
@@ -322,9 +327,25 @@ class TokenGrid(_View):
         return []
 
 
+@dataclass(frozen=True, eq=False)
+class Division(_View):
+    """The division of a vector by another: divisor fp16 or fp32 [n]."""
+
+    divisor: Tensor
+
+    @cached_property
+    def columns(self) -> int:
+        """n"""
+        return self.divisor.shape[0]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [self.divisor]
+
+
 Stored = UniformCodes | LevelCodes | TableCodes | SalientCodes
 Turn = Transform | Kronecker
-View = Stored | Turn | TokenGrid
+View = Stored | Turn | TokenGrid | Division
 
 
 # --- what kernels rely on -------------------------------------------------------------------------
@@ -338,7 +359,7 @@ def check_view(view: Any) -> None:
 
     Numbers inside tensors that lead to memory (positions, widths) are checked by who makes a view.
     """
-    if isinstance(view, Kronecker | TokenGrid):
+    if isinstance(view, Kronecker | TokenGrid | Division):
         return
     if isinstance(view, Transform):
         a, b = len(view.left), len(view.right)
@@ -419,71 +440,3 @@ def _require(view: Any, numbers: Iterable[int], pairs: Iterable[tuple[Tensor, in
             f"the tensors {shapes} are not what {type(view).__name__} of {view.columns} columns"
             " reads: the checkpoint is damaged"
         )
-
-
-Made = TypeVar("Made")
-
-
-class CachedTensors(dict[str, Tensor]):
-    """The stored tensors of a linear by name, with everything that `once` has computed from
-    them.
-    """
-
-    def __init__(self, packed: Mapping[str, Tensor]) -> None:
-        super().__init__(packed)
-        self.computed: dict[str, Any] = {}
-
-
-class _CacheEntry(NamedTuple):
-    """CachedTensors, and what must be unchanged for them to be reused: the tensors themselves and
-    `state`, the address and the version counter of each.
-    """
-
-    first: ReferenceType[Tensor]
-    others: list[Tensor]
-    state: list[tuple[int, int]]
-    tensors: CachedTensors
-
-
-# By the id of a linear's first tensor; an entry is removed when that tensor is freed.
-_CACHE: dict[int, _CacheEntry] = {}
-
-
-def cached_tensors(names: Iterable[str], tensors: Sequence[Tensor]) -> CachedTensors:
-    """The CachedTensors of a linear: the same object until a tensor is replaced, moved or written.
-
-    The key is the tensors alone. An operator in a torch.compile graph receives nothing else, and
-    finds the same object by them.
-    """
-    first, *others = tensors
-    if any(map(Tensor.is_inference, tensors)):  # such tensors have no version counter
-        return CachedTensors(dict(zip(names, tensors, strict=True)))
-    state = [(tensor.data_ptr(), tensor._version) for tensor in tensors]
-    key = id(first)
-    entry = _CACHE.get(key)
-    if (
-        entry is not None
-        and entry.first() is first
-        and entry.state == state
-        and all(map(is_, entry.others, others))
-    ):
-        return entry.tensors
-    found = CachedTensors(dict(zip(names, (tensor.data for tensor in tensors), strict=True)))
-    # `ref` calls this with the dead reference, which `pop` takes as its default.
-    ending = partial(_CACHE.pop, key)
-    _CACHE[key] = _CacheEntry(ref(first, ending), others, state, found)
-    return found
-
-
-def once(packed: dict[str, Tensor], make: Callable[[], Made], name: str = "stored") -> Made:
-    """The result of `make`: computed once for CachedTensors, at each call for a plain dict.
-
-    Values that Python reads from a tensor belong in here too: on a GPU each such read waits for the
-    device, and a CUDA graph may not contain one.
-    """
-    if not isinstance(packed, CachedTensors):
-        return make()
-    if name not in packed.computed:
-        packed.computed[name] = make()
-    made: Made = packed.computed[name]
-    return made

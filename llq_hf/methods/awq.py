@@ -324,7 +324,7 @@ class AWQ(OnUniformGrid):
         return weight_OI / packed["in_scale"].float()
 
     def linear(self, x: Tensor, packed: Packed, bias: Tensor | None, out_features: int) -> Tensor:
-        return super().linear(divided(x, packed["in_scale"]), packed, bias, out_features)
+        return super().linear(divided(x, packed, "in_scale"), packed, bias, out_features)
 
 
 def _trace_loss(H_II: Tensor) -> Callable[[Weights, Weights], float]:

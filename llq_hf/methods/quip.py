@@ -233,7 +233,7 @@ class QuIP(Method):
 
     def linear(self, x: Tensor, packed: Packed, bias: Tensor | None, out_features: int) -> Tensor:
         if not self.incoherence:
-            z = divided(x, packed["in_scale"]) if self.rescale else x
+            z = divided(x, packed, "in_scale") if self.rescale else x
             return self.row_grid.linear(z, packed, bias)
         in_features, top = x.shape[-1], 2**self.bits - 1
         V, U = once(

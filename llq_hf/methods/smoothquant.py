@@ -52,10 +52,10 @@ from functools import cache, cached_property
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..common.spec import Spec
-from ..kernels import divided, once, product, product_of_codes
+from ..kernels import divided, integer_product, once, product, product_of_codes
 from ..kernels.bitpack import unpack
 from ..method import Flow, Method, Packed, Step
 from ..numerics.activations import TokenQuant
@@ -65,7 +65,6 @@ from .options import check_range
 from .uniform import OnUniformGrid
 
 BMM_INPUTS = ("q_proj", "k_proj", "v_proj")
-CUDA_ROWS = 32  # CUDA's integer product needs more than 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,7 +163,7 @@ class SmoothQuant(OnUniformGrid):
         if self._integers(x, out_features):
             return self._integer_product(x, packed, bias)
         if not self.tokens.on:
-            z = divided(x, packed["in_scale"]) if self.smooth else x
+            z = divided(x, packed, "in_scale") if self.smooth else x
             return super().linear(z, packed, bias, out_features)
         # in fp32, whatever the model's dtype
         z = x / packed["in_scale"].float() if self.smooth else x
@@ -196,12 +195,9 @@ class SmoothQuant(OnUniformGrid):
 
     def _by_torch(self, codes_TI: Tensor, packed: Packed) -> Tensor:
         """fp32 y [T, O] of a step of 1."""
-        tokens = len(codes_TI)
-        if codes_TI.is_cuda and tokens < CUDA_ROWS:
-            codes_TI = nn.functional.pad(codes_TI, (0, 0, 0, CUDA_ROWS - tokens))
         codes_OI = unpack(packed["weight"], self.bits, codes_TI.shape[1])
         signed_OI = codes_OI.sub_(2 ** (self.bits - 1)).view(torch.int8)  # uint8 wraps around
-        return torch._int_mm(codes_TI, signed_OI.T)[:tokens] * packed["scale"].float().T
+        return integer_product(codes_TI, signed_OI) * packed["scale"].float().T
 
 
 class BmmInput(SmoothQuant):

@@ -101,7 +101,6 @@ class TokenQuant:
 
         def slow() -> tuple[Tensor, Tensor]:
             z = x.float() if divisor_n is None else x / divisor_n.float()
-            z = z.float()
             scale = self.scale(z)
             top = self._top
             return torch.round(z / scale).clamp_(-(top + 1), top).to(torch.int8), scale

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from contract.random_weights import error, generator, random_packed
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -25,9 +26,8 @@ from llq_hf.engine.execute import quantize_checkpoint
 from llq_hf.kernels import build as building
 from llq_hf.kernels import cpu_rows, native
 from llq_hf.layers.linear import QuantLinear
-from llq_hf.method import Job, Method, Packed
+from llq_hf.method import Job, Packed
 from llq_hf.methods import build
-from llq_hf.methods.pb_llm import PBLLM
 from llq_hf.numerics.grids import Grid, Uniform
 from llq_hf.numerics.rotations import rotation
 
@@ -64,14 +64,6 @@ def isa(
     monkeypatch.setattr(native, "backend", lambda: found)
     rotation.cache_clear()  # rotations remember which kernel was chosen for them
     return name
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def error(y: Tensor, expected: Tensor) -> float:
-    return float((y.double() - expected).norm() / expected.norm())
 
 
 def rounded(grid: Uniform, shape: tuple[int, int], seed: int = 0) -> Packed:
@@ -399,34 +391,6 @@ def test_transforms_that_kernels_cannot_make_go_by_torch(isa: str):
     with kernels.reference():
         assert kernels.transformed(torch.randn(2, 256), whole, lambda: slow) is slow
     assert kernels.transformed(torch.randn(2, 256, requires_grad=True), whole, lambda: slow) is slow
-
-
-def random_packed(method: Method, out_features: int, in_features: int) -> Packed:
-    """Random tensors of a method's layout, valid where not all values are."""
-    random, packed = generator(5), {}
-    for key, spec in method.layout(out_features, in_features).items():
-        if key == "order":
-            packed[key] = torch.randperm(in_features, generator=random).to(spec.dtype)
-        elif key == "widths":
-            pattern = torch.tensor(
-                [method.bits, method.bits - 1, method.bits, method.bits + 1], dtype=torch.uint8
-            )
-            packed[key] = pattern.repeat(-(-spec.shape[0] // 4))[: spec.shape[0]]
-        elif spec.dtype == torch.int32:
-            packed[key] = torch.randint(-(2**31), 2**31 - 1, spec.shape, generator=random).to(
-                torch.int32
-            )
-            packed[key] = packed[key].abs() if key == "seeds" else packed[key]
-        elif spec.dtype == torch.uint8:
-            packed[key] = torch.randint(0, 256, spec.shape, generator=random).to(torch.uint8)
-        else:
-            packed[key] = (torch.rand(spec.shape, generator=random) + 0.5).to(spec.dtype)
-    if isinstance(method, PBLLM):  # its list of positions must be that of a mask
-        positions = method._positions(out_features, in_features)
-        mask_N = torch.zeros(positions.total, dtype=torch.bool)
-        mask_N[torch.randperm(positions.total, generator=random)[: positions.count]] = True
-        packed |= positions.pack(mask_N)
-    return packed
 
 
 def test_files_do_not_depend_on_kernels(

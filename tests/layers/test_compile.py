@@ -23,8 +23,8 @@ from llq_hf.data.calibration import Calibration
 from llq_hf.engine.execute import quantize_checkpoint
 from llq_hf.kernels import CachedTensors, UniformCodes, cached_tensors, dispatch, reference
 from llq_hf.kernels import build as building
+from llq_hf.kernels.cached import _CACHE
 from llq_hf.kernels.rows import ALL, MANY, Row
-from llq_hf.kernels.views import _CACHE
 from llq_hf.layers import ops
 from llq_hf.layers.linear import QuantLinear
 from llq_hf.methods import METHODS, build

@@ -9,16 +9,15 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ..bitpack import BLOCK, UNIT, unpack
+from ..products import decoded_product, integer_product
 from ..views import LevelCodes, SalientCodes, Stored, TableCodes, UniformCodes
-from .few import levels_kind, numbers, once, salient_columns, zero_points
+from .few import group_size, levels_kind, numbers, salient_columns, zero_points
 
 ROWS, UNITS = 8, 16  # of a program: rows, and units of 16 columns
 ENTRIES = 128  # of a row's salient weights at a time, to decode them
 FEW_ROWS, FEW_ENTRIES = 4, 256  # to multiply with them
-INTEGER_ROWS = 32  # CUDA's integer product needs more than 16
 
 
 def decoded(stored: Stored, dtype: torch.dtype) -> Tensor:
@@ -36,28 +35,9 @@ def decoded(stored: Stored, dtype: torch.dtype) -> Tensor:
     return weight_OI
 
 
-class _Product(torch.autograd.Function):
-    """F.linear that decodes the weight again for the gradient of x, instead of keeping it."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, stored: Stored, bias: Tensor | None) -> Tensor:
-        ctx.stored, ctx.dtype = stored, x.dtype
-        return F.linear(x, decoded(stored, x.dtype), bias)
-
-    @staticmethod
-    def backward(ctx: Any, y_gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x_gradient = bias_gradient = None
-        if ctx.needs_input_grad[0]:
-            x_gradient = y_gradient @ decoded(ctx.stored, ctx.dtype)
-        if ctx.needs_input_grad[2]:
-            bias_gradient = y_gradient.reshape(-1, y_gradient.shape[-1]).sum(0)
-        return x_gradient, None, bias_gradient
-
-
 def multiply(x: Tensor, stored: Stored, bias: Tensor | None) -> Tensor:
     """F.linear with the decoded weight; differentiable."""
-    y: Tensor = _Product.apply(x, stored, bias)  # type: ignore[no-untyped-call]
-    return y
+    return decoded_product(x, lambda dtype: decoded(stored, dtype), bias)
 
 
 def multiply_codes(
@@ -67,10 +47,7 @@ def multiply_codes(
     sums. Each row of the weight has one scale, and its zero is the middle code.
     """
     assert isinstance(stored.scale, Tensor)
-    tokens = len(codes)
-    if tokens < INTEGER_ROWS:
-        codes = F.pad(codes, (0, 0, 0, INTEGER_ROWS - tokens))
-    y_TO = torch._int_mm(codes, decoded(stored, torch.int8).T)[:tokens] * step
+    y_TO = integer_product(codes, decoded(stored, torch.int8)) * step
     y_TO *= stored.scale.float().T
     return (y_TO if bias is None else y_TO + bias).to(dtype)
 
@@ -106,7 +83,7 @@ def _uniform(stored: UniformCodes, weight_OI: Tensor) -> None:
                 0.0 if zeros is not None else zero,
                 part.zero_step,
                 BITS=part.bits,
-                GROUP=0 if stored.groups == 1 else stored.group_size,
+                GROUP=group_size(stored),
                 SCALES=own_scale,
                 ZEROS=zeros is not None,
                 LISTED=part.blocks is not None,
@@ -138,7 +115,7 @@ def _levels(stored: LevelCodes | SalientCodes, weight_OI: Tensor) -> None:
             stored.weight.shape[1],
             KIND=kind,
             MEANS=means,
-            GROUP=0 if stored.groups == 1 else stored.group_size,
+            GROUP=group_size(stored),
             TAIL=tail,
             BN=ROWS,
             U=2 if tail else UNITS,
@@ -203,8 +180,7 @@ class SalientList(NamedTuple):
 
 def salient_list(stored: SalientCodes) -> SalientList:
     """The list of a weight, made once from the stored positions."""
-    found: SalientList = once(stored, "list", lambda: _make_list(stored))
-    return found
+    return stored.once("list", lambda: _make_list(stored))
 
 
 def _make_list(stored: SalientCodes) -> SalientList:
@@ -242,7 +218,7 @@ def multiply_salient(x: Tensor, stored: SalientCodes, bias: Tensor | None) -> Te
         stored.rows,
         stored.columns,
         stored.groups,
-        GROUP=0 if stored.groups == 1 else stored.group_size,
+        GROUP=group_size(stored),
         BIAS=bias is not None,
         BN=FEW_ROWS,
         E=FEW_ENTRIES,

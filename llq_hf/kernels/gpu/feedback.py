@@ -1,18 +1,50 @@
-"""One launch for a block of columns of GPTQ's error feedback: what the kernel of solve.py is given.
+"""One launch for a block of columns of a solver: where it serves, and what the kernels of solve.py
+are given.
 
 Legend: O out_features, I in_features, B columns of a block.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from ...common.errors import LLQError
-from .ready import device_of
+from .ready import dense, device_of
 
 OVERFLOW = "error feedback overflows fp32: the weights or the calibration inputs are not usable"
 ROWS = 4  # of a program; few, as each program walks through its columns one after the other
+
+
+def block_rounder(
+    W_OI: Tensor, U_II: Tensor, bits: int, block: int, drift_II: Tensor | None
+) -> BlockRounder | None:
+    """What rounds blocks of columns of W_OI with error feedback, one launch a block; None where no
+    kernel can. It serves inside `reference` too: codes that a GPU finds differ from another GPU's
+    anyway, and from torch's on the same one only where two codes are equally near.
+    """
+    return BlockRounder(W_OI, U_II, bits, block, drift_II) if _fits(W_OI) else None
+
+
+def backward_rounder(codes_OI: Tensor) -> Callable[..., None] | None:
+    """What rounds a block of columns from last to first in one launch, `round_backwards`; None
+    where no kernel can. It serves inside `reference` too, as `block_rounder` does.
+    """
+    return round_backwards if _fits(codes_OI) else None
+
+
+def descender(values_IO: Tensor) -> Callable[..., None] | None:
+    """What makes a pass of coordinate descent on uniform grids, one launch a block of columns,
+    `descend`; None where no kernel can. It serves inside `reference` too.
+    """
+    return descend if _fits(values_IO) else None
+
+
+def _fits(matrix: Tensor) -> bool:
+    there = matrix.is_cuda and matrix.dtype == torch.float32 and matrix.is_contiguous()
+    return there and dense()
 
 
 class BlockRounder:

@@ -16,7 +16,7 @@ from ..views import LevelCodes, Numbers, SalientCodes, Stored, TableCodes, Unifo
 
 MOST = 16  # tokens of a call
 PARTS = 3  # widths of a weight that one launch can read
-STAGES = 4  # of the ring in shared memory, as in fragments.py
+STAGES = 4  # steps of a program whose data are on their way through shared memory
 SHARED = 99 << 10  # bytes that a program may have on the smallest card (RTX 30 and 40)
 MANY_ROWS = 8192
 
@@ -66,12 +66,13 @@ def _uniform(
     from .uniform_few import uniform_few
 
     x_MI, y_MO = _activations(x, stored, dtype)
-    counts, starts, zero_steps, blocks = _parts(stored)
+    bits, counts, starts, zero_steps, blocks = stored.once("parts", lambda: _parts(stored))
     zeros = zero_points(stored)
     scale, zero = stored.scale, stored.zero
     own_zero = zeros is not None
-    scale_words = as_words(scale) if isinstance(scale, Tensor) else None
-    bits = [part.bits for part in stored.parts] + [0] * (PARTS - len(stored.parts))
+    scale_words = None
+    if isinstance(scale, Tensor):
+        scale_words = stored.once("scale", lambda: as_words(scale))
     small = stored.groups > 1 and stored.group_size < BLOCK // 2
     used = tile(stored.rows, len(x_MI), max(bits), wide=small)
     uniform_few[(-(-stored.rows // used.rows),)](
@@ -96,7 +97,7 @@ def _uniform(
         BITS0=bits[0],
         BITS1=bits[1],
         BITS2=bits[2],
-        GROUP=0 if stored.groups == 1 else stored.group_size,
+        GROUP=group_size(stored),
         SCALES=8 * scale.element_size() if isinstance(scale, Tensor) else 0,
         ZEROS=own_zero,
         LISTED=blocks is not None,
@@ -129,8 +130,7 @@ def salient_columns(stored: LevelCodes) -> Tensor | None:
     bits = stored.salient
     if bits is None:
         return None
-    columns: Tensor = once(stored, "salient", lambda: unpack(bits, 1, stored.columns))
-    return columns
+    return stored.once("salient", lambda: unpack(bits, 1, stored.columns))
 
 
 def _levels(
@@ -149,8 +149,8 @@ def _levels(
     levels_few[(-(-stored.rows // used.rows),)](
         x_MI,
         stored.weight,
-        as_words(stored.scale),
-        x_MI if mean is None else as_words(mean),
+        stored.once("scale", lambda: as_words(stored.scale)),
+        x_MI if mean is None else stored.once("mean", lambda: as_words(mean)),
         x_MI if salient is None else salient,
         x_MI if bias is None else bias,
         y_MO,
@@ -161,7 +161,7 @@ def _levels(
         stored.weight.shape[1],
         KIND=kind,
         MEANS=means,
-        GROUP=0 if stored.groups == 1 else stored.group_size,
+        GROUP=group_size(stored),
         **_constants(x_MI, bias, used),
     )
     return y_MO.view(*x.shape[:-1], stored.rows)
@@ -189,7 +189,7 @@ def table(x: Tensor, stored: TableCodes, bias: Tensor | None) -> Tensor:
         stored.columns,
         stored.groups,
         stored.columns // 8,
-        LEVELS=once(stored, x.dtype, lambda: _patterns(stored.levels, x.dtype)),
+        LEVELS=stored.once(("levels", x.dtype), lambda: _patterns(stored.levels, x.dtype)),
         GROUP=stored.group_size,
         CODED=scale.map is not None,
         SHIFTED=shift is not None,
@@ -213,10 +213,15 @@ def numbers(
 
 
 def as_words(numbers: Tensor) -> Tensor:
-    """fp16 numbers and bytes as int32 words, which a kernel can load ahead of time: what it does
-    with a part of a register would have to wait for memory. fp32 numbers stay.
+    """fp16 numbers and bytes as int32 words: a copy to shared memory has at least 4 bytes. fp32
+    numbers stay.
     """
     return numbers if numbers.element_size() == 4 else numbers.flatten().view(torch.int32)
+
+
+def group_size(stored: UniformCodes | LevelCodes | SalientCodes) -> int:
+    """As kernels want it: 0 if rows have one group."""
+    return 0 if stored.groups == 1 else stored.group_size
 
 
 def _activations(x: Tensor, stored: Stored, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -236,38 +241,36 @@ def _constants(x_MI: Tensor, bias: Tensor | None, used: Tile) -> dict[str, Any]:
     }
 
 
-def once(stored: Stored, name: Any, make: Any) -> Any:
-    """What `make` returns, computed once for a weight."""
-    if name not in stored.memo:
-        stored.memo[name] = make()
-    return stored.memo[name]
-
-
 def zero_points(stored: UniformCodes) -> Tensor | None:
     """The zero points as bytes, which a kernel can load, in int32 words [O G / 4]; None if one
     serves all. They take 8 bits a group more on the GPU than in the file.
     """
     if not isinstance(stored.zero, Tensor):
         return None
-    groups = stored.groups
-    zeros: Tensor = once(
-        stored,
-        "zeros",
-        lambda: as_words(unpack(stored.zero, stored.zero_bits, stored.rows * groups)),
-    )
-    return zeros
+    packed, numbers = stored.zero, stored.rows * stored.groups
+    return stored.once("zeros", lambda: as_words(unpack(packed, stored.zero_bits, numbers)))
 
 
-def _parts(stored: UniformCodes) -> tuple[list[int], list[int], list[float], Tensor | None]:
-    """Of `PARTS` parts: blocks; first words, but the first part's; worths of a stored zero; and
-    the numbers of all listed blocks.
+class _Parts(NamedTuple):
+    """Of `PARTS` parts: bits; blocks; first words, but the first part's; worths of a stored zero;
+    and the numbers of all listed blocks.
     """
+
+    bits: list[int]
+    counts: list[int]
+    starts: list[int]
+    zero_steps: list[float]
+    blocks: Tensor | None
+
+
+def _parts(stored: UniformCodes) -> _Parts:
     none = PARTS - len(stored.parts)
+    bits = [part.bits for part in stored.parts] + [0] * none
     counts = [part.columns // BLOCK for part in stored.parts] + [0] * none
     starts = [part.start // 4 for part in stored.parts[1:]] + [0] * none
     steps = [part.zero_step for part in stored.parts] + [1.0] * none
     blocks = None
     if stored.parts[0].blocks is not None:
         listed = [part.blocks for part in stored.parts if part.blocks is not None]
-        blocks = once(stored, "blocks", lambda: torch.cat(listed))
-    return counts, starts, steps, blocks
+        blocks = torch.cat(listed)
+    return _Parts(bits, counts, starts, steps, blocks)

@@ -24,7 +24,9 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 from triton.runtime.jit import constexpr_function
 
-STAGES = gl.constexpr(4)  # steps of a program whose data are on their way through shared memory
+from . import few
+
+STAGES = gl.constexpr(few.STAGES)
 
 
 @constexpr_function
@@ -142,6 +144,12 @@ def code_mask(n, cls):
 
 
 @constexpr_function
+def groups_of_block(GROUP):
+    """Groups that a block of 128 columns belongs to."""
+    return 1 if GROUP == 0 or GROUP >= 128 else 128 // GROUP
+
+
+@constexpr_function
 def before(bits, width):
     """Bits of the wider planes."""
     return bits & ~(2 * width - 1)
@@ -195,12 +203,12 @@ def masked(words, mask: gl.constexpr, HALF: gl.constexpr):
     if HALF:
         bits: gl.constexpr = f"and.b32 $0, $1, {mask * 0x10001};"
         return gl.inline_asm_elementwise(
-            bits, "=r, r, r", [words], dtype=gl.float16, is_pure=True, pack=2,
+            bits, "=r,r,r", [words], dtype=gl.float16, is_pure=True, pack=2,
         )  # fmt: skip
     else:
         code: gl.constexpr = f"lop3.b32 $0, $1, {mask * 0x10001}, {0x43004300}, 0xEA;"
         return gl.inline_asm_elementwise(
-            code, "=r, r, r", [words], dtype=gl.bfloat16, is_pure=True, pack=2,
+            code, "=r,r,r", [words], dtype=gl.bfloat16, is_pure=True, pack=2,
         )  # fmt: skip
 
 
@@ -313,9 +321,7 @@ def block_number(blocks_ptr, index, count, LISTED: gl.constexpr):
 
 @gluon.jit
 def half_of(word, at):
-    """The fp16 number at place `at`, as fp32, of the word that holds it; ahead of `load_half`'s use
-    nothing is computed with a word, as that would have to wait for memory.
-    """
+    """The fp16 number at place `at`, as fp32, of the word that holds it."""
     half = (word >> ((at & 1) * 16)) & 0xFFFF
     return half.to(gl.int16).to(gl.float16, bitcast=True).to(gl.float32)
 

@@ -28,6 +28,7 @@ from .fragments import (
     classes,
     column_sums,
     first_group,
+    groups_of_block,
     half_of,
     in_group,
     left,
@@ -202,7 +203,7 @@ def add_block(
 ):  # fmt: skip
     """total + the product of each warp's block."""
     n: gl.constexpr = 1 if KIND == SIGNS else 2
-    GROUPS: gl.constexpr = 1 if GROUP == 0 or GROUP >= 128 else 128 // GROUP
+    GROUPS: gl.constexpr = groups_of_block(GROUP)
     halves = shifted(words, n, 0, weight_layout(n, R, S))
     if KIND == SPLIT:
         total += split_sums(

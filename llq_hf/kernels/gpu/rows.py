@@ -17,6 +17,7 @@ from torch import Tensor
 from ..bitpack import BLOCK, UNIT
 from ..rows import ALL, HALF, MANY, Kernel, Row
 from ..views import (
+    Division,
     Kronecker,
     LevelCodes,
     SalientCodes,
@@ -24,7 +25,9 @@ from ..views import (
     TableCodes,
     TokenGrid,
     Transform,
+    Turn,
     UniformCodes,
+    View,
 )
 from . import decode, few, ready, turns
 
@@ -34,9 +37,9 @@ FEW_TURNS = range(1, 33)  # more tokens fill torch's own matrix products
 INTEGER_SIZE = 8  # what CUDA's integer product wants the weight's sides to be multiples of
 
 
-def _there(stored: Stored) -> bool:
+def _there(view: View) -> bool:
     """Whether the tensors lie on a GPU as kernels expect it."""
-    return all(tensor.is_contiguous() and tensor.is_cuda for tensor in stored.tensors)
+    return all(tensor.is_contiguous() and tensor.is_cuda for tensor in view.tensors)
 
 
 def groups_fit(stored: Stored) -> bool:
@@ -82,6 +85,10 @@ def _table_few(stored: TableCodes) -> bool:
     return _there(stored) and whole and groups_fit(stored)
 
 
+def _turn(by: Turn) -> bool:
+    return _there(by) and turns.fits(by)
+
+
 def _table(stored: TableCodes) -> bool:
     return _there(stored) and stored.whole_blocks and stored.columns % UNIT == 0
 
@@ -116,7 +123,8 @@ ROWS = (
     _row(TableCodes, MANY, ALL, ready.dense, _table, decode.multiply, True),
     _row(SalientCodes, FEW_SALIENT, HALF, ready.few, _salient_few, decode.multiply_salient),
     _row(SalientCodes, MANY, ALL, ready.dense, _short_rows, decode.multiply, True),
-    _row(Transform, FEW_TURNS, ALL, ready.dense, turns.fits, turns.transform),
-    _row(Kronecker, FEW_TURNS, ALL, ready.dense, turns.fits, turns.transform),
+    _row(Transform, FEW_TURNS, ALL, ready.dense, _turn, turns.transform),
+    _row(Kronecker, FEW_TURNS, ALL, ready.dense, _turn, turns.transform),
+    _row(Division, MANY, ALL, ready.dense, _there, turns.divided),
     _row(TokenGrid, MANY, ALL, ready.dense, turns.fits_one_program, turns.tokens),
 )

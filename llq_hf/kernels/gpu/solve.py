@@ -16,6 +16,25 @@ def nearest_whole(x):
 
 
 @triton.jit
+def nearest_code(
+    value_R, scale_R, zero_R, top, HALVES: tl.constexpr, MEANS: tl.constexpr
+):  # fmt: skip
+    """The code 0 .. top of a uniform grid whose value scale * (code - zero) is nearest.
+
+    HALVES: the zero lies between two codes. MEANS: it lies anywhere.
+    """
+    steps_R = tl.clamp(tl.div_rn(value_R, scale_R), -1048576.0, 1048576.0)
+    if HALVES:
+        code_R = nearest_whole(steps_R - 0.5) + (zero_R + 0.5)
+    elif MEANS:
+        whole_R = tl.floor(zero_R)
+        code_R = nearest_whole(steps_R + (zero_R - whole_R)) + whole_R
+    else:
+        code_R = nearest_whole(steps_R) + zero_R
+    return tl.clamp(code_R, 0.0, top)
+
+
+@triton.jit
 def uniform_block(
     w_ptr, u_ptr, drift_ptr, scale_ptr, zero_ptr, mean_ptr, codes_ptr, error_ptr, before_ptr,
     start, size, O, I, u_row, u_column, drift_row, top,
@@ -49,15 +68,7 @@ def uniform_block(
         mean_R = zero_R * 0
         if MEANS:
             mean_R = tl.load(mean_ptr + (i * O + safe))
-        steps_R = tl.clamp(tl.div_rn(w_R - mean_R, scale_R), -1048576.0, 1048576.0)
-        if HALVES:
-            code_R = nearest_whole(steps_R - 0.5) + (zero_R + 0.5)
-        elif MEANS:
-            whole_R = tl.floor(zero_R)
-            code_R = nearest_whole(steps_R + (zero_R - whole_R)) + whole_R
-        else:
-            code_R = nearest_whole(steps_R) + zero_R
-        code_R = tl.clamp(code_R, 0.0, top)
+        code_R = nearest_code(w_R - mean_R, scale_R, zero_R, top, HALVES, MEANS)
         tl.store(codes_ptr + ((start + i + safe * 0) * O + row), code_R.to(tl.uint8), mask=row < O)
         rest_R = w_R - (scale_R * (code_R - zero_R) + mean_R)
         error_R = tl.div_rn(rest_R, pivot + rest_R * 0)
@@ -152,12 +163,7 @@ def descend_block(
         own = (start + i + safe * 0) * O + safe
         scale_R, zero_R = tl.load(scale_ptr + own), tl.load(zero_ptr + own)
         wanted_R = old_R - tl.div_rn(slope_R, pivot + slope_R * 0)
-        steps_R = tl.clamp(tl.div_rn(wanted_R, scale_R), -1048576.0, 1048576.0)
-        if HALVES:
-            code_R = nearest_whole(steps_R - 0.5) + (zero_R + 0.5)
-        else:
-            code_R = nearest_whole(steps_R) + zero_R
-        code_R = tl.clamp(code_R, 0.0, top)
+        code_R = nearest_code(wanted_R, scale_R, zero_R, top, HALVES, False)
         tl.store(codes_ptr + own, code_R.to(tl.uint8), mask=row < O)
         move_R = scale_R * (code_R - zero_R) - old_R
         moves = tl.where(here, move_R[:, None], moves)

@@ -22,6 +22,8 @@ from .fragments import (
     ask,
     bases,
     column_sums,
+    first_group,
+    groups_of_block,
     left,
     new_ring_of_rows,
     product,
@@ -116,16 +118,6 @@ def numbers(
 
 
 @gluon.jit
-def place(step, O, K, G, GROUP: gl.constexpr, R: gl.constexpr, S: gl.constexpr, mma: gl.constexpr):
-    """The place of each row's first group in each warp's block, [S, R]."""
-    sides: gl.constexpr = gl.SliceLayout(2, mma)
-    row = gl.expand_dims(gl.arange(0, R, layout=gl.SliceLayout(0, sides)), 0)
-    row = gl.minimum(gl.program_id(0) * R + row, O - 1)
-    block = step * S + gl.expand_dims(gl.arange(0, S, layout=gl.SliceLayout(1, sides)), 1)
-    return row * G + gl.minimum(block, K // 128 - 1) * 128 // GROUP
-
-
-@gluon.jit
 def ask_step(
     words, values, w_ptr, scale_ptr, step, O, K, G, row_words, CODED: gl.constexpr,
     GROUP: gl.constexpr, R: gl.constexpr, S: gl.constexpr, mma: gl.constexpr,
@@ -136,7 +128,7 @@ def ask_step(
     block = gl.minimum(step * S + along(0, S, layout, 4), K // 128 - 1)
     at = row * row_words + block * 16 + along(2, 4, layout, 4) * 4 + along(3, 4, layout, 4)
     ask(words, step, w_ptr + at)
-    own = place(step, O, K, G, GROUP, R, S, mma)
+    own = first_group(step, w_ptr, K // 128, O, G, GROUP, False, R, S, mma)
     ask(values, step, scale_ptr + (own >> 2 if CODED else own))
     async_copy.commit_group()
 
@@ -166,7 +158,7 @@ def add_block(
     """total + the product of each warp's block."""
     x_in: gl.constexpr = columns_layout(T, S)
     wide: gl.constexpr = codes_layout(R, S)
-    GROUPS: gl.constexpr = 1 if GROUP >= 128 else 128 // GROUP
+    GROUPS: gl.constexpr = groups_of_block(GROUP)
     own = own_columns(x_in)
     bits = gl.expand_dims(words, 4) | gl.zeros([S, R, 4, 4, 8], gl.uint32, layout=wide)
     a = left(gl.reshape(looked_up(bits, LEVELS, HALF), (S, R, 4, 4, 2, 2, 2)), R, S, mma)
@@ -212,7 +204,7 @@ def table_few(
     for step in range(0, (count + S - 1) // S):
         wait()
         bits = words.index(step % STAGES).load(gl.SliceLayout(4, codes_layout(R, S)))
-        at = place(step, O, K, G, GROUP, R, S, mma)
+        at = first_group(step, w_ptr, K // 128, O, G, GROUP, False, R, S, mma)
         value = row_words_of(values, step, at, True, gl.SliceLayout(2, mma))
         ask_step(
             words, values, w_ptr, scale_ptr, step + (STAGES - 1), O, K, G, row_words, CODED, GROUP,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..views import TokenGrid, Transform, Turn
+from ..views import Division, TokenGrid, Transform, Turn
 
 COLUMNS, DEPTH = 16, 64  # of a program: columns of the result, and of what it sums at a time
 WIDTH = 1024  # numbers that one program divides
@@ -28,7 +28,8 @@ def transform(x: Tensor, by: Turn, divisor: Tensor | None, factor: Tensor | None
     source = back = by.left
     shuffled = isinstance(by, Transform)
     if isinstance(by, Transform):
-        source, back = by.source, _inverse(by)
+        source = by.source
+        back = by.once("inverse", lambda: torch.argsort(by.target).int())
     turn[(x.numel() // by.columns, -(-b // COLUMNS))](
         x,
         source,
@@ -51,18 +52,9 @@ def transform(x: Tensor, by: Turn, divisor: Tensor | None, factor: Tensor | None
     return y
 
 
-def _inverse(by: Transform) -> Tensor:
-    """Where each number of the product goes, int32 [n]."""
-    if "inverse" not in by.memo:
-        by.memo["inverse"] = torch.argsort(by.target).int()
-    inverse: Tensor = by.memo["inverse"]
-    return inverse
-
-
 def fits(by: Turn) -> bool:
-    """Whether a program can hold the left factor, and the tensors lie on one GPU."""
-    there = all(tensor.is_contiguous() and tensor.is_cuda for tensor in by.tensors)
-    return there and by.left.shape[0] <= LARGEST_FACTOR
+    """Whether a program can hold the left factor."""
+    return by.left.shape[0] <= LARGEST_FACTOR
 
 
 def tokens(x: Tensor, by: TokenGrid, divisor: Tensor | None, values: bool) -> Any:
@@ -89,14 +81,14 @@ def tokens(x: Tensor, by: TokenGrid, divisor: Tensor | None, values: bool) -> An
     return codes if values else (codes, step)
 
 
-def divided(x: Tensor, divisor: Tensor) -> Tensor:
-    """x / divisor, computed in fp32, in the dtype of x; divisor [n]."""
+def divided(x: Tensor, by: Division) -> Tensor:
+    """x / the divisor, computed in fp32, in the dtype of x."""
     from .tokens import divide
 
     x = x.contiguous()
     y = torch.empty_like(x)
-    size = len(divisor)
-    divide[(-(-size // WIDTH), x.numel() // size)](x, divisor, y, size, DEPTH=WIDTH)
+    size = by.columns
+    divide[(-(-size // WIDTH), x.numel() // size)](x, by.divisor, y, size, DEPTH=WIDTH)
     return y
 
 

@@ -23,6 +23,7 @@ from .fragments import (
     code_mask,
     column_sums,
     first_group,
+    groups_of_block,
     half_of,
     in_group,
     left,
@@ -200,7 +201,7 @@ def part_sums(
     Words, scales and zeros go through a ring in shared memory, `STAGES` - 1 steps ahead. x comes
     from the cache, one step before it is used.
     """
-    GROUPS: gl.constexpr = 1 if GROUP == 0 or GROUP >= 128 else 128 // GROUP
+    GROUPS: gl.constexpr = groups_of_block(GROUP)
     MORE: gl.constexpr = SCALES == 16 and GROUPS == 4
     sides: gl.constexpr = gl.SliceLayout(2, mma)
     ring8 = new_ring(BITS, 8, R, S)

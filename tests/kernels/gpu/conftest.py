@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import importlib
-import sys
-from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
 GLUON = ("uniform_few", "levels_few", "table_few")
 
 

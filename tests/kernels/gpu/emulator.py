@@ -222,6 +222,7 @@ class Language:
     ) -> Array:
         words = args[0].values.astype(np.uint32)
         words = words.reshape(*words.shape[:-1], -1, pack)[..., 0]
+        assert " " not in kinds, "constraints stand without blanks, as LLVM documents them"
         results = _run_ptx(code, words, outputs=kinds.count("="))
         halves = np.stack(results, -1)[..., None] >> np.array([0, 16], np.uint32) & 0xFFFF
         halves = halves.reshape(*args[0].values.shape).astype(np.uint16)
@@ -355,21 +356,6 @@ def _plain(kernel: Any, language: Language, done: dict[int, Any]) -> Any:
             names[name] = AsyncCopy(language)
         elif hasattr(found, "fn"):
             names[name] = _plain(found, language, done)
-        elif type(found).__name__ == "constexpr_function" or hasattr(found, "__wrapped__"):
-            names[name] = _host(found, language)
         elif type(found).__name__ == "constexpr":
             names[name] = found.value
     return copy
-
-
-def _host(function: Any, language: Language) -> Any:
-    """A constexpr_function; those that make layouts return None."""
-    plain = function.__wrapped__
-
-    def call(*args: Any) -> Any:
-        if "layout" in function.__name__ or function.__name__ == "only":
-            return None
-        found = plain(*args)
-        return getattr(found, "value", found)
-
-    return call

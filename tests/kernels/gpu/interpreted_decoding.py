@@ -9,13 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from storages import METHODS, error, generator, random_packed, use_gpu_rows
+from contract.random_weights import error, generator, random_packed
+from storages import METHODS, use_gpu_rows
 from torch.nn import functional as F
 
 from llq_hf import kernels
 from llq_hf.kernels import TokenGrid
 from llq_hf.kernels.gpu import turns
 from llq_hf.kernels.gpu.feedback import BlockRounder, descend, round_backwards
+from llq_hf.kernels.views import Division
 from llq_hf.methods import build, quip, slim_llm
 from llq_hf.numerics import coordinate_descent, error_feedback
 from llq_hf.numerics.activations import TokenQuant
@@ -102,7 +104,7 @@ def test_tokens_get_the_codes_that_torch_gives(bits: int):
     assert torch.equal(codes, expected)
     assert torch.equal(step, expected_step)
     assert torch.equal(turns.tokens(x, grid, None, values=True), quant(x))
-    assert torch.equal(turns.divided(x, divisor), (x / divisor.float()).half())
+    assert torch.equal(turns.divided(x, Division(divisor)), (x / divisor.float()).half())
 
 
 @pytest.mark.parametrize(

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from contract.random_weights import error, generator, random_packed
 from torch import Tensor
+from torch.nn import functional as F
 
-from llq_hf.kernels import dispatch
-from llq_hf.kernels.gpu import rows, turns
+from llq_hf.kernels import CachedTensors, dispatch
+from llq_hf.kernels.gpu import rows
 from llq_hf.kernels.rows import Row
+from llq_hf.kernels.views import View
 from llq_hf.method import Method, Packed
+from llq_hf.methods import build
 
 # Options, and the kernels that serve 3 tokens of bf16.
 METHODS: list[tuple[str, dict[str, Any], list[str]]] = [
@@ -19,13 +23,13 @@ METHODS: list[tuple[str, dict[str, Any], list[str]]] = [
     ("gptq", {"bits": 4, "act_order": True}, ["uniform"]),
     ("gptq", {"bits": 4, "group_size": 32}, ["uniform"]),
     ("gptq", {"bits": 4, "group_size": 48}, ["multiply"]),
-    ("awq", {"bits": 4}, ["uniform"]),
+    ("awq", {"bits": 4}, ["divided", "uniform"]),
     ("efficient_qat", {"bits": 2}, ["uniform"]),
     ("quip", {"bits": 2}, ["transform", "uniform", "transform"]),
-    ("quip", {"bits": 2, "incoherence": False}, ["uniform"]),
+    ("quip", {"bits": 2, "incoherence": False}, ["divided", "uniform"]),
     ("spinquant", {"bits": 4}, ["uniform"]),
     ("omniquant", {"bits": 2}, ["uniform"]),
-    ("smoothquant", {"bits": 8, "a_bits": 16}, ["uniform"]),
+    ("smoothquant", {"bits": 8, "a_bits": 16}, ["divided", "uniform"]),
     ("smoothquant", {"bits": 8}, ["tokens", "uniform_codes"]),
     ("smoothquant", {"bits": 4}, ["tokens", "uniform_codes"]),
     ("slim_llm", {"bits": 2}, ["uniform"]),
@@ -46,33 +50,42 @@ METHODS: list[tuple[str, dict[str, Any], list[str]]] = [
 ]
 
 
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+# Of inputs, levels and y, relative; fp32: of sums.
+ROUNDING = {torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10, torch.float32: 1e-5}
 
 
-def random_packed(method: Method, out_features: int, in_features: int) -> Packed:
-    """Random tensors of a method's layout, valid where not all values are."""
-    random, packed = generator(5), {}
-    for key, spec in method.layout(out_features, in_features).items():
-        if key == "order":
-            packed[key] = torch.randperm(in_features, generator=random).to(spec.dtype)
-        elif key == "widths":
-            cycle = torch.tensor([0, -1, 0, 1]) + int(method.bits)
-            packed[key] = cycle.repeat(-(-spec.shape[0] // 4))[: spec.shape[0]].to(spec.dtype)
-        elif spec.dtype.is_floating_point:
-            packed[key] = (torch.rand(spec.shape, generator=random) + 0.5).to(spec.dtype)
-        elif key == "seeds":
-            packed[key] = torch.randint(0, 2**31 - 1, spec.shape, generator=random).to(spec.dtype)
-        else:
-            info = torch.iinfo(spec.dtype)
-            bits = torch.randint(info.min, info.max, spec.shape, generator=random)
-            packed[key] = bits.to(spec.dtype)
-    if "position" in packed:  # a list of positions: only one that belongs to a mask can be read
-        positions = method._positions(out_features, in_features)
-        mask_N = torch.zeros(positions.total, dtype=torch.bool)
-        mask_N[torch.randperm(positions.total, generator=random)[: positions.count]] = True
-        packed.update(positions.pack(mask_N))
-    return packed
+class Linear(NamedTuple):
+    """A method's packed linear with random bits, and the weight that torch decodes."""
+
+    method: Method
+    packed: Packed
+    weight_OI: Tensor
+    tolerance: float  # beyond rounding: of activations with 8 or 4 bits
+
+    @classmethod
+    def of(cls, name: str, options: dict[str, Any], rows: int, kernels: list[str]) -> Linear:
+        """kernels: that serve 3 tokens, of `METHODS`."""
+        columns = 768 if "48" in str(options) else 1024
+        method = build(name, **options)
+        packed = random_packed(method, rows, columns)
+        weight_OI = method.dequantize(packed, rows, columns).double()
+        coarse = 15 if options.get("bits") == 4 else 1
+        return cls(method, packed, weight_OI, 0.02 * coarse if "tokens" in kernels else 0.0)
+
+    def check(self, tokens: int, dtype: torch.dtype, device: str = "cpu") -> None:
+        """The product is that of the decoded weight, in the dtype of the activations."""
+        rows, columns = self.weight_OI.shape
+        x = torch.randn(tokens, columns, generator=generator(tokens)).to(dtype)
+        there = CachedTensors({key: tensor.to(device) for key, tensor in self.packed.items()})
+        with torch.no_grad():
+            y = self.method.linear(x.to(device), there, None, rows).cpu()
+        assert y.dtype == dtype
+        expected = F.linear(x.double(), self.weight_OI)
+        assert error(y, expected) < ROUNDING[dtype] + self.tolerance
+
+
+def anywhere(view: View) -> bool:
+    return True
 
 
 def use_gpu_rows(monkeypatch: Any) -> list[str]:
@@ -86,16 +99,8 @@ def use_gpu_rows(monkeypatch: Any) -> list[str]:
 
         return call
 
-    monkeypatch.setattr(rows, "_there", lambda stored: True)
-    always: dict[Any, Callable[[Any], bool]] = {
-        turns.transform: lambda by: True,
-        rows.decode.multiply: lambda stored: row_fits(stored),
-    }
-
-    def row_fits(stored: Any) -> bool:
-        checks = {"TableCodes": rows._table, "SalientCodes": rows._short_rows}
-        return bool(checks.get(type(stored).__name__, lambda stored: True)(stored))
-
+    there = rows._there
+    monkeypatch.setattr(rows, "_there", anywhere)
     monkeypatch.setattr(
         dispatch,
         "TABLE",
@@ -103,14 +108,10 @@ def use_gpu_rows(monkeypatch: Any) -> list[str]:
             row._replace(
                 device="cpu",
                 available=lambda: True,
-                fits=always.get(row.kernel.__wrapped__, row.fits),
+                fits=anywhere if row.fits is there else row.fits,
                 kernel=counted(row),
             )
             for row in rows.ROWS
         ),
     )
     return served
-
-
-def error(y: Tensor, expected: Tensor) -> float:
-    return float((y.double() - expected).norm() / expected.norm())

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from storages import error, generator
+from contract.random_weights import error, generator
+from storages import ROUNDING
 from torch import Tensor
 
 from llq_hf.kernels.gpu import few
@@ -15,7 +16,6 @@ from llq_hf.numerics.grids import Grid, Uniform
 HALVES = [torch.bfloat16, torch.float16]
 # Of y in fp32: bf16's operands stand at 128, whose products cancel.
 SUMS = {torch.bfloat16: 5e-5, torch.float16: 2e-6}
-ROUNDING = {torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}  # of inputs, levels and y
 
 
 def uniform_weight(grid: Uniform, rows: int, columns: int) -> tuple[Any, Tensor]:
@@ -86,8 +86,10 @@ def test_a_wrong_zero_point_is_noticed(emulated: None, monkeypatch: pytest.Monke
     assert error(few.uniform(x, stored, None), x.double() @ weight_OI.T) > 0.02
 
 
-def test_a_wrong_order_of_columns_is_noticed(emulated: None):
+def test_codes_of_another_class_are_noticed(emulated: None, monkeypatch: pytest.MonkeyPatch):
+    from llq_hf.kernels.gpu import uniform_few
+
     stored, weight_OI = uniform_weight(Uniform(2, 128), 20, 256)
+    monkeypatch.setattr(uniform_few, "code_mask", lambda n, cls: 3 << 2 * (1 - cls))
     x = torch.randn(3, 256, generator=generator(1)).bfloat16()
-    swapped = x.roll(1, dims=1)
-    assert error(few.uniform(swapped, stored, None), x.double() @ weight_OI.T) > 0.5
+    assert error(few.uniform(x, stored, None), x.double() @ weight_OI.T) > 0.5
