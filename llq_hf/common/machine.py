@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -19,16 +21,26 @@ def cache_root() -> Path:
 
 
 def peak_bytes() -> int:
-    """Peak resident memory of this process, or peak allocated GPU memory where a GPU is used;
+    """Peak allocated GPU memory where a GPU is used, else peak resident memory of this process;
     0 where the system does not tell.
     """
     if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         return int(torch.cuda.max_memory_allocated())
+    return peak_resident_bytes()
+
+
+def peak_resident_bytes() -> int:
+    """Peak resident memory of this process; 0 where the system does not tell."""
+    # What Linux gives by getrusage begins with the peak of the process that started this one.
+    with suppress(OSError, StopIteration), Path("/proc/self/status").open() as lines:
+        peak = next(line for line in lines if line.startswith("VmHWM:"))
+        return int(peak.split()[1]) * 1024
     try:
         import resource  # Windows has none
     except ImportError:
         return 0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def gpu_name(device: torch.device) -> str | None:

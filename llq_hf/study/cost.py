@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from ..checkpoints.dense import fetch
 from ..checkpoints.journal import Journal
 from ..common.errors import LLQError
-from ..common.machine import peak_bytes
+from ..common.machine import peak_resident_bytes
 from ..common.progress import PassListener
 from ..models.load import auto_class
 
@@ -196,12 +196,12 @@ def peak_memory(device: str) -> Iterator[Figures]:
     known = _reset_peak(cuda)
     yield memory
     if known:
-        memory["peak_bytes"] = peak_bytes()
+        memory["peak_bytes"] = torch.cuda.max_memory_allocated() if cuda else peak_resident_bytes()
         memory["added_bytes"] = max(memory["peak_bytes"] - start, 0)
 
 
 def _reset_peak(cuda: bool) -> bool:
-    """Start the peak that `peak_bytes` reads anew; False where that cannot be done."""
+    """Start the peak anew; False where that cannot be done."""
     if cuda:
         torch.cuda.reset_peak_memory_stats()
         return True

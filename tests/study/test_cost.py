@@ -3,6 +3,8 @@ tiny model.
 """
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,6 @@ from llq_hf.study.cost import (
     disk_bytes,
     load_model,
     loaded_bytes,
-    peak_memory,
     ratios,
 )
 
@@ -76,18 +77,33 @@ def test_a_prompt_beyond_the_models_length_is_refused(tiny_llama: Path) -> None:
         Workload(rounds=0)
 
 
+PEAKS = """
+import json, torch
+from llq_hf.study.cost import peak_memory
+
+added = []
+for _ in range(5):
+    before = torch.ones(30_000_000)  # 120 MB, gone before the start
+    del before
+    with peak_memory("cpu") as found:
+        inside = torch.ones(10_000_000)
+        del inside
+    added.append(found.get("added_bytes"))
+print(json.dumps(added))
+"""
+
+
 def test_the_peak_is_of_what_runs_inside() -> None:
-    added = []
-    for _ in range(5):  # a system that takes unused pages back may do so in the middle of one
-        before = torch.ones(30_000_000)  # 120 MB, gone before the start
-        del before
-        with peak_memory("cpu") as found:
-            inside = torch.ones(10_000_000)
-            del inside
-        if "added_bytes" not in found:
-            pytest.skip("this system cannot start a new peak for a running process")
-        added.append(found["added_bytes"])
-    assert 36e6 < sorted(added)[2] < 80e6
+    """In a process of its own: what others left with the allocator would be taken up again, unseen.
+    Of five rounds the greatest counts, as pages may go back to the system late, after the start.
+    """
+    ran = subprocess.run(
+        [sys.executable, "-c", PEAKS], check=True, stdout=subprocess.PIPE, text=True
+    )
+    added = json.loads(ran.stdout)
+    if None in added:
+        pytest.skip("this system cannot start a new peak for a running process")
+    assert 36e6 < max(added) < 80e6
 
 
 def test_the_command(tiny_llama: Path, packed: Path) -> None:
