@@ -24,6 +24,7 @@ from ..method import Rewrite
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+WEIGHTS = (".safetensors", ".safetensors.index.json")
 CARD = "README.md"
 # Fields of the base's model card that the cards of its packed checkpoints repeat.
 CARD_FIELDS = ("license", "license_name", "license_link", "language", "pipeline_tag")
@@ -76,13 +77,14 @@ class Checkpoint:
         path = fetch(model, revision)
         config = read_json(path / "config.json")
         files = listed_files(path)
+        config.pop("transformers_weights", None)  # packed checkpoints name their files otherwise
         specs: dict[str, Spec] = {}
         for file in sorted(set(files.values())):
             specs.update(header(file))
         missing = [name for name in files if name not in specs]
         if missing:
             raise LLQError(
-                f"{path / INDEX} lists {missing[0]!r}, "
+                f"the index in {path} lists {missing[0]!r}, "
                 f"but {files[missing[0]].name} does not hold it"
             )
         return cls(path, files, {name: specs[name] for name in files}, config)
@@ -313,18 +315,34 @@ def is_name(name: Any) -> bool:
 
 
 def listed_files(path: Path) -> dict[str, Path]:
-    """The file of every tensor, from the index or from the single file.
+    """The file of every tensor, from the files that transformers would load: the one that
+    config.json names, else the single file, else those of the index.
 
-    LLQError where there is neither, or where the index is no list of files in the folder.
+    LLQError where there is none, or where the index is no list of files in the folder.
     """
-    if (path / INDEX).is_file():
-        weight_map = read_json(path / INDEX).get("weight_map")
+    named = _named_weights(path)
+    single, index = path / (named or SINGLE), path / (named or INDEX)
+    if single.is_file() and not single.name.endswith(".index.json"):
+        return dict.fromkeys(header(single), single)
+    if index.is_file():
+        weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not all(map(is_name, weight_map.values())):
-            raise LLQError(f"{path / INDEX} has no weight_map of tensor names to file names")
+            raise LLQError(f"{index} has no weight_map of tensor names to file names")
         return {name: path / file for name, file in weight_map.items()}
-    if (path / SINGLE).is_file():
-        return dict.fromkeys(header(path / SINGLE), path / SINGLE)
     hint = ""
     if list(path.glob("*.bin")):
         hint = " (its .bin files are pickles, which are never loaded; convert them to safetensors)"
-    raise LLQError(f"{path} holds no {SINGLE} and no {INDEX}{hint}")
+    raise LLQError(f"{path} holds no {single.name} and no {index.name}{hint}")
+
+
+def _named_weights(path: Path) -> str | None:
+    """The file of weights, or their index, that config.json names; None where it names none."""
+    if not (path / "config.json").is_file():
+        return None
+    named = read_json(path / "config.json").get("transformers_weights")
+    if named is not None and not (is_name(named) and named.endswith(WEIGHTS)):
+        raise LLQError(
+            f"{path / 'config.json'} names {named!r} as transformers_weights, "
+            "which is no safetensors file of this folder"
+        )
+    return named

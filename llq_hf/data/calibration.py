@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 
 from ..common.errors import LLQError
+from ..common.files import read_json
 from ..common.words import either, nearest
 from ..demo import MODELS, resolve
 from .pairs import HUB
@@ -49,6 +50,7 @@ from .windows import (
 )
 
 CALIBRATION_SOURCES = ("wikitext2", "c4", "ptb", "demo", "demo-vlm")
+STUDY_SEQLEN = 2048
 BUNDLED_SEQLEN = 256  # what the bundled models were trained on
 
 
@@ -62,7 +64,7 @@ class Calibration:
 
     source: str = "wikitext2"  # a name of CALIBRATION_SOURCES or a path
     samples: int = 128
-    seqlen: int = 2048
+    seqlen: int = STUDY_SEQLEN
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -128,7 +130,10 @@ class CalibrationOptions:
     )
     seqlen: int | None = field(
         default=None,
-        metadata={"help": "Tokens in a sequence.", "default": "2048; for a bundled model 256"},
+        metadata={
+            "help": "Tokens in a sequence.",
+            "default": "2048, or the model's context; for a bundled model 256",
+        },
     )
     seed: int | None = field(
         default=None, metadata={"help": "Seed of the draws from the text.", "default": "0"}
@@ -177,13 +182,26 @@ class CalibrationOptions:
     def for_model(self, model: str) -> Calibration:
         """The calibration of `model` (a folder, a Hub id or a bundled model's name).
 
-        What was left open is the study's setting, 128 windows of 2048 tokens of wikitext2; for a
-        bundled model it is its own text, which is the source of that name, in windows of 256.
+        What was left open is the study's setting, 128 windows of 2048 tokens of wikitext2, or of as
+        many as the model takes; for a bundled model it is its own text, which is the source of that
+        name, in windows of 256.
         """
         folder = Path(resolve(model))
         bundled = next((name for name, own in MODELS.items() if own == folder), None)
-        defaults = {"source": bundled, "seqlen": BUNDLED_SEQLEN} if bundled else {}
+        defaults: dict[str, Any] = {"seqlen": min(STUDY_SEQLEN, _context(folder) or STUDY_SEQLEN)}
+        if bundled:
+            defaults = {"source": bundled, "seqlen": BUNDLED_SEQLEN}
         return Calibration(**{**defaults, **self.given})
+
+
+def _context(folder: Path) -> int | None:
+    """Tokens that the model in a folder takes; None where its config.json does not say."""
+    if not (folder / "config.json").is_file():  # a model on the Hub
+        return None
+    config = read_json(folder / "config.json")
+    text = config.get("text_config")
+    longest = {**config, **(text if isinstance(text, dict) else {})}.get("max_position_embeddings")
+    return longest if isinstance(longest, int) and longest > 0 else None
 
 
 def calibration_ids(

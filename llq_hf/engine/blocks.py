@@ -82,7 +82,7 @@ class StreamedBlocks(Blocks):
         self, checkpoint: Checkpoint, skeleton: nn.Module, dtype: torch.dtype, device: torch.device
     ) -> None:
         self.checkpoint = checkpoint
-        self.skeleton = skeleton
+        self.skeleton = with_computed(copy.deepcopy(skeleton), device)
         self.dtype = dtype
         self.device = device
         self.prefixes = block_prefixes(skeleton)
@@ -94,19 +94,20 @@ class StreamedBlocks(Blocks):
 
     def decoder(self) -> nn.Module:
         name, skeleton = decoder_of(self.skeleton)
-        return with_computed(self._filled(self._without_blocks(skeleton), name), self.device)
+        return self._filled(self._without_blocks(skeleton), name)
 
     def around(self) -> nn.Module:
         model: Any = self._without_blocks(self.skeleton)
         # The head is never run, and it is as large as the embeddings.
         model.set_output_embeddings(nn.Identity())
-        return with_computed(self._filled(model, ""), self.device)
+        return self._filled(model, "")
 
     def _without_blocks(self, module: nn.Module) -> nn.Module:
         """A copy of the skeleton, or of its decoder, without the blocks."""
         decoder = decoder_of(self.skeleton)[1]
         blocks = decoder.layers
-        decoder.layers = nn.ModuleList([nn.Identity() for _ in self.prefixes])
+        assert isinstance(blocks, nn.ModuleList)
+        decoder.layers = nn.ModuleList([_Unloaded(block) for block in blocks])
         try:
             return copy.deepcopy(module)
         finally:
@@ -125,20 +126,35 @@ class StreamedBlocks(Blocks):
         return module.requires_grad_(False).eval()
 
 
+class _Unloaded(nn.Module):
+    """In the place of a block: it has the attributes, which decoders read, and no tensors."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        # Past nn.Module, which would take it for a part of this one.
+        self.__dict__.update(block=block, forward=block.forward)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["block"], name)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Unloaded:
+        return _Unloaded(self.__dict__["block"])
+
+
 def with_computed(model: nn.Module, device: torch.device) -> nn.Module:
-    """`model` with the buffers that no file holds (rotary tables, position ids).
+    """`model`, whose parameters lie on meta, with the buffers that no file holds (rotary tables,
+    position ids) on `device`.
 
     transformers computes them, as from_pretrained does.
     """
     for module in model.modules():
-        for name, buffer in module._buffers.items():
-            if buffer is not None and buffer.is_meta:
+        for name in module._non_persistent_buffers_set:
+            buffer = module._buffers[name]
+            if buffer is not None:
                 module._buffers[name] = torch.empty_like(buffer, device=device)
-            elif buffer is not None:
-                # This mark makes transformers leave a tensor as it is.
-                setattr(buffer, "_is_hf_initialized", True)  # noqa: B010 (mypy: no such attribute)
     for parameter in model.parameters():
-        setattr(parameter, "_is_hf_initialized", True)  # noqa: B010
+        # This mark makes transformers leave a tensor as it is.
+        setattr(parameter, "_is_hf_initialized", True)  # noqa: B010 (mypy: no such attribute)
     initialize: Any = model.initialize_weights
     initialize()
     return model

@@ -21,8 +21,8 @@ from ..method import Flow, Method
 from ..models.decoder import block_linears, block_prefixes, quantizable
 from ..numerics.stats import Hessian
 from .blocks import StreamedBlocks
+from .entrance import Entrance
 from .options import RunOptions
-from .stream import Entrance
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -36,11 +36,10 @@ def problems_of(checkpoint: Checkpoint, skeleton: PreTrainedModel, method: Metho
             checked_layout(method.for_linear(name), linear.out_features, linear.in_features)
         except LLQError as error:
             problems.append(f"{name}: {error}")
-    tied = set(getattr(skeleton, "_tied_weights_keys", None) or [])
     for name, tensor in skeleton.state_dict().items():
         spec = checkpoint.specs.get(name)
         if spec is None:
-            if name not in tied:
+            if name not in skeleton.all_tied_weights_keys:
                 problems.append(f"the tensor {name} is missing")
         elif spec.shape != tuple(tensor.shape):
             problems.append(
@@ -182,10 +181,11 @@ def _forward_seconds(blocks: StreamedBlocks, data: Tensor | Pairs) -> float:
     It is also the run's first test of device, dtype and memory.
     """
     entrance = Entrance(blocks, data)
-    hidden, kwargs = entrance.capture(entrance.batches()[0])
+    entrance.check()
+    hidden_BSD, arguments = entrance.calls(entrance.batches()[0])
     block = blocks.load(0)
     started = time.perf_counter()
-    block(hidden, **kwargs)
+    block(hidden_BSD, **arguments.of(0))
     seconds = time.perf_counter() - started
     # Every block runs twice over all batches: for statistics and for outputs.
     return 2 * len(blocks.prefixes) * len(entrance.batches()) * seconds

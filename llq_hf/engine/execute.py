@@ -32,7 +32,7 @@ from ..data.calibration import Calibration
 from ..kernels import reference
 from ..method import Method
 from ..models.decoder import block_prefixes, quantizable
-from ..models.load import auto_class
+from ..models.load import load_dense
 from .blocks import StreamedBlocks
 from .options import RunOptions
 from .precision import full_precision
@@ -240,12 +240,13 @@ def _load_or_learn(plan: Plan, out: Path, progress: Progress) -> dict[str, Tenso
     state = FileState(out, plan.fingerprint, "model", kind="learned")
     learned = state.load()
     if learned is None:
-        learned = learn(_whole_model(plan).eval(), plan.method, token_ids(plan.data), progress)
+        learned = learn(_whole_model(plan), plan.method, token_ids(plan.data), progress)
         state.save(learned)
     return learned
 
 
 def _whole_model(plan: Plan) -> PreTrainedModel:
     """The dense model in memory."""
-    kind = auto_class(plan.skeleton.config)
-    return kind.from_pretrained(plan.checkpoint.path, dtype=plan.dtype).to(plan.run.device)
+    return load_dense(
+        plan.checkpoint.path, plan.skeleton.config, plan.dtype, torch.device(plan.run.device)
+    )

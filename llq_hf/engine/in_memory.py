@@ -14,7 +14,7 @@ from ..data.pairs import Pairs
 from ..kernels import reference
 from ..layers.linear import QuantLinear
 from ..method import Method
-from ..models.decoder import quantizable
+from ..models.decoder import check_covered, quantizable
 from .blocks import LiveBlocks
 from .options import RunOptions
 from .precision import full_precision
@@ -42,6 +42,7 @@ def quantize_model(
     not fit.
     """
     progress = progress or Progress()
+    check_covered(model)
     if learned is None:
         method, learned = resolve_method(model, method, data, progress)
     rewrite = method.rewrite(model, learned)

@@ -20,6 +20,7 @@ from ..data.pairs import Pairs, read_pairs
 from ..data.windows import ids_sha256
 from ..kernels import reference
 from ..method import Method
+from ..models.decoder import check_covered
 from ..models.load import (
     build_skeleton,
     load_processor,
@@ -27,6 +28,7 @@ from ..models.load import (
     module_names,
     takes_images,
 )
+from .base import check_as_loaded, file_digests, with_own_heads
 from .estimates import estimate, problems_of
 from .options import RunOptions
 from .precision import full_precision
@@ -77,6 +79,7 @@ def prepare(
     """
     checkpoint = _open_dense(model, run.revision, progress)
     skeleton = build_skeleton(checkpoint.path)
+    check_covered(skeleton)
     method = method.bound_to(skeleton)
     dtype = _dtype(run.dtype, skeleton)
     check_device(run.device)
@@ -97,7 +100,10 @@ def prepare(
     source = Rewritten.of(checkpoint, method.rewrite(skeleton, {}))
     estimates = estimate(source, skeleton, method, data, dtype, run, out, progress)
     progress.estimates(estimates)
-    identity = _identity(base_sha256, method, described, dtype, run)
+    base = {"base_sha256": base_sha256, "base_files": file_digests(checkpoint.path)}
+    ids_NS = data if isinstance(data, Tensor) else None
+    check_as_loaded(checkpoint, skeleton, dtype, torch.device(run.device), ids_NS, base, progress)
+    identity = _identity(base, method, described, dtype, run)
     return Plan(checkpoint, skeleton, method, data, identity, made_from, run, dtype, estimates)
 
 
@@ -125,6 +131,7 @@ def _check_tensors(
     progress.stage("hashing the base model", len(checkpoint.files))
     sha256, not_finite = checkpoint.scan(lambda done, total: progress.advance())
     checkpoint = checkpoint.named(module_names(skeleton, checkpoint.files))
+    checkpoint = with_own_heads(checkpoint, skeleton)
     problems = problems_of(checkpoint, skeleton, method)
     problems += [f"{name} holds NaN or infinity" for name in not_finite]
     if problems:
@@ -144,7 +151,7 @@ def _check_shards(data: Tensor | Pairs | None, run: RunOptions) -> None:
 
 
 def _identity(
-    base_sha256: str,
+    base: dict[str, Any],
     method: Method,
     calibration: dict[str, Any] | None,
     dtype: torch.dtype,
@@ -153,7 +160,7 @@ def _identity(
     """Everything that decides the bytes of the result."""
     return {
         "format_version": FORMAT_VERSION,
-        "base_sha256": base_sha256,
+        **base,
         "method": method.name,
         "config": method.to_dict(),
         "calibration": calibration,
@@ -186,6 +193,7 @@ def calibration_data(
         if tokenizer is None and calibration.needs_tokenizer:
             tokenizer = load_tokenizer(path)
         ids_NS = calibration.ids(tokenizer, text_config.vocab_size)
+        check_context(ids_NS, getattr(text_config, "max_position_embeddings", None))
         return ids_NS, {
             "ids_sha256": ids_sha256(ids_NS),
             "samples": ids_NS.shape[0],
@@ -203,6 +211,15 @@ def calibration_data(
     progress.stage("reading the calibration images", len(pairs))
     pairs = pairs.measured(text_config.max_position_embeddings, progress.advance)
     return pairs, pairs.described()
+
+
+def check_context(ids_NS: Tensor, longest: int | None) -> None:
+    """LLQError for calibration windows of more tokens than the model takes."""
+    if longest is not None and ids_NS.shape[1] > longest:
+        raise LLQError(
+            f"calibration windows of {ids_NS.shape[1]} tokens are longer than the model's context; "
+            f"give calibration_seqlen={longest} or less"
+        )
 
 
 def _dtype(name: str | None, skeleton: PreTrainedModel) -> torch.dtype:

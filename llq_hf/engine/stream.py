@@ -10,8 +10,7 @@ import copy
 import math
 import os
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -24,13 +23,12 @@ from ..common.errors import LLQError
 from ..common.machine import gpu_free_bytes
 from ..common.progress import PassListener
 from ..data.pairs import Pairs
-from ..models.decoder import block_linears, decoder_of, hidden_of, watch_inputs
+from ..models.decoder import block_linears, hidden_of, watch_inputs
 from ..numerics.stats import Stat
 from .blocks import Blocks
+from .entrance import BlockArguments, Entrance
 from .team import Stats, Team, batches_of, edges_of
 
-# Tokens per forward pass: enough to keep the cores busy, few enough to bound memory.
-BATCH_TOKENS = 4096
 CPU = torch.device("cpu")
 
 # --- activations ----------------------------------------------------------------------------------
@@ -128,75 +126,14 @@ class Ragged(Activations):
         self[rows].copy_(value)
 
 
-# --- the first block's input ----------------------------------------------------------------------
-
-
-class Entrance:
-    """Turns calibration data (token ids or image-text pairs) into the input of the first block.
-
-    Images go through the model's own vision tower and projector, so that visual tokens are in the
-    sequence as they are at inference.
-    """
-
-    def __init__(self, blocks: Blocks, data: Tensor | Pairs) -> None:
-        self.data = data
-        self.device = blocks.device
-        self.is_pairs = isinstance(data, Pairs)
-        self.runner = blocks.around() if self.is_pairs else blocks.decoder()
-        self.lengths = data.lengths if isinstance(data, Pairs) else [data.shape[1]] * len(data)
-        # Sequences per forward pass.
-        self.size = 1 if self.is_pairs else max(1, BATCH_TOKENS // self.lengths[0])
-
-    def batches(self) -> list[slice]:
-        count = len(self.lengths)
-        return [slice(start, min(start + self.size, count)) for start in range(0, count, self.size)]
-
-    def capture(self, rows: slice) -> tuple[Tensor, dict[str, Any]]:
-        """Input [B, S, D] of the first block and the keyword arguments that it gets."""
-        if not isinstance(self.data, Pairs):
-            return capture(self.runner, self.data[rows].to(self.device))
-        dtype = next(self.runner.parameters()).dtype
-        inputs = {
-            name: t.to(self.device, dtype if t.is_floating_point() else None)
-            for name, t in self.data.inputs(rows.start).items()
-        }
-        decoder = decoder_of(self.runner)[1]
-        return _first_input(decoder, lambda: self.runner(**inputs, use_cache=False))
-
-    def new_activations(self, width: int, dtype: torch.dtype, offload: Path | None) -> Activations:
-        """Room for the activations of all sequences."""
-        if self.is_pairs:
-            return Ragged(self.lengths, width, dtype, offload, self.device)
-        shape = (len(self.lengths), self.lengths[0], width)
-        return Activations(shape, dtype, offload, self.device)
-
-
-def capture(decoder: nn.Module, ids_BS: Tensor) -> tuple[Tensor, dict[str, Any]]:
-    """Input [B, S, D] of the first block, and the keyword arguments that the decoder passes to it.
-
-    The arguments are the attention mask, rotary tables and the like.
-    """
-    return _first_input(decoder, lambda: decoder(input_ids=ids_BS, use_cache=False))
-
-
-class _FirstBlockReachedError(Exception):
-    """Ends a forward pass at the first block."""
-
-
-@torch.no_grad()
-def _first_input(decoder: nn.Module, run: Callable[[], Any]) -> tuple[Tensor, dict[str, Any]]:
-    """What `decoder` passes to its first block when `run` is called. No block is run."""
-    captured: list[tuple[Tensor, dict[str, Any]]] = []
-
-    def stop(block: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
-        captured.append((args[0], kwargs))
-        raise _FirstBlockReachedError
-
-    assert isinstance(decoder.layers, nn.ModuleList)
-    hook = decoder.layers[0].register_forward_pre_hook(stop, with_kwargs=True)
-    with hook, suppress(_FirstBlockReachedError):
-        run()
-    return captured[0]
+def new_activations(
+    entrance: Entrance, width: int, dtype: torch.dtype, offload: Path | None
+) -> Activations:
+    """Room for the activations of all sequences that come in."""
+    if entrance.is_pairs:
+        return Ragged(entrance.lengths, width, dtype, offload, entrance.device)
+    shape = (len(entrance.lengths), entrance.lengths[0], width)
+    return Activations(shape, dtype, offload, entrance.device)
 
 
 # --- from block to block --------------------------------------------------------------------------
@@ -205,8 +142,8 @@ def _first_input(decoder: nn.Module, run: Callable[[], Any]) -> tuple[Tensor, di
 class Stream:
     """The input of the current block for all calibration sequences.
 
-    It holds the activations and the keyword arguments that every block gets. In a distributed run
-    each process has the sequences of its own shards.
+    It holds the activations, and the arguments that each block gets beside them. In a distributed
+    run each process has the sequences of its own shards.
     """
 
     def __init__(
@@ -225,28 +162,30 @@ class Stream:
         if isinstance(data, Tensor):
             data = data[edges[0] : edges[-1]]
         entrance = Entrance(blocks, data)
+        entrance.check()
         self.is_pairs = entrance.is_pairs
         self.count = len(entrance.lengths)
         self.length = -(-sum(entrance.lengths) // self.count)
         self.shards = batches_of([edge - edges[0] for edge in edges], entrance.size)
-        # Keyword arguments of pairs by number, because masks may depend on where the image is.
-        # Otherwise by batch size: masks have a batch axis, and one of size 1 fits every batch.
-        self._kwargs: dict[int, dict[str, Any]] = {}
+        self.block = 0  # the current one
+        # Of pairs by number, because masks may depend on where the image is. Otherwise by batch
+        # size: masks have a batch axis, and one of size 1 fits every batch.
+        self._arguments: dict[int, BlockArguments] = {}
         if not self.is_pairs:
-            self._kwargs[1] = entrance.capture(slice(0, 1))[1]
+            self._arguments[1] = entrance.calls(slice(0, 1))[1]
         self.activations = self._embed(entrance, offload)
 
     def _embed(self, entrance: Entrance, offload: Path | None) -> Activations:
-        """The input of the first block. Keyword arguments are kept in `_kwargs`."""
+        """The input of the first block. Arguments of blocks are kept in `_arguments`."""
         activations: Activations | None = None
         self.listener.stage("embedding the calibration data", self.count)
         for rows in self.batches():
-            hidden_BSD, kwargs = entrance.capture(rows)
+            hidden_BSD, arguments = entrance.calls(rows)
             if activations is None:
                 width, dtype = hidden_BSD.shape[-1], hidden_BSD.dtype
-                activations = entrance.new_activations(width, dtype, offload)
+                activations = new_activations(entrance, width, dtype, offload)
             activations[rows] = hidden_BSD
-            self._kwargs.setdefault(rows.start if self.is_pairs else len(hidden_BSD), kwargs)
+            self._arguments.setdefault(rows.start if self.is_pairs else len(hidden_BSD), arguments)
             self.listener.advance(len(hidden_BSD))
         assert activations is not None
         return activations
@@ -257,12 +196,15 @@ class Stream:
         twin.activations = self.activations.copy(offload)
         return twin
 
-    def place(self, block: nn.Module) -> None:
-        """Give the inputs of `block` on its own device: a model may lie on several GPUs."""
+    def enter(self, index: int, block: nn.Module) -> None:
+        """Give the inputs of block number `index` from now on, on its own device: a model may lie
+        on several GPUs.
+        """
+        self.block = index
         device = next(block.parameters()).device
         if device != self.device:
             self.device = device
-            self._kwargs = moved(self._kwargs, device)
+            self._arguments = {key: each.to(device) for key, each in self._arguments.items()}
 
     def batches(self) -> list[slice]:
         return [rows for batches in self.shards for rows in batches]
@@ -270,9 +212,9 @@ class Stream:
     def inputs(self, rows: slice) -> tuple[Tensor, dict[str, Any]]:
         """Hidden states [B, S, D] and keyword arguments of the current block."""
         hidden_BSD = self.activations[rows].to(self.device)
-        if self.is_pairs:
-            return hidden_BSD, self._kwargs[rows.start]
-        return hidden_BSD, self._kwargs.get(len(hidden_BSD), self._kwargs[1])
+        key = rows.start if self.is_pairs else len(hidden_BSD)
+        arguments = self._arguments.get(key) or self._arguments[1]
+        return hidden_BSD, arguments.of(self.block)
 
     @torch.no_grad()
     def observe(
@@ -348,17 +290,6 @@ class Stream:
                 )
             self.activations[rows] = out_BSD
             self.listener.advance(len(hidden_BSD))
-
-
-def moved(value: Any, device: torch.device) -> Any:
-    """`value` with all tensors in it on `device`."""
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, dict):
-        return {key: moved(part, device) for key, part in value.items()}
-    if isinstance(value, tuple | list):
-        return type(value)(moved(part, device) for part in value)
-    return value
 
 
 def _key(group: list[str], kind: type[Stat]) -> str:

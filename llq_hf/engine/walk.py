@@ -81,7 +81,7 @@ class Block:
         loaded = self._blocks.load(self.index)
         for stream in (self._passage.stream, self._passage.beside):
             if stream is not None:
-                stream.place(loaded)
+                stream.enter(self.index, loaded)
         if self._passage.stream is not None and self._passage.method.flow is not Flow.QUANTIZED:
             self._dense = copy.deepcopy(loaded)
         return loaded

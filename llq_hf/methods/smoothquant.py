@@ -39,7 +39,8 @@ Departures
     channel that never fired has s = 1 (theirs 1e-5, which inflates the channel if it fires later).
     A linear that alone reads a norm, such as a fused qkv_proj, is not smoothed: that an input comes
     from a norm is concluded from its having several readers. Only q_proj, k_proj and v_proj count
-    as inputs of products of activations.
+    as inputs of products of activations; a model that has none is refused with
+    `quantize_bmm_input`.
 
 Presets
     "best" is `search_range`, which shrinks each row's range to where sum |error|**2.4 is least.
@@ -49,15 +50,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache, cached_property
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..common.errors import LLQError
 from ..common.spec import Spec
 from ..kernels import divided, integer_product, once, product, product_of_codes
 from ..kernels.bitpack import unpack
 from ..method import Flow, Method, Packed, Step
+from ..models.decoder import quantizable
 from ..numerics.activations import TokenQuant
 from ..numerics.grids import Grid, Uniform
 from ..numerics.stats import AbsMax, Stat
@@ -108,6 +111,15 @@ class SmoothQuant(OnUniformGrid):
     @property
     def flow(self) -> Flow:
         return Flow.DENSE
+
+    def bound_to(self, model: nn.Module) -> Self:
+        last = {name.rpartition(".")[2] for name in quantizable(model)}
+        if self.quantize_bmm_input and not last.intersection(BMM_INPUTS):
+            raise LLQError(
+                f"{type(model).__name__} has no {', '.join(BMM_INPUTS)} whose outputs could be "
+                "quantized: its attention would stay 16 bits; give quantize_bmm_input=false"
+            )
+        return self
 
     def for_linear(self, name: str) -> Method:
         quantized = self.quantize_bmm_input and name.rpartition(".")[2] in BMM_INPUTS

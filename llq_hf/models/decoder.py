@@ -55,6 +55,31 @@ def quantizable(model: nn.Module) -> dict[str, nn.Linear]:
     }
 
 
+def check_covered(model: nn.Module) -> None:
+    """LLQError where more than a twentieth of the blocks' weights lies outside of linears, and
+    would stay dense: fused experts above all.
+
+    A model that is packed in its attention alone must not pass for a model of few bits.
+    """
+    linears, others = 0, {}
+    for prefix in block_prefixes(model):
+        block = model.get_submodule(prefix)
+        own = {id(linear.weight) for linear in block_linears(block).values()}
+        for name, parameter in block.named_parameters():
+            if id(parameter) in own:
+                linears += parameter.numel()
+            elif parameter.ndim > 1:
+                others[f"{prefix}.{name}"] = parameter.numel()
+    dense = sum(others.values())
+    if 20 * dense > dense + linears:
+        largest = max(others, key=others.__getitem__)
+        raise LLQError(
+            f"{type(model).__name__} keeps {dense / (dense + linears):.0%} of its blocks' weights "
+            f"outside of linears (such as {largest}), as mixtures of experts do; they would stay "
+            "in full precision, so it is not quantized"
+        )
+
+
 def replace_module(root: nn.Module, name: str, new: nn.Module) -> None:
     """Put `new` in the place of the module called `name` inside `root`."""
     parent, _, child = name.rpartition(".")

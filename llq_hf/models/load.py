@@ -77,6 +77,24 @@ def build_skeleton(path: Path) -> PreTrainedModel:
         raise LLQError(f"{path / 'config.json'} describes no model: {text}") from error
 
 
+def load_dense(
+    path: Path, config: PreTrainedConfig, dtype: torch.dtype, device: torch.device | str
+) -> PreTrainedModel:
+    """The dense model of a checkpoint folder, in memory."""
+    from transformers.utils import logging
+
+    bar = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # its lines would break ours
+    try:
+        model: PreTrainedModel = auto_class(config).from_pretrained(
+            path, dtype=dtype, trust_remote_code=False
+        )
+    finally:
+        if bar:
+            logging.enable_progress_bar()
+    return model.to(device).eval()
+
+
 def check_depth(config: Any) -> None:
     """LLQError for more layers than a model has: building each takes time and memory, even on the
     meta device.

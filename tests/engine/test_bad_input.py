@@ -35,6 +35,7 @@ from llq_hf.methods import build, method_type
 from llq_hf.models.load import build_skeleton
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+SHARD = "model-00001-of-00001.safetensors"
 
 
 def quantize(
@@ -262,10 +263,16 @@ def _truncate(folder: Path) -> None:
 
 
 def _index(folder: Path, **more: str) -> None:
+    """An index in the place of the single file, which would be taken before it."""
     names = load_file(folder / SINGLE)
-    (folder / INDEX).write_text(
-        json.dumps({"metadata": {}, "weight_map": {**dict.fromkeys(names, SINGLE), **more}})
-    )
+    (folder / SINGLE).rename(folder / SHARD)
+    weight_map = {**dict.fromkeys(names, SHARD), **more}
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def _index_of(folder: Path, text: str) -> None:
+    _index(folder)
+    (folder / INDEX).write_text(text)
 
 
 def _set(name: str, value: float) -> Callable[[Path], None]:
@@ -301,13 +308,13 @@ CHECKPOINTS: dict[str, tuple[Callable[[Path], Any], str]] = {
         "y.safetensors is missing",
     ),
     "index lists a tensor that is not there": (
-        lambda folder: _index(folder, x=SINGLE),
+        lambda folder: _index(folder, x=SHARD),
         "lists 'x', but",
     ),
-    "index is no JSON": (lambda folder: (folder / INDEX).write_text("{"), "is not valid JSON"),
-    "index without a map": (lambda folder: (folder / INDEX).write_text("{}"), "tensor"),
+    "index is no JSON": (lambda folder: _index_of(folder, "{"), "is not valid JSON"),
+    "index without a map": (lambda folder: _index_of(folder, "{}"), "has no weight_map"),
     "index with a list": (
-        lambda folder: (folder / INDEX).write_text('{"weight_map": []}'),
+        lambda folder: _index_of(folder, '{"weight_map": []}'),
         "weight_map",
     ),
     "tensor missing": (
@@ -329,6 +336,18 @@ CHECKPOINTS: dict[str, tuple[Callable[[Path], Any], str]] = {
         "lm_head.weight holds NaN or infinity",
     ),
     "not a Llama": (lambda folder: _edit_config(folder, model_type="gpt2", n_layer=2), "."),
+    "weights of another folder": (
+        lambda folder: _edit_config(folder, transformers_weights="../model.safetensors"),
+        "names '../model.safetensors' as transformers_weights",
+    ),
+    "a short context": (
+        lambda folder: _edit_config(folder, max_position_embeddings=16),
+        "windows of 32 tokens are longer than the model's context; give calibration_seqlen=16",
+    ),
+    "a head that should be its own": (
+        lambda folder: _edit_tensors(folder, lambda t: t.pop("lm_head.weight")),
+        "the tensor lm_head.weight is missing",
+    ),
     "quantized by others": (
         lambda folder: _edit_config(folder, quantization_config={"quant_method": "awq", "bits": 4}),
         r"is quantized already \(awq\)",

@@ -44,8 +44,8 @@ def test_statistics_and_inputs_are_on_the_device_of_their_block(
     first, second = model.model.layers
     groups = input_groups(first, *activations.inputs(slice(0, 1)))
     observes = dict.fromkeys([name for group in groups for name in group], Hessian)
-    for block, device in ((first, torch.device("cpu")), (second.to(GPU), GPU)):
-        activations.place(block)
+    for index, (block, device) in enumerate(((first, torch.device("cpu")), (second.to(GPU), GPU))):
+        activations.enter(index, block)
         hidden_BSD, kwargs = activations.inputs(slice(0, 2))
         assert hidden_BSD.device.type == device.type
         assert {part.device.type for part in kwargs["position_embeddings"]} == {device.type}
@@ -97,7 +97,7 @@ def test_the_memory_of_a_gpu_is_checked(monkeypatch: pytest.MonkeyPatch):
 
 def test_the_fingerprint_names_the_gpu(monkeypatch: pytest.MonkeyPatch):
     def identity() -> dict[str, Any]:
-        return prepare._identity("0", build("rtn"), None, torch.float32, RunOptions("cuda:0"))
+        return prepare._identity({}, build("rtn"), None, torch.float32, RunOptions("cuda:0"))
 
     assert "gpu" not in identity()  # here
     monkeypatch.setattr(prepare, "gpu_name", lambda device: f"card {device.index}")

@@ -41,7 +41,7 @@ def codes(folder: Path) -> torch.Tensor:
 
 
 def test_two_processes_make_the_bytes_of_one(tiny_llama, calibration_npy, tmp_path):
-    method, calibration = build("gptq", **METHOD), Calibration(str(calibration_npy), samples=8)
+    method, calibration = build("gptq", **METHOD), Calibration(str(calibration_npy), 8, 128)
     one, two, plain = tmp_path / "one", tmp_path / "two", tmp_path / "plain"
     quantize_checkpoint(str(tiny_llama), one, method, calibration, RunOptions(shards=2))
     torchrun = [
