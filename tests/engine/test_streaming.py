@@ -19,8 +19,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from llq_hf.checkpoints.dense import INDEX, SINGLE, Checkpoint
 from llq_hf.common.progress import PassListener
 from llq_hf.data.calibration import Calibration
-from llq_hf.engine.blocks import LiveBlocks, StreamedBlocks
 from llq_hf.engine import base
+from llq_hf.engine.blocks import LiveBlocks, StreamedBlocks
 from llq_hf.engine.execute import quantize_checkpoint
 from llq_hf.engine.options import RunOptions
 from llq_hf.engine.stream import Activations, Stream
