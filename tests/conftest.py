@@ -118,9 +118,9 @@ def make_tokenizer(folder: Path) -> None:
     fast.save_pretrained(folder)
 
 
-def make_llava(folder: Path, tied: bool = False) -> Path:
+def make_llava(folder: Path, tied: bool = False, **sizes: object) -> Path:
     """A random LLaVA-Next in `folder`: sizes of `make_llama`, a CLIP tower of 28 pixels, tokenizer,
-    processor.
+    processor. sizes: of the text decoder.
     """
     import transformers
 
@@ -136,7 +136,7 @@ def make_llava(folder: Path, tied: bool = False) -> Path:
     config = transformers.LlavaNextConfig(
         vision_config=transformers.CLIPVisionConfig(image_size=28, patch_size=14, **tower),
         text_config=transformers.LlamaConfig(
-            **SIZES, vocab_size=len(tokenizer), max_position_embeddings=2048
+            **{**SIZES, **sizes}, vocab_size=len(tokenizer), max_position_embeddings=2048
         ),
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
         image_grid_pinpoints=[[28, 56], [56, 28], [56, 56]],

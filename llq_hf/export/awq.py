@@ -12,6 +12,7 @@ scales   [G, O]       fp16 (dtype)
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from ..common.errors import LLQError
 from ..numerics.grids import Affine
-from .base import AffineFormat, bitstream, whole
+from .base import AffineFormat, Grid, bitstream, whole
 
 ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
 
@@ -48,15 +49,15 @@ class AWQFormat(AffineFormat):
             "scales": affine.scale_OG.T.contiguous().to(self.dtype),
         }
 
-    def section(self, first: Affine | None) -> dict[str, Any]:
-        assert first is not None
+    def section(self, grid: Grid | None, dense: Sequence[str]) -> dict[str, Any]:
+        assert grid is not None
         return {
             "quant_method": "awq",
             "version": "gemm",
-            "bits": first.bits,
-            "group_size": first.group_size,
+            "bits": grid.bits,
+            "group_size": grid.group_size,
             "zero_point": True,
-            "modules_to_not_convert": ["lm_head"],
+            "modules_to_not_convert": list(dense),
         }
 
 

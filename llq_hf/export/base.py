@@ -6,8 +6,9 @@ Legend: O out_features, I in_features, G groups, b bits.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,9 +41,62 @@ class Format(ABC):
         LLQError, with the reason, where it does not fit.
         """
 
-    def section(self, first: Affine | None) -> dict[str, Any] | None:
-        """The `quantization_config`, from any of the linears; None where the model is dense."""
+    def section(self, grid: Grid | None, dense: Sequence[str]) -> dict[str, Any] | None:
+        """The `quantization_config`; None where the exported model is dense.
+
+        grid: that of all quantized linears; None where they are dense. dense: names of modules that
+        hold linears, none of them quantized, by every name that a reader may know them by.
+        """
         return None
+
+
+class Grid(NamedTuple):
+    """What a `quantization_config` says about linears: their width and their groups."""
+
+    bits: int
+    sym: bool
+    group_size: int  # -1: a row is one group
+    in_order: bool  # all groups are of consecutive columns
+
+    def __str__(self) -> str:
+        groups = "whole rows" if self.group_size == -1 else f"groups of {self.group_size}"
+        return f"{'symmetric' if self.sym else 'asymmetric'} {self.bits}-bit {groups}"
+
+
+@dataclass
+class Grids:
+    """Collects the grids of all linears, for which a `quantization_config` has one.
+
+    compressed-tensors has groups of linears, but transformers 5.23 dequantizes every linear by the
+    first of them, without an error.
+    """
+
+    seen: dict[tuple[Grid, int], str] = field(default_factory=dict)  # and columns -> a name
+
+    def see(self, name: str, affine: Affine) -> None:
+        """Only sizes are kept."""
+        grid = Grid(affine.bits, affine.sym, affine.group_size, affine.in_order)
+        self.seen.setdefault((grid, affine.codes_OI.shape[1]), name)
+
+    def only(self, form: str) -> Grid | None:
+        """The grid of all; None where none was seen. LLQError, for the format, where they differ.
+
+        A row that is one group counts as a group of as many columns where there are such.
+        """
+        sizes = {grid.group_size for grid, _ in self.seen}
+        merged: dict[Grid, str] = {}
+        for (grid, columns), name in self.seen.items():
+            size = columns if grid.group_size == -1 and columns in sizes else grid.group_size
+            merged.setdefault(grid._replace(group_size=size, in_order=True), name)
+        if not merged:
+            return None
+        (grid, name), *others = merged.items()
+        for other, other_name in others:
+            raise LLQError(
+                f"{other_name} is stored in {other}, {name} in {grid}, and {form} names one kind "
+                "for all; export as dense"
+            )
+        return grid._replace(in_order=all(each.in_order for each, _ in self.seen))
 
 
 @dataclass

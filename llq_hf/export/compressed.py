@@ -14,6 +14,8 @@ Legend: O out_features, I in_features, G groups, b bits.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -22,7 +24,7 @@ from torch import Tensor
 
 from ..common.errors import LLQError
 from ..numerics.grids import Affine
-from .base import AffineFormat, bitstream
+from .base import AffineFormat, Grid, bitstream
 
 
 @dataclass(frozen=True)
@@ -50,14 +52,15 @@ class CompressedTensors(AffineFormat):
             tensors["weight_zero_point"] = bitstream(zero_GO, affine.bits).T.contiguous()
         return tensors
 
-    def section(self, first: Affine | None) -> dict[str, Any]:
-        assert first is not None
+    def section(self, grid: Grid | None, dense: Sequence[str]) -> dict[str, Any]:
+        assert grid is not None
+        rows = grid.group_size == -1
         weights = {
-            "num_bits": first.bits,
+            "num_bits": grid.bits,
             "type": "int",
-            "symmetric": first.sym,
-            "strategy": "channel" if first.group_size == -1 else "group",
-            "group_size": None if first.group_size == -1 else first.group_size,
+            "symmetric": grid.sym,
+            "strategy": "channel" if rows else "group",
+            "group_size": None if rows else grid.group_size,
             "dynamic": False,
         }
         return {
@@ -65,5 +68,5 @@ class CompressedTensors(AffineFormat):
             "format": "pack-quantized",
             "quantization_status": "compressed",
             "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
-            "ignore": ["lm_head"],
+            "ignore": [name for each in dense for name in (each, f"re:{re.escape(each)}\\.")],
         }

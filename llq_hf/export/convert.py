@@ -10,7 +10,8 @@ whole.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,10 +31,9 @@ from ..layers.linear import QuantLinear, check_linears
 from ..method import Method
 from ..methods import build
 from ..models.decoder import block_prefixes, quantizable
-from ..models.load import build_skeleton
+from ..models.load import build_skeleton, module_names
 from ..models.residual_stream import Residual, residual_of
-from ..numerics.grids import Affine
-from .base import Exported, Format
+from .base import Exported, Format, Grid, Grids
 
 
 def export(
@@ -55,35 +55,96 @@ def export(
     if out.exists():
         raise LLQError(f"{out} exists; give a folder that does not")
     skeleton = build_skeleton(checkpoint.path)
+    checkpoint = _named(checkpoint, skeleton)
     form = kind(dtype or kind.preferred or skeleton.dtype)
+    method = build(packed["method"], **packed["config"])
+    with _whole_or_nothing(out) as draft:
+        parts = [draft / f"part-{i}.safetensors" for i in range(len(block_prefixes(skeleton)) + 1)]
+        try:
+            grid = _write(parts, checkpoint, method, form, _Folds(skeleton), progress)
+        finally:
+            progress.close()
+        total_bytes = gathered(parts, draft).nbytes
+        copy_small_files(path, draft)
+        section = form.section(grid, _dense_modules(skeleton, checkpoint))
+        _write_config(draft, checkpoint.config, section, form.dtype)
+        (draft / REPORT).unlink(missing_ok=True)
+    shapes = _shapes(skeleton)
+    weights = sum(rows * columns for rows, columns in shapes.values())
+    bits = _linear_bytes(out, (_in_files(checkpoint, name) for name in shapes)) * 8 / weights
+    return {"stored_bits": packed["stored_bits"], "exported_bits": bits, "bytes": total_bytes}
+
+
+@contextmanager
+def _whole_or_nothing(out: Path) -> Iterator[Path]:
+    """Give a new folder to write to, which becomes `out` when the block ends; whatever the block
+    raises, nothing of it is left.
+    """
     draft = out.with_name(out.name + ".part")
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
-    method = build(packed["method"], **packed["config"])
-    shapes = _shapes(skeleton)
     try:
-        parts = [draft / f"part-{i}.safetensors" for i in range(len(block_prefixes(skeleton)) + 1)]
-        first = _write(parts, checkpoint, method, form, _Folds(skeleton), progress)
-        total_bytes = gathered(parts, draft).nbytes
-        copy_small_files(path, draft)
-        config = {
-            k: v
-            for k, v in checkpoint.config.items()
-            if k not in ("quantization_config", "dtype", "torch_dtype")
-        }
-        section = form.section(first.affine)
-        config |= {"quantization_config": section} if section else {}
-        write_json(draft / CONFIG, {**config, "dtype": str(form.dtype).removeprefix("torch.")})
-        (draft / REPORT).unlink(missing_ok=True)
+        yield draft
         draft.rename(out)
-    except (LLQError, OSError):
+    except BaseException:
         shutil.rmtree(draft, ignore_errors=True)
         raise
-    finally:
-        progress.close()
-    weights = sum(rows * columns for rows, columns in shapes.values())
-    bits = _linear_bytes(out, shapes) * 8 / weights
-    return {"stored_bits": packed["stored_bits"], "exported_bits": bits, "bytes": total_bytes}
+
+
+def _named(checkpoint: Checkpoint, skeleton: Any) -> Checkpoint:
+    """The checkpoint by the model's names of its tensors, which its files need not have.
+
+    A packed tensor goes with the weight of its linear, because the skeleton does not know it.
+    """
+    names = module_names(skeleton, checkpoint.files)
+    modules = {
+        stored.removesuffix(".weight"): name.removesuffix(".weight")
+        for name, stored in names.items()
+        if stored.endswith(".weight")
+    }
+
+    def name_of(stored: str, name: str) -> str:
+        module, _, key = stored.rpartition(".")
+        return f"{modules[module]}.{key}" if module in modules else name
+
+    return checkpoint.named({name_of(stored, name): stored for name, stored in names.items()})
+
+
+def _in_files(checkpoint: Checkpoint, module: str) -> str:
+    """The name of a module in the files, by one of its tensors; its own where they hold none."""
+    tensor = next((name for name in checkpoint.files if name.startswith(f"{module}.")), module)
+    stored, rest = checkpoint.in_file(tensor), tensor.removeprefix(module)
+    return stored.removesuffix(rest) if stored.endswith(rest) else module
+
+
+def _dense_modules(skeleton: nn.Module, checkpoint: Checkpoint) -> list[str]:
+    """The outermost modules that hold linears, none of which is quantized: head, vision tower, ...
+
+    Each comes by its name in the model and, where that differs, by its name in the files: readers
+    know it by the one or the other.
+    """
+    linears = {name for name, module in skeleton.named_modules() if isinstance(module, nn.Linear)}
+    packed = quantizable(skeleton).keys()
+
+    def outermost(prefix: str, module: nn.Module) -> Iterator[str]:
+        inside = {name for name in linears if f"{name}.".startswith(f"{prefix}." if prefix else "")}
+        if inside and not inside & packed:
+            yield prefix
+        elif inside:
+            for name, child in module.named_children():
+                yield from outermost(f"{prefix}.{name}" if prefix else name, child)
+
+    names = list(outermost("", skeleton))
+    return list(dict.fromkeys([*names, *(_in_files(checkpoint, name) for name in names)]))
+
+
+def _write_config(
+    folder: Path, base: dict[str, Any], section: dict[str, Any] | None, dtype: torch.dtype
+) -> None:
+    dropped = ("quantization_config", "dtype", "torch_dtype")
+    config = {key: value for key, value in base.items() if key not in dropped}
+    config |= {"quantization_config": section} if section else {}
+    write_json(folder / CONFIG, {**config, "dtype": str(dtype).removeprefix("torch.")})
 
 
 def _write(
@@ -93,76 +154,37 @@ def _write(
     form: Format,
     folds: _Folds,
     progress: Progress,
-) -> Exported:
+) -> Grid | None:
     """Write one file per block, after one of everything outside the blocks.
 
-    Returns a linear from which `Format.section` is made.
+    Returns the grid of what was quantized; None where it is written dense.
     """
-    grids = _OneGrid(form)
     shapes = _shapes(folds.skeleton)
-    outside, *blocks = names_by_block(checkpoint.files, block_prefixes(folds.skeleton))
+    grids = Grids()
+    prefixes = block_prefixes(folds.skeleton)
+    outside, *blocks = names_by_block(checkpoint.files, prefixes)
+
+    def save(tensors: Mapping[str, Tensor], part: Path) -> None:
+        save_tensors({checkpoint.in_file(name): t for name, t in tensors.items()}, part)
+
     progress.blocks(0, len(blocks))
-    save_tensors(_to_dtype(checkpoint.read(outside), form.dtype), parts[0])
+    save(_to_dtype(checkpoint.read(outside), form.dtype), parts[0])
     for index, names in enumerate(blocks):
         tensors = checkpoint.read(names)
-        linears = _linears(tensors, method, form, shapes)
-        grids.see(linears)
+        own = {name: shapes[name] for name in shapes if name.startswith(f"{prefixes[index]}.")}
+        linears = _linears(tensors, method, form, own)
+        for name, linear in linears.items():
+            if linear.affine is not None:
+                grids.see(name, linear.affine)
         folds.apply(linears, tensors)
         stored = {
             f"{n}.{k}": t
             for n, linear in linears.items()
             for k, t in _tensors_of(form, n, linear).items()
         }
-        save_tensors(_to_dtype(tensors, form.dtype) | stored, parts[index + 1])
+        save(_to_dtype(tensors, form.dtype) | stored, parts[index + 1])
         progress.blocks(index + 1, len(blocks))
-    return grids.checked()
-
-
-@dataclass
-class _OneGrid:
-    """Formats name one width, group size and symmetry for all linears, in `Format.section`."""
-
-    form: Format
-    # The linear to name it by: one with scattered groups if there is any, else with most groups.
-    shown: Exported | None = None
-    seen: dict[tuple[int, bool, int, int], str] = field(default_factory=dict)
-
-    def see(self, linears: dict[str, Exported]) -> None:
-        for name, linear in linears.items():
-            affine = linear.affine
-            if affine is None:
-                self.shown = self.shown or linear
-                continue
-            key = (affine.bits, affine.sym, affine.group_size, affine.codes_OI.shape[1])
-            self.seen.setdefault(key, name)
-            if self.shown is None or _rank(affine) > _rank(self.shown.affine):
-                self.shown = linear
-
-    def checked(self) -> Exported:
-        """The linear to name the grid by. LLQError where it is not the grid of all."""
-        assert self.shown is not None
-        shown = self.shown.affine
-        for (bits, sym, size, columns), name in self.seen.items():
-            assert shown is not None
-            # A row that is one group may be as long as the others' groups.
-            sizes = {size, columns} if size == -1 else {size}
-            if (bits, sym) != (shown.bits, shown.sym) or shown.group_size not in sizes:
-                raise LLQError(
-                    f"{name} is stored in {_words(bits, sym, size)}, others in "
-                    f"{_words(shown.bits, shown.sym, shown.group_size)}, and {self.form.name} "
-                    "names one kind for all; export as dense"
-                )
-        return self.shown
-
-
-def _rank(affine: Affine | None) -> tuple[bool, int]:
-    assert affine is not None
-    return not affine.in_order, affine.scale_OG.shape[1]
-
-
-def _words(bits: int, sym: bool, size: int) -> str:
-    groups = "whole rows" if size == -1 else f"groups of {size}"
-    return f"{'symmetric' if sym else 'asymmetric'} {bits}-bit {groups}"
+    return grids.only(form.name)
 
 
 def _shapes(skeleton: nn.Module) -> dict[str, tuple[int, int]]:
@@ -176,16 +198,14 @@ def _linears(
 ) -> dict[str, Exported]:
     """Take a block's quantized linears out of its tensors; biases stay among the tensors."""
     linears = {}
-    for name, shape in shapes.items():
-        if f"{name}.weight" not in tensors:
-            continue
+    for name, (rows, columns) in shapes.items():
         keys = [key for key in tensors if key.startswith(name + ".") and not key.endswith(".bias")]
         packed = {key.removeprefix(name + "."): tensors.pop(key) for key in keys}
         own = method.for_linear(name)
-        dense = nn.Linear(shape[1], shape[0], bias=False, device="meta")
+        dense = nn.Linear(columns, rows, bias=False, device="meta")
         check_linears({name: QuantLinear.from_packed(own, dense, packed)})
         try:
-            linears[name] = form.linear(own, packed, shape)
+            linears[name] = form.linear(own, packed, (rows, columns))
         except LLQError as error:
             raise LLQError(f"{name} does not fit {form.name}: {error}") from None
     return linears

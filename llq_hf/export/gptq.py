@@ -15,6 +15,8 @@ every zero point is the middle code, because every kernel reads version 1.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -22,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ..numerics.grids import Affine
-from .base import AffineFormat, bitstream, whole
+from .base import AffineFormat, Grid, bitstream, whole
 
 
 @dataclass(frozen=True)
@@ -45,17 +47,21 @@ class GPTQFormat(AffineFormat):
             "g_idx": affine.groups_I.to(torch.int32),
         }
 
-    def section(self, first: Affine | None) -> dict[str, Any]:
-        assert first is not None
-        version = "gptq" if first.sym else "gptq_v2"
+    def section(self, grid: Grid | None, dense: Sequence[str]) -> dict[str, Any]:
+        assert grid is not None
+        version = "gptq" if grid.sym else "gptq_v2"
+        # `dynamic` says what is left out; the head is left out by `lm_head`.
+        others = [name for name in dense if name.rpartition(".")[2] != "lm_head"]
+        dynamic: dict[str, dict[str, Any]] = {f"-:{re.escape(name)}(\\.|$)": {} for name in others}
         return {
             "quant_method": "gptq",
-            "bits": first.bits,
-            "group_size": first.group_size,
-            "desc_act": not first.in_order,
-            "sym": first.sym,
+            "bits": grid.bits,
+            "group_size": grid.group_size,
+            "desc_act": not grid.in_order,
+            "sym": grid.sym,
             "lm_head": False,
             "checkpoint_format": version,
             "format": version,
             "pack_dtype": "int32",
+            **({"dynamic": dynamic} if dynamic else {}),
         }

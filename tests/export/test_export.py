@@ -7,15 +7,19 @@ GPTQModel lives in an environment of its own: `tests/bench/check_exports.py` loa
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from compressed_tensors.utils.match import match_name
+from conftest import make_llama, make_llava
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+from transformers import AutoConfig, CompressedTensorsConfig
+from transformers.quantizers.quantizers_utils import should_convert_module
 from typer.testing import CliRunner
 
 from llq_hf import cli
@@ -26,6 +30,7 @@ from llq_hf.engine.execute import quantize_checkpoint
 from llq_hf.export import FORMATS, export
 from llq_hf.layers.linear import QuantLinear
 from llq_hf.methods import build
+from llq_hf.models.load import auto_class
 from llq_hf.numerics.grids import Affine
 
 IDS = torch.arange(2, 34)[None]
@@ -67,7 +72,8 @@ def packed(
 
 
 def load(folder: Path, **options: Any) -> nn.Module:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).eval()
+    kind = auto_class(AutoConfig.from_pretrained(folder))
+    return kind.from_pretrained(folder, dtype=torch.float32, **options).eval()
 
 
 def logits(model: nn.Module) -> Tensor:
@@ -217,14 +223,10 @@ def test_awq_holds_our_codes_and_folds_its_scales(packed, tmp_path):
         ("awq", "gptq", {"bits": 3, "group_size": 32}, "it has 4"),
         ("awq", *ORDERED, "act_order"),
         *(
-            (
-                form,
-                "hybrid",
-                {"bits": 3, "rules": f"*.up_proj={other}+*={SOME}"},
-                "one kind for all",
-            )
+            (form, "hybrid", {"bits": 3, "rules": f"*.up_proj={other}+*={SOME}"}, "one kind for")
             for form, other in (
                 ("compressed-tensors", "rtn:3:group_size=32"),
+                ("gptq", "rtn:3:group_size=32"),
                 ("gptq", "rtn:4:group_size=16"),
                 ("gptq", "rtn:4:group_size=32:sym=true"),
                 ("awq", "rtn:4:group_size=-1"),
@@ -250,15 +252,112 @@ def test_what_does_not_fit_is_refused_with_the_reason(
 def test_a_row_that_is_one_group_may_be_as_long_as_the_others_groups(packed, tmp_path):
     """q_proj comes first, and its 64 columns are one group; down_proj has three of 32."""
     rules = "*.down_proj=rtn:4:group_size=32+*=rtn:4:group_size=64"
-    with pytest.raises(LLQError, match="one kind for all"):
+    with pytest.raises(LLQError, match="one kind for"):
         export(packed("hybrid", {"bits": 4, "rules": rules}), tmp_path / "no", FORMATS["gptq"])
     rules = "*.down_proj=rtn:4:group_size=48+*=rtn:4:group_size=32"
-    with pytest.raises(LLQError, match="one kind for all"):
+    with pytest.raises(LLQError, match="one kind for"):
         export(packed("hybrid", {"bits": 4, "rules": rules}), tmp_path / "no", FORMATS["gptq"])
     mixed = packed("hybrid", {"bits": 4, "rules": "*.down_proj=gptq:4:group_size=32+*=" + SOME})
     export(mixed, tmp_path / "out", FORMATS["gptq"])
     section = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert (section["bits"], section["group_size"]) == (4, 32)
+
+
+# --- bases whose files use other names than the model ---------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def renamed(
+    request: pytest.FixtureRequest, calibration_npy: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """Packed checkpoint of a LLaVA-Next, or of a Llama that was saved without its head's class."""
+    base, sizes = tmp_path_factory.mktemp("base"), {"hidden_size": 64, "intermediate_size": 96}
+    if request.param == "llava":
+        make_llava(base, **sizes, num_attention_heads=4)
+    else:
+        make_llama(base, **sizes, num_attention_heads=4)
+        tensors = load_file(base / "model.safetensors")
+        bare = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+        save_file(bare, base / "model.safetensors", metadata={"format": "pt"})
+    out = tmp_path_factory.mktemp("renamed") / request.param
+    method = build("rtn", bits=4, group_size=32)
+    quantize_checkpoint(str(base), out, method, Calibration(str(calibration_npy), samples=8))
+    return out
+
+
+def section_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "config.json").read_text())["quantization_config"]
+
+
+each_renamed = pytest.mark.parametrize("renamed", ["llava", "bare"], indirect=True)
+
+
+@each_renamed
+@pytest.mark.parametrize("form", ["dense", "compressed-tensors"])
+def test_names_of_the_base_s_files_are_kept(renamed, form, tmp_path):
+    export(renamed, tmp_path / "out", FORMATS[form], torch.float32)
+    before, after = stored(renamed), stored(tmp_path / "out")
+    packed_linears = {name.removesuffix(".zero") for name in before if name.endswith(".zero")}
+    others = {
+        name: tensor
+        for name, tensor in before.items()
+        if name.rpartition(".")[0] not in packed_linears or name.endswith(".bias")
+    }
+    for name, tensor in others.items():  # the vision tower among them
+        assert torch.equal(after[name], tensor.float() if tensor.is_floating_point() else tensor)
+    key = "weight" if form == "dense" else "weight_packed"
+    keys = {name for name in after if name.endswith(f".{key}")} - others.keys()
+    assert keys == {f"{name}.{key}" for name in packed_linears}
+    options = {"quantization_config": CompressedTensorsConfig(dequantize=True)}
+    model = load(tmp_path / "out", **({} if form == "dense" else options))
+    torch.testing.assert_close(logits(model), logits(load(renamed)), atol=2e-5, rtol=2e-5)
+
+
+@each_renamed
+@pytest.mark.parametrize("form", ["compressed-tensors", "gptq", "awq"])
+def test_what_is_not_quantized_is_named_as_readers_know_it(renamed, form, tmp_path):
+    """By its name in the model and by that in the files; what is quantized is not named."""
+    export(renamed, tmp_path / "out", FORMATS[form])
+    section, model = section_of(tmp_path / "out"), load(renamed)
+    dense = {n for n, m in model.named_modules() if type(m) is nn.Linear and n != "lm_head"}
+    quantized = {n for n, m in model.named_modules() if isinstance(m, QuantLinear)}
+    old = {name: old_name(name) for name in dense | quantized}
+    for name in dense:
+        assert left_out(form, section, name)
+        assert left_out(form, section, old[name])
+    for name in quantized:
+        assert not left_out(form, section, name)
+        assert not left_out(form, section, old[name])
+
+
+def old_name(name: str) -> str:
+    """The name in the files of a LLaVA of the name in the model."""
+    if name.startswith("model.language_model."):
+        return name.replace("model.language_model.", "language_model.model.")
+    return name.removeprefix("model.")
+
+
+def left_out(form: str, section: dict[str, Any], name: str) -> bool:
+    """Whether readers of the format leave a linear dense, by the rules of these readers."""
+    if form == "compressed-tensors":
+        return any(match_name(name, pattern) for pattern in section["ignore"])
+    if form == "awq":  # vLLM's, then transformers' rule
+        names = section["modules_to_not_convert"]
+        return any(each in name for each in names) and not should_convert_module(name, names)
+    patterns = section.get("dynamic", {})
+    assert all(pattern.startswith("-:") and not value for pattern, value in patterns.items())
+    return any(re.match(pattern.removeprefix("-:"), name) for pattern in patterns)
+
+
+@pytest.mark.parametrize("fault", [StopIteration, KeyboardInterrupt])
+def test_whatever_goes_wrong_nothing_is_left(packed, tmp_path, monkeypatch, fault):
+    def fail(*_: object) -> None:
+        raise fault
+
+    monkeypatch.setattr("llq_hf.export.convert.gathered", fail)
+    with pytest.raises(fault):
+        export(packed(*FITTING["rtn"]), tmp_path / "out", FORMATS["dense"])
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_that_exists_is_left_alone(packed, tmp_path):
