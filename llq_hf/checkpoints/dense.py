@@ -75,7 +75,7 @@ class Checkpoint:
         LLQError where a file or a tensor is missing or a file is truncated.
         """
         path = fetch(model, revision)
-        config = read_json(path / "config.json")
+        config = read_config(path)
         files = listed_files(path)
         config.pop("transformers_weights", None)  # packed checkpoints name their files otherwise
         specs: dict[str, Spec] = {}
@@ -231,6 +231,21 @@ def fetch(model: str, revision: str | None = None) -> Path:
             f"{model} is neither a local folder nor available from the Hub ({one_line(error)}); "
             "check the name, the network, and `hf auth login` for gated models"
         ) from error
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The config.json of a checkpoint. A `quantization_config` of null is none, as in transformers.
+
+    LLQError where one is there that is no object.
+    """
+    path = folder / "config.json"
+    config = read_json(path)
+    section = config.get("quantization_config", {})
+    if section is None:
+        del config["quantization_config"]
+    elif not isinstance(section, dict):
+        raise LLQError(f"{path}: quantization_config is {section!r:.60}, which is not an object")
+    return config
 
 
 def provenance(path: Path) -> dict[str, Any]:

@@ -209,15 +209,14 @@ def _packed(
 ) -> str:
     """The packed checkpoint to train on: `model` itself, or what it is packed into."""
     from ..checkpoints.adapter import BASE
-    from ..checkpoints.dense import fetch
-    from ..common.files import read_json
+    from ..checkpoints.dense import fetch, read_config
     from ..demo import resolve
     from ..engine.execute import execute
     from ..engine.options import RunOptions
     from ..engine.prepare import prepare
 
     model = resolve(model)
-    if "quantization_config" in read_json(fetch(model) / "config.json"):
+    if "quantization_config" in read_config(fetch(model)):
         return model
     options: dict[str, Any] = (
         {} if bits is None else {"bits": int(bits) if bits.is_integer() else bits}

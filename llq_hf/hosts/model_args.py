@@ -13,11 +13,10 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-from ..checkpoints.dense import fetch
-from ..checkpoints.format import CONFIG, PackedConfig
+from ..checkpoints.dense import fetch, read_config
+from ..checkpoints.format import PackedConfig
 from ..checkpoints.hashes import damage_once, refuse
 from ..common.errors import LLQError
-from ..common.files import read_json
 from ..common.machine import usable_device
 from ..common.words import nearest
 from ..data.calibration import CalibrationOptions
@@ -25,6 +24,8 @@ from ..demo import resolve
 from ..engine.cached import cached
 from ..engine.options import RunOptions
 from ..methods import METHODS, build
+
+NONE = "none"  # the method that leaves the model as it is
 
 
 class Loadable(NamedTuple):
@@ -68,6 +69,8 @@ class ModelArgs:
         own = {name: value for name, value in options.items() if name in ours}
         chosen = {name: value for name, value in options.items() if name in of_methods}
         rest = {name: value for name, value in options.items() if name in host - ours}
+        if own.get("method", "") is None:  # so lm-eval reads `none` in a string of model_args
+            own["method"] = NONE
         calibration, own = CalibrationOptions.split({"pretrained": default, **own})
         return cls(**own, calibration=calibration, method_options=chosen), rest
 
@@ -86,7 +89,7 @@ class ModelArgs:
                 f"{model} is not quantized: give method=... (one of {', '.join(METHODS)}), "
                 "or method=none for the full-precision baseline"
             )
-        elif self.method == "none":
+        elif self.method == NONE:
             if self.method_options:
                 given = ", ".join(self.method_options)
                 raise LLQError(f"method=none takes no options, but {given} was given")
@@ -112,11 +115,11 @@ def _packed_config(model: str, revision: str | None) -> PackedConfig | None:
 
     LLQError for a checkpoint that another tool quantized.
     """
-    section = read_json(fetch(model, revision) / CONFIG).get("quantization_config")
+    section = read_config(fetch(model, revision)).get("quantization_config")
     if section is None:
         return None
     if not PackedConfig.is_ours(section):
-        other = section.get("quant_method") if isinstance(section, dict) else None
+        other = section.get("quant_method")
         raise LLQError(f"{model} was quantized by {other}, not by llq-hf; score it with --model hf")
     return PackedConfig.from_section(section)
 

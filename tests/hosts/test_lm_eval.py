@@ -4,17 +4,20 @@ against two.
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from llq_hf import LLQError
+from llq_hf import Calibration, LLQError, QuantizedLlama, build
+from llq_hf.checkpoints.inspection import inspect_checkpoint
 from llq_hf.engine.execute import quantize_checkpoint
-from llq_hf.hosts.hf_quantizer import check_quantized
+from llq_hf.hosts.hf_quantizer import check_quantized, count_quantized
 from llq_hf.hosts.lm_eval_model import LLQLM
 
 
@@ -56,6 +59,14 @@ def test_method_none_is_the_baseline(tiny_llama: Path, options: dict) -> None:
     assert not any("Quant" in type(module).__name__ for module in model.model.modules())
 
 
+def test_none_in_a_string_of_model_args_is_the_baseline(tiny_llama: Path) -> None:
+    """lm-eval's Python functions read the word as None, which is not the same as nothing given."""
+    model = LLQLM.create_from_arg_string(f"pretrained={tiny_llama},method=none", {"device": "cpu"})
+    assert model.get_model_info()["llq"] == {"method": "none"}
+    with pytest.raises(LLQError, match="method=none takes no options, but bits was given"):
+        LLQLM.create_from_arg_string(f"pretrained={tiny_llama},method=none,bits=4")
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
@@ -80,11 +91,48 @@ def test_refused(tiny_llama: Path, options: dict, args: dict, message: str) -> N
         LLQLM(pretrained=str(tiny_llama), **args, **options)
 
 
+@pytest.fixture
+def base_with(tiny_llama: Path, tmp_path: Path) -> Callable[[object], Path]:
+    """Makes a copy of the tiny Llama whose config.json has this `quantization_config`."""
+
+    def make(section: object) -> Path:
+        base = shutil.copytree(tiny_llama, tmp_path / "base")
+        config = json.loads((base / "config.json").read_text())
+        (base / "config.json").write_text(json.dumps({**config, "quantization_config": section}))
+        return base
+
+    return make
+
+
+def test_a_null_quantization_config_is_none(
+    base_with: Callable[[object], Path], options: dict, tmp_path: Path
+) -> None:
+    base = base_with(None)
+    LLQLM(pretrained=str(base), method="none", device="cpu")
+    LLQLM(pretrained=str(base), method="rtn", bits=3, **options)
+    quantize_checkpoint(str(base), tmp_path / "packed", build("rtn", bits=3), Calibration())
+    section = json.loads((tmp_path / "packed" / "config.json").read_text())["quantization_config"]
+    assert section["quant_method"] == "llq_rtn"
+    assert count_quantized(QuantizedLlama.from_pretrained(base, method="rtn", bits=3)) == 14
+
+
+@pytest.mark.parametrize("section", [[], "gptq", 5, True])
+def test_a_quantization_config_of_another_kind_is_named(
+    base_with: Callable[[object], Path], tmp_path: Path, section: object
+) -> None:
+    base = base_with(section)
+    said = "config.json: quantization_config is .* not an object"
+    with pytest.raises(LLQError, match=said):
+        LLQLM(pretrained=str(base), method="none", device="cpu")
+    with pytest.raises(LLQError, match=said):
+        quantize_checkpoint(str(base), tmp_path / "packed", build("rtn"), Calibration())
+    with pytest.raises(LLQError, match=said):
+        inspect_checkpoint(base)
+
+
 def test_packed_checkpoint_is_scored_as_it_is(
     tiny_llama: Path, options: dict, tmp_path: Path
 ) -> None:
-    from llq_hf import Calibration, build
-
     quantize_checkpoint(str(tiny_llama), tmp_path / "packed", build("rtn", bits=2), Calibration())
     model = LLQLM(pretrained=str(tmp_path / "packed"), device="cpu")
     assert model.get_model_info()["llq"]["config"]["bits"] == 2
