@@ -86,6 +86,17 @@ def _check_adapters(loader: type, folder_of: "Callable[..., object]") -> None:
     loader.load_adapter = load_adapter  # type: ignore[attr-defined]
 
 
+def _on_peft_tuners(module: "ModuleType") -> None:
+    from llq_hf.hosts.peft_tuners import checking_targets, merging_dense
+
+    tuner = module.BaseTuner
+    tuner._check_target_module_compatiblity = checking_targets(
+        tuner._check_target_module_compatiblity
+    )
+    tuner.merge_adapter = merging_dense(tuner.merge_adapter)
+    tuner.merge_and_unload = merging_dense(tuner.merge_and_unload)
+
+
 def _on_lmms_eval_tasks(module: "ModuleType") -> None:
     from llq_hf.common.resources import tasks_folder
 
@@ -135,6 +146,7 @@ HOOKS = {
     "transformers.quantizers.auto": _on_transformers,
     "transformers.integrations.peft": _on_transformers_peft,
     "peft.peft_model": _on_peft,
+    "peft.tuners.tuners_utils": _on_peft_tuners,
     "lm_eval.models": _on_lm_eval_models,
     "lm_eval.models.huggingface": _on_lm_eval_huggingface,
     "lm_eval.tasks._index": _on_lm_eval_tasks,

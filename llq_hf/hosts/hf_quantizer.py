@@ -15,6 +15,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from torch import nn
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
@@ -207,19 +208,9 @@ class LLQQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _dequantize(self, model: PreTrainedModel, dtype: Any = None) -> PreTrainedModel:
         """`model.dequantize()`: the dense model that computes the same."""
-        packed = {n: each for n, each in model.named_modules() if isinstance(each, QuantLinear)}
-        for method in (self.quantization_config.method, *(each.method for each in packed.values())):
-            if not method.weight_only:
-                raise LLQError(
-                    f"{method.name} quantizes activations while the model runs; a dense model would"
-                    " not"
-                )
-        for name, linear in packed.items():
-            weight = linear.dequantized().to(dtype or model.dtype)
-            dense = nn.Linear(linear.in_features, linear.out_features, False, device="meta")
-            dense.weight = nn.Parameter(weight, requires_grad=False)
-            dense.bias = linear.bias
-            replace_module(model, name, dense.train(linear.training))
+        if not self.quantization_config.method.weight_only:
+            raise _not_weights_only(self.quantization_config.method)
+        dequantize_linears(model, dtype or model.dtype)
         return model
 
     def is_serializable(self, **kwargs: Any) -> bool:
@@ -283,6 +274,27 @@ def _check_files(model: PreTrainedModel, files: list[Path]) -> None:
                 f"{name} is stored as {list(stored.shape)}, config.json says"
                 f" {list(parameter.shape)}: one of them was edited"
             )
+
+
+def dequantize_linears(model: nn.Module, dtype: torch.dtype) -> None:
+    """Put a dense linear in the place of every packed one; LLQError where one does more than
+    multiply with its weights.
+    """
+    packed = {n: each for n, each in model.named_modules() if isinstance(each, QuantLinear)}
+    for linear in packed.values():
+        if not linear.method.weight_only:
+            raise _not_weights_only(linear.method)
+    for name, linear in packed.items():
+        dense = nn.Linear(linear.in_features, linear.out_features, False, device="meta")
+        dense.weight = nn.Parameter(linear.dequantized().to(dtype), requires_grad=False)
+        dense.bias = linear.bias
+        replace_module(model, name, dense.train(linear.training))
+
+
+def _not_weights_only(method: Method) -> LLQError:
+    return LLQError(
+        f"{method.name} quantizes activations while the model runs; a dense model would not"
+    )
 
 
 def count_quantized(model: nn.Module) -> int:
