@@ -148,6 +148,7 @@ def study(
     - `llq study --preset paper-table1 --out runs --dry-run`
     """
     from ..common.machine import auto_device
+    from ..hosts.harnesses import check_tasks
     from ..study.cell import Setup, run_cell
     from ..study.cost import Workload
     from ..study.launch import sweep
@@ -172,6 +173,7 @@ def study(
         for cell in cells:
             print(cell.name, cell.title)
         return
+    check_tasks(task for cell in cells for task in cell.tasks)
     setup = Setup(
         auto_device(device),
         (_values(batch_size) or [1])[0],

@@ -6,8 +6,11 @@ since importing either harness takes half a minute.
 
 from __future__ import annotations
 
+import difflib
 import importlib.util
 import re
+from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 
 from ..common.errors import LLQError
@@ -43,6 +46,34 @@ def harness_of(tasks: str) -> str:
     return "lmms_eval"
 
 
+def check_tasks(tasks: Iterable[str]) -> None:
+    """LLQError, with the nearest names, for the first task that neither harness has; and where
+    lmms-eval is needed and not installed.
+    """
+    for task in dict.fromkeys(tasks):
+        known = _declared_by("lm_eval") | _declared_by("lmms_eval")
+        if task not in known and task not in _index_of_lm_eval():
+            near = difflib.get_close_matches(task, known | _index_of_lm_eval(), n=3, cutoff=0.6)
+            meant = f" (did you mean {', '.join(map(repr, near))}?)" if near else ""
+            raise LLQError(
+                f"neither lm-eval nor lmms-eval has a task {task!r}{meant}; `lm_eval ls tasks`"
+                " lists them"
+            )
+        harness_of(task)
+
+
+@cache
+def _index_of_lm_eval() -> frozenset[str]:
+    """All of lm-eval's names, also those that no single line of a YAML file declares. It takes ten
+    seconds.
+    """
+    from lm_eval.models import huggingface  # noqa: F401 (registers what the hook extends)
+    from lm_eval.tasks import TaskManager
+
+    return frozenset(TaskManager().all_tasks)
+
+
+@cache
 def _declared_by(harness: str, without: str | None = None) -> set[str]:
     """Tasks, groups and tags that we have for the harness, and its own if it is installed.
 

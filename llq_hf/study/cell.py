@@ -75,6 +75,8 @@ def run_cell(cell: Cell, progress: Progress, setup: Setup) -> Record:
 
 
 def _fill(figures: dict[str, Any], cell: Cell, setup: Setup, progress: Progress) -> None:
+    if cell.finetune:
+        recipe_of(cell)  # raises before the model is quantized
     base = path = str(fetch(resolve(cell.model), cell.revision))
     cost: dict[str, Any] = {}
     if cell.method != DENSE:

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from ..common.errors import LLQError
-from ..data.evaluation import load_evaluation
+from ..common.words import nearest
+from ..data.evaluation import EVALUATION_TEXTS, load_evaluation
 
 TOKENS = 256  # compared at a time: a large vocabulary takes 0.5 MB a token
 
@@ -36,6 +37,12 @@ class DivergenceOptions:
     seqlen: int = 2048
 
     def __post_init__(self) -> None:
+        if self.text not in EVALUATION_TEXTS:
+            meant = nearest(str(self.text), EVALUATION_TEXTS)
+            raise LLQError(
+                f"divergence: there is no text {self.text!r}{meant}; "
+                f"give one of {', '.join(EVALUATION_TEXTS)}"
+            )
         for name in ("windows", "seqlen"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:

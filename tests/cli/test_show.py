@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import importlib.util
 import io
 import re
 from pathlib import Path
@@ -14,7 +15,7 @@ from typer.testing import CliRunner
 from llq_hf import LLQError, build, cli
 from llq_hf.data.calibration import Calibration
 from llq_hf.engine.execute import quantize_checkpoint
-from llq_hf.hosts.harnesses import harness_of
+from llq_hf.hosts.harnesses import check_tasks, harness_of
 
 
 @pytest.fixture
@@ -85,3 +86,16 @@ def test_eval_takes_the_harness_that_has_the_tasks() -> None:
     assert harness_of("mme,chartqa") == "lmms_eval"
     with pytest.raises(LLQError, match="mme belong to lmms-eval, llq_demo do not"):
         harness_of("mme,llq_demo")
+
+
+def test_tasks_are_known_before_anything_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names in YAML files, and those that lm-eval alone knows: here from a list of tags."""
+    check_tasks(["llq_demo", "hellaswag", "mme", "AraDiCE_ArabicMMLU_stem_egy"])
+    with pytest.raises(LLQError, match=r"neither.* 'helaswag' .did you mean 'hellaswag'"):
+        check_tasks(["llq_demo", "helaswag"])
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "lmms_eval" else find(name)
+    )
+    with pytest.raises(LLQError, match="llq_mllm needs lmms-eval, which is not installed"):
+        check_tasks(["llq_mllm"])

@@ -163,3 +163,11 @@ def test_seconds_go_to_the_phase_they_were_spent_in(monkeypatch: pytest.MonkeyPa
     timed.close()  # after 8
     assert timed.figures()["phases"] == {"preparing": 1.0, "statistics": 2.0 + 8.0, "linears": 4.0}
     assert timed.figures()["seconds"] == 15.0
+
+
+def test_a_recipe_is_checked_before_the_model_is_quantized(
+    gptq: Cell, setup: Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cells, "_quantize", lambda *_: pytest.fail("quantized first"))
+    record = run_cell(replace(gptq, finetune={"ranks": 2}), Progress(), setup)
+    assert (record.status, "finetune has no 'ranks'" in str(record.reason)) == ("refused", True)

@@ -82,6 +82,10 @@ FLAGS = ["--models", "demo", "--tasks", "llq_demo"]
         (["--preset", "paper-table13"], "'paper-table1"),
         ([*FLAGS, "--bits", "4"], "belong to --methods"),
         ([*FLAGS, "--methods", "rtn", "--metadata", "{"], "not valid JSON"),
+        (
+            ["--models", "some/model", "--methods", "rtn", "--tasks", "llq_wikitext2,llq_wikitxt2"],
+            "no.* task 'llq_wikitxt2' .did you mean 'llq_wikitext2', ",
+        ),
         ([*FLAGS, "--methods", "rtn", "--engine", "slurm"], "engines are local, and ray"),
         ([*FLAGS, "--methods", "rtn", "--resources", "gpus=1"], "engines are local, and ray"),
         ([*FLAGS, "--methods", "rtn", "--engine", "ray", "--resources", "gpu=1"], "no 'gpu'"),
@@ -93,6 +97,22 @@ def test_refused_before_anything_runs(arguments: list[str], message: str, tmp_pa
             cli.app, ["study", *arguments, "--out", str(tmp_path / "runs")], catch_exceptions=False
         )
     assert not list(tmp_path.glob("runs/records"))
+
+
+def test_a_text_of_the_divergence_is_known_before_anything_runs(tmp_path: Path) -> None:
+    plan = {
+        "models": ["demo"],
+        "tasks": ["llq_demo"],
+        "methods": [{"method": "rtn"}],
+        "divergence": {"text": "wikitext"},
+    }
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(plan))
+    with pytest.raises(LLQError, match=r"no text 'wikitext' .did you mean 'wikitext2'"):
+        CliRunner().invoke(
+            cli.app,
+            ["study", str(tmp_path / "plan.yaml"), "--out", str(tmp_path / "runs")],
+            catch_exceptions=False,
+        )
 
 
 def test_report_prints_what_it_wrote(tmp_path: Path) -> None:
