@@ -26,7 +26,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..checkpoints.dense import header
-from ..checkpoints.format import CONFIG, PREFIX, RUN_KEYS, PackedConfig
+from ..checkpoints.format import CONFIG, HASHES, PREFIX, RUN_KEYS, PackedConfig
 from ..checkpoints.hashes import check
 from ..checkpoints.records import LinearRecord
 from ..common.errors import LLQError
@@ -40,7 +40,7 @@ from ..layers.linear import QuantLinear, check_finite, check_linears
 from ..method import Method, stored_bits
 from ..methods import METHODS
 from ..models.decoder import decoder_of, quantizable, replace_module
-from ..models.load import check_depth, module_names
+from ..models.load import build_skeleton, check_depth, module_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -146,6 +146,8 @@ class LLQQuantizer(HfQuantizer):  # type: ignore[misc]
         """LLQError unless the folder is as it was written; it is looked at once."""
         if folder != self._checked and (folder / CONFIG).is_file():
             check(folder)
+            if not (folder / HASHES).is_file():  # then nothing else tells of an edited field
+                build_skeleton(folder)
             self._checked = folder
 
     def _process_model_before_weight_loading(

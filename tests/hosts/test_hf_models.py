@@ -14,7 +14,8 @@ from transformers import (
     LlavaNextForConditionalGeneration,
 )
 
-from llq_hf import LLQError, QuantizedLlama, QuantizedLlavaNext
+from llq_hf import LLQError, QuantizedLlama, QuantizedLlavaNext, RTNConfig
+from llq_hf.checkpoints.format import HASHES
 from llq_hf.hosts.hf_quantizer import check_quantized
 
 
@@ -61,8 +62,6 @@ def test_options_without_a_method_are_refused(tiny_llama: Path) -> None:
 
 
 def test_a_method_and_a_config_are_refused(tiny_llama: Path) -> None:
-    from llq_hf import RTNConfig
-
     with pytest.raises(LLQError, match="not both"):
         QuantizedLlama.from_pretrained(
             tiny_llama, method="rtn", quantization_config=RTNConfig(bits=4)
@@ -88,3 +87,29 @@ def test_llava_next_quantizes_saves_and_loads(
         again = kind.from_pretrained(tmp_path)
         assert check_quantized(again).quantized_linears == 14
         assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("hidden_act", "sliu"),
+        ("num_key_value_heads", 0),
+        ("vocab_size", -1),
+        ("head_dim", 0),
+    ],
+)
+def test_an_edited_field_is_the_config_s_fault(
+    field: str, value: object, tiny_llama: Path, tmp_path: Path
+) -> None:
+    """Where there are no hashes to tell, the error names the file instead of a line inside of
+    transformers.
+    """
+    config = RTNConfig(bits=4)
+    AutoModelForCausalLM.from_pretrained(tiny_llama, quantization_config=config).save_pretrained(
+        tmp_path
+    )
+    assert not (tmp_path / HASHES).exists()
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), field: value}))
+    with pytest.raises(LLQError, match=r"config\.json describes no model: "):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
