@@ -19,7 +19,8 @@ from ..common.errors import LLQError
 from ..common.files import read_json
 from ..common.spec import Spec
 from ..common.words import one_line
-from ..demo import MODELS
+from ..demo import MODELS, resolve
+from ..demo.gguf_base import source_of
 from ..method import Rewrite
 
 INDEX = "model.safetensors.index.json"
@@ -205,11 +206,12 @@ def untied_config(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def fetch(model: str, revision: str | None = None) -> Path:
-    """The folder of a model: a local path, or a Hub snapshot, which is downloaded.
+    """The folder of a model: a local path, what `resolve` knows, or a Hub snapshot, which is
+    downloaded.
 
     Pickles and Python files are not downloaded. LLQError where there is no such model.
     """
-    local = Path(model).expanduser()
+    local = Path(resolve(model)).expanduser()
     if local.is_dir():
         return local
     if local.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
@@ -251,15 +253,19 @@ def read_config(folder: Path) -> dict[str, Any]:
 def provenance(path: Path) -> dict[str, Any]:
     """Where the checkpoint in a folder comes from, for the model cards of its packed checkpoints.
 
-    model: its Hub id, or the name of the bundled model or of the folder. revision: the commit of a
-    Hub snapshot, or None. card: licence, language and task from its own README.md. No path of this
-    machine is in it.
+    model: its Hub id, or the name of the bundled model, of the GGUF file or of the folder.
+    revision: the commit of a Hub snapshot, or None. card: licence, language and task from its own
+    README.md. gguf: what the folder was converted from, if it was. No path of this machine is in
+    it.
     """
     bundled = next((name for name, folder in MODELS.items() if folder == path), None)
     repo, revision = _snapshot(path)
-    model = repo or bundled or path.resolve().name
+    source = source_of(path)
+    file = source and (source["name"] or source["file"])
+    model = repo or bundled or file or path.resolve().name
     card = {key: value for key, value in _metadata(path / CARD).items() if key in CARD_FIELDS}
-    return {"model": model, "revision": revision, "card": card}
+    found = {"model": model, "revision": revision, "card": card}
+    return found if source is None else {**found, "gguf": source}
 
 
 def fetch_beside(path: Path, name: str) -> None:

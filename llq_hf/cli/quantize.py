@@ -24,7 +24,10 @@ from .options import RUN, Device, with_calibration_options, with_method_options
 def quantize(
     model: Annotated[
         str,
-        typer.Argument(help="The full-precision model: a folder, a Hub id, `demo` or `demo-vlm`."),
+        typer.Argument(
+            help="The full-precision model: a folder, a Hub id, a .gguf file, `demo`, `demo-vlm` "
+            "or `smollm2`."
+        ),
     ],
     out: Annotated[
         Path,

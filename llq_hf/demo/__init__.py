@@ -13,6 +13,8 @@ score is known. Random weights would not do: nothing is lost when they are round
     train_vlm.py     trains that model
     vlm/             the result
 
+`resolve` gives their folders, and those of GGUF files, by gguf_base.py.
+
 Importing this module imports nothing heavy.
 """
 
@@ -25,5 +27,19 @@ MODELS: dict[str, Path] = {
 
 
 def resolve(model: str) -> str:
-    """The folder of a bundled model if `model` is its name ("demo"), else `model` itself."""
-    return str(MODELS[model]) if model in MODELS else model
+    """The folder of a model that is no folder by itself, else `model` as it is.
+
+    It is that of a bundled model ("demo"), or that into which a GGUF file is converted once: the
+    file at a path, or that of the extra `smollm2`. LLQError where such a file is missing or broken.
+    """
+    if model in MODELS:
+        return str(MODELS[model])
+    if model == "smollm2":
+        from . import gguf_base
+
+        return str(gguf_base.converted(gguf_base.bundled_file(), gguf_base.NAME))
+    if model.lower().endswith(".gguf"):
+        from . import gguf_base
+
+        return str(gguf_base.converted(Path(model)))
+    return model
