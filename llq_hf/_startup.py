@@ -29,14 +29,20 @@ def _on_lm_eval_models(module: "ModuleType") -> None:
 
 
 def _on_lm_eval_huggingface(module: "ModuleType") -> None:
-    # Our perplexity tasks ask for windows of tokens: a request type that every Hugging Face model
-    # gets, `hf` too.
+    # Our tasks about windows of tokens have request types of their own, which every Hugging Face
+    # model gets, `hf` too.
     def llq_windows_nll(self, requests):  # type: ignore[no-untyped-def]
         from llq_hf.hosts.lm_eval_perplexity import windows_nll
 
         return windows_nll(self, requests)
 
+    def llq_windows_kl(self, requests):  # type: ignore[no-untyped-def]
+        from llq_hf.hosts.lm_eval_divergence import windows_kl
+
+        return windows_kl(self, requests)
+
     module.HFLM.llq_windows_nll = llq_windows_nll
+    module.HFLM.llq_windows_kl = llq_windows_kl
 
 
 def _on_lm_eval_tasks(module: "ModuleType") -> None:

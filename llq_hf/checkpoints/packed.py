@@ -22,10 +22,12 @@ from torch import Tensor, nn
 from ..common.errors import LLQError
 from ..common.files import read_json, write_json
 from ..common.spec import Spec
+from ..demo import MODELS
+from ..demo.gguf_base import NAME as SMOLLM2
 from ..layers.linear import QuantLinear
 from ..method import Method
 from ..models.decoder import block_linears, replace_module
-from .dense import INDEX, Checkpoint, Rewritten
+from .dense import INDEX, Checkpoint, Rewritten, fetch
 from .fingerprint import fingerprint
 from .format import CONFIG, HASHES, REPORT, PackedConfig
 from .hashes import Hashes
@@ -216,6 +218,17 @@ def read_report(folder: Path) -> Report:
         raise LLQError(f"{folder / REPORT} is damaged: it is not what a run writes")
     found: Report = report
     return found
+
+
+def named_base(folder: Path) -> Path | None:
+    """The folder of the full-precision model that the report of a packed checkpoint names; None
+    where it names none that can be found again. A Hub model is downloaded.
+    """
+    made_from = read_report(folder).get("made_from", {}) if (folder / REPORT).is_file() else {}
+    model, revision = made_from.get("model"), made_from.get("revision")
+    if not isinstance(model, str) or (revision is None and model not in (*MODELS, SMOLLM2)):
+        return None  # the name of a folder, whose place the report does not keep
+    return fetch(model, revision)
 
 
 def _is_record(record: Any) -> bool:

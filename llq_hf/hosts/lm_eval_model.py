@@ -23,6 +23,8 @@ from typing import Any
 from lm_eval.models.huggingface import HFLM
 
 from ..checkpoints.adapter import base_of, is_adapter
+from ..checkpoints.dense import fetch
+from ..checkpoints.packed import named_base
 from ..models.load import auto_class, takes_images
 from .hf_quantizer import check_quantized, described
 from .model_args import ModelArgs
@@ -40,6 +42,7 @@ class LLQLM(HFLM):  # type: ignore[misc]
             host["peft"] = asked.pretrained
             asked = replace(asked, pretrained=base_of(asked.pretrained))
         loadable = asked.loadable(host.get("device"), host.get("dtype"))
+        self._asked, self._loadable = asked, loadable
         host.setdefault("softmax_dtype", "float32")  # log-softmax in bf16 shifts perplexities
         super().__init__(pretrained=loadable.path, revision=loadable.revision, **host)
         # HFLM takes the ranks from its accelerator only where it sees several GPUs.
@@ -70,6 +73,19 @@ class LLQLM(HFLM):  # type: ignore[misc]
             from peft import PeftModel
 
             self._model: Any = PeftModel.from_pretrained(self._model, peft)
+
+    def llq_base(self) -> str | None:
+        """The folder of the full-precision model that `llq_kl` compares with: "" where that is the
+        model itself, None where nothing names it. A Hub model is downloaded.
+        """
+        loaded = self._loadable
+        if self._asked.base is not None:
+            return str(fetch(self._asked.base))
+        if loaded.base is None:
+            folder = named_base(fetch(loaded.path, loaded.revision))
+            return None if folder is None else str(folder)
+        itself = not loaded.quantized and self.peft is None
+        return "" if itself else str(fetch(loaded.base, self._asked.revision))
 
     def get_model_info(self) -> dict[str, Any]:
         """What lm-eval writes into the results file; `llq` says what was really scored."""

@@ -28,7 +28,7 @@ import logging
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from lm_eval.api.instance import Instance
@@ -44,6 +44,7 @@ AUTO_BATCH_WINDOWS = 8  # where batch_size=auto begins; halved when the device r
 REQUEST_TYPE = "llq_windows_nll"
 METRIC = "token_perplexity"
 
+Scored = TypeVar("Scored")
 _log = logging.getLogger("llq_hf")
 
 
@@ -56,11 +57,13 @@ class WindowPerplexity(ConfigurableTask):  # type: ignore[misc]  # lm_eval has n
     replaces it.
     """
 
+    request_type = REQUEST_TYPE
+
     def __init__(self, config: dict[str, Any]) -> None:
         # lm-eval checks that the output type is one of its own; the requests then carry ours
         checked = {"output_type": "loglikelihood_rolling", "metric_list": []}
         super().__init__(config=without_class(config) | checked)
-        self.OUTPUT_TYPE = REQUEST_TYPE
+        self.OUTPUT_TYPE = self.request_type
 
     def download(self, dataset_kwargs: Mapping[str, Any] | None = None, **_: Any) -> None:
         """Load the text; `ConfigurableTask.__init__` calls this."""
@@ -93,14 +96,18 @@ class WindowPerplexity(ConfigurableTask):  # type: ignore[misc]  # lm_eval has n
         """One request per shard. `arguments` are logged and hashed, so the text itself travels in
         `doc`.
         """
-        arguments = (str(self.source), self.seqlen, doc["shard"], doc["shards"])
+        arguments = (str(self.source), self.seqlen, doc["shard"], doc["shards"], *self.more())
         return Instance(
-            request_type=REQUEST_TYPE,
+            request_type=self.request_type,
             doc={**doc, "source": self.source},
             arguments=arguments,
             idx=0,
             metadata=kwargs["metadata"],
         )
+
+    def more(self) -> tuple[Any, ...]:
+        """What else a request carries."""
+        return ()
 
     def process_results(
         self, doc: Any, results: Sequence[tuple[float, int, int]]
@@ -136,40 +143,60 @@ def token_perplexity(shards: Sequence[tuple[float, int]]) -> float:
 def windows_nll(lm: Any, requests: Sequence[Instance]) -> list[tuple[float, int, int]]:
     """Serve requests of the type `llq_windows_nll` with an HFLM.
 
-    Gives (sum of log-probabilities, tokens, window length) for each shard. Shard i of n scores
-    windows i, i + n, i + 2n, ... Where windows are longer than the model allows, they get the
-    model's length, with a warning. Log-softmax is float32 whatever the model's dtype.
+    Gives (sum of log-probabilities, tokens, window length) for each shard. Log-softmax is float32
+    whatever the model's dtype.
     """
-    results: list[tuple[float, int, int]] = [(0.0, 0, 0)] * len(requests)
-    for (_, seqlen), indices in _by_text(requests).items():
-        source = requests[indices[0]].doc["source"]
-        used = _usable_seqlen(lm, seqlen, source.name)
+
+    def score(batch_BS: Tensor) -> list[float]:
+        return _batch_logprobs(lm, batch_BS)
+
+    return [
+        (math.fsum(sums), len(sums) * (length - 1), length)
+        for sums, length in scored_shards(lm, requests, lambda _: score)
+    ]
+
+
+def scored_shards(
+    lm: Any,
+    requests: Sequence[Instance],
+    scorer: Callable[[Instance], Callable[[Tensor], list[Scored]]],
+) -> list[tuple[list[Scored], int]]:
+    """For each request, what is scored of each window of its shard, and the windows' length.
+
+    Shard i of n is windows i, i + n, i + 2n, ... Where windows are longer than the model allows,
+    they get the model's length, with a warning. scorer: gives, for one of the requests of a text, a
+    function that scores the windows [B, S] of a batch.
+    """
+    results: list[tuple[list[Scored], int]] = [([], 0)] * len(requests)
+    for indices in _by_text(requests):
+        first = requests[indices[0]]
+        source = first.doc["source"]
+        used = _usable_seqlen(lm, first.args[1], source.name)
         windows_NS = source.windows(lm.tokenizer, used)
         check_ids(windows_NS, getattr(lm.config, "vocab_size", None), f"The text {source.name!r}")
         chosen = {index: _shard_windows(requests[index], len(windows_NS)) for index in indices}
         # each window once, though data-parallel padding repeats a request
         needed = sorted({window for windows in chosen.values() for window in windows})
-        logprob = dict(
-            zip(needed, _window_logprobs(lm, windows_NS[needed], source.name), strict=True)
-        )
-        length = windows_NS.shape[1]
+        scores = _in_batches(lm, windows_NS[needed], source.name, scorer(first))
+        by_window = dict(zip(needed, scores, strict=True))
         for index, windows in chosen.items():
-            total = math.fsum(logprob[window] for window in windows)
-            results[index] = (total, len(windows) * (length - 1), length)
+            results[index] = ([by_window[window] for window in windows], windows_NS.shape[1])
     return results
 
 
-def _by_text(requests: Sequence[Instance]) -> dict[tuple[str, int], list[int]]:
-    """Indices of the requests by text (its name and digest) and window length."""
-    groups: dict[tuple[str, int], list[int]] = defaultdict(list)
+def _by_text(requests: Sequence[Instance]) -> list[list[int]]:
+    """Indices of the requests, grouped by text (its name and digest), window length and whatever
+    else they carry.
+    """
+    groups: dict[tuple[Any, ...], list[int]] = defaultdict(list)
     for index, request in enumerate(requests):
-        text, seqlen, _, _ = request.args
-        groups[text, seqlen].append(index)
-    return groups
+        text, seqlen, _, _, *more = request.args
+        groups[(text, seqlen, *more)].append(index)
+    return list(groups.values())
 
 
 def _shard_windows(request: Instance, windows: int) -> range:
-    _, _, shard, shards = request.args
+    _, _, shard, shards, *_ = request.args
     return range(shard, windows, shards)
 
 
@@ -187,24 +214,26 @@ def _usable_seqlen(lm: Any, seqlen: int, name: str) -> int:
     return int(lm.max_length)
 
 
-def _window_logprobs(lm: Any, windows_NS: Tensor, name: str) -> list[float]:
-    """The sum of log-probabilities of tokens 1..S-1 of each window."""
+def _in_batches(
+    lm: Any, windows_NS: Tensor, name: str, score: Callable[[Tensor], list[Scored]]
+) -> list[Scored]:
+    """What `score` gives for each window, in batches of the size that lm-eval was asked for."""
     from accelerate.utils import find_executable_batch_size
     from tqdm import tqdm  # type: ignore[import-untyped]
 
-    def score(batch_size: int) -> list[float]:
-        sums: list[float] = []
+    def all_of(batch_size: int) -> list[Scored]:
+        found: list[Scored] = []
         with tqdm(total=len(windows_NS), desc=f"{name} windows", disable=lm.rank != 0) as bar:
             for batch_BS in torch.split(windows_NS, batch_size):
-                sums += _batch_logprobs(lm, batch_BS)
+                found += score(batch_BS)
                 bar.update(len(batch_BS))
-        return sums
+        return found
 
     if len(windows_NS) == 0:  # all shards of this rank are empty
         return []
     if lm.batch_size != "auto":
-        return score(int(lm.batch_size))
-    return list(find_executable_batch_size(score, starting_batch_size=AUTO_BATCH_WINDOWS)())
+        return all_of(int(lm.batch_size))
+    return list(find_executable_batch_size(all_of, starting_batch_size=AUTO_BATCH_WINDOWS)())
 
 
 def _batch_logprobs(lm: Any, batch_BS: Tensor) -> list[float]:

@@ -60,6 +60,8 @@ class LLQ(lmms):  # type: ignore[misc]
     def __init__(self, **options: Any) -> None:
         super().__init__()
         asked, host = ModelArgs.split(options, DEFAULT_MODEL, HOST_OPTIONS)
+        if asked.base is not None:
+            raise LLQError("base=... is what llq_kl compares with, a task of lm-eval; leave it out")
         self.accelerator = Accelerator()
         self._rank = self.accelerator.process_index
         self._world_size = self.accelerator.num_processes

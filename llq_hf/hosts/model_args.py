@@ -34,6 +34,7 @@ class Loadable(NamedTuple):
     path: str  # folder or Hub id
     revision: str
     quantized: bool  # whether it must turn out to be a packed checkpoint
+    base: str | None = None  # the dense model that it is or was made from, if that was given
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +42,7 @@ class ModelArgs:
     """The model_args that are ours and not the harness's. `llq methods` lists those of methods."""
 
     pretrained: str
+    base: str | None = None  # the full-precision model that `llq_kl` compares with
     method: str | None = None
     preset: str = "study"
     calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
@@ -94,8 +96,9 @@ class ModelArgs:
                 given = ", ".join(self.method_options)
                 raise LLQError(f"method=none takes no options, but {given} was given")
         else:
-            return Loadable(str(self._quantized(model, device, dtype)), "main", True)
-        return Loadable(model, self.revision or "main", packed is not None)
+            return Loadable(str(self._quantized(model, device, dtype)), "main", True, model)
+        own = model if packed is None else None
+        return Loadable(model, self.revision or "main", packed is not None, own)
 
     def _quantized(self, model: str, device: str | None, dtype: Any) -> Path:
         assert self.method is not None

@@ -27,9 +27,10 @@ from ..common.progress import Progress
 from ..data.calibration import CalibrationOptions
 from ..demo import resolve
 from ..engine.options import RunOptions
+from ..hosts.loading import load_model
 from ..method import Method
 from ..methods import build
-from .cost import Workload, compare, disk_bytes, journalled, load_model, peak_memory, ratios
+from .cost import Workload, compare, disk_bytes, journalled, peak_memory, ratios
 from .divergence import DivergenceOptions, load_windows, measure_divergence
 from .evaluate import Results, evaluate
 from .plan import DENSE, Cell
@@ -90,7 +91,7 @@ def _fill(figures: dict[str, Any], cell: Cell, setup: Setup, progress: Progress)
         path = str(folder)
         cost["disk_bytes"] += disk_bytes(path)
     progress.stage("evaluating")
-    results = evaluate(path, cell, setup.device, setup.batch_size, setup.parallelize)
+    results = evaluate(path, base, cell, setup.device, setup.batch_size, setup.parallelize)
     figures["results"] = results | answers
     if cell.divergence:
         figures["results"]["divergence"] = _divergence(path, base, cell, setup, progress)

@@ -28,7 +28,7 @@ from ..checkpoints.journal import Journal
 from ..common.errors import LLQError
 from ..common.machine import peak_resident_bytes
 from ..common.progress import PassListener
-from ..models.load import auto_class
+from ..hosts.loading import load_model
 
 Figures = dict[str, Any]
 
@@ -50,24 +50,6 @@ class Workload:
                 )
         if not self.batches or min(self.batches) < 1:
             raise LLQError(f"batches={self.batches} holds no batch size; give numbers of 1 or more")
-
-
-def load_model(path: str, device: str, parallelize: bool = False, dtype: str = "auto") -> nn.Module:
-    """The model of a folder or Hub id (packed, dense, or an adapter) on `device`.
-
-    parallelize: over all GPUs there are.
-    """
-    from transformers import AutoConfig
-
-    from ..checkpoints.adapter import base_of, is_adapter
-
-    config_of = base_of(path) if is_adapter(path) else path
-    kind = auto_class(AutoConfig.from_pretrained(config_of, trust_remote_code=False))
-    if parallelize:
-        spread: nn.Module = kind.from_pretrained(path, dtype=dtype, device_map="auto")
-        return spread.eval()
-    model: nn.Module = kind.from_pretrained(path, dtype=dtype)
-    return model.to(device).eval()
 
 
 def compare(

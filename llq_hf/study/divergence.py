@@ -1,9 +1,6 @@
-"""KL divergence of a packed model's predictions from those of the full-precision model.
+"""Measures how far a packed model's predictions are from those of the full-precision model.
 
 Legend: N windows, S tokens of a window, V vocabulary; p full precision, q packed.
-
-KL(p || q) is the mean over all tokens of all windows, in nats. Logits are compared in fp32,
-whatever dtype the models compute in.
 """
 
 from __future__ import annotations
@@ -20,8 +17,7 @@ from torch import Tensor, nn
 from ..common.errors import LLQError
 from ..common.words import nearest
 from ..data.evaluation import EVALUATION_TEXTS, load_evaluation
-
-TOKENS = 256  # compared at a time: a large vocabulary takes 0.5 MB a token
+from ..numerics.divergence import Divergence
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,26 +67,18 @@ def measure_divergence(
     windows_NS: Tensor,
     tick: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
-    """{"kl": nats per token, "token_perplexity": of `model` on the same windows}.
+    """The figures of `Divergence.summary` over all tokens of all windows, and "token_perplexity":
+    that of `model` on the same windows.
 
     tick: called after every window.
     """
     device = next(model.parameters()).device
-    divergence = nats = 0.0
+    parts: list[Divergence] = []
+    nats = 0.0
     for ids_S in windows_NS.to(device):
         q_SV, p_SV = (each(input_ids=ids_S[None]).logits[0] for each in (model, reference))
-        divergence += _kl(p_SV, q_SV) / len(ids_S)
+        parts.append(Divergence.of(p_SV, q_SV))
         nats += float(nn.functional.cross_entropy(q_SV[:-1].float(), ids_S[1:]))
         tick()
-    count = len(windows_NS)
-    return {"kl": divergence / count, "token_perplexity": math.exp(nats / count)}
-
-
-def _kl(p_SV: Tensor, q_SV: Tensor) -> float:
-    """Sum over tokens of KL(softmax(p) || softmax(q)), of logits."""
-    total = 0.0
-    for p_TV, q_TV in zip(torch.split(p_SV, TOKENS), torch.split(q_SV, TOKENS), strict=True):
-        log_p_TV = p_TV.float().log_softmax(-1)
-        log_q_TV = q_TV.float().log_softmax(-1)
-        total += float((log_p_TV.exp() * (log_p_TV - log_q_TV)).sum())
-    return total
+    perplexity = math.exp(nats / len(windows_NS))
+    return {**Divergence.together(parts).summary(), "token_perplexity": perplexity}

@@ -16,19 +16,20 @@ Results = dict[str, dict[str, Any]]
 
 
 def evaluate(
-    path: str, cell: Cell, device: str, batch_size: int | str, parallelize: bool = False
+    path: str, base: str, cell: Cell, device: str, batch_size: int | str, parallelize: bool = False
 ) -> Results:
     """Task -> metric -> figure, over all tasks of the cell.
 
-    path: a packed checkpoint, an adapter, or (method none) a dense model. parallelize: lm-eval
-    spreads the model over all GPUs that it sees.
+    path: a packed checkpoint, an adapter, or (method none) a dense model. base: the full-precision
+    model, which tasks may compare with. parallelize: lm-eval spreads the model over all GPUs that
+    it sees.
     """
     text = [task for task in cell.tasks if _harness_of(task) == "lm_eval"]
     image = [task for task in cell.tasks if task not in text]
     results: Results = {}
     if text:
         host = {"device": device, "batch_size": batch_size, "parallelize": parallelize}
-        results |= _lm_eval(path, cell, text, host)
+        results |= _lm_eval(path, base, cell, text, host)
     if image:
         results |= _lmms_eval(path, cell, image, device, batch_size)
     return results
@@ -49,13 +50,13 @@ def _text_manager(metadata: str) -> Any:
     return TaskManager(metadata=json.loads(metadata))
 
 
-def _lm_eval(path: str, cell: Cell, tasks: list[str], host: dict[str, Any]) -> Results:
+def _lm_eval(path: str, base: str, cell: Cell, tasks: list[str], host: dict[str, Any]) -> Results:
     from lm_eval import simple_evaluate
 
     from ..hosts.lm_eval_model import LLQLM
 
-    method = {"method": DENSE} if cell.method == DENSE else {}
-    model = LLQLM(pretrained=path, dtype=cell.dtype, **method, **host)
+    kind = {"method": DENSE} if cell.method == DENSE else {"base": base}
+    model = LLQLM(pretrained=path, dtype=cell.dtype, **kind, **host)
     try:
         output = simple_evaluate(
             model=model,

@@ -89,10 +89,13 @@ PERPLEXITY = "perplexity"
 DIVERGENCE = "divergence"
 LOSS = "loss"
 ACCURACY = "accuracy"
-RANKS = (PERPLEXITY, DIVERGENCE, LOSS, ACCURACY)
+AGREEMENT = "agreement"
+RANKS = (PERPLEXITY, DIVERGENCE, AGREEMENT, LOSS, ACCURACY)
 KINDS = {  # of the metrics
     "token_perplexity": PERPLEXITY,
     "kl": DIVERGENCE,
+    "kl_p99": DIVERGENCE,
+    "top1_agreement": AGREEMENT,
     "loss": LOSS,
     "acc": ACCURACY,
     "accuracy": ACCURACY,
@@ -100,6 +103,7 @@ KINDS = {  # of the metrics
 SHOWN: dict[str | None, tuple[Callable[[float], str], float]] = {  # how, and times what
     PERPLEXITY: (perplexity, 1.0),
     DIVERGENCE: (four_digits, 1.0),
+    AGREEMENT: (percent, 100.0),
     LOSS: (three_digits, 1.0),
     ACCURACY: (percent, 100.0),
     None: (perplexity, 1.0),  # any other metric
@@ -151,8 +155,12 @@ OVERVIEW_NOTE = "Seconds: of quantizing, calibration included."
 
 
 def _headline(pair: tuple[str, str]) -> str:
-    task = pair[0].removeprefix("llq_").removesuffix("_ppl").removesuffix("_mc").replace("_", " ")
-    return f"{task} {'ppl' if KINDS.get(pair[1]) == PERPLEXITY else pair[1]}"
+    task, metric = pair
+    if KINDS.get(metric) in (DIVERGENCE, AGREEMENT):  # the metric says it
+        task = "_".join(word for word in task.split("_") if word != "kl")
+    task = task.removeprefix("llq").removesuffix("_ppl").removesuffix("_mc")
+    words = [*task.split("_"), "ppl" if KINDS.get(metric) == PERPLEXITY else metric]
+    return " ".join(filter(None, words))
 
 
 def _overview_line(record: Record, columns: list[tuple[str, str]]) -> Line:

@@ -165,7 +165,7 @@ def launch(command: list[str], folder: Path, environment: dict[str, str]) -> Non
     pytest.fail("failed twice; see the warnings")
 
 
-def test_two_processes_give_the_perplexity_of_one(tmp_path: Path) -> None:
+def test_two_processes_give_the_figures_of_one(tmp_path: Path) -> None:
     """The command as users type it, from another folder; the second run takes the first one's
     quantized model.
     """
@@ -177,7 +177,15 @@ def test_two_processes_give_the_perplexity_of_one(tmp_path: Path) -> None:
         "--model_args",
         "pretrained=demo,method=rtn,bits=3",
     ]
-    command += ["--tasks", "llq_demo", "--batch_size", "16", "--limit", "8", "--output_path"]
+    command += [
+        "--tasks",
+        "llq_demo,llq_demo_kl",
+        "--batch_size",
+        "16",
+        "--limit",
+        "8",
+        "--output_path",
+    ]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "LLQ_CACHE": str(tmp_path / "cache")}
     environment["GLOO_SOCKET_IFNAME"] = "lo"  # both processes are here
     launchers = {
@@ -195,6 +203,10 @@ def test_two_processes_give_the_perplexity_of_one(tmp_path: Path) -> None:
         one["llq_demo_ppl"]["token_perplexity,none"], rel=1e-6
     )
     assert two["llq_demo_mc"]["acc,none"] == one["llq_demo_mc"]["acc,none"]
+    assert one["llq_demo_kl"]["kl,none"] > 0
+    for name in ("kl", "kl_median", "kl_p99", "kl_max", "top1_agreement"):
+        figure = one["llq_demo_kl"][f"{name},none"]
+        assert two["llq_demo_kl"][f"{name},none"] == pytest.approx(figure, rel=1e-4)
     assert found["two"]["config"]["llq"]["method"] == "rtn"
 
 

@@ -104,6 +104,21 @@ def test_a_fine_tuned_cell(gptq: Cell, setup: Setup, tmp_path: Path) -> None:
     assert (wrong.status, "'ranks'" in str(wrong.reason)) == ("refused", True)
 
 
+def test_a_task_of_divergence_compares_with_the_cell_s_model(gptq: Cell, setup: Setup) -> None:
+    """It gives what the plan's `divergence` gives on the same windows; full precision has none."""
+    metadata = {**gptq.metadata, "seqlen": 64}
+    options = {"windows": 99, "seqlen": 64, "file": gptq.metadata["text_file"]}
+    cell = replace(gptq, tasks=("llq_kl",), metadata=metadata, divergence=options)
+    record = run_cell(cell, Progress(), setup)
+    assert record.status == "done", record.trace or record.reason
+    found, measured = record.results["llq_kl"], dict(record.results["divergence"])
+    del measured["token_perplexity"]
+    assert {name: found[name] for name in measured} == pytest.approx(measured, rel=1e-4)
+    assert found["kl"] > 0
+    dense = replace(gptq, method="none", options={}, tasks=("llq_kl",), metadata=metadata)
+    assert run_cell(dense, Progress(), setup).results["llq_kl"]["kl"] == 0
+
+
 def test_the_divergence_of_a_cell(gptq: Cell, setup: Setup) -> None:
     """Beside the cell's own results; of more bits it is less."""
     options = {"windows": 2, "seqlen": 32, "file": gptq.metadata["text_file"]}

@@ -13,11 +13,11 @@ from typer.testing import CliRunner
 
 from llq_hf import Calibration, LLQError, build, cli
 from llq_hf.engine.execute import quantize_checkpoint
+from llq_hf.hosts.loading import load_model
 from llq_hf.study.cost import (
     Workload,
     compare,
     disk_bytes,
-    load_model,
     loaded_bytes,
     ratios,
 )

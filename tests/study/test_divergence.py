@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from llq_hf.hosts.loading import load_model
+from llq_hf.numerics import divergence as tokens
 from llq_hf.study import divergence
-from llq_hf.study.cost import load_model
 
 
 def test_it_is_the_literal_mean_over_tokens(
@@ -16,7 +17,7 @@ def test_it_is_the_literal_mean_over_tokens(
     calibration_ids: torch.Tensor,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(divergence, "TOKENS", 5)  # no divisor of the windows' length
+    monkeypatch.setattr(tokens, "TOKENS", 5)  # no divisor of the windows' length
     model, reference = (load_model(str(path), "cpu") for path in (tiny_llama, tiny_llama_tied))
     ids_NS = calibration_ids[:3]
     found = divergence.measure_divergence(model, reference, ids_NS)

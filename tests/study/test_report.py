@@ -19,7 +19,7 @@ from llq_hf.study.plan import Cell, expand
 from llq_hf.study.plots import Point, front
 from llq_hf.study.record import REFUSED, Record, file_of, read_record, write_record
 from llq_hf.study.report import write_report
-from llq_hf.study.tables import study_tables
+from llq_hf.study.tables import _headline, study_tables
 
 LLAMA = "meta-llama/Meta-Llama-3-8B"
 COST = {
@@ -266,3 +266,15 @@ def test_an_empty_folder_and_an_unknown_format_are_named(runs: Path, tmp_path: P
     with pytest.raises(LLQError, match="'html'"):
         write_report(runs, tmp_path, ["htm"])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_columns_of_divergence_name_it_once() -> None:
+    pairs = {
+        ("llq_kl", "kl"): "kl",
+        ("llq_kl_ptb", "kl_p99"): "ptb kl_p99",
+        ("llq_kl_c4_new", "top1_agreement"): "c4 new top1_agreement",
+        ("divergence", "kl"): "divergence kl",
+        ("llq_wikitext2", "token_perplexity"): "wikitext2 ppl",
+        ("llq_demo_mc", "acc"): "demo acc",
+    }
+    assert {pair: _headline(pair) for pair in pairs} == pairs
