@@ -36,7 +36,10 @@ DOWNLOADED = (
     "*.model",
     "*.jinja",
     "*.txt",
-    "LICENSE*",
+    "*.spm",
+    "*.tiktoken",
+    "LICEN[SC]E*",
+    "NOTICE*",
     "USE_POLICY*",
     CARD,
 )
@@ -209,7 +212,8 @@ def fetch(model: str, revision: str | None = None) -> Path:
     """The folder of a model: a local path, what `resolve` knows, or a Hub snapshot, which is
     downloaded.
 
-    Pickles and Python files are not downloaded. LLQError where there is no such model.
+    Pickles are not downloaded, and Python files only where they go along (see `carried`). LLQError
+    where there is no such model.
     """
     local = Path(resolve(model)).expanduser()
     if local.is_dir():

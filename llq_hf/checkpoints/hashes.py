@@ -118,7 +118,7 @@ class Hashes:
         parts: tuple[Any, ...] = (self.config, self.weights, self.files)
         if not all(isinstance(part, dict) for part in parts) or not isinstance(self.tensors, list):
             return False
-        names = [*self.weights, *self.files]
+        names = [*self.weights, *(part for name in self.files for part in name.split("/"))]
         return all(isinstance(each, dict) for each in self.tensors) and all(map(is_name, names))
 
     def to_dict(self) -> dict[str, Any]:
@@ -192,6 +192,7 @@ class Hashes:
 
     def _file_damage(self, folder: Path) -> Iterator[str]:
         for name, sha256 in self.files.items():
+            fetch_beside(folder, name)
             if not (folder / name).is_file():
                 yield f"{name} is missing"
             elif sha256_file(folder / name) != sha256:

@@ -4,13 +4,12 @@ model.safetensors   all tensors, or shards of at most 5 GB with an index (see `s
                     linears, and the base's own bytes of everything else
 llq_report.json     per linear: bits, errors, what the method noted
 llq_hashes.json     sha256 of every tensor and file, and a copy of config.json
-tokenizer files, licence, ...   copied from the base
+tokenizer files, licence, ...   copied from the base (see `carried`)
 config.json         last: without it nothing loads, so half a run never passes for a whole one
 """
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,15 +26,13 @@ from ..demo.gguf_base import NAME as SMOLLM2
 from ..layers.linear import QuantLinear
 from ..method import Method
 from ..models.decoder import block_linears, replace_module
-from .dense import INDEX, Checkpoint, Rewritten, fetch
+from .carried import copy_small_files, small_files
+from .dense import Checkpoint, Rewritten, fetch
 from .fingerprint import fingerprint
-from .format import CONFIG, HASHES, REPORT, PackedConfig
+from .format import CONFIG, REPORT, PackedConfig
 from .hashes import Hashes
 from .records import Bits, LinearRecord, Report
 from .shards import Shards, names_by_block
-
-# Small files of the base that go along unchanged.
-CARRIED = ("*.json", "*.model", "*.txt", "*.jinja", "LICENSE*", "USE_POLICY*")
 
 
 @dataclass(frozen=True)
@@ -183,25 +180,6 @@ class PackedFolder:
             "whole_model": total_bytes * 8 / self.base.parameters,
             "bytes": total_bytes,
         }
-
-
-def copy_small_files(base: Path, out: Path) -> None:
-    """Copy the base's small files: tokenizer, generation defaults, licence."""
-    for file in carried(base):
-        shutil.copyfile(file, out / file.name)
-
-
-def carried(folder: Path) -> list[Path]:
-    """The small files of a checkpoint that its packed checkpoints carry along unchanged."""
-    own = (CONFIG, INDEX, REPORT, HASHES)
-    found = {file for pattern in CARRIED for file in folder.glob(pattern) if file.is_file()}
-    return sorted(file for file in found if file.name not in own)
-
-
-def small_files(folder: Path) -> list[str]:
-    """Names of the files of a packed checkpoint that hold no tensors and are hashed."""
-    names = [file.name for file in carried(folder)]
-    return [*names, REPORT] if (folder / REPORT).is_file() else names
 
 
 def read_report(folder: Path) -> Report:

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..checkpoints.carried import carried
 from ..checkpoints.dense import Checkpoint, untied_config
 from ..checkpoints.fingerprint import sha256_file
 from ..checkpoints.format import CONFIG
-from ..checkpoints.packed import carried
 from ..common.errors import LLQError
 from ..common.progress import Progress
 from ..models.decoder import decoder_of, hidden_of
@@ -59,8 +59,7 @@ def file_digests(folder: Path) -> dict[str, str]:
     """The first 16 hex digits of the sha256 of each file that decides what a base model is, beside
     its tensors: config.json, and what comes along into its packed checkpoints.
     """
-    files = [folder / CONFIG, *carried(folder)]
-    return {file.relative_to(folder).as_posix(): sha256_file(file)[:16] for file in files}
+    return {name: sha256_file(folder / name)[:16] for name in (CONFIG, *carried(folder))}
 
 
 def check_as_loaded(

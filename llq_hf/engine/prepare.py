@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..checkpoints.carried import carried
 from ..checkpoints.dense import Checkpoint, Rewritten, provenance
 from ..checkpoints.fingerprint import fingerprint
 from ..checkpoints.format import FORMAT_VERSION
@@ -114,6 +115,7 @@ def _open_dense(model: str, revision: str | None, progress: Progress) -> Checkpo
     if checkpoint.is_quantized:
         kind = checkpoint.config["quantization_config"].get("quant_method", "unknown")
         raise LLQError(f"{model} is quantized already ({kind}); give the full-precision model")
+    carried(checkpoint.path)  # refuses a link that leads out of the folder
     return checkpoint
 
 

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..checkpoints.carried import copy_small_files
 from ..checkpoints.dense import Checkpoint, header
 from ..checkpoints.format import CONFIG, REPORT
 from ..checkpoints.inspection import inspect_checkpoint
-from ..checkpoints.packed import copy_small_files
 from ..checkpoints.shards import gathered, names_by_block
 from ..common.errors import LLQError
 from ..common.files import save_tensors, write_json

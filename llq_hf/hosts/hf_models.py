@@ -13,10 +13,10 @@ from typing import Any, ClassVar
 
 from transformers import LlamaForCausalLM, LlavaNextForConditionalGeneration
 
+from ..checkpoints.carried import copy_small_files, small_files
 from ..checkpoints.dense import fetch, provenance
 from ..checkpoints.format import CONFIG, REPORT
 from ..checkpoints.hashes import Hashes, check_quickly
-from ..checkpoints.packed import copy_small_files, small_files
 from ..common.errors import LLQError
 from ..common.files import read_json, write_json
 from ..data.calibration import CalibrationOptions

@@ -7,6 +7,7 @@ very checkpoint. The licence is the base's, where its card or its LICENSE file c
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -18,10 +19,12 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from ..checkpoints.carried import carried, is_licence
 from ..checkpoints.format import CONFIG
 from ..checkpoints.inspection import Inspection, inspect_checkpoint
 from ..common.errors import LLQError
 from ..common.files import read_json
+from ..common.markup import markdown, markdown_code, on_one_line
 from ..common.resources import template_path
 from ..method import Method, field_defaults
 from ..methods import build
@@ -70,13 +73,12 @@ def make_card(
     made_from: dict[str, Any] = packed["made_from"] or unknown
     base_card = made_from["card"]
     base = base or made_from["model"]
-    name = (repo or path.resolve().name).rpartition("/")[2]
+    repo = on_one_line(repo or f"USER/{path.resolve().name}")
+    name = repo.rpartition("/")[2]
     scored = read_results(results_files(path, results), packed)
     vision = "vision_config" in read_json(path / CONFIG)
     task = base_card.get("pipeline_tag") or ("image-text-to-text" if vision else "text-generation")
-    texts = sorted(
-        file.name for pattern in ("LICENSE*", "USE_POLICY*") for file in path.glob(pattern)
-    )
+    texts = [name for name in carried(path) if is_licence(name)]
     licence = _licence(base_card, texts)
     takes_images = task == "image-text-to-text"
     data = ModelCardData(
@@ -93,8 +95,12 @@ def make_card(
     return ModelCard.from_template(
         data,
         template_path=str(template_path()),
+        text=markdown,
+        code=markdown_code,
+        quoted=json.dumps,
+        word=shlex.quote,
         model_name=name,
-        repo=repo or f"USER/{name}",
+        repo=repo,
         version=version("llq-hf"),
         base=base,
         base_revision=made_from["revision"],
@@ -120,14 +126,14 @@ def make_card(
         activations=not method.weight_only,
         license=licence.get("license"),
         license_name=licence.get("license_name"),
-        license_files=", ".join(f"`{text}`" for text in texts),
+        license_files=", ".join(map(markdown_code, texts)),
     )
 
 
 def _licence(base_card: dict[str, Any], texts: list[str]) -> dict[str, str]:
     """The licence fields of the front matter: the base's own, or a link to its text, or nothing."""
     passed = {key: str(value) for key, value in base_card.items() if key.startswith("license")}
-    text = next((name for name in texts if name.startswith("LICENSE")), None)
+    text = next((name for name in texts if name.lower().startswith(("license", "licence"))), None)
     return passed or ({"license": "other", "license_link": text} if text else {})
 
 
@@ -143,9 +149,11 @@ def _is_repo(name: str) -> bool:
 def _calibration(used: dict[str, Any] | None, drawn: dict[str, Any] | None) -> str:
     if used is None:
         return "none: the method needs no data"
-    source = f"`{drawn['source']}`, seed {drawn['seed']}, " if drawn else ""
-    ids = used["ids_sha256"][:16]
-    return f"{source}{used['samples']} x {used['seqlen']} tokens (ids sha256 `{ids}`)"
+    source = f"{markdown_code(drawn['source'])}, seed {drawn['seed']}, " if drawn else ""
+    ids = markdown_code(used["ids_sha256"][:16])
+    return (
+        source + markdown(f"{used['samples']} x {used['seqlen']} tokens (ids sha256 ") + f"{ids})"
+    )
 
 
 def _command(
@@ -171,7 +179,7 @@ def _command(
         words += ["--revision", made_from["revision"]]
     words += ["--shards", identity["shards"]] if "shards" in identity else []
     words += ["--dtype", identity["dtype"], "--device", identity["device"]]
-    return shlex.join(map(str, words))
+    return shlex.join(map(on_one_line, words))
 
 
 # --- results --------------------------------------------------------------------------------------

@@ -1,8 +1,9 @@
 """Uploads a packed checkpoint to a repository of the Hub, in one commit, with its card.
 
-It uploads the files that a loader needs, the report, the run's journal (which lies beside the
-folder), and evaluation results without what they say about the machine. Only `push` uploads
-anything. The token stays in huggingface_hub.
+It uploads the files that belong to a model (see `carried`), the report, the run's journal (which
+lies beside the folder), and evaluation results without what they say about the machine. Any other
+file stays, and a link that leads out of the folder is refused. Only `push` uploads anything. The
+token stays in huggingface_hub.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..checkpoints.dense import CARD, INDEX
-from ..checkpoints.format import CONFIG, HASHES
+from ..checkpoints.carried import carried, own_file, small_files
+from ..checkpoints.dense import CARD, INDEX, listed_files
+from ..checkpoints.format import CONFIG, HASHES, REPORT
 from ..checkpoints.hashes import Hashes, damage, is_known, refuse
 from ..checkpoints.inspection import Inspection, inspect_checkpoint
 from ..checkpoints.journal import Journal
-from ..checkpoints.packed import CARRIED, small_files
 from ..common.errors import LLQError
 from ..common.files import read_json
 from .card import RESULTS, check_scored, make_card, results_files
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 JOURNAL = "llq_journal.jsonl"
-UPLOADED = ("*.safetensors", *CARRIED)
 WEIGHTS = ".safetensors"
 # What a results file keeps in the repository: figures and what they are figures of, but no paths,
 # processors and drivers.
@@ -82,25 +82,43 @@ def prepare_upload(
         ) from None
     checkpoint = inspect_checkpoint(path)
     _check_whole(path, checkpoint["quantized_linears"])
-    files: dict[str, Path | bytes] = {
-        file.name: file
-        for pattern in UPLOADED
-        for file in sorted(path.glob(pattern))
-        if file.is_file()
-    }
+    files: dict[str, Path | bytes] = _own_files(path)
     if HASHES not in files:  # of an older version, or of save_pretrained
         made = Hashes.made(path, small_files(path))
         files[HASHES] = json.dumps(made.to_dict(), indent=2, sort_keys=True).encode()
-    if Journal.beside(path).is_file():
-        files[JOURNAL] = Journal.beside(path)
+    journal = Journal.beside(path.absolute())
+    if own_file(journal.parent, journal.name):
+        files[JOURNAL] = journal
     scored = results_files(path, results)
     for file in scored:
+        if results is None:
+            own_file(path, file.relative_to(path).as_posix())
         files[f"{RESULTS}/{file.name}"] = _without_machine(file, checkpoint)
-    files[CARD] = path / CARD
-    if not (path / CARD).is_file():
+    if CARD not in files:
         card = make_card(path, repo=repo, base=base, results=scored)
         files[CARD] = str(card).encode()
     return Upload(repo, files)
+
+
+def _own_files(path: Path) -> dict[str, Path | bytes]:
+    """The files of a checkpoint by name: weights, configuration, card, and what belongs to a model.
+
+    LLQError where one is a link out of the folder, or where the hashes list one that is none of
+    these: it would not be uploaded, and `llq verify` would miss it.
+    """
+    weights = sorted({file.name for file in listed_files(path).values()})
+    names = [*weights, INDEX, CONFIG, REPORT, HASHES, CARD, *carried(path)]
+    files: dict[str, Path | bytes] = {
+        name: file for name in names if (file := own_file(path, name)) is not None
+    }
+    hashes = Hashes.read(path)
+    strangers = sorted(set(hashes.files) - set(files)) if hashes else []
+    if strangers:
+        raise LLQError(
+            f"{path / HASHES} lists {strangers[0]}, which belongs to no model and is not uploaded;"
+            f" look at it, delete it and {HASHES}, and push again"
+        )
+    return files
 
 
 def _check_whole(path: Path, linears: int) -> None:

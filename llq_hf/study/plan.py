@@ -44,6 +44,7 @@ import yaml
 
 from ..checkpoints.fingerprint import fingerprint
 from ..common.errors import LLQError
+from ..common.markup import file_name
 from ..common.words import nearest
 from ..data.calibration import CalibrationOptions
 from ..methods import METHODS, build
@@ -112,7 +113,8 @@ class Cell:
         words = [Path(self.model).name, self.method]
         if "bits" in self.options:
             words.append(str(self.options["bits"]))
-        return "-".join([*words, self.fingerprint])
+        # Of a file's name, file systems take 255 bytes.
+        return "-".join([*(file_name(word)[:60] for word in words), self.fingerprint])
 
     @property
     def title(self) -> str:

@@ -42,6 +42,7 @@ MARKERS = "osD^vP*Xhd<>p8H"
 # Colour and marker of the methods, in their order.
 LOOKS = [(COLOURS[i % len(COLOURS)], marker) for i, marker in enumerate(MARKERS)]
 STYLE: dict[Any, Any] = {
+    "text.parse_math": False,  # a name may hold dollars
     "svg.fonttype": "none",  # text stays text: it is set in the page's font and can be searched
     "svg.hashsalt": "llq",  # the same records give the same bytes
     "font.family": ["Helvetica Neue", "Arial", "DejaVu Sans", "sans-serif"],

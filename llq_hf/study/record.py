@@ -23,6 +23,7 @@ from typing import Any
 
 from ..common.errors import LLQError
 from ..common.files import write_json
+from ..common.markup import file_name
 from .plan import Cell, defaults
 
 DONE, REFUSED, FAILED = "done", "refused", "failed"
@@ -79,7 +80,8 @@ def records_folder(out: Path) -> Path:
 
 
 def file_of(out: Path, name: str) -> Path:
-    return records_folder(out) / f"{name}.json"
+    """The file of a record, whose name may come from a file: it never leads out of the folder."""
+    return records_folder(out) / f"{file_name(name)}.json"
 
 
 def write_record(out: Path, record: Record) -> Path:

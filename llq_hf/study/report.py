@@ -19,6 +19,9 @@ from pathlib import Path
 
 from ..common.errors import LLQError
 from ..common.files import replaced
+from ..common.markup import latex as tex
+from ..common.markup import markdown as escaped
+from ..common.markup import on_one_line
 from ..common.words import nearest
 from .cover import cover
 from .paper import asked_for
@@ -133,22 +136,28 @@ def _with_notes(tables: Sequence[ReportTable]) -> list[ReportTable]:
 
 
 def markdown(out: Path, records: Sequence[Record], tables: Sequence[ReportTable]) -> str:
-    parts = [f"# {_title(out)}\n"]
+    parts = [f"# {escaped(_title(out))}\n"]
     for table in _with_notes(tables):
         rule = ["---" if i < table.words else "---:" for i in range(len(table.head))]
         rows = [
             [*(value.signed for value in line.values), _record_of(line)] for line in table.lines
         ]
         lines = [
-            "| " + " | ".join(text.replace("|", r"\|") for text in row) + " |"
-            for row in ([*table.head, "record"], [*rule, "---"], *rows)
+            "| " + " | ".join(row) + " |"
+            for row in (
+                [*map(escaped, table.head), "record"],
+                [*rule, "---"],
+                *(map(escaped, row) for row in rows),
+            )
         ]
-        parts.append("\n".join([f"## {table.title}\n", *lines, "", *table.notes, ""]))
+        notes = map(escaped, table.notes)
+        parts.append("\n".join([f"## {escaped(table.title)}\n", *lines, "", *notes, ""]))
     return "\n".join(parts)
 
 
 def _record_of(line: Line) -> str:
-    return ", ".join(dict.fromkeys(value.record for value in line.values if value.record))
+    records = dict.fromkeys(value.record for value in line.values if value.record)
+    return on_one_line(", ".join(records))
 
 
 def comma_separated(out: Path, records: Sequence[Record], tables: Sequence[ReportTable]) -> str:
@@ -171,13 +180,6 @@ def comma_separated(out: Path, records: Sequence[Record], tables: Sequence[Repor
     return text.getvalue()
 
 
-LATEX = str.maketrans(
-    {c: rf"\{c}" for c in "&%$#_{}"}
-    | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\n": " "}
-    | {"▲": r"$\blacktriangle$", "▼": r"$\blacktriangledown$", "≈": r"$\approx$"}
-)
-
-
 def latex(out: Path, records: Sequence[Record], tables: Sequence[ReportTable]) -> str:
     """Tables to \\input; they need booktabs, longtable, amssymb."""
     return "\n".join(_latex_table(table) for table in _with_notes(tables))
@@ -185,18 +187,17 @@ def latex(out: Path, records: Sequence[Record], tables: Sequence[ReportTable]) -
 
 def _latex_table(table: ReportTable) -> str:
     columns = "l" * table.words + "r" * (len(table.head) - table.words)
-    head = " & ".join(rf"\textbf{{{name.translate(LATEX)}}}" for name in table.head)
+    head = " & ".join(rf"\textbf{{{tex(name)}}}" for name in table.head)
     lines = [
-        " & ".join(value.signed.translate(LATEX) for value in line.values)
-        + rf" \\ % {_record_of(line)}"
+        " & ".join(tex(value.signed) for value in line.values) + rf" \\ % {_record_of(line)}"
         for line in table.lines
     ]
-    notes = [note.translate(LATEX) + r"\par" for note in table.notes]
+    notes = [tex(note) + r"\par" for note in table.notes]
     return "\n".join(
         [
-            f"% {table.title}",
+            f"% {on_one_line(table.title)}",
             rf"\begin{{longtable}}{{{columns}}}",
-            rf"\caption{{{table.title.translate(LATEX)}}}\label{{tab:{table.name}}} \\",
+            rf"\caption{{{tex(table.title)}}}\label{{tab:{table.name}}} \\",
             rf"\toprule {head} \\ \midrule \endhead",
             *lines,
             r"\bottomrule",

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
+from ..common.markup import file_name
 from . import paper
 from .paper import Column, PublishedRow, PublishedTable
 from .plan import figure_for, stand_ins
@@ -147,7 +148,7 @@ def _overview(model: str, records: list[Record]) -> ReportTable:
     bits = ["nominal bits", "stored bits", "whole model"]
     head = ["cell", *bits, *map(_headline, columns), "seconds"]
     lines = [_overview_line(record, columns) for record in sorted(records, key=_order)]
-    name = f"cells-{model.replace('/', '-')}"
+    name = f"cells-{file_name(model)}"
     return ReportTable(name, f"All cells of {model}", head, lines, [OVERVIEW_NOTE])
 
 

@@ -17,10 +17,10 @@ from typer.testing import CliRunner
 
 from llq_hf import cli
 from llq_hf.checkpoints import hashes
+from llq_hf.checkpoints.carried import small_files
 from llq_hf.checkpoints.format import HASHES, REPORT
 from llq_hf.checkpoints.hashes import Hashes, check, damage, damage_once
 from llq_hf.checkpoints.journal import Journal
-from llq_hf.checkpoints.packed import small_files
 from llq_hf.checkpoints.shards import Shards, digest_of
 from llq_hf.common.errors import LLQError
 from llq_hf.data.calibration import Calibration

@@ -5,6 +5,7 @@ checkpoint's.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -210,3 +211,41 @@ def test_a_model_saved_by_transformers_has_a_card_too(packed, tmp_path):
 
 def test_the_template_is_where_the_wheel_or_the_checkout_has_it():
     assert template_path().is_file()
+
+
+EVIL = "<img src=x onerror=alert(1)>|`[a](b)\n---\n# b\nlicense: mit"
+
+
+def test_names_of_others_stay_text(packed, scored, tmp_path):
+    """Licences, tasks, base and calibration, in Markdown and in the front matter."""
+    folder = shutil.copytree(packed, tmp_path / 'x") <b>')
+    report = json.loads((folder / "llq_report.json").read_text())
+    report["made_from"]["card"] = {"license": "other", "license_name": EVIL, "language": EVIL}
+    report["made_from"] |= {"model": EVIL, "revision": EVIL}
+    report["made_from"]["calibration"]["source"] = EVIL
+    (folder / "llq_report.json").write_text(json.dumps(report))
+    (folder / "LICENSE <i>`").write_text("text")
+    results = json.loads(scored().read_text())
+    results["results"] = {EVIL: {f"{EVIL},none": 1.0}}
+    results["configs"], results["n-shot"] = {EVIL: {"dataset_path": EVIL}}, {EVIL: EVIL}
+    (tmp_path / "evil_results.json").write_text(json.dumps(results))
+    card = str(make_card(folder, results=[tmp_path / "evil_results.json"]))
+    front, text = re.fullmatch(r"---\n(.*?)\n---\n(.*)", card, re.DOTALL).groups()
+    data = yaml.safe_load(front)
+    assert data["license_name"] == data["language"] == EVIL
+    assert data["license"] == "other"
+    assert data["model-index"][0]["results"][0]["task"]["name"] == EVIL
+    lines = [re.sub(r"`[^`]*`", "", line) for line in _outside_blocks(text)]
+    assert not [line for line in lines if re.search(r"<\w|(?<!\\)\[a\]", line)]
+    rows = [line for line in lines if line.startswith("|")]
+    assert {len(re.findall(r"(?<!\\)\|", row)) for row in rows} == {3, 5}
+    assert [line for line in lines if line.startswith("# ")] == [lines[1]]
+    assert 'from_pretrained("USER/x\\") <b>")' in text
+    assert "pretrained='USER/x\") <b>'" in text
+
+
+def _outside_blocks(text: str) -> list[str]:
+    """Lines of Markdown that are not inside fences."""
+    parts = text.split("\n```")
+    assert len(parts) % 2 == 1
+    return "\n".join(parts[::2]).splitlines()

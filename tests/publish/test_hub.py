@@ -138,6 +138,21 @@ def test_a_dry_run_asks_nothing_of_the_hub(hub, packed, llq):
     assert not hub.asked
 
 
+def test_a_dry_run_shows_exactly_what_goes_up(hub, packed, llq, tmp_path):
+    folder = shutil.copytree(packed, tmp_path / "own")
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "rag.jinja").write_text("RAG")
+    for name in ("notes.txt", "notes.md", ".env", "secret.safetensors"):
+        (folder / name).write_text("private")
+    shown = llq("push", folder, "me/own", "--dry-run")
+    llq("push", folder, "me/own")
+    uploaded = hub.repos["me/own"].files
+    assert "additional_chat_templates/rag.jinja" in uploaded
+    sizes = {name: f"{len(content):,}" for name, content in uploaded.items()}
+    rows = [line.strip("│ ").split("│") for line in shown.splitlines() if line.count("│") == 3]
+    assert {name.strip(): size.strip() for name, size in rows} == sizes
+
+
 def test_a_card_of_ones_own_goes_up_as_it_is(hub, packed, tmp_path):
     folder = shutil.copytree(packed, tmp_path / "own")
     (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n# Mine\n")

@@ -14,6 +14,7 @@ from study import fakes
 
 from llq_hf import LLQError
 from llq_hf.study.cover import apart, best_of
+from llq_hf.study.launch import log_of
 from llq_hf.study.paper import plan_of, remember, tables
 from llq_hf.study.plan import Cell, expand
 from llq_hf.study.plots import Point, front
@@ -258,6 +259,53 @@ def test_names_are_moved_apart() -> None:
     heights = apart([50.0, 51.0, 52.0, 61.0, 10.0], 10, 100)
     assert all(b - a >= 10 - 1e-9 for a, b in pairwise(sorted(heights)))
     assert heights[0] < heights[1] < heights[2] < heights[3]
+
+
+EVIL = "<script>alert(1)</script>|a$b$`c`[d](e)\\input{f}\n| g"
+
+
+def test_names_of_others_stay_text(tmp_path: Path) -> None:
+    """Models, labels, tasks and reasons that come from a plan, in every format."""
+    out = tmp_path / "runs"
+    plan = {
+        "models": [EVIL],
+        "tasks": [EVIL.replace(".", "")],
+        "methods": [{"method": "rtn", "bits": [4, 3], "label": EVIL.replace("{f}", "{{f}}")}],
+    }
+    for cell in expand([plan]):
+        write_record(out, costed(cell))
+    refused = Cell(model=EVIL, method=EVIL, tasks=(EVIL,), options={"bits": EVIL})
+    write_record(out, Record.of(refused, REFUSED, reason=EVIL))
+    html, md, _, tex, _ = (
+        path.read_text() for path in write_report(out, out, ["html", "md", "csv", "latex", "svg"])
+    )
+    assert "<script>alert" not in html + md
+    assert r"\input{f}" not in re.sub("(?m)^%.*|% .*$", "", tex)
+    rows = [line for line in md.splitlines() if line.startswith("| ")]
+    tables = [block for block in md.split("\n\n") if block.startswith("| ")]
+    for table in tables:
+        assert len({len(re.findall(r"(?<!\\)\|", row)) for row in table.splitlines()}) == 1
+    assert len(rows) == sum(len(table.splitlines()) for table in tables)
+    assert not re.search(r"(?<!\\)[$`]|(?<!\\)\[d", md)
+    assert r"\textless{}script\textgreater{}" in tex
+
+
+@pytest.mark.parametrize("value", ["../../x", "/etc/x", "a/b", "..", "x" * 400, "", "a\nb\0"])
+def test_names_never_become_paths(tmp_path: Path, value: str) -> None:
+    """Neither those of a plan, nor the name in the file of a record."""
+    out = tmp_path / "a" / "b" / "runs"
+    for cell in (
+        Cell(model="demo", method="rtn", tasks=("x",), options={"bits": value}),
+        Cell(model=value, method=value, tasks=(value,), label=value),
+    ):
+        record = Record.of(cell, REFUSED)
+        for path in (write_record(out, record), log_of(out, cell)):
+            assert path.parent.parent == out
+            assert cell.fingerprint in path.name
+        renamed = replace(record, name=value[:40])
+        assert write_record(out, renamed).parent == out / "records"
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert [path for path in files if out not in path.parents] == []
 
 
 def test_an_empty_folder_and_an_unknown_format_are_named(runs: Path, tmp_path: Path) -> None:
