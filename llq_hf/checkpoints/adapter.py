@@ -2,7 +2,8 @@
 
 The folder of an adapter holds:
     adapter_config.json, adapter_model.safetensors   what any LoRA loader reads
-    llq_adapter.json                                 fingerprint of the base, training options, loss
+    llq_adapter.json                                 fingerprint of the base, training options,
+                                                     loss, sha256 of the weights
     base/                                            the packed base, if the run made it; else
                                                      adapter_config.json names it
 
@@ -23,15 +24,23 @@ from torch import nn
 from ..common.errors import LLQError
 from ..common.files import read_json
 from ..layers.linear import QuantLinear
+from .fingerprint import sha256_file
 
 NOTE = "llq_adapter.json"
 ADAPTER = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
 BASE = "base"
 
 
 def is_adapter(folder: str) -> bool:
     """Whether a folder holds an adapter."""
     return (Path(folder) / ADAPTER).is_file()
+
+
+def is_whole(folder: Path, note: dict[str, Any]) -> bool:
+    """Whether the weights of a finished adapter are as its note says; older notes say nothing."""
+    wanted, file = note.get("weights_sha256"), folder / WEIGHTS
+    return file.is_file() and wanted in (None, sha256_file(file))
 
 
 def base_of(folder: str) -> str:

@@ -8,7 +8,6 @@ same repository, which belong to them.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from contextlib import suppress
 from fnmatch import fnmatchcase
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..common.errors import LLQError
-from ..common.files import read_json
+from ..common.files import copy, make_folder, read_json
 from .dense import fetch_beside, is_name
 from .format import CONFIG, REPORT
 
@@ -58,8 +57,8 @@ def copy_small_files(base: Path, out: Path) -> None:
     """Copy what `carried` names."""
     for name in carried(base):
         target = out / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(own_file(base, name) or base / name, target)
+        make_folder(target.parent)
+        copy(own_file(base, name) or base / name, target)
 
 
 def small_files(folder: Path) -> list[str]:

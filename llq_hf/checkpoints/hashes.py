@@ -238,7 +238,11 @@ def is_known(folder: Path) -> bool:
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether nothing in a finished folder is known to be missing or damaged."""
+    """Whether nothing in a finished folder is known to be missing or damaged, its hashes included:
+    a journal with hashes of tensors is of a version that writes them.
+    """
+    if not (folder / HASHES).is_file() and Journal.names_tensors(folder):
+        return False
     try:
         return not is_known(folder) or not damage(folder)
     except LLQError:  # the hashes themselves
@@ -281,15 +285,17 @@ def refuse(folder: Path, found: Sequence[str]) -> None:
     )
 
 
-def restore_journal(folder: Path) -> None:
+def restore_journal(folder: Path, run: str) -> None:
     """Write the journal of a finished run again from its hashes and its report, so that the run can
-    be resumed; nothing where one of them is missing or damaged.
+    be resumed; nothing where one of them is missing or damaged, or of another run.
+
+    run: its fingerprint.
     """
     try:
         hashes, report = Hashes.read(folder), read_json(folder / REPORT)
     except LLQError:
         return
-    if hashes is None:
+    if hashes is None or report.get("fingerprint") != run:
         return
     blocks: dict[str, list[Any]] = {}
     for record in report["linears"]:

@@ -9,7 +9,6 @@ after the block's tensors are safely on disk; a torn last line is ignored.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +18,15 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..common.errors import LLQError
-from ..common.files import save_tensors, write_text
+from ..common.files import (
+    append,
+    make_folder,
+    remove,
+    remove_draft,
+    remove_drafts,
+    save_tensors,
+    write_text,
+)
 from ..method import State
 from .fingerprint import differences, fingerprint, sha256_file
 from .records import BlockLine, LinearRecord
@@ -55,12 +62,12 @@ class Journal:
                     "give another folder"
                 )
             journal = cls(path, identity)
-            out.mkdir(parents=True, exist_ok=True)
-            journal._append(journal._head(), create=True)
+            make_folder(out)
+            journal._append(journal._head())
             return journal
         lines = cls.read(path)
         if not lines:  # killed before the first line was whole
-            path.unlink()
+            remove(path)
             return cls.open(out, identity)
         differing = differences(lines[0]["identity"], identity)
         if differing:
@@ -68,7 +75,7 @@ class Journal:
                 f"{out} was begun with other inputs: {'; '.join(differing)}. "
                 f"Give another folder, or delete {out} and {path.name} to start anew"
             )
-        out.mkdir(parents=True, exist_ok=True)
+        make_folder(out)
         # Lines of older versions name a file per block: those blocks are done again.
         whole: Any = {line["block"]: line for line in lines[1:] if "tensors" in line}
         return cls(path, identity, whole)
@@ -87,8 +94,9 @@ class Journal:
                 break
             intact[index] = line
         # After tuning, all: a block must see its predecessors as they were before it.
-        tuned = any(line.get("tuned") for line in self.blocks.values())
-        self.blocks = {} if tuned and len(intact) < len(self.blocks) else intact
+        tuned = [bool(line.get("tuned")) for line in self.blocks.values()]
+        torn = len(intact) < len(self.blocks) or not (all(tuned) or rewritten)
+        self.blocks = {} if any(tuned) and torn else intact
         self._rewrite()
 
     @staticmethod
@@ -120,6 +128,11 @@ class Journal:
                 damaged.append(line["file"])
         return damaged
 
+    @classmethod
+    def names_tensors(cls, out: Path) -> bool:
+        """Whether a journal lies beside the folder whose lines hold hashes of tensors."""
+        return any("tensors" in line for line in cls.read(cls.beside(out))[1:])
+
     def finish_block(self, line: BlockLine) -> None:
         self._append(line)
         self.blocks[line["block"]] = line
@@ -141,16 +154,21 @@ class Journal:
     def _head(self) -> dict[str, Any]:
         return {"fingerprint": fingerprint(self.identity), "identity": self.identity}
 
-    def _append(self, line: Any, create: bool = False) -> None:
-        with self.path.open("w" if create else "a") as handle:
-            handle.write(json.dumps(line, sort_keys=True) + "\n")
-            handle.flush()
-            os.fsync(handle.fileno())
+    @property
+    def is_tuned(self) -> bool:
+        """Whether every finished block was tuned."""
+        return bool(self.blocks) and all(line.get("tuned") for line in self.blocks.values())
+
+    def _append(self, line: Any) -> None:
+        append(self.path, json.dumps(line, sort_keys=True) + "\n")
 
     def _rewrite(self) -> None:
         """The file anew, atomically: without a torn last line and without forgotten blocks."""
         lines = [self._head(), *(self.blocks[index] for index in sorted(self.blocks))]
         write_text(self.path, "".join(json.dumps(line, sort_keys=True) + "\n" for line in lines))
+
+
+KINDS = ("training", "tuned", "learned")  # of states beside a folder
 
 
 class FileState(State):
@@ -159,7 +177,7 @@ class FileState(State):
     """
 
     def __init__(self, out: Path, run: str, block: int | str, kind: str = "training") -> None:
-        self.path, self.key = self._beside(out, kind), f"{run}:{block}"
+        self.path, self.key = self.beside(out, kind), f"{run}:{block}"
 
     def load(self) -> dict[str, Tensor] | None:
         try:
@@ -175,11 +193,27 @@ class FileState(State):
 
     @classmethod
     def clear(cls, out: Path, kind: str = "training") -> None:
-        cls._beside(out, kind).unlink(missing_ok=True)
+        remove(cls.beside(out, kind))
 
     @staticmethod
-    def _beside(out: Path, kind: str = "training") -> Path:
+    def beside(out: Path, kind: str = "training") -> Path:
         return out.with_name(f"{out.name}.{kind}.safetensors")
+
+
+def clean(out: Path) -> None:
+    """Delete what a finished run needs no more: the states of its training, and drafts of a run
+    that was killed.
+    """
+    for kind in KINDS:
+        FileState.clear(out, kind)
+    clean_drafts(out)
+
+
+def clean_drafts(out: Path) -> None:
+    """Delete drafts of files in and beside the folder that a killed run left."""
+    remove_drafts(out)
+    for path in (Journal.beside(out), *(FileState.beside(out, kind) for kind in KINDS)):
+        remove_draft(path)
 
 
 def _is_intact(file: Path, sha256: str) -> bool:

@@ -28,7 +28,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..common.errors import LLQError
-from ..common.files import write_json
+from ..common.files import make_folder, remove, sync_folder, write_json
 from ..common.spec import Spec
 from .dense import DTYPES, INDEX, SINGLE, header
 
@@ -107,7 +107,7 @@ class Shards:
         reserve: the room for all data, so that a full disk is an OSError now and not in the middle
         of a run.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         for file, tensors in self.files.items():
             path, part = self.folder / file, self.folder / (file + PART)
             if path.is_file():  # of a finished run, some of whose blocks are done again
@@ -126,8 +126,9 @@ class Shards:
                 raise
         known = {file + PART for file in self.files}
         for stranger in self.folder.glob("model*.safetensors*"):
-            if stranger.name not in known:
+            if stranger.name not in known and stranger.is_file():
                 stranger.unlink()
+        sync_folder(self.folder)  # a line of the journal must find the files of its tensors
 
     def write(self, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
         """Put tensors into their places, safely on disk on return; sha256 of each by name.
@@ -170,8 +171,9 @@ class Shards:
         """Give the files their names, and write the index of several."""
         for file in self.files:
             os.replace(self.folder / (file + PART), self.folder / file)
+        sync_folder(self.folder)
         if len(self.files) == 1:
-            (self.folder / INDEX).unlink(missing_ok=True)
+            remove(self.folder / INDEX)
             return
         weight_map = {name: place.file for name, place in sorted(self._places.items())}
         index = {"metadata": {"total_size": self.nbytes}, "weight_map": weight_map}

@@ -29,24 +29,23 @@ def cached(
     """The folder of the packed checkpoint, which is made if the cache does not hold it.
 
     Its name is the run's fingerprint, a hash of everything that decides its bytes. What is damaged
-    in it is made again. root: folder of
-    the cache; None: the default one. progress: None draws bars on the terminal in the first of
-    several processes. LLQError as of `prepare` and `execute`.
+    in it is made again. root: folder of the cache; None: the default one. progress: None draws bars
+    on the terminal in the first of several processes. LLQError as of `prepare` and `execute`.
     """
     if progress is None:
         progress = RichProgress() if os.environ.get("RANK", "0") == "0" else Progress()
     try:
         plan = prepare(model, method, calibration, run, None, progress)
         out = (root or cache_root()) / plan.fingerprint
-        if finished_fingerprint(out) != plan.fingerprint or _is_damaged(out):
+        if not _is_whole(out, plan.fingerprint):
             execute(plan, out, progress)
         return out
     finally:
         progress.close()
 
 
-def _is_damaged(out: Path) -> bool:
+def _is_whole(out: Path, run: str) -> bool:
     try:
-        return bool(damage_once(out))
-    except LLQError:  # the hashes themselves
-        return True
+        return finished_fingerprint(out) == run and not damage_once(out)
+    except LLQError:  # config.json, or the hashes
+        return False

@@ -13,18 +13,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from filelock import FileLock
 from safetensors import SafetensorError
 from torch import Tensor
 
 from ..checkpoints.dense import Rewritten
 from ..checkpoints.format import CONFIG
 from ..checkpoints.hashes import is_whole, restore_journal
-from ..checkpoints.journal import FileState, Journal
+from ..checkpoints.journal import FileState, Journal, clean, clean_drafts
 from ..checkpoints.packed import PackedFolder, finished_fingerprint, read_report
 from ..checkpoints.records import BlockLine, LinearRecord, Report
 from ..checkpoints.shards import digest_of
 from ..common.errors import LLQError
+from ..common.files import locked, make_folder, remove
 from ..common.machine import peak_bytes
 from ..common.prefix import below
 from ..common.progress import Progress
@@ -78,35 +78,48 @@ def execute(plan: Plan, out: Path, progress: Progress) -> Report:
         return _compute(plan, out, progress)
     journal = None
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(out.parent)
         # A second run of the same command waits here, and then finds the work done.
-        with FileLock(out.with_name(out.name + ".lock")):
-            if finished_fingerprint(out) == plan.fingerprint:
-                if is_whole(out):
-                    plan.run.team.broadcast_json(None)
-                    return read_report(out)
-                # Nothing loads the folder until what is damaged is done again.
-                if not Journal.beside(out).is_file():
-                    restore_journal(out)
-                (out / CONFIG).unlink()
-            journal = Journal.open(out, plan.identity)
-            report = _compute_and_write(plan, out, journal, progress)
+        with locked(out.with_name(out.name + ".lock")):
+            if not _is_done(out, plan.fingerprint):
+                journal = _journal(out, plan)
+                _compute_and_write(plan, out, journal, progress)
+            clean(out)
             plan.run.team.broadcast_json(None)  # all is written
-            return report
+            return read_report(out)
     except (OSError, SafetensorError) as error:
         if journal is None:
             raise LLQError(
                 f"{out} cannot be written ({error}); give another folder, or free some space"
             ) from error
-        for draft in out.glob("*.tmp"):
-            draft.unlink(missing_ok=True)
         raise LLQError(
             f"writing to {out} failed ({error}); free some space and run the same command again: "
             f"{len(journal.blocks)} of {len(block_prefixes(plan.skeleton))} blocks are kept"
         ) from error
 
 
-def _compute_and_write(plan: Plan, out: Path, journal: Journal, progress: Progress) -> Report:
+def _is_done(out: Path, run: str) -> bool:
+    """Whether the run of this fingerprint finished the folder, and all is there as it was then."""
+    try:
+        return finished_fingerprint(out) == run and is_whole(out)
+    except LLQError:  # config.json cannot be read
+        return False
+
+
+def _journal(out: Path, plan: Plan) -> Journal:
+    """The journal of a run that begins, goes on, or mends a finished folder.
+
+    LLQError where the folder belongs to something else.
+    """
+    if not Journal.beside(out).is_file():
+        restore_journal(out, plan.fingerprint)
+    journal = Journal.open(out, plan.identity)
+    remove(out / CONFIG)  # nothing loads the folder until all is done
+    clean_drafts(out)
+    return journal
+
+
+def _compute_and_write(plan: Plan, out: Path, journal: Journal, progress: Progress) -> None:
     """Run the plan in the only process, or in the first of several."""
     learned = _load_or_learn(plan, out, progress)
     plan = replace(plan, method=plan.method.with_learned(learned))
@@ -147,9 +160,7 @@ def _compute_and_write(plan: Plan, out: Path, journal: Journal, progress: Progre
             f"delete {journal.path} and start anew"
         )
     digests = [outside, *(line["tensors"] for _, line in sorted(journal.blocks.items()))]
-    report = folder.finish(records, plan.identity, plan.made_from, digests)
-    FileState.clear(out, kind="tuned")
-    return report
+    folder.finish(records, plan.identity, plan.made_from, digests)
 
 
 def _compute(plan: Plan, out: Path, progress: Progress) -> Report:
@@ -195,6 +206,8 @@ def _tune(
     """
     result = FileState(out, plan.fingerprint, "model", kind="tuned")
     tuned = result.load()
+    if tuned is None and journal.is_tuned:
+        return  # by a run that finished, whose folder is mended
     if tuned is None:
         progress.stage("loading the model")
         teacher = _whole_model(plan)

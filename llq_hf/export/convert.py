@@ -21,11 +21,11 @@ from torch import Tensor, nn
 
 from ..checkpoints.carried import copy_small_files
 from ..checkpoints.dense import Checkpoint, header
-from ..checkpoints.format import CONFIG, REPORT
+from ..checkpoints.format import CONFIG
 from ..checkpoints.inspection import inspect_checkpoint
 from ..checkpoints.shards import gathered, names_by_block
 from ..common.errors import LLQError
-from ..common.files import save_tensors, write_json
+from ..common.files import rename, save_tensors, write_json
 from ..common.progress import Progress
 from ..layers.linear import QuantLinear, check_linears
 from ..method import Method
@@ -68,7 +68,6 @@ def export(
         copy_small_files(path, draft)
         section = form.section(grid, _dense_modules(skeleton, checkpoint))
         _write_config(draft, checkpoint.config, section, form.dtype)
-        (draft / REPORT).unlink(missing_ok=True)
     shapes = _shapes(skeleton)
     weights = sum(rows * columns for rows, columns in shapes.values())
     bits = _linear_bytes(out, (_in_files(checkpoint, name) for name in shapes)) * 8 / weights
@@ -85,7 +84,7 @@ def _whole_or_nothing(out: Path) -> Iterator[Path]:
     draft.mkdir(parents=True)
     try:
         yield draft
-        draft.rename(out)
+        rename(draft, out)
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)
         raise

@@ -3,7 +3,7 @@
 Files
     OUT.training/ beside OUT holds what only the run needs: the tokens of the rows, and Trainer's
     checkpoints. OUT becomes an adapter when its adapter_config.json is written, as the last file;
-    before that nothing loads it as one.
+    before that nothing loads it as one. OUT.lock keeps other runs away; both go in the end.
 
 Recipe
     The defaults are those of the study's LoRA track: QLoRA's Alpaca script, constant learning rate.
@@ -20,6 +20,8 @@ from __future__ import annotations
 import importlib.util
 import math
 import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -39,11 +41,22 @@ from transformers import (
 )
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from ..checkpoints.adapter import ADAPTER, BASE, NOTE, identity_of
+from ..checkpoints.adapter import ADAPTER, BASE, NOTE, WEIGHTS, identity_of, is_whole
 from ..checkpoints.dense import fetch
 from ..checkpoints.fingerprint import differences, sha256_file
 from ..common.errors import LLQError
-from ..common.files import read_json, write_json
+from ..common.files import (
+    copy,
+    locked,
+    make_folder,
+    read_json,
+    remove,
+    remove_drafts,
+    sync_all,
+    sync_folder,
+    write_json,
+    write_text,
+)
 from ..common.machine import auto_device
 from ..common.progress import Progress
 from ..hosts.hf_quantizer import check_quantized, count_quantized
@@ -52,7 +65,7 @@ from ..models.load import load_tokenizer
 from . import elastic, rows
 
 IDENTITY = "identity.json"
-FINISHED = "trainer_state.json"  # Trainer writes it as the last file of a checkpoint
+WHOLE = "llq_whole"  # written into a checkpoint when all of its files are on the disk
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,9 +170,28 @@ def finetune(
 
     Returns its note: "base", "identity", "losses" of all steps, and "before" and "after", the
     held-out scores without and with the adapter. The same call goes on where a killed one stopped;
-    it leaves a finished adapter as it is. LLQError for anything wrong with the input.
+    it leaves a finished adapter as it is, unless its weights are gone or damaged. LLQError for
+    anything wrong with the input.
     """
-    progress = progress or Progress()
+    out = out.absolute()
+    with _alone(out, machine.processes):
+        return _finetune(base, out, data, recipe, machine, progress or Progress())
+
+
+@contextmanager
+def _alone(out: Path, processes: PartialState) -> Iterator[None]:
+    """Keep other runs from the folder: they wait, and then find the work done."""
+    with ExitStack() as stack:
+        if processes.is_main_process:
+            make_folder(out.parent)
+            stack.enter_context(locked(out.with_name(out.name + ".lock")))
+        processes.wait_for_everyone()
+        yield
+
+
+def _finetune(
+    base: str, out: Path, data: str, recipe: Recipe, machine: Machine, progress: Progress
+) -> dict[str, Any]:
     work = out.with_name(out.name + ".training")
     processes = machine.processes
     accumulation = recipe.accumulation(processes.num_processes)
@@ -168,8 +200,11 @@ def finetune(
     model, tokenizer = _load(base, machine)
     identity = _identity(model, data, recipe, processes.num_processes)
     if (out / NOTE).is_file() and (out / ADAPTER).is_file():
-        _check_same(read_json(out / NOTE)["identity"], identity, out)
-        return read_json(out / NOTE)
+        note = read_json(out / NOTE)
+        _check_same(note["identity"], identity, out)
+        if is_whole(out, note):
+            _clean(out, work, processes)
+            return note
     _begin(work, identity, out, processes)
     progress.stage("reading rows")
     with processes.main_process_first():
@@ -180,6 +215,7 @@ def finetune(
     before = score(model, tokenizer, heldout_rows, machine)
     trainer = _trainer(model, tokenizer, train_rows, recipe, machine, work, accumulation)
     trainer.add_callback(TrainerProgress(progress))
+    trainer.add_callback(WholeCheckpoints())
     trainer.train(resume_from_checkpoint=_last_checkpoint(work))
     elastic.merge(model)
     progress.stage("scoring the adapter")
@@ -192,8 +228,8 @@ def finetune(
         "after": after,
     }
     if processes.is_main_process:
-        _write(model, out, work, note)
-    processes.wait_for_everyone()
+        note = _write(model, out, work, note)
+    _clean(out, work, processes)
     return note
 
 
@@ -257,7 +293,7 @@ def _begin(work: Path, identity: dict[str, Any], out: Path, processes: PartialSt
         return
     processes.wait_for_everyone()  # nobody writes before all have looked
     if processes.is_main_process:
-        work.mkdir(parents=True, exist_ok=True)
+        make_folder(work)
         write_json(work / IDENTITY, identity)
     processes.wait_for_everyone()
 
@@ -379,22 +415,47 @@ def _right_answers(prediction: Any) -> dict[str, float]:
 
 def _last_checkpoint(work: Path) -> str | None:
     """The latest checkpoint that was written to its end."""
-    whole = [path.parent for path in work.glob(f"checkpoint-*/{FINISHED}")]
+    whole = [path.parent for path in work.glob(f"checkpoint-*/{WHOLE}")]
     return str(max(whole, key=lambda path: int(path.name.partition("-")[2]))) if whole else None
 
 
-def _write(model: Any, out: Path, work: Path, note: dict[str, Any]) -> None:
-    """Write adapter and note into OUT, the adapter's config last; then delete the run's files."""
+def _write(model: Any, out: Path, work: Path, note: dict[str, Any]) -> dict[str, Any]:
+    """Write note and adapter into OUT, the adapter's config last.
+
+    Returns the note, with the hash of the weights.
+    """
     draft = work / "adapter"
+    shutil.rmtree(draft, ignore_errors=True)
     for config in model.peft_config.values():
         # peft writes a set, in another order in every process.
         config.target_modules = sorted(config.target_modules)
     model.save_pretrained(draft)
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
+    remove(out / ADAPTER)  # nothing loads the folder until all is written
+    note = {**note, "weights_sha256": sha256_file(draft / WEIGHTS)}
     write_json(out / NOTE, note)
     for file in sorted(draft.iterdir(), key=lambda file: file.name == ADAPTER):
-        shutil.copyfile(file, out / file.name)
-    shutil.rmtree(work)
+        copy(file, out / file.name)
+    return note
+
+
+def _clean(out: Path, work: Path, processes: PartialState) -> None:
+    """Delete what a finished run needs no more."""
+    if processes.is_main_process:
+        shutil.rmtree(work, ignore_errors=True)
+        remove_drafts(out)
+    processes.wait_for_everyone()
+
+
+class WholeCheckpoints(TrainerCallback):  # type: ignore[misc]
+    """Marks Trainer's checkpoints when all of their files are on the disk."""
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            sync_all(checkpoint)
+            write_text(checkpoint / WHOLE, "")
+            sync_folder(checkpoint.parent)
 
 
 class TrainerProgress(TrainerCallback):  # type: ignore[misc]

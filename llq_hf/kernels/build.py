@@ -18,6 +18,8 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from ..common.files import rename, sync
+
 HERE = Path(__file__).parent
 SOURCES, PACKAGED = HERE / "cpp", HERE / "lib"
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
@@ -74,7 +76,8 @@ def _compile(program: str, isa: str, folder: Path) -> Path:
         ran = subprocess.run(command, capture_output=True, text=True, check=False)
         if ran.returncode:
             raise BuildError(f"{' '.join(command)} failed:\n{ran.stderr[-2000:]}")
-        os.replace(f"{draft}/lib.so", target)
+        sync(Path(draft, "lib.so"))
+        rename(Path(draft, "lib.so"), target)
     for stale in folder.glob(f"llq-{isa}-*.so"):
         if stale != target:
             stale.unlink()

@@ -18,10 +18,11 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Protocol
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 from rich.text import Text
 
 from ..common.errors import LLQError
+from ..common.files import locked, make_folder, remove_drafts
 from ..common.progress import Progress
 from .plan import Cell
 from .record import FAILED, Record, pending, relabel, write_record
@@ -51,10 +52,11 @@ def sweep(
     It can be killed at any time: the same call goes on with what is not done.
     """
     watcher = watcher or Watcher()
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     records = []
     try:
-        with FileLock(out / ".lock", timeout=0):
+        with locked(out / ".lock", timeout=0):
+            remove_drafts(out)
             relabel(cells, out)
             todo = pending(cells, out)
             watcher.begin(len(cells), len(cells) - len(todo))

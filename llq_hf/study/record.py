@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from ..common.errors import LLQError
-from ..common.files import write_json
+from ..common.files import make_folder, write_json
 from ..common.markup import file_name
 from .plan import Cell, defaults
 
@@ -86,7 +86,7 @@ def file_of(out: Path, name: str) -> Path:
 
 def write_record(out: Path, record: Record) -> Path:
     path = file_of(out, record.name)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     write_json(path, asdict(record))
     return path
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from filelock import Timeout
 
 from llq_hf.common.errors import LLQError
-from llq_hf.common.files import read_json, replaced, write_json
+from llq_hf.common.files import locked, read_json, replaced, write_json
 from llq_hf.common.machine import auto_device
 from llq_hf.common.words import nearest, one_line
 
@@ -35,6 +38,47 @@ def test_a_file_stays_where_the_block_fails(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError):
         fail()
     assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_drafts_of_killed_writers_are_deleted_by_the_next(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    (tmp_path / "a.json.tmp").mkdir()
+    (tmp_path / "a.json.tmp" / ".tmp9dmyrS").write_text("of a library")
+    write_json(path, {})
+    assert list(tmp_path.iterdir()) == [path]
+    (tmp_path / "a.json.tmp").write_text("a file, as older versions wrote drafts")
+    write_json(path, {"a": 1})
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_lock_file_that_goes_away_keeps_its_promise(tmp_path: Path) -> None:
+    """Each holder deletes it in the end, and those that wait must not hold what was deleted."""
+    lock, inside, most, turns = tmp_path / "x.lock", [0], [0], [0]
+
+    def work() -> None:
+        for _ in range(15):
+            with locked(lock):
+                inside[0] += 1
+                most[0] = max(most[0], inside[0])
+                time.sleep(0.0005)
+                turns[0] += 1
+                inside[0] -= 1
+
+    threads = [threading.Thread(target=work) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (most, turns) == ([1], [90])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lock_that_is_held_is_a_timeout(tmp_path: Path) -> None:
+    with locked(tmp_path / "x.lock"):
+        with pytest.raises(Timeout), locked(tmp_path / "x.lock", timeout=0):
+            pass
+        assert (tmp_path / "x.lock").exists()
 
 
 def test_equal_json_gives_equal_bytes(tmp_path: Path) -> None:

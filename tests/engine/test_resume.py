@@ -44,6 +44,7 @@ POLL_SECONDS, LIMIT_SECONDS = 0.002, 120
 
 
 def digests(out: Path) -> dict[str, str]:
+    assert not [path for path in out.rglob("*") if path.is_dir()]
     return {
         file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(out.iterdir())
     }
@@ -194,12 +195,12 @@ def _install(fault: str) -> None:
     else:  # half a line of the journal is written
         append = Journal._append
 
-        def fatal_append(self: Journal, line: dict[str, Any], create: bool = False) -> None:
+        def fatal_append(self: Journal, line: dict[str, Any]) -> None:
             if is_last_call():
                 with self.path.open("a") as handle:
                     handle.write(json.dumps(line)[:40])
                 os.kill(os.getpid(), signal.SIGKILL)
-            append(self, line, create)
+            append(self, line)
 
         Journal._append = fatal_append  # type: ignore[method-assign]
 
@@ -233,9 +234,14 @@ class Runner:
         return process
 
     def finish(self, out: Path, method: str) -> dict[str, str]:
+        """Digests of what a repeated run leaves; beside the folder, it is the journal alone."""
         process = self.start(out, method)
         process.join(LIMIT_SECONDS)
         assert process.exitcode == 0
+        assert {path.name for path in out.parent.glob(out.name + "*")} == {
+            out.name,
+            Journal.beside(out).name,
+        }
         return digests(out)
 
     def kill_when(self, out: Path, method: str, ready: Callable[[], bool]) -> bool:
@@ -318,11 +324,11 @@ def test_killed_at_any_moment(runner, untouched, tmp_path, method, share):
 
 @pytest.mark.parametrize(
     "fault",
-    [*(f"renaming {i}" for i in range(1, 5)), "torn 1", "torn 3", "writing 2", "writing 40"],
+    [*(f"renaming {i}" for i in range(1, 9)), "torn 1", "torn 3", "writing 2", "writing 40"],
 )
 def test_killed_in_the_middle_of_a_write(runner, untouched, tmp_path, fault):
-    """Renamed: 1 the journal, 2 the weights, 3 the report, 4 config.json. Torn lines: head, blocks.
-    Written: tensors.
+    """Renamed: 1 the journal, 2 the weights, 3 the report, 4 to 6 small files, 7 the hashes,
+    8 config.json. Torn lines: head, blocks. Written: tensors.
     """
     out = tmp_path / "out"
     process = runner.start(out, "gptq", fault)
@@ -517,6 +523,107 @@ def test_the_whole_folder_is_gone(run, interrupted, unbroken):
     shutil.rmtree(interrupted)
     run(interrupted)
     assert digests(interrupted) == digests(unbroken)
+
+
+# --- a finished folder is mended ------------------------------------------------------------------
+
+
+def _as_config(content: str) -> Callable[[Path], None]:
+    return lambda file: file.write_text(content) and None
+
+
+def _section(section: Any) -> Callable[[Path], None]:
+    def edit(file: Path) -> None:
+        config = json.loads(file.read_text())
+        file.write_text(json.dumps({**config, "quantization_config": section}))
+
+    return edit
+
+
+@pytest.fixture(scope="module")
+def sharded(run: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run in shards of some blocks, embeddings in the first."""
+    out = tmp_path_factory.mktemp("sharded") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Shards, "limit_bytes", 150_000)
+        run(out)
+    assert len(list(out.glob("model-*.safetensors"))) > 2
+    return out
+
+
+MENDED = [
+    *((name, how) for name in ("model-00001-of-*", "model-00004-of-*") for how in (_delete, _cut)),
+    *((name, how) for name in ("*.index.json", "tokenizer.json") for how in (_delete, _cut)),
+    *((name, how) for name in ("llq_report.json", "llq_hashes.json") for how in (_delete, _cut)),
+    ("tokenizer_config.json", _as_config("{}")),
+    *(("config.json", how) for how in (_delete, _cut, _as_config("[]"), _as_config(""))),
+    *(("config.json", _section(section)) for section in ([], ["x"], "x", None, {"a": 1})),
+]
+
+
+@pytest.mark.parametrize("journal", [True, False], ids=["journal", "no-journal"])
+@pytest.mark.parametrize(("name", "damage"), MENDED)
+def test_whatever_is_damaged_in_a_finished_folder(
+    run, sharded, tmp_path, monkeypatch, name, damage, journal
+):
+    """By the journal, or by hashes and report where it is gone; nothing is quantized again but the
+    blocks that are hit and those behind them.
+    """
+    monkeypatch.setattr(Shards, "limit_bytes", 150_000)
+    out = Path(shutil.copytree(sharded, tmp_path / "out"))
+    if journal:
+        shutil.copyfile(Journal.beside(sharded), Journal.beside(out))
+    file = next(out.glob(name))
+    weight_map = json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]
+    held = [tensor for tensor, shard in weight_map.items() if shard == file.name]
+    hit = {int(tensor.split(".")[2]) for tensor in held if ".layers." in tensor}
+    damage(file)
+    recorder = Recorder()
+    if not journal and (name, damage) == ("llq_hashes.json", _delete):
+        run(out, progress=recorder)  # as an older version left it, and taken as it is
+        assert recorder.worked_on == set()
+        return
+    if not journal and name.startswith("llq_"):
+        with pytest.raises(LLQError, match="is not empty and no journal"):
+            run(out, progress=recorder)
+        return
+    run(out, progress=recorder)
+    assert digests(out) == digests(sharded)
+    assert recorder.worked_on == set(range(min(hit, default=BLOCKS), BLOCKS))
+    assert {path.name for path in tmp_path.iterdir()} == {"out", Journal.beside(out).name}
+
+
+@pytest.mark.parametrize("name", ["db_llm", "efficient_qat", "spinquant"])
+def test_a_mended_tokenizer_trains_nothing_again(run, tmp_path, name):
+    """What was tuned is not tuned once more, which would be another model."""
+    out, recorder = tmp_path / "out", Recorder()
+    run(out, method=name)
+    wanted = digests(out)
+    (out / "tokenizer.json").unlink()
+    run(out, method=name, progress=recorder)
+    assert digests(out) == wanted
+    assert recorder.worked_on == set()
+
+
+def test_drafts_of_killed_writers_go(run, interrupted, unbroken):
+    """In the folder and beside it; what another run keeps beside its own folder stays."""
+    ours = [
+        interrupted / "config.json.tmp",
+        interrupted.with_name("out.training.safetensors.tmp"),
+        interrupted.with_name("out.journal.jsonl.tmp"),
+    ]
+    other = interrupted.with_name("out.2.journal.jsonl.tmp")
+    for folder in (*ours, other):
+        folder.mkdir()
+        (folder / ".tmpX3b9").write_text("half")
+    interrupted.with_name("out.learned.safetensors").write_text("of another command")
+    run(interrupted)
+    assert digests(interrupted) == digests(unbroken)
+    assert {path.name for path in interrupted.parent.iterdir()} == {
+        "out",
+        "out.journal.jsonl",
+        other.name,
+    }
 
 
 # --- other inputs ---------------------------------------------------------------------------------

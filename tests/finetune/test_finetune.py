@@ -208,7 +208,8 @@ def test_a_killed_run_goes_on_to_the_same_losses(
     assert not is_adapter(str(out))
     work = out.with_name("killed.training")
     assert (work / "checkpoint-4").is_dir()
-    (work / "checkpoint-4" / "trainer_state.json").unlink()  # killed while this one was written
+    (work / "checkpoint-4" / "llq_whole").unlink()  # killed while this one was written
+    (work / "checkpoint-4" / "optimizer.pt").write_bytes(b"")
     resumed = trainer.finetune(str(base), out, str(data), recipe, MACHINE)
     assert resumed["losses"] == unbroken["losses"]
     assert resumed["after"] == unbroken["after"]
@@ -234,6 +235,26 @@ def test_a_finished_run_is_left_alone_and_another_is_refused(
         file.write('{"prompt": "a", "completion": "b"}\n')
     with pytest.raises(LLQError, match=r"begun with other inputs: .*sha256"):
         trainer.finetune(str(base), out, str(other), ELASTIC, MACHINE)
+
+
+@pytest.mark.parametrize("how", ["gone", "cut"])
+def test_a_finished_adapter_is_mended(base: Path, data: Path, tmp_path: Path, how: str):
+    """And what a kill left behind it is deleted: the run's files, drafts."""
+    recipe, out = replace(RECIPE, max_steps=2), tmp_path / "out"
+    trainer.finetune(str(base), out, str(data), recipe, MACHINE)
+    wanted = {file.name: file.read_bytes() for file in out.iterdir()}
+    weights = out / "adapter_model.safetensors"
+    if how == "gone":
+        weights.unlink()
+    else:
+        weights.write_bytes(weights.read_bytes()[:-4])
+    trainer.finetune(str(base), out, str(data), recipe, MACHINE)
+    assert {file.name: file.read_bytes() for file in out.iterdir()} == wanted
+    out.with_name("out.training").mkdir()  # killed when all was written
+    (out / "adapter_config.json.tmp").mkdir()
+    trainer.finetune(str(base), out, str(data), recipe, MACHINE)
+    assert {file.name: file.read_bytes() for file in out.iterdir()} == wanted
+    assert list(tmp_path.iterdir()) == [out]
 
 
 def test_two_processes_train_one_adapter(base: Path, data: Path, tmp_path: Path):

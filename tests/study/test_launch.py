@@ -112,6 +112,13 @@ def test_two_sweeps_do_not_share_a_folder(tmp_path: Path) -> None:
     assert "another `llq study` is at work" in done.stdout
 
 
+def test_a_sweep_leaves_no_drafts_and_no_lock(tmp_path: Path) -> None:
+    (tmp_path / "records" / "x.json.tmp").mkdir(parents=True)
+    (tmp_path / "records" / "x.json.tmp" / "x.json").write_text("half")
+    sweep([], fakes.work, tmp_path, inline)
+    assert list(tmp_path.rglob("*")) == [tmp_path / "records"]
+
+
 def test_a_broken_record_is_named(tmp_path: Path) -> None:
     path = write_record(tmp_path, fakes.invented(CELLS[1]))
     path.write_text(path.read_text()[:-40])
