@@ -216,7 +216,11 @@ def _finetune(
     trainer = _trainer(model, tokenizer, train_rows, recipe, machine, work, accumulation)
     trainer.add_callback(TrainerProgress(progress))
     trainer.add_callback(WholeCheckpoints())
-    trainer.train(resume_from_checkpoint=_last_checkpoint(work))
+    last = _last_checkpoint(work)
+    if processes.is_main_process:
+        _drop(work, keep=last)  # torn ones
+    processes.wait_for_everyone()
+    trainer.train(resume_from_checkpoint=None if last is None else str(last))
     elastic.merge(model)
     progress.stage("scoring the adapter")
     after = score(model, tokenizer, heldout_rows, machine)
@@ -358,7 +362,6 @@ def _trainer(
         optim="paged_adamw_32bit" if recipe.paged else "adamw_torch",
         logging_steps=1,
         save_steps=machine.save_steps,
-        save_total_limit=2,
         seed=recipe.seed,
         data_seed=recipe.seed,
         # Every process reads for itself: batches of one row cannot be split.
@@ -413,10 +416,18 @@ def _right_answers(prediction: Any) -> dict[str, float]:
     return {"right": float(right_N.mean())}
 
 
-def _last_checkpoint(work: Path) -> str | None:
+def _last_checkpoint(work: Path) -> Path | None:
     """The latest checkpoint that was written to its end."""
     whole = [path.parent for path in work.glob(f"checkpoint-*/{WHOLE}")]
-    return str(max(whole, key=lambda path: int(path.name.partition("-")[2]))) if whole else None
+    return max(whole, key=lambda path: int(path.name.partition("-")[2]), default=None)
+
+
+def _drop(work: Path, keep: Path | None) -> None:
+    """Delete all checkpoints but one."""
+    for checkpoint in work.glob("checkpoint-*"):
+        if checkpoint != keep:
+            remove(checkpoint / WHOLE)
+            shutil.rmtree(checkpoint, ignore_errors=True)
 
 
 def _write(model: Any, out: Path, work: Path, note: dict[str, Any]) -> dict[str, Any]:
@@ -448,14 +459,23 @@ def _clean(out: Path, work: Path, processes: PartialState) -> None:
 
 
 class WholeCheckpoints(TrainerCallback):  # type: ignore[misc]
-    """Marks Trainer's checkpoints when all of their files are on the disk."""
+    """Marks Trainer's checkpoints when all of their files are on the disk, and deletes older ones
+    only then, their marks first. Trainer itself would delete one while another is half written.
+    """
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps:
+            control.should_save = False  # a run that resumed there would train one step more
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.is_world_process_zero:
-            checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            sync_all(checkpoint)
-            write_text(checkpoint / WHOLE, "")
-            sync_folder(checkpoint.parent)
+        if not state.is_world_process_zero:
+            return
+        work = Path(args.output_dir)
+        checkpoint = work / f"checkpoint-{state.global_step}"
+        sync_all(checkpoint)
+        write_text(checkpoint / WHOLE, "")
+        sync_folder(work)
+        _drop(work, keep=checkpoint)
 
 
 class TrainerProgress(TrainerCallback):  # type: ignore[misc]

@@ -208,9 +208,19 @@ def test_a_killed_run_goes_on_to_the_same_losses(
     assert not is_adapter(str(out))
     work = out.with_name("killed.training")
     assert (work / "checkpoint-4").is_dir()
-    (work / "checkpoint-4" / "llq_whole").unlink()  # killed while this one was written
-    (work / "checkpoint-4" / "optimizer.pt").write_bytes(b"")
-    resumed = trainer.finetune(str(base), out, str(data), recipe, MACHINE)
+    assert [path.name for path in work.glob("checkpoint-*")] == ["checkpoint-4"]
+    torn = Path(shutil.copytree(work / "checkpoint-4", work / "checkpoint-6"))
+    (torn / "llq_whole").unlink()  # killed while this one was written, or deleted
+    (torn / "optimizer.pt").write_bytes(b"")
+    began: list[int] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            trainer.TrainerProgress,
+            "on_train_begin",
+            lambda self, args, state, control, **kwargs: began.append(state.global_step),
+        )
+        resumed = trainer.finetune(str(base), out, str(data), recipe, MACHINE)
+    assert began == [4]
     assert resumed["losses"] == unbroken["losses"]
     assert resumed["after"] == unbroken["after"]
     first, second = (
@@ -235,6 +245,25 @@ def test_a_finished_run_is_left_alone_and_another_is_refused(
         file.write('{"prompt": "a", "completion": "b"}\n')
     with pytest.raises(LLQError, match=r"begun with other inputs: .*sha256"):
         trainer.finetune(str(base), out, str(other), ELASTIC, MACHINE)
+
+
+def test_killed_after_the_last_step(
+    base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """It does not train one step more."""
+    recipe, out = replace(RECIPE, max_steps=4), tmp_path / "out"
+    whole = trainer.finetune(str(base), tmp_path / "whole", str(data), recipe, MACHINE)
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "_write", killed)
+        with pytest.raises(KeyboardInterrupt):
+            trainer.finetune(str(base), out, str(data), recipe, MACHINE)
+    assert trainer.finetune(str(base), out, str(data), recipe, MACHINE) == whole
+    wanted = {file.name: file.read_bytes() for file in (tmp_path / "whole").iterdir()}
+    assert {file.name: file.read_bytes() for file in out.iterdir()} == wanted
 
 
 @pytest.mark.parametrize("how", ["gone", "cut"])
