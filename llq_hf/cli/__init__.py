@@ -11,13 +11,26 @@ from rich.console import Console
 from rich.markup import escape
 
 from ..common.errors import LLQError
-from . import bench, build_kernels, evaluate, export, finetune, info, publish, quantize, show, study
+from . import (
+    bench,
+    build_kernels,
+    diagnose,
+    evaluate,
+    export,
+    finetune,
+    info,
+    publish,
+    quantize,
+    show,
+    study,
+)
 from .app import app
 
 __all__ = [
     "app",
     "bench",
     "build_kernels",
+    "diagnose",
     "evaluate",
     "export",
     "finetune",

@@ -15,7 +15,7 @@ PUBLISH = "Publish"
 OTHER = "Other"
 ORDER = (
     *("quantize", "info", "verify", "methods"),
-    *("eval", "bench", "show", "study", "report"),
+    *("eval", "bench", "diagnose", "show", "study", "report"),
     *("export", "card", "push"),
     *("finetune", "build-kernels"),
 )
