@@ -100,8 +100,8 @@ def _block_losses(diagnoses: Sequence[Diagnosis]) -> Plot:
             axis.plot(
                 range(len(blocks)), losses, color=colour, marker="o", ms=3, label=f"{bits} bits"
             )
-        axis.set_yscale("log")
-        axis.set_xlabel("block")
+        _log(axis)
+        _of_blocks(axis)
         axis.set_title(diagnosis.model, color=INK, fontsize=11)
     axes[0].set_ylabel("KL, nats per token")
     axes[-1].legend()
@@ -118,8 +118,8 @@ def _massive(diagnoses: Sequence[Diagnosis]) -> Plot:
     for colour, diagnosis in zip(COLOURS, diagnoses, strict=False):
         sizes = [part.figures["massive"] for part in diagnosis.of_kind(block=True)]
         axis.plot(range(len(sizes)), sizes, color=colour, marker="o", ms=3, label=diagnosis.model)
-    axis.set_yscale("log")
-    axis.set_xlabel("block")
+    _log(axis)
+    _of_blocks(axis)
     axis.set_ylabel("largest / median |x|")
     axis.legend()
     return Plot(
@@ -145,10 +145,12 @@ def _maps(diagnoses: Sequence[Diagnosis], name: str) -> Plot:
     for axis, diagnosis, (kinds, rows) in zip(axes, diagnoses, grids, strict=True):
         image = axis.imshow(rows, aspect="auto", cmap=shade, norm=norm, interpolation="nearest")
         axis.set_yticks(range(len(kinds)), kinds)
-        axis.set_xlabel("block")
+        _of_blocks(axis)
         axis.grid(visible=False)
         axis.set_title(diagnosis.model, color=INK, fontsize=11)
-    figure.colorbar(image, ax=axes, shrink=0.9, pad=0.02)
+    bar = figure.colorbar(image, ax=axes, shrink=0.9, pad=0.02)
+    if on_a_log:
+        _plain(bar.ax.yaxis)
     if name == "kl":
         bits = middle(diagnoses[0])
         title = f"Loss when one linear alone is rounded to {bits} bits"
@@ -175,6 +177,28 @@ def _axes(count: int, height: float, sharey: bool = False) -> tuple[Any, Any]:
 
     figure = Figure(figsize=(10, height), layout="constrained")
     return figure, figure.subplots(1, count, squeeze=False, sharey=sharey)[0]
+
+
+def _of_blocks(axis: Any) -> None:
+    """Blocks from left to right."""
+    from matplotlib.ticker import MaxNLocator
+
+    axis.set_xlabel("block")
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def _log(axis: Any) -> None:
+    axis.set_yscale("log")
+    _plain(axis.yaxis)
+
+
+def _plain(axis: Any) -> None:
+    """Numbers as text, which names with dollars forbid matplotlib to set as formulas."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
+    axis.set_major_formatter(FuncFormatter(lambda value, place: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _svg(figure: Any) -> str:

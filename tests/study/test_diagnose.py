@@ -183,6 +183,7 @@ def test_the_page_shows_both_models_as_text(found: Diagnosis) -> None:
     assert "&lt;script&gt;alert(1)" in text
     assert not re.findall(r"""(src|href)=["']?(https?:)?//|url\(["']?http|@import""", text)
     assert text.count("<svg") == 8
+    assert "mathdefault" not in text
     worst = max(found.of_kind(block=False), key=lambda each: each.kl[2])
     assert worst.name in text
     summary = tables([found, other])[0]
