@@ -91,7 +91,9 @@ def _fill(figures: dict[str, Any], cell: Cell, setup: Setup, progress: Progress)
         path = str(folder)
         cost["disk_bytes"] += disk_bytes(path)
     progress.stage("evaluating")
-    results = evaluate(path, base, cell, setup.device, setup.batch_size, setup.parallelize)
+    results, figures["right"] = evaluate(
+        path, base, cell, setup.device, setup.batch_size, setup.parallelize
+    )
     figures["results"] = results | answers
     if cell.divergence:
         figures["results"]["divergence"] = _divergence(path, base, cell, setup, progress)

@@ -10,15 +10,17 @@ from typing import Any
 import torch
 
 from ..hosts.harnesses import harness_of
+from .flips import right_answers
 from .plan import DENSE, Cell
 
 Results = dict[str, dict[str, Any]]
+Right = dict[str, str]  # task -> "1" or "0" per question
 
 
 def evaluate(
     path: str, base: str, cell: Cell, device: str, batch_size: int | str, parallelize: bool = False
-) -> Results:
-    """Task -> metric -> figure, over all tasks of the cell.
+) -> tuple[Results, Right]:
+    """Task -> metric -> figure, over all tasks of the cell; and which answers were right.
 
     path: a packed checkpoint, an adapter, or (method none) a dense model. base: the full-precision
     model, which tasks may compare with. parallelize: lm-eval spreads the model over all GPUs that
@@ -27,12 +29,13 @@ def evaluate(
     text = [task for task in cell.tasks if _harness_of(task) == "lm_eval"]
     image = [task for task in cell.tasks if task not in text]
     results: Results = {}
+    right: Right = {}
     if text:
         host = {"device": device, "batch_size": batch_size, "parallelize": parallelize}
-        results |= _lm_eval(path, base, cell, text, host)
+        results, right = _lm_eval(path, base, cell, text, host)
     if image:
         results |= _lmms_eval(path, cell, image, device, batch_size)
-    return results
+    return results, right
 
 
 _harness_of = cache(harness_of)  # it reads thousands of files
@@ -50,7 +53,9 @@ def _text_manager(metadata: str) -> Any:
     return TaskManager(metadata=json.loads(metadata))
 
 
-def _lm_eval(path: str, base: str, cell: Cell, tasks: list[str], host: dict[str, Any]) -> Results:
+def _lm_eval(
+    path: str, base: str, cell: Cell, tasks: list[str], host: dict[str, Any]
+) -> tuple[Results, Right]:
     from lm_eval import simple_evaluate
 
     from ..hosts.lm_eval_model import LLQLM
@@ -64,12 +69,12 @@ def _lm_eval(path: str, base: str, cell: Cell, tasks: list[str], host: dict[str,
             task_manager=_text_manager(json.dumps(dict(cell.metadata))),
             limit=cell.limit,
             num_fewshot=cell.num_fewshot,
-            log_samples=False,
+            log_samples=True,
         )
     finally:
         del model
         _free()
-    return figures(output["results"])
+    return figures(output["results"]), right_answers(output["samples"])
 
 
 def _lmms_eval(

@@ -8,6 +8,7 @@ quantized   | method, config, nominal_bits, stored_bits, whole_model_bits, bytes
             | and the errors of the `linears`
 results     | task -> metric -> figure; also `divergence` from full precision, `answers` held out
             | from fine-tuning, and `answers_before` it
+right       | task -> "1" or "0" per question, where lm-eval scores answers as right or wrong
 cost        | quantize, finetune (seconds, processor_seconds, phases, peak_bytes, added_bytes),
             | disk_bytes, own, reference, ratios
 run         | machine, versions, device, threads, when it began, seconds, log file
@@ -43,6 +44,7 @@ class Record:
     trace: str | None = None
     quantized: dict[str, Any] = field(default_factory=dict)
     results: dict[str, dict[str, Any]] = field(default_factory=dict)
+    right: dict[str, str] = field(default_factory=dict)
     cost: dict[str, Any] = field(default_factory=dict)
     run: dict[str, Any] = field(default_factory=dict)
 

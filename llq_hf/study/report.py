@@ -24,6 +24,7 @@ from ..common.markup import markdown as escaped
 from ..common.markup import on_one_line
 from ..common.words import nearest
 from .cover import cover
+from .flips import flips
 from .paper import asked_for
 from .plots import Plot, plots
 from .record import DONE, FAILED, REFUSED, Record, read_records
@@ -78,6 +79,7 @@ def all_tables(records: Sequence[Record], asked: Sequence[str]) -> list[ReportTa
     tables = [
         *overview(records),
         *study_tables(records, asked),
+        flips(records),
         cost(records),
         phases(records),
         unfinished(records),
