@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from filelock import Timeout
 
 from llq_hf.common.errors import LLQError
 from llq_hf.common.files import locked, read_json, replaced, write_json
-from llq_hf.common.machine import auto_device
+from llq_hf.common.machine import auto_device, peak_resident_bytes
 from llq_hf.common.words import nearest, one_line
 
 
@@ -108,6 +110,22 @@ def test_auto_is_a_gpu_where_there_is_one(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
     assert auto_device("auto", "cuda:1") == device
     assert auto_device("mps", "cuda:1") == "mps"
+
+
+def test_the_peak_where_the_system_does_not_tell_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on Windows, which has no /proc and no module `resource`."""
+    assert peak_resident_bytes() > 2**20
+    opens = Path.open
+
+    def no_proc(self: Path, *args: Any, **options: Any) -> Any:
+        if self.parts[1:2] == ("proc",):
+            raise FileNotFoundError(self)
+        return opens(self, *args, **options)
+
+    monkeypatch.setattr(Path, "open", no_proc)
+    assert peak_resident_bytes() > 2**20
+    monkeypatch.setitem(sys.modules, "resource", None)
+    assert peak_resident_bytes() == 0
 
 
 def test_words() -> None:

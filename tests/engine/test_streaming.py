@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from llq_hf.checkpoints.dense import INDEX, SINGLE, Checkpoint
+from llq_hf.checkpoints.inspection import inspect_checkpoint
 from llq_hf.common.progress import PassListener
 from llq_hf.data.calibration import Calibration
 from llq_hf.engine import base
@@ -268,3 +269,15 @@ def test_the_same_as_in_memory(quantize, model, whole, calibration_ids):
     for name, module in modules.items():
         for key, tensor in module.packed().items():
             assert torch.equal(tensor, stored[f"{name}.{key}"]), f"{name}.{key}"
+
+
+def test_the_folder_one_is_in_is_a_folder_to_write(
+    tiny_llama, calibration_npy, tmp_path, monkeypatch
+):
+    """`llq quantize MODEL .`: the run's own files lie beside that folder."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    calibration = Calibration(str(calibration_npy), samples=8)
+    quantize_checkpoint(str(tiny_llama), Path("."), build("rtn", bits=3), calibration)
+    assert inspect_checkpoint(tmp_path / "here")["quantized_linears"] == 14
+    assert (tmp_path / "here.journal.jsonl").is_file()
