@@ -20,7 +20,7 @@ from ..common.errors import LLQError
 TOKENS = 256  # compared at a time: a large vocabulary takes 0.5 MB a token
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Divergence:
     """Of some tokens: KL(p || q) fp32 [T], and whether both find the same token likeliest [T]. Both
     lie on the CPU.
