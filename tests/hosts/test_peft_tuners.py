@@ -5,6 +5,7 @@ what it does on the same linears dequantized, or it is refused with the cure.
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -52,6 +53,15 @@ IDS = torch.arange(2, 20)[None]
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
     return make_llama(tmp_path_factory.mktemp("llama"), **sizes)
+
+
+@pytest.fixture(autouse=True)
+def own_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """peft's BOFT leaves CXX=gcc in the environment, and kernels that gcc links do not load: the
+    variable is as it was for the tests that come after.
+    """
+    monkeypatch.setenv("CC", os.environ.get("CC", ""))
+    monkeypatch.setenv("CXX", os.environ.get("CXX", ""))
 
 
 def packed(folder: Path) -> Any:
