@@ -53,12 +53,14 @@ def carried(folder: Path) -> list[str]:
     return sorted(listed | set(_code(folder)))
 
 
-def copy_small_files(base: Path, out: Path) -> None:
-    """Copy what `carried` names."""
-    for name in carried(base):
+def copy_small_files(base: Path, out: Path) -> list[str]:
+    """Copy what `carried` names; the names."""
+    names = carried(base)
+    for name in names:
         target = out / name
         make_folder(target.parent)
         copy(own_file(base, name) or base / name, target)
+    return names
 
 
 def small_files(folder: Path) -> list[str]:

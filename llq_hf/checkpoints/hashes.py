@@ -292,10 +292,14 @@ def restore_journal(folder: Path, run: str) -> None:
     run: its fingerprint.
     """
     try:
-        hashes, report = Hashes.read(folder), read_json(folder / REPORT)
+        hashes = Hashes.read(folder)
     except LLQError:
         return
-    if hashes is None or report.get("fingerprint") != run:
+    file = folder / REPORT
+    if hashes is None or not file.is_file() or hashes.files.get(REPORT) != sha256_file(file):
+        return
+    report = read_json(file)
+    if report["fingerprint"] != run:
         return
     blocks: dict[str, list[Any]] = {}
     for record in report["linears"]:

@@ -26,7 +26,7 @@ from ..demo.gguf_base import NAME as SMOLLM2
 from ..layers.linear import QuantLinear
 from ..method import Method
 from ..models.decoder import block_linears, replace_module
-from .carried import copy_small_files, small_files
+from .carried import copy_small_files
 from .dense import Checkpoint, Rewritten, fetch
 from .fingerprint import fingerprint
 from .format import CONFIG, REPORT, PackedConfig
@@ -160,12 +160,12 @@ class PackedFolder:
         if isinstance(self.base, Rewritten):
             report["rewrite"] = dict(self.base.rewrite.notes)
         write_json(self.path / REPORT, dict(report))
-        copy_small_files(self.base.path, self.path)
+        small = [*copy_small_files(self.base.path, self.path), REPORT]
         config = PackedConfig(
             self.method, len(linears), identity["calibration"], report["fingerprint"]
         )
         whole = {**self.base.config, "quantization_config": config.to_section()}
-        Hashes.of(self.path, whole, small_files(self.path), digests).write(self.path)
+        Hashes.of(self.path, whole, small, digests).write(self.path)
         write_json(self.path / CONFIG, whole)
         return report
 

@@ -56,7 +56,7 @@ def remove_draft(path: Path) -> None:
 
 def remove_drafts(folder: Path) -> None:
     """Delete what killed writers of files in this folder, and in those inside it, left."""
-    for draft in [*folder.rglob("*" + DRAFTS)]:
+    for draft in list(folder.rglob("*" + DRAFTS)):
         if draft.is_dir():
             shutil.rmtree(draft, ignore_errors=True)
 

@@ -30,6 +30,7 @@ from .entrance import BlockArguments, Entrance
 from .team import Stats, Team, batches_of, edges_of
 
 CPU = torch.device("cpu")
+UNLINKS = os.name != "nt"  # whether a file that is in use can be deleted
 
 # --- activations ----------------------------------------------------------------------------------
 
@@ -63,7 +64,7 @@ class Activations:
         offload.mkdir(parents=True, exist_ok=True)
         # The file must live as long as the tensor.
         self._file = tempfile.NamedTemporaryFile(  # noqa: SIM115
-            dir=offload, prefix="activations-", suffix=".bin"
+            dir=offload, prefix="activations-", suffix=".bin", delete=not UNLINKS
         )
         count = shape[0] * shape[1] * shape[2]
         # Reserved now, so that a full disk is an error and not a bus error at the first write.
@@ -72,6 +73,7 @@ class Activations:
                 os.posix_fallocate(self._file.fileno(), 0, count * dtype.itemsize)
         except OSError as error:
             self._file.close()
+            Path(self._file.name).unlink(missing_ok=True)
             need = count * dtype.itemsize / 2**20
             raise LLQError(
                 f"{offload} has no room for {need:.0f} MiB of activations ({error.strerror})"
@@ -79,6 +81,8 @@ class Activations:
         self.tensor_NSD = torch.from_file(
             self._file.name, shared=True, size=count, dtype=dtype
         ).view(shape)
+        if UNLINKS:  # the mapping keeps the data, and a kill leaves nothing
+            Path(self._file.name).unlink()
 
     def __getitem__(self, rows: slice) -> Tensor:
         return self.tensor_NSD[rows]

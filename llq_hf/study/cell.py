@@ -11,6 +11,7 @@ import platform
 import time
 import traceback
 from collections import defaultdict
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
@@ -121,12 +122,16 @@ def _quantize(cell: Cell, setup: Setup, progress: Progress) -> tuple[Path, dict[
 def _cost_of(made: Path, cost: dict[str, Any] | None) -> dict[str, Any]:
     """What it cost to make a folder: `cost` where it was made just now, else as noted then.
 
-    The note lies beside the folder, for the next cell that finds it made.
+    The note lies beside the folder, for the next cell that finds it made. Where a kill came between
+    the two, it tells what the journal does.
     """
     path = made.with_name(made.name + ".cost.json")
-    if cost is not None:
+    if cost is None and path.is_file():
+        return read_json(path)
+    cost = cost or journalled(made) or {}
+    with suppress(OSError):  # a read-only cache
         write_json(path, cost)
-    return read_json(path) if path.is_file() else journalled(made) or {}
+    return cost
 
 
 def _finetune(

@@ -52,6 +52,7 @@ METHODS: dict[str, str] = {  # variants, by what `llq quantize` is given
     "rtn": "--method rtn --bits 3 --group-size 64",
     "rtn, shards": "--method rtn --bits 4 --group-size 32",
     "gptq": "--method gptq --bits 3 --act-order",
+    "gptq offload": "--method gptq --bits 3 --offload ROOT/offload",
     "gptq best": "--method gptq --bits 3 --preset best",
     "awq": "--method awq --bits 4",
     "smoothquant": "--method smoothquant --bits 8",
@@ -312,7 +313,7 @@ def prepare(work: Path, blocks: int) -> list[Variant]:
 
 
 def _words(before: list[str], after: list[str], root: Path) -> list[str]:
-    return [*before, str(root / "out"), *after]
+    return [*before, str(root / "out"), *(word.replace("ROOT", str(root)) for word in after)]
 
 
 def main() -> int:

@@ -236,6 +236,7 @@ def test_code_that_an_auto_map_names_comes_along(base: Path, tmp_path: Path) -> 
     code = {name for name in names(out) if name.endswith(".py")}
     assert code == {"configuration_x.py", "helper_x.py", "modeling_x.py"}
     assert code <= set(prepare_upload(out, "me/x").files)
+    assert code <= set(Hashes.read(out).files)
     model = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)
     assert (type(model).__name__, model.number) == ("XForCausalLM", 7)
     plain = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import threading
 import time
@@ -12,6 +13,7 @@ import pytest
 import torch
 from filelock import Timeout
 
+import llq_hf
 from llq_hf.common.errors import LLQError
 from llq_hf.common.files import locked, read_json, replaced, write_json
 from llq_hf.common.machine import auto_device, peak_resident_bytes
@@ -133,3 +135,30 @@ def test_words() -> None:
     assert nearest("xxxx", ["gptq", "rtn"]) == ""
     assert one_line(ValueError("first\nsecond")) == "first"
     assert one_line(ValueError("")) == "ValueError"
+
+
+# Who else writes: in place, to be checked by the journal; into a folder of its own that is thrown
+# away; logs; what can be drawn again.
+WRITERS = {
+    "common/files.py",
+    "checkpoints/shards.py",
+    "demo/drawings.py",
+    "hosts/hf_models.py",
+    "study/cost.py",
+    "study/launch.py",
+}
+WRITING = re.compile(
+    r"\.write_(text|bytes)\(|os\.(replace|rename)\(|shutil\.(copy|move)|save_file\(|np\.save\("
+    r"|torch\.save\(|open\([^)]*[\"'][wax]b?\+?[\"']"
+)
+
+
+def test_all_files_are_written_by_the_functions_that_sync() -> None:
+    package = Path(llq_hf.__file__).parent
+    found = {
+        path.relative_to(package).as_posix()
+        for path in package.rglob("*.py")
+        for line in path.read_text().splitlines()
+        if WRITING.search(line) and "draft.write_" not in line
+    }
+    assert found == WRITERS

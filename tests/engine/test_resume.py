@@ -31,6 +31,7 @@ from llq_hf.checkpoints.shards import Shards
 from llq_hf.common.errors import LLQError
 from llq_hf.common.progress import Progress
 from llq_hf.data.calibration import Calibration
+from llq_hf.engine.cached import cached
 from llq_hf.engine.execute import quantize_checkpoint
 from llq_hf.engine.options import RunOptions
 from llq_hf.methods import METHODS, build
@@ -356,6 +357,38 @@ def test_two_processes_at_once(runner, untouched, tmp_path):
 
 
 # --- the same bytes -------------------------------------------------------------------------------
+
+
+def fill_cache(model: Path, calibration: Path, root: Path) -> None:
+    """Make GPTQ's checkpoint in a cache, or find it there."""
+    torch.set_num_threads(1)
+    data = Calibration(str(calibration), samples=8, seqlen=32)
+    cached(str(model), build("gptq", **OPTIONS["gptq"]), data, RunOptions(), root, Progress())
+
+
+def test_two_processes_want_the_same_of_a_cache(
+    runner, unbroken, model, calibration_npy, tmp_path, monkeypatch
+):
+    """One makes it, the other one waits; from then on nobody writes there, so that it may be
+    read-only.
+    """
+    arguments = (model, calibration_npy, tmp_path / "root")
+    both = [runner.context.Process(target=fill_cache, args=arguments) for _ in range(2)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join(LIMIT_SECONDS)
+        assert process.exitcode == 0
+    (out,) = (path for path in (tmp_path / "root").iterdir() if path.is_dir())
+    assert digests(out) == digests(unbroken)
+    assert {path.name for path in out.parent.iterdir()} == {out.name, Journal.beside(out).name}
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise PermissionError("read-only")
+
+    for name in ("replace", "mkdir", "unlink", "fsync"):
+        monkeypatch.setattr(os, name, refuse)
+    fill_cache(*arguments)
 
 
 @pytest.mark.parametrize("method", METHODS)

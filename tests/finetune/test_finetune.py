@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import Timeout
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
@@ -25,6 +26,7 @@ from typer.testing import CliRunner
 from llq_hf import cli
 from llq_hf.checkpoints.adapter import base_of, is_adapter
 from llq_hf.common.errors import LLQError
+from llq_hf.common.files import locked
 from llq_hf.data.calibration import Calibration
 from llq_hf.engine.execute import quantize_checkpoint
 from llq_hf.finetune import elastic, trainer
@@ -245,6 +247,21 @@ def test_a_finished_run_is_left_alone_and_another_is_refused(
         file.write('{"prompt": "a", "completion": "b"}\n')
     with pytest.raises(LLQError, match=r"begun with other inputs: .*sha256"):
         trainer.finetune(str(base), out, str(other), ELASTIC, MACHINE)
+
+
+def test_a_run_has_its_folder_for_itself(
+    base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Another one waits for the lock, which is gone in the end."""
+
+    def look(base: str, out: Path, *_: Any) -> dict[str, Any]:
+        with pytest.raises(Timeout), locked(out.with_name("out.lock"), timeout=0):
+            pass
+        return {}
+
+    monkeypatch.setattr(trainer, "_finetune", look)
+    trainer.finetune(str(base), tmp_path / "new" / "out", str(data), RECIPE, MACHINE)
+    assert list((tmp_path / "new").iterdir()) == []
 
 
 def test_killed_after_the_last_step(

@@ -186,3 +186,17 @@ def test_a_recipe_is_checked_before_the_model_is_quantized(
     monkeypatch.setattr(cells, "_quantize", lambda *_: pytest.fail("quantized first"))
     record = run_cell(replace(gptq, finetune={"ranks": 2}), Progress(), setup)
     assert (record.status, "finetune has no 'ranks'" in str(record.reason)) == ("refused", True)
+
+
+def test_what_a_killed_cell_did_not_note_is_noted_from_the_journal(tmp_path: Path) -> None:
+    made, note = tmp_path / "abc", tmp_path / "abc.cost.json"
+    lines = [{"identity": {}}, {"block": 0, "seconds": 2.0, "peak_bytes": 7}]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (tmp_path / "abc.journal.jsonl").write_text(text)
+    (tmp_path / "abc.cost.json.tmp").mkdir()  # of the writer that was killed
+    found = cells._cost_of(made, None)
+    assert found == {"seconds": 2.0, "peak_bytes": 7, "from": "journal"}
+    assert json.loads(note.read_text()) == found
+    assert cells._cost_of(made, {"seconds": 3.0}) == {"seconds": 3.0}
+    assert cells._cost_of(made, None) == {"seconds": 3.0}
+    assert {path.name for path in tmp_path.iterdir()} == {note.name, "abc.journal.jsonl"}
