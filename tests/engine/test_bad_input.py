@@ -363,6 +363,12 @@ def test_checkpoint(model, calibration_npy, tmp_path, case):
     nothing_loads(tmp_path / "out")
 
 
+@pytest.mark.parametrize("section", [[], ["x"], "x", 3, {}])
+def test_a_section_that_says_nothing(model, calibration_npy, tmp_path, section):
+    _edit_config(model, quantization_config=section)
+    refused(r"quantized already \(unknown\)", quantize, model, tmp_path / "out", calibration_npy)
+
+
 def test_several_problems_are_told_at_once(model, calibration_npy, tmp_path):
     _edit_tensors(model, lambda tensors: (tensors.pop(NORM), _resize(tensors)))
     _set(DOWN, float("nan"))(model)
