@@ -153,6 +153,49 @@ def test_a_dry_run_shows_exactly_what_goes_up(hub, packed, llq, tmp_path):
     assert {name.strip(): size.strip() for name, size in rows} == sizes
 
 
+AND_BACK = """
+import sys
+from pathlib import Path
+
+from llq_hf import Calibration, build, quantize_checkpoint
+from llq_hf.checkpoints.dense import fetch
+from llq_hf.checkpoints.hashes import damage
+from llq_hf.publish.hub import prepare_upload, push
+
+out = Path(sys.argv[1])
+quantize_checkpoint("org/coded", out, build("rtn", bits=4), Calibration("demo", 1, 8))
+push(prepare_upload(out, "me/coded"))
+folder = fetch("me/coded")
+assert folder != out
+assert damage(folder) == []
+"""
+
+
+def test_code_of_a_base_on_the_hub_comes_along(hub, tiny_llama, tmp_path):
+    """Through real snapshots in the Hub's cache, whose files are links, and back to the Hub."""
+    files = {file.name: file.read_bytes() for file in tiny_llama.iterdir()}
+    mapped = {"AutoModelForCausalLM": "modeling_x.X", "AutoConfig": "org/other--configuration_x.X"}
+    config = {**json.loads(files["config.json"]), "auto_map": mapped}
+    files["config.json"] = json.dumps(config).encode()
+    files["modeling_x.py"], files["helper_x.py"] = b"from .helper_x import A\n", b"A = 1\n"
+    files["setup.py"] = b"raise SystemExit\n"
+    files["additional_chat_templates/rag.jinja"] = b"RAG"
+    hub.repos["org/coded"] = Repo(False, files)
+    environment = {**os.environ, **hub.environment, "HF_HOME": str(tmp_path / "home")}
+    out = tmp_path / "out"
+    command = [sys.executable, "-c", AND_BACK, str(out)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert {file.name for file in out.glob("*.py")} == {"modeling_x.py", "helper_x.py"}
+    assert (out / "additional_chat_templates" / "rag.jinja").read_bytes() == b"RAG"
+    assert not [path for path in out.rglob("*") if path.is_symlink()]
+    snapshots = {path.parts[-3]: path for path in (tmp_path / "home").glob("hub/*/snapshots/*")}
+    for repo in ("org--coded", "me--coded"):
+        code = sorted(snapshots[f"models--{repo}"].glob("*.py"))
+        assert [path.name for path in code] == ["helper_x.py", "modeling_x.py"]
+        assert all(path.is_symlink() for path in code)
+
+
 def test_a_card_of_ones_own_goes_up_as_it_is(hub, packed, tmp_path):
     folder = shutil.copytree(packed, tmp_path / "own")
     (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n# Mine\n")
