@@ -18,8 +18,6 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from ..common.files import rename, sync
-
 HERE = Path(__file__).parent
 SOURCES, PACKAGED = HERE / "cpp", HERE / "lib"
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
@@ -76,8 +74,9 @@ def _compile(program: str, isa: str, folder: Path) -> Path:
         ran = subprocess.run(command, capture_output=True, text=True, check=False)
         if ran.returncode:
             raise BuildError(f"{' '.join(command)} failed:\n{ran.stderr[-2000:]}")
-        sync(Path(draft, "lib.so"))
-        rename(Path(draft, "lib.so"), target)
+        with open(f"{draft}/lib.so", "r+b") as written:
+            os.fsync(written.fileno())
+        os.replace(f"{draft}/lib.so", target)
     for stale in folder.glob(f"llq-{isa}-*.so"):
         if stale != target:
             stale.unlink()

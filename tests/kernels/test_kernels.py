@@ -7,8 +7,10 @@ tests skip.
 
 from __future__ import annotations
 
+import ast
 import copy
 import ctypes
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,15 @@ ISAS = ["avx512vbmi2", "avx512", "avx2"]
 DIGITS = 1e-4  # digits, Gaussian activations
 FLOATS = 2e-6  # fp32 sums
 ROUNDING = {torch.float32: FLOATS, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # of y, once
+
+
+def test_the_build_needs_python_alone() -> None:
+    """The wheel's build hook runs the file by itself, where no package is installed."""
+    tree = ast.parse(Path(building.__file__).read_text())
+    froms = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    names = {f"{'.' * node.level}{node.module}" for node in froms}
+    names |= {a.name for node in ast.walk(tree) if isinstance(node, ast.Import) for a in node.names}
+    assert {name.split(".")[0] for name in names} <= sys.stdlib_module_names
 
 
 @pytest.fixture(scope="session")
