@@ -22,11 +22,10 @@ from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
 from rich.console import Console
 
 from ..common.errors import LLQError
-from ..common.files import write_json, write_text
+from ..common.files import locked, make_folder, rename, write_json, write_text
 from ..common.machine import cache_root
 from ..common.progress import Progress
 from ..common.terminal import RichProgress
@@ -67,8 +66,8 @@ def converted(file: Path, name: str | None = None) -> Path:
     out = cache_root() / "gguf" / f"{sha256[:16]}-{VERSION}"
     if out.is_dir():
         return out
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{out}.lock"):
+    make_folder(out.parent)
+    with locked(out.with_name(f"{out.name}.lock")):
         if not out.is_dir():
             source = {"name": name, "file": file.name, "sha256": sha256, "version": VERSION}
             _convert(file, out, source)
@@ -104,7 +103,7 @@ def _convert(file: Path, out: Path, source: dict[str, Any]) -> None:
             f"{file} cannot be converted ({one_line(error)}): it is damaged, or transformers does "
             "not know its architecture"
         ) from error
-    draft.rename(out)
+    rename(draft, out)
 
 
 def _write(file: Path, folder: Path, source: dict[str, Any], progress: Progress) -> None:

@@ -27,7 +27,8 @@ VBMI2 = [*AVX512, "-mavx512vbmi", "-mavx512vbmi2", "-mavx512vpopcntdq"]  # Ice L
 ISAS = {"avx512vbmi2": VBMI2, "avx512": AVX512, "avx2": AVX2}
 # Without contraction to FMA, decoded weights equal torch's bit for bit.
 FLOATS = ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"]
-LINKING = ["-fPIC", "-shared", "-pthread", "-static-libstdc++", "-static-libgcc"]
+# "-z defs": a compiler that links no C++ runtime (CXX=gcc) fails here, and not when it is loaded.
+LINKING = ["-fPIC", "-shared", "-pthread", "-static-libstdc++", "-static-libgcc", "-Wl,-z,defs"]
 FLAGS = ["-O3", "-std=c++17", *LINKING, *FLOATS]
 
 

@@ -149,7 +149,7 @@ WRITERS = {
     "study/launch.py",
 }
 WRITING = re.compile(
-    r"\.write_(text|bytes)\(|os\.(replace|rename)\(|shutil\.(copy|move)|save_file\(|np\.save\("
+    r"\.write_(text|bytes)\(|os\.(replace|rename)\(|\w\.rename\(|shutil\.(copy|move)|save_file\(|np\.save\("
     r"|torch\.save\(|open\([^)]*[\"'][wax]b?\+?[\"']"
 )
 

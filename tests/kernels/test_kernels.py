@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import copy
 import ctypes
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -39,6 +40,14 @@ ISAS = ["avx512vbmi2", "avx512", "avx2"]
 DIGITS = 1e-4  # digits, Gaussian activations
 FLOATS = 2e-6  # fp32 sums
 ROUNDING = {torch.float32: FLOATS, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # of y, once
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="there is no gcc")
+def test_a_compiler_of_c_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "gcc")
+    with pytest.raises(building.BuildError, match=r"gcc .* failed"):
+        building.build(tmp_path)
+    assert not list(tmp_path.glob("*.so"))
 
 
 def test_the_build_needs_python_alone() -> None:
