@@ -326,7 +326,12 @@ def main() -> int:
     parser.add_argument("--blocks", type=int, default=3)
     parser.add_argument("--keep", type=Path)
     given = parser.parse_args()
-    os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+    os.environ.update(
+        OMP_NUM_THREADS="1",
+        HF_HUB_OFFLINE="1",
+        TOKENIZERS_PARALLELISM="false",
+        PYTHONWARNINGS="ignore:resource_tracker",  # semaphores of what was killed
+    )
     with tempfile.TemporaryDirectory(prefix="llq-kill-") as scratch:
         work = (given.keep or Path(scratch)).resolve()
         work.mkdir(parents=True, exist_ok=True)
