@@ -207,7 +207,7 @@ class Entrance:
     def calls(self, rows: slice) -> tuple[Tensor, BlockArguments]:
         """Input [B, S, D] of the first block, and the arguments of each block."""
         if not isinstance(self.data, Pairs):
-            return self._calls_of(self.data[rows])
+            return self._calls_of(self.data[rows].to(self.device))
         dtype = next(self.runner.parameters()).dtype
         inputs = {
             name: t.to(self.device, dtype if t.is_floating_point() else None)
@@ -217,35 +217,48 @@ class Entrance:
         return block_calls(decoder, lambda: self.runner(**inputs, use_cache=False))
 
     def _calls_of(self, ids_BS: Tensor) -> tuple[Tensor, BlockArguments]:
-        ids_BS = ids_BS.to(self.device)
         return block_calls(self.runner, lambda: self.runner(input_ids=ids_BS, use_cache=False))
 
-    def check(self) -> None:
-        """LLQError where the arguments of blocks depend on the tokens and not only on their number:
-        they are kept for all sequences of one shape.
+    def shared_arguments(self) -> BlockArguments | None:
+        """The arguments of each block for any sequence of token ids; None for pairs, which have
+        their own.
+
+        LLQError where they depend on the tokens and not only on their number.
         """
-        if isinstance(self.data, Pairs):  # whose arguments are kept for each
-            return
-        _, own = self._calls_of(self.data[:1])
-        _, others = self._calls_of(self.data[:1].flip(1))
+        if isinstance(self.data, Pairs):
+            return None
+        ids_1S = self.data[:1].to(self.device)
+        _, own = self._calls_of(ids_1S)
+        _, others = self._calls_of(ids_1S.flip(1))
         if not _are_equal((own.kind_of, own.kinds), (others.kind_of, others.kinds)):
             raise LLQError(
                 f"{type(self.runner).__name__} gives its blocks arguments that depend on the "
                 "tokens: it cannot be calibrated block by block; a method without calibration, "
                 "such as rtn, needs no such pass"
             )
+        return own
 
 
 def _are_equal(one: Any, other: Any) -> bool:
     """Whether two structures hold equal tensors and equal plain values; other objects only count by
-    their type.
+    their type. A GPU is asked once.
     """
+    equal: list[Tensor] = []
+    return _match(one, other, equal) and (not equal or bool(torch.stack(equal).all()))
+
+
+def _match(one: Any, other: Any, equal: list[Tensor]) -> bool:
+    """Whether all but the values of tensors is equal, whose comparisons go to `equal`."""
     if type(one) is not type(other):
         return False
     if isinstance(one, Tensor):
-        return one.shape == other.shape and bool((one == other).all())
+        if one.shape == other.shape:
+            equal.append((one == other).all())
+        return bool(one.shape == other.shape)
     if isinstance(one, dict):
-        return one.keys() == other.keys() and all(_are_equal(v, other[k]) for k, v in one.items())
+        same = one.keys() == other.keys()
+        return same and all(_match(value, other[key], equal) for key, value in one.items())
     if isinstance(one, tuple | list):
-        return len(one) == len(other) and all(map(_are_equal, one, other))
-    return one == other if _is_plain(one) else True
+        pairs = zip(one, other, strict=False)
+        return len(one) == len(other) and all(_match(*pair, equal) for pair in pairs)
+    return not _is_plain(one) or bool(one == other)

@@ -181,7 +181,7 @@ def _forward_seconds(blocks: StreamedBlocks, data: Tensor | Pairs) -> float:
     It is also the run's first test of device, dtype and memory.
     """
     entrance = Entrance(blocks, data)
-    entrance.check()
+    entrance.shared_arguments()  # refuses a decoder that cannot be calibrated
     hidden_BSD, arguments = entrance.calls(entrance.batches()[0])
     block = blocks.load(0)
     started = time.perf_counter()

@@ -113,9 +113,7 @@ def _open_dense(model: str, revision: str | None, progress: Progress) -> Checkpo
     progress.stage("reading checkpoint headers")
     checkpoint = Checkpoint.open(model, revision)
     if checkpoint.is_quantized:
-        section = checkpoint.config["quantization_config"]
-        named = section.get("quant_method") if isinstance(section, dict) else None
-        kind = named or "unknown"
+        kind = checkpoint.config["quantization_config"].get("quant_method") or "unknown"
         raise LLQError(f"{model} is quantized already ({kind}); give the full-precision model")
     carried(checkpoint.path)  # refuses a link that leads out of the folder
     return checkpoint

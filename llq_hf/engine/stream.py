@@ -166,7 +166,6 @@ class Stream:
         if isinstance(data, Tensor):
             data = data[edges[0] : edges[-1]]
         entrance = Entrance(blocks, data)
-        entrance.check()
         self.is_pairs = entrance.is_pairs
         self.count = len(entrance.lengths)
         self.length = -(-sum(entrance.lengths) // self.count)
@@ -174,9 +173,8 @@ class Stream:
         self.block = 0  # the current one
         # Of pairs by number, because masks may depend on where the image is. Otherwise by batch
         # size: masks have a batch axis, and one of size 1 fits every batch.
-        self._arguments: dict[int, BlockArguments] = {}
-        if not self.is_pairs:
-            self._arguments[1] = entrance.calls(slice(0, 1))[1]
+        shared = entrance.shared_arguments()
+        self._arguments: dict[int, BlockArguments] = {} if shared is None else {1: shared}
         self.activations = self._embed(entrance, offload)
 
     def _embed(self, entrance: Entrance, offload: Path | None) -> Activations:

@@ -105,7 +105,7 @@ def test_products_in_attention_are_quantized_or_refused(name: str) -> None:
 
 
 def test_the_table_of_families_is_whole() -> None:
-    """`tests/bench/families.py --write` makes it."""
+    """`tests/bench/family_table.py --write` makes it."""
     page = (Path(__file__).parents[2] / "llq_hf" / "methods" / "README.md").read_text()
     rows = [line for line in page.splitlines() if line.startswith("| ") and "FAILS" not in line]
     assert all(any(row.startswith(f"| {name} | `") for row in rows) for name in BY_NAME)

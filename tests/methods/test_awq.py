@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from llq_hf.common.errors import LLQError
-from llq_hf.engine import stream
+from llq_hf.engine import entrance
 from llq_hf.engine.in_memory import quantize_model
 from llq_hf.kernels.bitpack import unpack
 from llq_hf.layers.linear import QuantLinear
@@ -148,7 +148,7 @@ def test_the_search_does_not_depend_on_the_batch(
 ):
     ratios = []
     for tokens in (32, 96, 4096):  # one, three and all eight sequences at a time
-        monkeypatch.setattr(stream, "BATCH_TOKENS", tokens)
+        monkeypatch.setattr(entrance, "BATCH_TOKENS", tokens)
         _, records = quantized(tiny_llama, calibration_ids, bits=3, ratios=10)
         ratios.append([record.get("ratio") for record in records.values()])
     assert ratios[0] == ratios[1] == ratios[2]

@@ -407,7 +407,7 @@ def test_a_run_stopped_in_the_training_of_its_second_block_goes_on(
         quantize_checkpoint(
             str(tiny_llama), tmp_path / "b", method, data, progress=StopAfter(2, 3 * 4 + 2)
         )
-    training = FileState._beside(tmp_path / "b")
+    training = FileState.beside(tmp_path / "b")
     assert training.exists()
     again = StopAfter(1, 10**6)
     quantize_checkpoint(str(tiny_llama), tmp_path / "b", method, data, progress=again)

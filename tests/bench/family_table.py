@@ -1,6 +1,6 @@
 """Makes the table of families in `llq_hf/methods/README.md`: which work, and which are refused.
 
-    python tests/bench/families.py [--write] [NAME ...]
+    python tests/bench/family_table.py [--write] [NAME ...]
 
 A tiny random model of each family is quantized from files, loaded and run:
 
