@@ -22,9 +22,8 @@ import torch
 from torch import nn
 
 from ..common.errors import LLQError
-from ..common.files import read_json
+from ..common.files import read_json, sha256_file
 from ..layers.linear import QuantLinear
-from .fingerprint import sha256_file
 
 NOTE = "llq_adapter.json"
 ADAPTER = "adapter_config.json"

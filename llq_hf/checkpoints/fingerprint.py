@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from pathlib import Path
 from typing import Any
 
 
@@ -12,12 +11,6 @@ def fingerprint(identity: dict[str, Any]) -> str:
     """The first 16 hex digits of the sha256 of `identity` as JSON with sorted keys."""
     text = json.dumps(identity, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def sha256_file(path: Path) -> str:
-    """The sha256 of a file's content, 64 hex digits."""
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def differences(old: Any, new: Any, name: str = "") -> list[str]:

@@ -26,10 +26,10 @@ from typing import Any, Self, TypedDict
 import torch
 
 from ..common.errors import LLQError
-from ..common.files import read_json, remove_draft, write_json, write_text
+from ..common.files import read_json, sha256_file, write_json, write_text
 from ..common.machine import cache_root
 from .dense import INDEX, SINGLE, fetch_beside, header, is_name, listed_files
-from .fingerprint import differences, fingerprint, sha256_file
+from .fingerprint import differences, fingerprint
 from .format import CONFIG, HASHES, REPORT, PackedConfig
 from .journal import Journal
 from .shards import damaged_tensors, tensor_digests
@@ -265,8 +265,6 @@ def damage_once(folder: Path) -> list[str]:
     note = cache_root() / "verified" / f"{fingerprint({'path': known['path']})}.json"
     with suppress(LLQError):
         if read_json(note) == known:
-            with suppress(OSError):
-                remove_draft(note)  # of a writer that was killed when the note had its name
             return []
     found = damage(folder)
     if not found:

@@ -25,10 +25,11 @@ from ..common.files import (
     remove_draft,
     remove_drafts,
     save_tensors,
+    sha256_file,
     write_text,
 )
 from ..method import State
-from .fingerprint import differences, fingerprint, sha256_file
+from .fingerprint import differences, fingerprint
 from .records import BlockLine, LinearRecord
 from .shards import damaged_tensors, tensor_files
 

@@ -21,8 +21,7 @@ from torch import Tensor, nn
 from ..common.errors import LLQError
 from ..common.files import read_json, write_json
 from ..common.spec import Spec
-from ..demo import MODELS
-from ..demo.gguf_base import NAME as SMOLLM2
+from ..demo import MODELS, SMOLLM2
 from ..layers.linear import QuantLinear
 from ..method import Method
 from ..models.decoder import block_linears, replace_module

@@ -55,7 +55,7 @@ def diagnose(
     from ..common.files import write_json, write_text
     from ..common.terminal import RichProgress
     from ..study.diagnose import Rounding
-    from ..study.diagnose_page import page
+    from ..study.diagnose_page import diagnosis_page
 
     if out.suffix != ".html":
         raise LLQError(f"{out} is no name of a page; give a file that ends in .html")
@@ -67,7 +67,7 @@ def diagnose(
     finally:
         progress.close()
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_text(out, page(found))
+    write_text(out, diagnosis_page(found))
     write_json(out.with_suffix(".json"), {"models": [each.to_dict() for each in found]})
     for each in found:
         console.print(_summary(each))
@@ -78,29 +78,21 @@ def _of(
     model: str, text: CalibrationOptions, rounding: Rounding, device: str, progress: Progress
 ) -> Diagnosis:
     """The diagnosis of one model, which is in memory meanwhile."""
-    from ..checkpoints.dense import Checkpoint
     from ..common.machine import auto_device, check_device
-    from ..demo import resolve
-    from ..engine.prepare import check_context
-    from ..models.load import build_skeleton, load_dense, load_tokenizer
+    from ..engine.prepare import open_dense, token_windows
+    from ..models.load import build_skeleton, load_dense
     from ..study.diagnose import diagnose as measured
 
-    path = resolve(model)
-    checkpoint = Checkpoint.open(path)
-    if checkpoint.is_quantized:
-        raise LLQError(f"{model} is quantized already; give the full-precision model")
     device = auto_device(device)
     check_device(device)
-    skeleton = build_skeleton(checkpoint.path)
+    path = open_dense(model, None, progress).path
+    skeleton = build_skeleton(path)
     options = text.for_model(model)
     if options.has_images:
         raise LLQError(f"{options.source} holds images; give a text")
-    tokenizer = load_tokenizer(checkpoint.path) if options.needs_tokenizer else None
-    config = skeleton.config.get_text_config()
-    ids_NS = options.ids(tokenizer, config.vocab_size)
-    check_context(ids_NS, getattr(config, "max_position_embeddings", None))
+    ids_NS = token_windows(options, skeleton.config, path, progress)
     progress.stage(f"loading {model}")
-    dense = load_dense(checkpoint.path, skeleton.config, skeleton.dtype, device)
+    dense = load_dense(path, skeleton.config, skeleton.dtype, device)
     return measured(Path(model).name, dense, ids_NS, rounding, progress)
 
 

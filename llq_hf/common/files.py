@@ -3,12 +3,14 @@
 All writers of the package go through here. What they return from is on the disk, even if the power
 fails in the next moment: the content is synced before the file gets its name, and the folder that
 holds the name after that. A draft lies in a folder of its own, NAME.tmp beside the file, together
-with whatever a library leaves there. A killed writer leaves that folder, the next one deletes it.
+with whatever a library leaves there. That folder is gone before the file gets its name: whoever
+finds the file finds nothing beside it. A killed writer leaves a draft, the next one deletes it.
 """
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -24,6 +26,7 @@ from torch import Tensor
 from .errors import LLQError
 
 DRAFTS = ".tmp"  # suffix of the folder of a draft
+READY = ".ready" + DRAFTS  # of a draft that is whole
 # What file systems answer that cannot sync a folder.
 _NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES)
 
@@ -41,28 +44,38 @@ def replaced(path: Path) -> Iterator[Path]:
         draft = folder / path.name
         yield draft
         sync(draft)
-        rename(draft, path)
+        os.replace(draft, _ready(path))
+        shutil.rmtree(folder)
+        rename(_ready(path), path)
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        remove_draft(path)
 
 
 def remove_draft(path: Path) -> None:
     """Delete what a killed writer of this file left."""
-    folder = _drafts(path)
-    if folder.is_file():  # of an older version
-        folder.unlink()
-    shutil.rmtree(folder, ignore_errors=True)
+    for draft in (_drafts(path), _ready(path)):
+        _remove_any(draft)
 
 
 def remove_drafts(folder: Path) -> None:
     """Delete what killed writers of files in this folder, and in those inside it, left."""
     for draft in list(folder.rglob("*" + DRAFTS)):
-        if draft.is_dir():
-            shutil.rmtree(draft, ignore_errors=True)
+        if draft.is_dir() or draft.name.endswith(READY):
+            _remove_any(draft)
+
+
+def _remove_any(draft: Path) -> None:
+    if draft.is_file():
+        draft.unlink()
+    shutil.rmtree(draft, ignore_errors=True)
 
 
 def _drafts(path: Path) -> Path:
     return path.with_name(path.name + DRAFTS)
+
+
+def _ready(path: Path) -> Path:
+    return path.with_name(path.name + READY)
 
 
 def rename(old: Path, new: Path) -> None:
@@ -189,3 +202,9 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise LLQError(f"{path} should hold a JSON object")
     return content
+
+
+def sha256_file(path: Path) -> str:
+    """The sha256 of a file's content, 64 hex digits."""
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()

@@ -24,6 +24,7 @@ MODELS: dict[str, Path] = {
     "demo": Path(__file__).parent / "llama",
     "demo-vlm": Path(__file__).parent / "vlm",
 }
+SMOLLM2 = "smollm2"  # the GGUF file that a package brings along
 
 
 def resolve(model: str) -> str:
@@ -34,10 +35,10 @@ def resolve(model: str) -> str:
     """
     if model in MODELS:
         return str(MODELS[model])
-    if model == "smollm2":
+    if model == SMOLLM2:
         from . import gguf_base
 
-        return str(gguf_base.converted(gguf_base.bundled_file(), gguf_base.NAME))
+        return str(gguf_base.converted(gguf_base.bundled_file(), SMOLLM2))
     if model.lower().endswith(".gguf"):
         from . import gguf_base
 

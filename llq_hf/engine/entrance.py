@@ -10,8 +10,8 @@ Legend: B sequences per forward pass, S tokens each, D hidden size.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ..common.errors import LLQError
 from ..data.pairs import Pairs
-from ..models.decoder import decoder_of
+from ..models.decoder import decoder_of, forwards_replaced
 from .blocks import Blocks
 
 # Tokens per forward pass: enough to keep the cores busy, few enough to bound memory.
@@ -102,13 +102,18 @@ def block_calls(decoder: nn.Module, run: Callable[[], Any]) -> tuple[Tensor, Blo
     block at a time is not the model.
     """
     assert isinstance(decoder.layers, nn.ModuleList)
+    blocks, last = list(decoder.layers), len(decoder.layers) - 1
     # Blocks return a tensor, but in some architectures a tuple, whose first element is taken. Of a
     # tensor that would be its first sequence.
     for answer in (lambda hidden: hidden, lambda hidden: (hidden,), lambda hidden: (hidden, None)):
         calls: list[Call] = []
-        with _handing_on(decoder.layers, calls, answer):
+        standing_in = [
+            partial(_hand_on, calls, answer, number, number == last, _parameters(block))
+            for number, block in enumerate(blocks)
+        ]
+        with forwards_replaced(blocks, standing_in):
             failed = _until_the_last_block(run)
-        if failed is None and _is_one_stream(calls, len(decoder.layers)):
+        if failed is None and _is_one_stream(calls, len(blocks)):
             arguments = BlockArguments()
             for call in calls:
                 arguments.append(call.arguments)
@@ -144,29 +149,15 @@ def _is_one_stream(calls: Sequence[Call], blocks: int) -> bool:
     )
 
 
-@contextmanager
-def _handing_on(
-    blocks: nn.ModuleList, calls: list[Call], answer: Callable[[Tensor], Any]
-) -> Iterator[None]:
-    """Within the context, blocks note their calls and return `answer` of their hidden states."""
-    own = [block.__dict__.get("forward") for block in blocks]
-    for index, block in enumerate(blocks):
-        last = index == len(blocks) - 1
-        parameters = list(inspect.signature(block.forward).parameters)
-        block.forward = partial(_hand_on, calls, answer, index, last, parameters)
-    try:
-        yield
-    finally:
-        for block, forward in zip(blocks, own, strict=True):
-            del block.forward
-            if forward is not None:  # accelerate puts one of its own there
-                block.forward = forward
+def _parameters(block: nn.Module) -> list[str]:
+    """Names of the arguments of a block, hidden states first."""
+    return list(inspect.signature(block.forward).parameters)
 
 
 def _hand_on(
     calls: list[Call],
     answer: Callable[[Tensor], Any],
-    index: int,
+    number: int,
     last: bool,
     parameters: list[str],
     *args: Any,
@@ -175,7 +166,7 @@ def _hand_on(
     """Stands in for the forward pass of a block."""
     arguments = {**dict(zip(parameters, args, strict=False)), **kwargs}
     hidden_BSD = arguments.pop(parameters[0])
-    calls.append(Call(index, hidden_BSD, arguments))
+    calls.append(Call(number, hidden_BSD, arguments))
     if last:
         raise _LastBlockReachedError
     return answer(hidden_BSD)

@@ -33,6 +33,7 @@ from ..kernels import reference
 from ..method import Method
 from ..models.decoder import block_prefixes, quantizable
 from ..models.load import load_dense
+from .base import check_as_loaded
 from .blocks import StreamedBlocks
 from .options import RunOptions
 from .precision import full_precision
@@ -82,6 +83,15 @@ def execute(plan: Plan, out: Path, progress: Progress) -> Report:
         # A second run of the same command waits here, and then finds the work done.
         with locked(out.with_name(out.name + ".lock")):
             if not _is_done(out, plan.fingerprint):
+                check_as_loaded(
+                    plan.checkpoint,
+                    plan.skeleton,
+                    plan.dtype,
+                    torch.device(plan.run.device),
+                    plan.data,
+                    plan.identity,
+                    progress,
+                )
                 journal = _journal(out, plan)
                 _compute_and_write(plan, out, journal, progress)
             clean(out)

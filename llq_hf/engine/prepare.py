@@ -29,7 +29,7 @@ from ..models.load import (
     module_names,
     takes_images,
 )
-from .base import check_as_loaded, file_digests, with_own_heads
+from .base import file_digests, with_own_heads
 from .estimates import estimate, problems_of
 from .options import RunOptions
 from .precision import full_precision
@@ -78,7 +78,7 @@ def prepare(
     out: the folder that the run will write; None skips the check of its disk. LLQError with all
     problems of the base model in one text, or with the first problem of anything else.
     """
-    checkpoint = _open_dense(model, run.revision, progress)
+    checkpoint = open_dense(model, run.revision, progress)
     skeleton = build_skeleton(checkpoint.path)
     check_covered(skeleton)
     method = method.bound_to(skeleton)
@@ -102,13 +102,11 @@ def prepare(
     estimates = estimate(source, skeleton, method, data, dtype, run, out, progress)
     progress.estimates(estimates)
     base = {"base_sha256": base_sha256, "base_files": file_digests(checkpoint.path)}
-    ids_NS = data if isinstance(data, Tensor) else None
-    check_as_loaded(checkpoint, skeleton, dtype, torch.device(run.device), ids_NS, base, progress)
     identity = _identity(base, method, described, dtype, run)
     return Plan(checkpoint, skeleton, method, data, identity, made_from, run, dtype, estimates)
 
 
-def _open_dense(model: str, revision: str | None, progress: Progress) -> Checkpoint:
+def open_dense(model: str, revision: str | None, progress: Progress) -> Checkpoint:
     """The headers of a dense checkpoint. LLQError for one that is quantized already."""
     progress.stage("reading checkpoint headers")
     checkpoint = Checkpoint.open(model, revision)
@@ -191,11 +189,7 @@ def calibration_data(
         return None, None
     text_config = config.get_text_config()
     if not calibration.has_images:
-        progress.stage("tokenizing the calibration data")
-        if tokenizer is None and calibration.needs_tokenizer:
-            tokenizer = load_tokenizer(path)
-        ids_NS = calibration.ids(tokenizer, text_config.vocab_size)
-        check_context(ids_NS, getattr(text_config, "max_position_embeddings", None))
+        ids_NS = token_windows(calibration, config, path, progress, tokenizer)
         return ids_NS, {
             "ids_sha256": ids_sha256(ids_NS),
             "samples": ids_NS.shape[0],
@@ -215,13 +209,25 @@ def calibration_data(
     return pairs, pairs.described()
 
 
-def check_context(ids_NS: Tensor, longest: int | None) -> None:
-    """LLQError for calibration windows of more tokens than the model takes."""
+def token_windows(
+    calibration: Calibration, config: Any, path: Path, progress: Progress, tokenizer: Any = None
+) -> Tensor:
+    """Token ids [N, S] of a calibration on text; see `calibration_data`.
+
+    LLQError where windows are longer than the model's context.
+    """
+    progress.stage("tokenizing the calibration data")
+    if tokenizer is None and calibration.needs_tokenizer:
+        tokenizer = load_tokenizer(path)
+    text_config = config.get_text_config()
+    ids_NS = calibration.ids(tokenizer, text_config.vocab_size)
+    longest = getattr(text_config, "max_position_embeddings", None)
     if longest is not None and ids_NS.shape[1] > longest:
         raise LLQError(
             f"calibration windows of {ids_NS.shape[1]} tokens are longer than the model's context; "
             f"give calibration_seqlen={longest} or less"
         )
+    return ids_NS
 
 
 def _dtype(name: str | None, skeleton: PreTrainedModel) -> torch.dtype:

@@ -43,7 +43,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from ..checkpoints.adapter import ADAPTER, BASE, NOTE, WEIGHTS, identity_of, is_whole
 from ..checkpoints.dense import fetch
-from ..checkpoints.fingerprint import differences, sha256_file
+from ..checkpoints.fingerprint import differences
 from ..common.errors import LLQError
 from ..common.files import (
     copy,
@@ -52,10 +52,8 @@ from ..common.files import (
     read_json,
     remove,
     remove_drafts,
-    sync_all,
-    sync_folder,
+    sha256_file,
     write_json,
-    write_text,
 )
 from ..common.machine import auto_device
 from ..common.progress import Progress
@@ -63,9 +61,9 @@ from ..hosts.hf_quantizer import check_quantized, count_quantized
 from ..layers.linear import QuantLinear
 from ..models.load import load_tokenizer
 from . import elastic, rows
+from .checkpoints import WholeCheckpoints, drop_others, last_checkpoint
 
 IDENTITY = "identity.json"
-WHOLE = "llq_whole"  # written into a checkpoint when all of its files are on the disk
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,9 +214,9 @@ def _finetune(
     trainer = _trainer(model, tokenizer, train_rows, recipe, machine, work, accumulation)
     trainer.add_callback(TrainerProgress(progress))
     trainer.add_callback(WholeCheckpoints())
-    last = _last_checkpoint(work)
+    last = last_checkpoint(work)
     if processes.is_main_process:
-        _drop(work, keep=last)  # torn ones
+        drop_others(work, keep=last)  # torn ones
     processes.wait_for_everyone()
     trainer.train(resume_from_checkpoint=None if last is None else str(last))
     elastic.merge(model)
@@ -416,20 +414,6 @@ def _right_answers(prediction: Any) -> dict[str, float]:
     return {"right": float(right_N.mean())}
 
 
-def _last_checkpoint(work: Path) -> Path | None:
-    """The latest checkpoint that was written to its end."""
-    whole = [path.parent for path in work.glob(f"checkpoint-*/{WHOLE}")]
-    return max(whole, key=lambda path: int(path.name.partition("-")[2]), default=None)
-
-
-def _drop(work: Path, keep: Path | None) -> None:
-    """Delete all checkpoints but one."""
-    for checkpoint in work.glob("checkpoint-*"):
-        if checkpoint != keep:
-            remove(checkpoint / WHOLE)
-            shutil.rmtree(checkpoint, ignore_errors=True)
-
-
 def _write(model: Any, out: Path, work: Path, note: dict[str, Any]) -> dict[str, Any]:
     """Write note and adapter into OUT, the adapter's config last.
 
@@ -456,26 +440,6 @@ def _clean(out: Path, work: Path, processes: PartialState) -> None:
         shutil.rmtree(work, ignore_errors=True)
         remove_drafts(out)
     processes.wait_for_everyone()
-
-
-class WholeCheckpoints(TrainerCallback):  # type: ignore[misc]
-    """Marks Trainer's checkpoints when all of their files are on the disk, and deletes older ones
-    only then, their marks first. Trainer itself would delete one while another is half written.
-    """
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step >= state.max_steps:
-            control.should_save = False  # a run that resumed there would train one step more
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if not state.is_world_process_zero:
-            return
-        work = Path(args.output_dir)
-        checkpoint = work / f"checkpoint-{state.global_step}"
-        sync_all(checkpoint)
-        write_text(checkpoint / WHOLE, "")
-        sync_folder(work)
-        _drop(work, keep=checkpoint)
 
 
 class TrainerProgress(TrainerCallback):  # type: ignore[misc]

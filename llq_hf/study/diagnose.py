@@ -19,7 +19,7 @@ massive         | block  | largest |x| of the hidden states after it, over their
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -30,7 +30,13 @@ from ..common.errors import LLQError
 from ..common.progress import Progress
 from ..engine.blocks import LiveBlocks
 from ..engine.stream import Stream
-from ..models.decoder import block_linears, block_prefixes, decoder_of, input_groups
+from ..models.decoder import (
+    block_linears,
+    block_prefixes,
+    decoder_of,
+    forwards_replaced,
+    input_groups,
+)
 from ..numerics.divergence import Divergence
 from ..numerics.grids import Uniform
 from ..numerics.stats import Hessian
@@ -248,20 +254,9 @@ class Answers:
         logits_SV: Tensor = self.model(input_ids=self.ids_1S, use_cache=False).logits[0]
         return logits_SV
 
-    @contextmanager
-    def up_to(self, index: int) -> Iterator[None]:
+    def up_to(self, index: int) -> AbstractContextManager[None]:
         """Within the context, the blocks before `index` return what they did, without computing."""
-        skipped = list(zip(self.blocks[:index], self._outputs, strict=False))
-        own = [block.__dict__.get("forward") for block, _ in skipped]
-        for block, output in skipped:
-            block.forward = _always(output)
-        try:
-            yield
-        finally:
-            for (block, _), forward in zip(skipped, own, strict=True):
-                del block.forward
-                if forward is not None:  # accelerate puts one of its own there
-                    block.forward = forward
+        return forwards_replaced(self.blocks[:index], list(map(_always, self._outputs[:index])))
 
 
 def _always(output: Any) -> Callable[..., Any]:

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from .diagnose import (
     BLOCK_FIGURES,
     INPUT_FIGURES,
     WEIGHT_FIGURES,
     Diagnosis,
-    Part,
     concentration,
     correlations,
 )
-from .plots import COLOURS, INK, Plot, style
+from .page import page
+from .plots import COLOURS, INK, Plot, style, svg_of
+from .tables import Line, ReportTable, Value
 
+LEDE = (
+    "Each part is rounded to nearest alone, and the predictions of the model are compared with "
+    "those of full precision."
+)
 MOST = 12  # linears in the table of the most sensitive ones
 NAMES = {
     "weight_kurtosis": "kurtosis of the weights",
@@ -31,33 +34,11 @@ NAMES = {
 ON_A_LOG = {"weight_kurtosis", "weight_outlier", "input_kurtosis", "input_outlier"}
 
 
-class Row(NamedTuple):
-    words: list[str]
-    figures: list[str]
-
-
-class Table(NamedTuple):
-    title: str
-    note: str
-    words: list[str]
-    columns: list[str]
-    rows: list[Row]
-
-
-def page(diagnoses: Sequence[Diagnosis]) -> str:
-    """The HTML of the page, which loads nothing from elsewhere."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    folder = FileSystemLoader(Path(__file__).parent)
-    environment = Environment(loader=folder, autoescape=True, undefined=StrictUndefined)
+def diagnosis_page(diagnoses: Sequence[Diagnosis]) -> str:
+    """The HTML of the page."""
     with style():
         drawn = plots(diagnoses)
-    return environment.get_template("diagnose.html").render(
-        title=" and ".join(diagnosis.model for diagnosis in diagnoses),
-        facts=_facts(diagnoses),
-        plots=drawn,
-        tables=tables(diagnoses),
-    )
+    return page("Sensitivity to rounding", LEDE, _facts(diagnoses), drawn, tables(diagnoses))
 
 
 def _facts(diagnoses: Sequence[Diagnosis]) -> list[tuple[str, str]]:
@@ -109,7 +90,7 @@ def _block_losses(diagnoses: Sequence[Diagnosis]) -> Plot:
         "blocks",
         "Loss when one block alone is rounded",
         "All linears of the block are rounded to nearest; everything else is full precision.",
-        _svg(figure),
+        svg_of(figure),
     )
 
 
@@ -126,7 +107,7 @@ def _massive(diagnoses: Sequence[Diagnosis]) -> Plot:
         "massive",
         "Massive activations",
         "The largest value in the hidden states after each block, over their median magnitude.",
-        _svg(figure),
+        svg_of(figure),
     )
 
 
@@ -154,9 +135,9 @@ def _maps(diagnoses: Sequence[Diagnosis], name: str) -> Plot:
     if name == "kl":
         bits = middle(diagnoses[0])
         title = f"Loss when one linear alone is rounded to {bits} bits"
-        return Plot(name, title, "KL from full precision, nats per token.", _svg(figure))
+        return Plot(name, title, "KL from full precision, nats per token.", svg_of(figure))
     title = NAMES[name][0].upper() + NAMES[name][1:]
-    return Plot(name, title, f"Of each linear ({name}).", _svg(figure))
+    return Plot(name, title, f"Of each linear ({name}).", svg_of(figure))
 
 
 def _grid(diagnosis: Diagnosis, name: str) -> tuple[list[str], list[list[float]]]:
@@ -201,85 +182,61 @@ def _plain(axis: Any) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def _svg(figure: Any) -> str:
-    text = io.StringIO()
-    figure.savefig(text, format="svg", metadata={"Date": None})
-    return text.getvalue()[text.getvalue().index("<svg") :]
-
-
 # --- tables ---------------------------------------------------------------------------------------
 
 
-def tables(diagnoses: Sequence[Diagnosis]) -> list[Table]:
-    return [_summary(diagnoses), _what_tells(diagnoses), *map(_most_sensitive, diagnoses)]
+def tables(diagnoses: Sequence[Diagnosis]) -> list[ReportTable]:
+    sensitive = [_most_sensitive(number, each) for number, each in enumerate(diagnoses, start=1)]
+    return [_summary(diagnoses), _what_tells(diagnoses), *sensitive]
 
 
-def _summary(diagnoses: Sequence[Diagnosis]) -> Table:
-    rows = []
+def _line(*texts: str) -> Line:
+    return Line([Value(text) for text in texts])
+
+
+def _summary(diagnoses: Sequence[Diagnosis]) -> ReportTable:
+    head = ["model", "bits", "mean of a block", "worst block", "sum of blocks", "sum of linears"]
+    lines = []
     for diagnosis in diagnoses:
-        for bits in sorted(diagnosis.rounding.bits, reverse=True):
+        for bits in _widths(diagnosis):
             linears = {part.name: part.kl[bits] for part in diagnosis.of_kind(block=False)}
             blocks = [part.kl[bits] for part in diagnosis.of_kind(block=True)]
-            figures = [
-                _mean(blocks),
-                max(blocks),
-                sum(blocks),
-                sum(linears.values()),
-                concentration(linears),
-            ]
-            rows.append(Row([diagnosis.model, str(bits)], [f"{value:.4g}" for value in figures]))
-    return Table(
-        "Models",
+            sums = [_mean(blocks), max(blocks), sum(blocks), sum(linears.values())]
+            figures = [f"{value:.4g}" for value in (*sums, concentration(linears))]
+            lines.append(_line(diagnosis.model, str(bits), *figures))
+    note = (
         "KL in nats per token. The last column is the share of the summed losses of linears that "
-        "the most sensitive tenth of them has.",
-        ["model", "bits"],
-        ["mean of a block", "worst block", "sum of blocks", "sum of linears", "top tenth"],
-        rows,
+        "the most sensitive tenth of them has."
     )
+    return ReportTable("models", "Models", [*head, "top tenth"], lines, [note], words=2)
 
 
-def _what_tells(diagnoses: Sequence[Diagnosis]) -> Table:
-    columns = [
-        f"{diagnosis.model}, {bits} bits" for diagnosis in diagnoses for bits in _widths(diagnosis)
-    ]
-    found = [correlations(each, bits) for each in diagnoses for bits in _widths(each)]
-    rows = [
-        Row([NAMES[name]], [f"{own[name]:+.2f}" for own in found])
+def _what_tells(diagnoses: Sequence[Diagnosis]) -> ReportTable:
+    cases = [(each, bits) for each in diagnoses for bits in _widths(each)]
+    head = ["figure", *(f"{each.model}, {bits} bits" for each, bits in cases)]
+    found = [correlations(each, bits) for each, bits in cases]
+    lines = [
+        _line(NAMES[name], *(f"{own[name]:+.2f}" for own in found))
         for name in (*INPUT_FIGURES, *WEIGHT_FIGURES, *BLOCK_FIGURES)
     ]
-    return Table(
-        "What tells",
+    note = (
         "Spearman's rank correlation of each figure with the loss, over all linears (of massive "
-        "activations: over all blocks).",
-        ["figure"],
-        columns,
-        rows,
+        "activations: over all blocks)."
     )
+    return ReportTable("tells", "What tells", head, lines, [note], words=1)
 
 
-def _most_sensitive(diagnosis: Diagnosis) -> Table:
-    bits = middle(diagnosis)
-    linears = sorted(diagnosis.of_kind(block=False), key=lambda part: -part.kl[bits])[:MOST]
+def _most_sensitive(number: int, diagnosis: Diagnosis) -> ReportTable:
+    bits, widths = middle(diagnosis), _widths(diagnosis)
     names = (*INPUT_FIGURES, *WEIGHT_FIGURES)
-    rows = [
-        Row([part.name], [*_losses_of(part, diagnosis), *_figures_of(part, names)])
-        for part in linears
-    ]
-    return Table(
-        f"{diagnosis.model}: the most sensitive linears at {bits} bits",
-        "",
-        ["linear"],
-        [*(f"KL, {each} bits" for each in _widths(diagnosis)), *(NAMES[name] for name in names)],
-        rows,
-    )
-
-
-def _losses_of(part: Part, diagnosis: Diagnosis) -> list[str]:
-    return [f"{part.kl[bits]:.5f}" for bits in _widths(diagnosis)]
-
-
-def _figures_of(part: Part, names: Sequence[str]) -> list[str]:
-    return [f"{part.figures[name]:.3g}" for name in names]
+    head = ["linear", *(f"KL, {each} bits" for each in widths), *(NAMES[name] for name in names)]
+    linears = sorted(diagnosis.of_kind(block=False), key=lambda part: -part.kl[bits])[:MOST]
+    lines = []
+    for part in linears:
+        losses = [f"{part.kl[each]:.5f}" for each in widths]
+        lines.append(_line(part.name, *losses, *(f"{part.figures[name]:.3g}" for name in names)))
+    title = f"{diagnosis.model}: the most sensitive linears at {bits} bits"
+    return ReportTable(f"sensitive-{number}", title, head, lines, [], words=1)
 
 
 def _widths(diagnosis: Diagnosis) -> list[int]:

@@ -25,8 +25,9 @@ from ..common.markup import on_one_line
 from ..common.words import nearest
 from .cover import cover
 from .flips import flips
+from .page import page
 from .paper import asked_for
-from .plots import Plot, plots
+from .plots import plots
 from .record import DONE, FAILED, REFUSED, Record, read_records
 from .tables import (
     BETTER,
@@ -43,6 +44,10 @@ from .tables import (
     unfinished,
 )
 
+LEDE = (
+    "Every figure of ours stands in a record file: hover over it to see which, or find the file in "
+    'the <a href="#records">list of records</a>.'
+)
 MARKS = (
     f"{LEVEL_SIGNS[SAME]} within the margin of the published figure, {LEVEL_SIGNS[BETTER]} better, "
     f"{LEVEL_SIGNS[WORSE]} worse (2 % of a perplexity, 1 % of an accuracy)."
@@ -92,20 +97,9 @@ def all_tables(records: Sequence[Record], asked: Sequence[str]) -> list[ReportTa
 
 
 def html(out: Path, records: Sequence[Record], tables: Sequence[ReportTable]) -> str:
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
 
-    folder = FileSystemLoader(Path(__file__).parent)
-    template = Environment(loader=folder, autoescape=True, undefined=StrictUndefined).get_template(
-        "report.html"
-    )
-    drawn: list[Plot] = plots(records)
-    return template.render(
-        title=_title(out),
-        facts=_facts(records),
-        plots=drawn,
-        tables=_with_notes(tables),
-        signs=LEVEL_SIGNS,
-    )
+    return page(_title(out), Markup(LEDE), _facts(records), plots(records), _with_notes(tables))
 
 
 def _title(out: Path) -> str:

@@ -358,14 +358,3 @@ def test_nothing_damaged_is_pushed_and_hashes_always_are(folder: Path) -> None:
     flip(folder, IN_BLOCK)
     with pytest.raises(LLQError, match=IN_BLOCK):
         prepare_upload(folder, "me/x")
-
-
-def test_a_draft_of_the_note_that_a_folder_is_whole_goes_away(
-    packed: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setenv("LLQ_CACHE", str(tmp_path / "cache"))
-    assert not damage_once(packed)
-    (note,) = (tmp_path / "cache" / "verified").iterdir()
-    note.with_name(note.name + ".tmp").mkdir()  # its writer was killed behind the renaming
-    assert not damage_once(packed)
-    assert list(note.parent.iterdir()) == [note]

@@ -14,6 +14,7 @@ import torch
 from filelock import Timeout
 
 import llq_hf
+from llq_hf.common import files
 from llq_hf.common.errors import LLQError
 from llq_hf.common.files import locked, read_json, replaced, write_json
 from llq_hf.common.machine import auto_device, peak_resident_bytes
@@ -163,3 +164,29 @@ def test_all_files_are_written_by_the_functions_that_sync() -> None:
         if WRITING.search(line) and "draft.write_" not in line
     }
     assert found == WRITERS
+
+
+def test_nothing_lies_beside_a_file_that_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A writer that is killed right behind the renaming leaves nothing that nobody would delete."""
+    beside: list[list[str]] = []
+
+    def look(folder: Path) -> None:
+        beside.append(sorted(path.name for path in folder.iterdir()))
+
+    monkeypatch.setattr(files, "sync_folder", look)  # what follows the renaming
+    write_json(tmp_path / "note.json", {})
+    assert beside == [["note.json"]]
+
+
+@pytest.mark.parametrize("left", ["note.json.tmp", "note.json.ready.tmp"])
+def test_the_next_writer_deletes_what_a_killed_one_left(tmp_path: Path, left: str) -> None:
+    if left.endswith("ready.tmp"):
+        (tmp_path / left).write_text("half")
+    else:
+        (tmp_path / left).mkdir()
+        (tmp_path / left / "note.json").write_text("half")
+    write_json(tmp_path / "note.json", {"a": 1})
+    assert [path.name for path in tmp_path.iterdir()] == ["note.json"]
+    assert read_json(tmp_path / "note.json") == {"a": 1}

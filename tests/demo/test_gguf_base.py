@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import json
+import os
 import shutil
 import threading
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llq_hf import Calibration, LLQError, QuantizedLlama, build
 from llq_hf.checkpoints.packed import read_report
+from llq_hf.common.files import sha256_file
 from llq_hf.demo import gguf_base, resolve
 from llq_hf.engine.execute import quantize_checkpoint
 from llq_hf.hosts.lm_eval_model import LLQLM
@@ -174,7 +176,7 @@ def test_reports_name_the_file(packed: Path, tmp_path: Path) -> None:
     assert made_from["model"] == "tiny.Q8_0.gguf"
     assert made_from["card"] == {"license": "mit"}
     assert made_from["gguf"]["types"] == {"Q8_0": 14, "F32": 2}
-    assert made_from["gguf"]["sha256"] == gguf_base._sha256(packed)
+    assert made_from["gguf"]["sha256"] == sha256_file(packed)
     assert str(packed.parent) not in json.dumps(read_report(out))
 
 
@@ -224,13 +226,27 @@ def test_half_a_conversion_is_never_taken(
     assert torch.isfinite(logits(AutoModelForCausalLM.from_pretrained(folder))).all()
 
 
+def test_a_file_is_hashed_once_until_it_changes(
+    packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashed: list[Path] = []
+    monkeypatch.setattr(
+        gguf_base, "sha256_file", lambda file: hashed.append(file) or sha256_file(file)
+    )
+    file = shutil.copy(packed, tmp_path / "own.gguf")
+    first = resolve(str(file))
+    assert (resolve(str(file)), hashed) == (first, [file])
+    os.utime(file, ns=(1, 1))
+    assert (resolve(str(file)), hashed) == (first, [file, file])
+
+
 def test_one_converts_and_the_other_waits(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     convert, both = gguf_base._convert, threading.Barrier(2)
     hashed = gguf_base._sha256
 
-    def together(file: Path) -> str:
-        found = hashed(file)
+    def together(file: Path, *state: int) -> str:
+        found = hashed(file, *state)
         both.wait()  # both are about to look for the folder
         return found
 

@@ -24,7 +24,7 @@ from llq_hf.study.diagnose import (
     diagnose,
     spearman,
 )
-from llq_hf.study.diagnose_page import page, tables
+from llq_hf.study.diagnose_page import diagnosis_page, tables
 
 IDS_NS = torch.randint(3, 320, (3, 24), generator=torch.Generator().manual_seed(2))
 ROUNDING = Rounding((4, 2), 32)
@@ -178,7 +178,7 @@ def test_concentration() -> None:
 def test_the_page_shows_both_models_as_text(found: Diagnosis) -> None:
     other = copy.deepcopy(found)
     other.model = "<script>alert(1)</script>"
-    text = page([found, other])
+    text = diagnosis_page([found, other])
     assert "<script" not in text
     assert "&lt;script&gt;alert(1)" in text
     assert not re.findall(r"""(src|href)=["']?(https?:)?//|url\(["']?http|@import""", text)
@@ -187,9 +187,12 @@ def test_the_page_shows_both_models_as_text(found: Diagnosis) -> None:
     worst = max(found.of_kind(block=False), key=lambda each: each.kl[2])
     assert worst.name in text
     summary = tables([found, other])[0]
-    assert [row.words for row in summary.rows][:2] == [["tiny", "4"], ["tiny", "2"]]
+    assert [[value.text for value in line.values[:2]] for line in summary.lines][:2] == [
+        ["tiny", "4"],
+        ["tiny", "2"],
+    ]
     blocks = [each.kl[2] for each in found.of_kind(block=True)]
-    assert float(summary.rows[1].figures[2]) == pytest.approx(sum(blocks), rel=1e-3)
+    assert float(summary.lines[1].values[4].text) == pytest.approx(sum(blocks), rel=1e-3)
 
 
 def test_the_command(tiny_llama: Path, tiny_llama_tied: Path, tmp_path: Path) -> None:
@@ -217,7 +220,7 @@ def test_what_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
     quantize_checkpoint(str(tiny_llama), packed, build("rtn", bits=4), Calibration())
     out = ["--out", str(tmp_path / "page.html")]
     for arguments, said in (
-        ([str(packed), *out], "is quantized already; give the full-precision model"),
+        ([str(packed), *out], r"is quantized already \(llq_rtn\); give the full-precision model"),
         ([str(tiny_llama), "--out", str(tmp_path / "page")], r"ends in \.html"),
         ([str(tiny_llama), *out, "--bits", "9"], r"bits=\(9,\) are no widths"),
         (
