@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from dataclasses import fields
+from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,8 +13,9 @@ import typer
 
 from ..common.errors import LLQError
 from ..common.words import nearest
+from ..data.calibration import CalibrationOptions
 from .app import MEASURE, app, console
-from .options import RUN, Device
+from .options import RUN, Device, with_calibration_options
 
 if TYPE_CHECKING:
     from ..study.launch import Engine
@@ -25,6 +26,7 @@ PLAN = "Plan, by flags (they replace what a plan file or a preset says)"
 
 
 @app.command(rich_help_panel=MEASURE)
+@with_calibration_options
 def study(
     out: Annotated[
         Path,
@@ -136,6 +138,8 @@ def study(
         bool,
         typer.Option("--dry-run", help="List the cells, run none.", rich_help_panel=RUN),
     ] = False,
+    *,
+    calibration: CalibrationOptions,
 ) -> None:
     """Run every cell of a plan (quantize, evaluate, measure), with a record file for each.
 
@@ -165,7 +169,11 @@ def study(
         for key, value in (("limit", limit), ("metadata", _json(metadata)))
         if value is not None
     }
-    cells = expand([{**each, **over} for each in _plans(plan, preset)])
+    drawn = _drawn(calibration)
+    plans = [{**each, **over} for each in _plans(plan, preset)]
+    cells = expand(
+        [{**each, "calibration": {**(each.get("calibration") or {}), **drawn}} for each in plans]
+    )
     cells = [cell for cell in cells if only in cell.title]
     if not cells:
         raise LLQError(f"no cell has a title that contains {only!r}; list them with --dry-run")
@@ -230,6 +238,16 @@ def _plans(path: Path | None, preset: str | None) -> list[dict[str, Any]]:
     if preset is not None:
         return [plan_of(name) for name in _presets(preset)]
     return [{} if path is None else load_plan(path)]
+
+
+def _drawn(calibration: CalibrationOptions) -> dict[str, Any]:
+    """What flags say of the calibration of all cells."""
+    given = {key: value for key, value in asdict(calibration).items() if value is not None}
+    if "seed" in given:
+        raise LLQError(
+            "the cells of a study have --seeds; give that in place of --calibration-seed"
+        )
+    return given
 
 
 def _presets(text: str | None) -> list[str]:

@@ -46,6 +46,7 @@ class EvaluationText:
     source: str  # "hub", "demo" or the file's path
     documents: tuple[str, ...] = ()
     stored_NS: Tensor | None = None
+    first: int | None = None  # only so many windows, from the start
 
     def text(self) -> str:
         """The joined text. `c4` has none: it scores windows of single documents."""
@@ -60,6 +61,9 @@ class EvaluationText:
         """Disjoint windows in order, int64 `[N, S]`; a shorter last piece is dropped. N is 1 or
         more.
         """
+        return self._windows(tokenizer, seqlen)[: self.first]
+
+    def _windows(self, tokenizer: Any, seqlen: int) -> Tensor:
         if self.stored_NS is not None:
             return self.stored_NS[:, :seqlen]
         if self.name == "c4":
@@ -87,7 +91,8 @@ class EvaluationText:
         return digest.hexdigest()
 
     def __str__(self) -> str:  # what lm-eval writes into sample logs in place of the text
-        return f"{self.name} ({self.source}, sha256 {self.sha256})"
+        part = "" if self.first is None else f"first {self.first} windows, "
+        return f"{self.name} ({part}{self.source}, sha256 {self.sha256})"
 
     def _what(self) -> str:
         return f"The evaluation text {self.name!r} ({self.source})"

@@ -23,7 +23,7 @@ from ..common.errors import LLQError
 from ..common.machine import gpu_free_bytes
 from ..common.progress import PassListener
 from ..data.pairs import Pairs
-from ..models.decoder import block_linears, hidden_of, watch_inputs
+from ..models.decoder import InputsOf, block_linears, hidden_of
 from ..numerics.stats import Stat
 from .blocks import Blocks
 from .entrance import BlockArguments, Entrance
@@ -265,17 +265,18 @@ class Stream:
             if own:
                 observer.stats[group[0]] = list(own.values())
         firsts = {name: linears[name] for name in observer.stats}
-        dense_firsts: dict[str, nn.Module] = {}
-        if dense is not None:
-            dense_firsts = {name: dense.block.get_submodule(name) for name in observer.paired()}
-        with watch_inputs(firsts, observer.add), watch_inputs(dense_firsts, observer.keep_dense):
-            for rows in batches:
-                hidden_BSD, kwargs = self.inputs(rows)
-                observer.sequences = len(hidden_BSD)
-                if dense is not None and dense_firsts:
-                    dense.block(dense.stream.activations[rows].to(self.device), **kwargs)
-                block(hidden_BSD, **kwargs)
-                self.listener.advance(len(hidden_BSD))
+        run = InputsOf(block, firsts, observer.add)
+        run_dense: InputsOf | None = None
+        if dense is not None and (paired := observer.paired()):
+            dense_firsts = {name: dense.block.get_submodule(name) for name in paired}
+            run_dense = InputsOf(dense.block, dense_firsts, observer.keep_dense)
+        for rows in batches:
+            hidden_BSD, kwargs = self.inputs(rows)
+            observer.sequences = len(hidden_BSD)
+            if dense is not None and run_dense is not None:
+                run_dense(dense.stream.activations[rows].to(self.device), **kwargs)
+            run(hidden_BSD, **kwargs)
+            self.listener.advance(len(hidden_BSD))
         return stats
 
     @torch.no_grad()

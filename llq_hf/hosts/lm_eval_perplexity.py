@@ -18,8 +18,9 @@ documents.
 
 Options
 -------
-`--metadata '{"text_file": "...", "seqlen": 256}'` reaches every task as `config.metadata`, together
-with the task's own metadata and with all model_args. Other keys are ignored.
+`--metadata '{"text_file": "...", "seqlen": 256, "windows": 16}'` reaches every task as
+`config.metadata`, together with the task's own metadata and with all model_args. Other keys are
+ignored.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ import logging
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -52,9 +54,9 @@ class WindowPerplexity(ConfigurableTask):  # type: ignore[misc]  # lm_eval has n
     """Token perplexity of one evaluation text; see the head of the file.
 
     The YAML says `dataset_kwargs: {text: NAME}`, a name of `EVALUATION_TEXTS`, and `metadata:
-    {seqlen: S}`. The user's metadata may say `seqlen`, and `text_file`: a path for all texts, or an
-    object of paths by name. The `demo` text is bundled: only a file given under its own name
-    replaces it.
+    {seqlen: S}`. The user's metadata may say `seqlen`, `windows` (only the first so many) and
+    `text_file` (a path). The latter two may be objects by the name of a text. The `demo` text is
+    bundled: only a file given under its own name replaces it.
     """
 
     request_type = REQUEST_TYPE
@@ -71,8 +73,11 @@ class WindowPerplexity(ConfigurableTask):  # type: ignore[misc]  # lm_eval has n
 
         name = (dataset_kwargs or {})["text"]
         metadata = self.config.metadata
-        self.seqlen = _seqlen(metadata.get("seqlen"))
-        self.source = load_evaluation(name, _text_file(metadata.get("text_file"), name))
+        self.seqlen = _count("seqlen", metadata.get("seqlen"), least=2)
+        asked = _for_text("windows", metadata.get("windows"), name)
+        windows = None if asked is None else _count("windows", asked)
+        text = load_evaluation(name, _text_file(metadata.get("text_file"), name))
+        self.source = replace(text, first=windows)
         metadata.update(
             seqlen=self.seqlen, text_source=self.source.source, text_sha256=self.source.sha256
         )
@@ -250,32 +255,36 @@ def _batch_logprobs(lm: Any, batch_BS: Tensor) -> list[float]:
         return [-float(loss.sum()) for loss in losses]
 
 
-def _seqlen(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 2:
-        raise LLQError(
-            f"seqlen={value!r} in the metadata is no window length; give an integer of 2 or more."
-        )
+def _count(name: str, value: Any, least: int = 1) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise LLQError(f"{name}={value!r} in the metadata should be an integer of {least} or more.")
     return value
 
 
 def _text_file(value: Any, name: str) -> str | None:
     """The file for the text `name`; None: from the Hub, or for `demo` the bundled text."""
-    if isinstance(value, Mapping):
-        unknown = [key for key in value if key not in EVALUATION_TEXTS]
-        if unknown:
-            known = ", ".join(EVALUATION_TEXTS)
-            raise LLQError(
-                f"text_file names the text {unknown[0]!r} in the metadata; the texts are {known}."
-            )
-        value = value.get(name)
-    elif name == "demo":
+    if name == "demo" and not isinstance(value, Mapping):
         return None
+    value = _for_text("text_file", value, name)
     if value is not None and not isinstance(value, str):
         raise LLQError(
             f"text_file={value!r} in the metadata is no path; give a string or an object of"
             " strings."
         )
     return value
+
+
+def _for_text(key: str, value: Any, name: str) -> Any:
+    """What the metadata say for the text `name`, where they may say it text by text."""
+    if not isinstance(value, Mapping):
+        return value
+    unknown = [text for text in value if text not in EVALUATION_TEXTS]
+    if unknown:
+        known = ", ".join(EVALUATION_TEXTS)
+        raise LLQError(
+            f"{key} names the text {unknown[0]!r} in the metadata; the texts are {known}."
+        )
+    return value.get(name)
 
 
 def without_class(config: dict[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ No architecture is named here.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -134,6 +134,41 @@ def watch_inputs(
         for name, module in modules.items():
             hooks.enter_context(module.register_forward_pre_hook(partial(hook, name)))
         yield
+
+
+class InputsOf:
+    """Runs a block for the inputs of some of its modules, and no further than the last of them.
+
+    see(name, x): called as by `watch_inputs`. The first run goes through the whole block and counts
+    the calls; later ones stop after as many. A block whose weights accelerate moves always runs as
+    a whole, because its hooks at the end put the weights back.
+    """
+
+    def __init__(
+        self, block: nn.Module, modules: Mapping[str, nn.Module], see: Callable[[str, Tensor], Any]
+    ) -> None:
+        self.block = block
+        self.modules = modules
+        self.see = see
+        self.whole = any(hasattr(module, "_hf_hook") for module in block.modules())
+        self.expected = 0  # calls of a run; 0: not known
+        self.calls = 0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        self.calls = 0
+        with watch_inputs(self.modules, self._see), suppress(_AllSeen):
+            self.block(*args, **kwargs)
+        self.expected = 0 if self.whole else self.calls
+
+    def _see(self, name: str, x: Tensor) -> None:
+        self.see(name, x)
+        self.calls += 1
+        if self.calls == self.expected:
+            raise _AllSeen
+
+
+class _AllSeen(Exception):  # noqa: N818 (it is no error)
+    """Ends a forward pass whose rest nobody needs."""
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..methods import METHODS
 from .record import DONE, Record
-from .tables import ACCURACY, KINDS, PERPLEXITY, headlines
+from .tables import ACCURACY, DIVERGENCE, KINDS, PERPLEXITY, headlines
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -118,7 +118,7 @@ def by_model(records: Sequence[Record]) -> dict[str, list[Record]]:
 
 def _plots_of(records: list[Record], model: str) -> list[Plot]:
     made = [
-        *(quality(records, model, kind) for kind in (PERPLEXITY, ACCURACY)),
+        *(quality(records, model, kind) for kind in (PERPLEXITY, DIVERGENCE, ACCURACY)),
         effort(records, model),
         speed(records, model),
         heat_map(records, model),
@@ -130,7 +130,7 @@ def _plots_of(records: list[Record], model: str) -> list[Plot]:
 
 
 def quality(records: list[Record], model: str, kind: str) -> Plot | None:
-    """Perplexity or accuracy against stored bits, with the Pareto front.
+    """Perplexity, KL divergence or accuracy against stored bits, with the Pareto front.
 
     A second panel shows the perplexities near the best one.
     """
@@ -138,15 +138,15 @@ def quality(records: list[Record], model: str, kind: str) -> Plot | None:
     points = points_of(records, "quantized.stored_bits", path)
     if not points:
         return None
-    lower = kind == PERPLEXITY
-    name = kind if lower else f"{kind} (%)"
+    lower = kind != ACCURACY
+    name = {DIVERGENCE: "KL divergence", ACCURACY: f"{kind} (%)"}.get(kind, kind)
     task = path.split(".")[1]
     scale = 1 if lower else 100
     points = [replace(p, y=scale * p.y) for p in points]
-    dense = full_precision(records, path, scale)
+    dense = None if kind == DIVERGENCE else full_precision(records, path, scale)
     best = front(points, lower)
     floor = min([p.y for p in points] + ([] if dense is None else [dense]))
-    near = [p for p in points if p.y <= NEAR * floor] if lower else []
+    near = [p for p in points if p.y <= NEAR * floor] if kind == PERPLEXITY else []
     figure, panels = _canvas(panels=2 if 1 < len(near) < len(points) else 1)
     _quality_panel(panels[0], points, best, dense)
     if lower:
@@ -163,9 +163,9 @@ def quality(records: list[Record], model: str, kind: str) -> Plot | None:
     _legend(figure, panels[-1], points)
     _thin_labels(figure, panels)
     caption = (
-        f"{name.capitalize()} of {task} against the bits that the file really holds. The line is "
-        f"the Pareto front: no cell with fewer stored bits is {'lower' if lower else 'higher'}. "
-        "Filled: preset best; open: study."
+        f"{name[0].upper()}{name[1:]} of {task} against the bits that the file really holds. The "
+        "line is the Pareto front: no cell with fewer stored bits is "
+        f"{'lower' if lower else 'higher'}. Filled: preset best; open: study."
     )
     title = f"{model}: {name} against stored bits"
     return Plot(f"{kind}-{model}", title, caption, svg_of(figure))

@@ -164,6 +164,19 @@ def test_batches_and_ranks_do_not_change_the_sums(lm, tmp_path, monkeypatch, bat
     assert all(rank[-1] == rank[0] for rank in ranks)
 
 
+@pytest.mark.parametrize(
+    ("windows", "count"), [(1, 1), (5, 5), (99, 37), ({"wikitext2": 3}, 3), ({"ptb": 3}, 37)]
+)
+def test_only_the_first_windows(lm, tmp_path, windows, count):
+    text = letters(900)
+    file = write(tmp_path / "a.txt", text)
+    results = evaluate(lm, "llq_wikitext2", text_file=file, seqlen=24, windows=windows)
+    ids = lm.tokenizer(text)["input_ids"][: count * 24]
+    assert results["results"]["llq_wikitext2"]["token_perplexity,none"] == pytest.approx(
+        gptq_perplexity(lm, ids, 24), rel=1e-5
+    )
+
+
 def test_several_texts_in_one_call(lm, tmp_path):
     files = {
         "ptb": write(tmp_path / "a.txt", letters(300)),
@@ -234,6 +247,10 @@ def test_a_rank_without_windows(lm, tmp_path):
     [
         ({"seqlen": "long"}, "seqlen='long'"),
         ({"seqlen": 1}, "seqlen=1 "),
+        ({"windows": 0}, "windows=0 "),
+        ({"windows": True}, "windows=True "),
+        ({"windows": {"wiki": 3}}, "names the text 'wiki'"),
+        ({"windows": {"wikitext2": 0.5}}, "windows=0.5 "),
         ({"text_file": 3}, "text_file=3 "),
         ({"text_file": {"wiki": "a.txt"}}, "names the text 'wiki'"),
         ({"text_file": "lost.txt"}, "no file lost"),

@@ -131,3 +131,19 @@ def test_report_prints_what_it_wrote(tmp_path: Path) -> None:
         str(tmp_path / "here" / f"report.{name}") for name in ("md", "csv")
     ]
     assert cell.name in (tmp_path / "here" / "report.md").read_text()
+
+
+def test_calibration_flags_go_over_the_plan(llq: Callable[..., list[str]], tmp_path: Path) -> None:
+    plan = {
+        "models": ["a/b"],
+        "tasks": ["t"],
+        "methods": [{"method": "gptq"}],
+        "baseline": False,
+        "calibration": {"samples": 24, "seqlen": 1024},
+    }
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(plan))
+    flags = ["--calibration", "/texts/mine.json", "--calibration-samples", 8]
+    (title,) = titles(llq("study", tmp_path / "plan.yaml", *flags, "--dry-run"))
+    assert title == "gptq (calibration samples=8 seqlen=1024 mine.json)"
+    with pytest.raises(LLQError, match="give that in place of --calibration-seed"):
+        llq("study", tmp_path / "plan.yaml", "--calibration-seed", 1, "--dry-run")
