@@ -5,7 +5,7 @@ README.md in this folder describes the whole format.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -41,7 +41,8 @@ class PackedConfig:
 
     quantized_linears: how many linears are packed. calibration: what the calibration data were
     (their sha256, samples, tokens). run: fingerprint of the run, None where a model was quantized
-    in memory. stored_digest, format_version: as found in a file.
+    in memory. stored_digest, format_version, named: as found in a file; `named` are its options. An
+    option that it does not name is younger than the file, and its default is what was done before.
     """
 
     method: Method
@@ -50,6 +51,7 @@ class PackedConfig:
     run: str | None = None
     stored_digest: str | None = None
     format_version: Any = FORMAT_VERSION
+    named: frozenset[str] | None = None
 
     @staticmethod
     def is_ours(section: Any) -> bool:
@@ -63,11 +65,11 @@ class PackedConfig:
         """The parsed section; LLQError for a method or an option that does not exist."""
         kind = method_type(str(section["quant_method"]).removeprefix(PREFIX))
         options = {key: value for key, value in section.items() if key not in RUN_KEYS}
-        return cls.of(kind.build(**options), section)
+        return cls.of(kind.build(**options), section, options)
 
     @classmethod
-    def of(cls, method: Method, section: Mapping[str, Any]) -> Self:
-        """The same for a method that was built already."""
+    def of(cls, method: Method, section: Mapping[str, Any], named: Iterable[str]) -> Self:
+        """The same for a method that was built already, from the options `named`."""
         for key, (kind, words) in _KINDS.items():
             value = section.get(key)
             if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
@@ -81,6 +83,7 @@ class PackedConfig:
             section.get("fingerprint"),
             section.get("digest"),
             section.get("format_version", FORMAT_VERSION),
+            frozenset(named),
         )
 
     def to_section(self) -> dict[str, Any]:
@@ -98,10 +101,13 @@ class PackedConfig:
     @property
     def digest(self) -> str:
         """16 hex digits of all options. A file whose options were edited has another one."""
+        return self._digest(self.method.to_dict())
+
+    def _digest(self, options: Mapping[str, Any]) -> str:
         return fingerprint(
             {
                 "method": self.method.name,
-                **self.method.to_dict(),
+                **options,
                 "linears": self.quantized_linears,
                 "format": FORMAT_VERSION,
             }
@@ -114,7 +120,10 @@ class PackedConfig:
                 f"the checkpoint has format_version {self.format_version}, this llq-hf reads "
                 f"{FORMAT_VERSION}: update llq-hf"
             )
-        if self.quantized_linears is None or self.stored_digest != self.digest:
+        options = self.method.to_dict()
+        if self.named is not None:
+            options = {key: value for key, value in options.items() if key in self.named}
+        if self.quantized_linears is None or self.stored_digest != self._digest(options):
             raise LLQError(
                 "the quantization_config in config.json was edited: its options do not match its "
                 "digest. The packed weights mean what they meant when they were written; restore "

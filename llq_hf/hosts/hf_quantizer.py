@@ -64,7 +64,7 @@ class LLQConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.calibration_options, fields = CalibrationOptions.split(asked)
         self.quant_method = PREFIX + self.method_type.name
         self.tokenizer = tokenizer
-        self.packed = PackedConfig.of(self.method_type.build(preset, **fields), stored)
+        self.packed = PackedConfig.of(self.method_type.build(preset, **fields), stored, fields)
         # Where this process quantizes: the calibration as drawn, and a record per linear.
         self.calibration: Calibration | None = None
         self.records: list[LinearRecord] = []

@@ -510,6 +510,8 @@ def test_a_packed_checkpoint_is_not_quantized_again(packed, calibration_npy, tmp
         ("group_size", 64, "was edited"),
         ("damp", 0.02, "was edited"),
         ("act_order", True, "was edited"),
+        ("damp", None, "was edited"),
+        ("group_size", None, "was edited"),
         ("digest", None, "was edited"),
         ("quantized_linears", 13, "was edited"),
         ("quantized_linears", None, "was edited"),
