@@ -17,13 +17,14 @@ Steps of `quantize`
        groups. Otherwise a group's grid is found when its first column is reached, from the matrix
        with the errors of *finished blocks*. (This is the authors' order; a second group inside a
        block does not see the errors of the first.)
-    5. Solve: round the columns. `gptaq`, a share, also aims at the outputs of the full-precision
-       model (GPTAQ, Li et al. 2025).
+    5. Solve: round the columns.
     6. Refine: `refine` rounds of coordinate descent and scale refit (numerics/coordinate_descent).
 
     `true_sequential` calibrates q/k/v, o, gate/up and down one after the other, each on the outputs
-    of those before. `search_range` shrinks each group's range, with errors weighted by H_ii.
-    `gptaq` and `refine` run the full-precision model alongside.
+    of those before. `search_range` shrinks each group's range, with errors weighted by H_ii. Two
+    options, both shares, aim at the outputs of the full-precision model, which runs alongside:
+    `gptaq` while columns are solved and refined (GPTAQ, Li et al. 2025), `aim` by another weight to
+    begin with (numerics/aim).
 
 Storage (G = ceil(I / group_size) groups)
     name    shape                 dtype   bits per weight
@@ -44,7 +45,7 @@ Departures
 
 Presets
     "best" combines what came after the paper: `true_sequential`, `act_group_aware`,
-    `search_range`, `gptaq` and `refine`. It stores the same bits.
+    `search_range`, `aim` and `refine`. It stores the same bits.
 """
 
 from __future__ import annotations
@@ -59,19 +60,20 @@ from torch import Tensor
 from ..common.errors import LLQError
 from ..common.spec import Spec
 from ..method import Flow, Job, Packed
+from ..numerics.aim import aimed
 from ..numerics.cholesky import largest_first, prepare_hessian
 from ..numerics.coordinate_descent import Objective, refined
 from ..numerics.error_feedback import BLOCK, Solution, drift, group_aware_order, solve
 from ..numerics.grids import Grid, Uniform
 from ..numerics.stats import PairedHessian, Stat
-from .options import check_damp, check_gptaq, check_refine
+from .options import check_aim, check_damp, check_refine
 from .uniform import OnUniformGrid
 
 
 @dataclass(frozen=True, kw_only=True)
 class GPTQ(OnUniformGrid):
-    """group_size: -1 is one group per row. damp: a share of mean(diag H). gptaq: a share, 0 is off.
-    refine: rounds. The others: see the head of this file.
+    """group_size: -1 is one group per row. damp: a share of mean(diag H). gptaq, aim: shares, 0 is
+    off. refine: rounds. The others: see the head of this file.
     """
 
     name: ClassVar[str] = "gptq"
@@ -81,7 +83,7 @@ class GPTQ(OnUniformGrid):
         "true_sequential": True,
         "act_group_aware": True,
         "search_range": True,
-        "gptaq": 0.25,
+        "aim": 0.5,
         "refine": 2,
     }
 
@@ -95,13 +97,14 @@ class GPTQ(OnUniformGrid):
     true_sequential: bool = False
     search_range: bool = False
     gptaq: float = 0.0
+    aim: float = 0.0
     refine: int = 0
     scale_bits: int = 16
 
     def check(self) -> None:
         _ = self.grid  # validates group_size and scale_bits
         check_damp(self)
-        check_gptaq(self)
+        check_aim(self)
         check_refine(self)
         if self.act_group_aware and (self.act_order or self.static_groups):
             raise LLQError(
@@ -119,7 +122,7 @@ class GPTQ(OnUniformGrid):
 
     @property
     def flow(self) -> Flow:
-        return Flow.BOTH if self.gptaq or self.refine else Flow.QUANTIZED
+        return Flow.BOTH if self.gptaq or self.aim else Flow.QUANTIZED
 
     @property
     def _keeps_order(self) -> bool:
@@ -136,16 +139,17 @@ class GPTQ(OnUniformGrid):
         # 1. statistics
         assert isinstance(stat, PairedHessian)
         importance_I = stat.diagonal_I
+        aimed_OI = weight_OI
+        if self.aim:
+            aimed_OI = aimed(weight_OI, stat.H_II, stat.C_II, self.aim)
 
         # 2. order, 3. factor
         order = self._order if self.act_order or self.act_group_aware else None
         H_II, U_II, order_I, dead_I = prepare_hessian(
             stat.H_II, self.damp, job.notes, order, quick=True, fallback="rtn"
         )
-        aims_at_dense = U_II is not None and self.flow is Flow.BOTH
-        if not aims_at_dense:
-            del H_II  # it takes 3.3 GB for a 70B model's down projection
-
+        if U_II is not None:
+            weight_OI = aimed_OI
         # 4. grids that do not depend on the compensation; None: found when a group is reached
         W_OI = weight_OI.masked_fill(dead_I, 0)
         static_OG = None
@@ -157,10 +161,11 @@ class GPTQ(OnUniformGrid):
         # 5. solve
         W_OI = W_OI[:, order_I]
         importance_I = importance_I[order_I]
-        C_II = stat.C_II[order_I][:, order_I] if aims_at_dense else None
-        drift_II = None
-        if self.gptaq and C_II is not None and U_II is not None:
+        drift_II, target_II = None, H_II
+        if self.gptaq and U_II is not None:
+            C_II = stat.C_II[order_I][:, order_I]
             drift_II = drift(H_II, C_II, U_II, self.gptaq)
+            target_II = torch.lerp(H_II, C_II.T, self.gptaq)
         used_OI = W_OI.clone() if self.refine else W_OI  # solve overwrites it
         solution = solve(
             used_OI,
@@ -174,8 +179,8 @@ class GPTQ(OnUniformGrid):
         )
 
         # 6. refine
-        if self.refine and C_II is not None:
-            objective = Objective.of(H_II, job.notes["damp"], C_II.T, weight_OI[:, order_I], W_OI)
+        if self.refine and U_II is not None:
+            objective = Objective.of(H_II, job.notes["damp"], target_II, W_OI, W_OI)
             solution = refined(objective, solution, self.grid, self.refine)
         return self._packed(solution, order_I)
 

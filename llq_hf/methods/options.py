@@ -22,9 +22,12 @@ def check_damp(method: Method) -> None:
     check_range(method, "damp", 0, 1, ", a share of the Hessian's mean diagonal")
 
 
-def check_gptaq(method: Method) -> None:
-    """LLQError unless `gptaq` is a share."""
+def check_aim(method: Method) -> None:
+    """LLQError unless `gptaq` and `aim` are shares, of which one at most is used."""
     check_range(method, "gptaq", 0, 1, ", the share of GPTAQ's correction")
+    check_range(method, "aim", 0, 1, ", the share of the way to the full-precision model's outputs")
+    if _value(method, "gptaq") and _value(method, "aim"):
+        raise LLQError("gptaq and aim are two ways to the same outputs; give one of them")
 
 
 def check_refine(method: Method) -> None:

@@ -35,14 +35,15 @@ class Objective(NamedTuple):
     def of(
         cls, H_II: Tensor, damp: float, target_II: Tensor, weight_OI: Tensor, W_OI: Tensor
     ) -> Objective:
-        """b = weight_OI @ target_II, where target_II = X~^T X.
+        """b = weight_OI @ target_II, where target_II = X~^T X, or H_II itself.
 
         H_II is damped in place by `damp` times its mean diagonal. The damping pulls towards W_OI,
         the weight that was solved for, instead of towards zero.
         """
         pull = damp * float(torch.diagonal(H_II).mean())
+        B_OI = (weight_OI @ target_II).add_(W_OI, alpha=pull)
         torch.diagonal(H_II).add_(pull)
-        return cls(H_II, (weight_OI @ target_II).add_(W_OI, alpha=pull))
+        return cls(H_II, B_OI)
 
     def loss(self, values_OI: Tensor) -> Tensor:
         """[O], up to a constant per row; in fp64, because the terms nearly cancel."""

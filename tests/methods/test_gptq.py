@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -11,8 +13,9 @@ from reference.gptq import gptq
 from llq_hf.common.errors import LLQError
 from llq_hf.engine.in_memory import quantize_model
 from llq_hf.kernels.bitpack import unpack
-from llq_hf.method import Job, stored_bits
+from llq_hf.method import Flow, Job, stored_bits
 from llq_hf.methods import build
+from llq_hf.numerics.aim import aimed
 from llq_hf.numerics.cholesky import factorize
 from llq_hf.numerics.error_feedback import by_columns
 from llq_hf.numerics.stats import PairedHessian
@@ -106,14 +109,38 @@ def test_equals_the_literal_solver(
     assert off.double().mean() <= 0.002
 
 
+@pytest.mark.parametrize("name", ["gptq", "slim_llm"])
+@pytest.mark.parametrize("refine", [0, 2])
+def test_to_aim_is_to_solve_for_another_weight(name: str, refine: int):
+    """The codes are those of the aimed weight, solved and refined without a second model."""
+    weight_OI, x_TI = checks.weight(12, 160), well_conditioned(160, (3, 20))
+    options = {"bits": 3, "group_size": 32, "refine": refine, "act_group_aware": True}
+    aiming, plain = build(name, aim=0.5, **options), build(name, **options)
+    stat = hessian_of(x_TI)
+    other_OI = aimed(weight_OI, stat.H_II, stat.C_II, 0.5)
+    assert (other_OI - weight_OI).norm() > 0.01 * weight_OI.norm()
+
+    def packed(method: Any, weight_OI: torch.Tensor) -> Any:
+        if name == "gptq":
+            return method.quantize(weight_OI, hessian_of(x_TI), checks.job())
+        return method._quantize_linear(weight_OI, hessian_of(x_TI), 0, checks.job())
+
+    checks.check_same_bits(packed(aiming, weight_OI), packed(plain, other_OI))
+    assert (aiming.flow, plain.flow) == (Flow.BOTH, Flow.QUANTIZED)
+
+
 def test_without_a_factor_it_is_rtn():
     """The fallback is the very codes of RTN, and is noted."""
     weight_OI = checks.weight(8, 40)
     stat = PairedHessian(40, torch.device("cpu"))
     stat.sum_II, stat.sequences = -torch.eye(40) * 1e6 + torch.ones(40, 40), 1
-    for options in ({"group_size": 16}, {"group_size": -1, "sym": True}):
+    for aim, options in (
+        (0.0, {"group_size": 16}),
+        (0.5, {"group_size": 16}),
+        (0.5, {"group_size": -1, "sym": True}),
+    ):
         job = checks.job()
-        packed = build("gptq", bits=3, **options).quantize(weight_OI, stat, job)
+        packed = build("gptq", bits=3, aim=aim, **options).quantize(weight_OI, stat, job)
         assert job.notes["fallback"] == "rtn"
         checks.check_same_bits(packed, checks.quantize(build("rtn", bits=3, **options), weight_OI))
 

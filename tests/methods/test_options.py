@@ -11,6 +11,8 @@ from llq_hf.methods import build
 
 WRONG = [
     ("gptq", {"damp": 1.5}, "gptq: damp=1.5 must lie in 0..1, a share of the Hessian's mean"),
+    ("gptq", {"aim": 1.5}, "gptq: aim=1.5 must lie in 0..1, the share of the way to"),
+    ("slim_llm", {"aim": 0.5, "gptaq": 0.5}, "gptaq and aim are two ways to the same outputs"),
     ("gptq", {"gptaq": -0.1}, "gptq: gptaq=-0.1 must lie in 0..1, the share of GPTAQ's"),
     ("billm", {"refine": 101}, "billm: refine=101 must lie in 0..100 rounds"),
     ("omniquant", {"alpha": math.nan}, "omniquant: alpha=nan must lie in 0..1"),

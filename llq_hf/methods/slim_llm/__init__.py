@@ -19,8 +19,8 @@ SliM-LLM+
 preset="best"
     All of these cost no stored bit. `search_range` tries wider spans of ranges, and zeros between
     whole steps, with each column's error weighted by H_ii; the allocation uses it too.
-    `try_uniform` lets the allocation also choose i = 0. `act_group_aware`, `true_sequential`,
-    `gptaq` and `refine` are GPTQ's (methods/gptq.py, numerics/coordinate_descent.py).
+    `try_uniform` lets the allocation also choose i = 0. `act_group_aware`, `true_sequential`, `aim`
+    and `refine` are GPTQ's (methods/gptq.py), and so is `gptaq`, which "best" does not use.
 
 Storage (n = ceil(I / group_size) groups); value = scale * (code - zero)
     name    shape          dtype   bits per weight
@@ -59,14 +59,15 @@ from ...common.errors import LLQError
 from ...common.spec import Spec
 from ...kernels import BlockRounder, block_rounder, once, product
 from ...method import Flow, Job, Method, Packed, Step
+from ...numerics.aim import aimed
 from ...numerics.cholesky import prepare_hessian
 from ...numerics.coordinate_descent import Objective, descend, refitted
 from ...numerics.error_feedback import Solution, by_columns, drift, group_aware_order
 from ...numerics.grids import Grid, Uniform
 from ...numerics.stats import PairedHessian, Stat
 from ..options import (
+    check_aim,
     check_damp,
-    check_gptaq,
     check_least,
     check_positive,
     check_refine,
@@ -94,7 +95,7 @@ class SliMLLM(Method):
         "try_uniform": True,
         "act_group_aware": True,
         "true_sequential": True,
-        "gptaq": 0.25,
+        "aim": 0.5,
         "refine": 2,
     }
 
@@ -109,6 +110,7 @@ class SliMLLM(Method):
     act_group_aware: bool = False
     true_sequential: bool = False
     gptaq: float = 0.0
+    aim: float = 0.0
     refine: int = 0
     plus: bool = False
     epochs: int = 50
@@ -126,7 +128,7 @@ class SliMLLM(Method):
         if self.pairs < -1:
             raise LLQError(f"pairs={self.pairs} must be a count of groups, or -1 (searched for)")
         check_least(self, 0, "lambda_salience")
-        check_gptaq(self)
+        check_aim(self)
         check_refine(self)
         check_least(self, 1, "epochs")
         check_positive(self, "learning_rate")
@@ -136,6 +138,7 @@ class SliMLLM(Method):
             "act_group_aware",
             "true_sequential",
             "gptaq",
+            "aim",
             "refine",
         )
         if self.plus and any(getattr(self, option) for option in feedback):
@@ -150,7 +153,7 @@ class SliMLLM(Method):
 
     @property
     def flow(self) -> Flow:
-        return Flow.BOTH if self.gptaq or self.refine or self.plus else Flow.QUANTIZED
+        return Flow.BOTH if self.gptaq or self.aim or self.plus else Flow.QUANTIZED
 
     @property
     def uniform(self) -> Uniform:
@@ -274,6 +277,8 @@ class SliMLLM(Method):
     ) -> Packed:
         # The factor of the Hessian; columns that never fired are zeroed.
         factor = self._factor(stat, job.notes)
+        if self.aim and factor.U_II is not None:
+            weight_OI = aimed(weight_OI, stat.H_II, stat.C_II, self.aim)
         W_OI = weight_OI if self.as_published else weight_OI.masked_fill(factor.dead_I, 0)
         # 1. The width of each group.
         widths = self._widths(W_OI, factor.spread_I, pairs)
@@ -281,13 +286,15 @@ class SliMLLM(Method):
         # 2. and 3. Grids and codes, with the columns in the order of solving.
         order_I = factor.order_I
         ordered_widths = [widths[group] for group in factor.groups]
-        C_II = None
-        if factor.U_II is not None and self.flow is Flow.BOTH:
+        W_OI = W_OI[:, order_I]
+        drift_II, target_II = None, factor.H_II
+        if self.gptaq and factor.U_II is not None:
             C_II = stat.C_II[order_I][:, order_I]
-        codes_OI, levels_OG = self._solve(W_OI[:, order_I], factor, C_II, ordered_widths)
-        if self.refine and C_II is not None:
-            ordered = weight_OI[:, order_I], W_OI[:, order_I]
-            objective = Objective.of(factor.H_II, job.notes["damp"], C_II.T, *ordered)
+            drift_II = drift(factor.H_II, C_II, factor.U_II, self.gptaq)
+            target_II = torch.lerp(factor.H_II, C_II.T, self.gptaq)
+        codes_OI, levels_OG = self._solve(W_OI.clone(), factor, drift_II, ordered_widths)
+        if self.refine and factor.U_II is not None:
+            objective = Objective.of(factor.H_II, job.notes["damp"], target_II, W_OI, W_OI)
             codes_OI, levels_OG = self._refine(objective, codes_OI, levels_OG, ordered_widths)
         # Back into the model's order.
         back_G = torch.argsort(torch.tensor(factor.groups, device=codes_OI.device))
@@ -295,7 +302,7 @@ class SliMLLM(Method):
         return self.storage.pack(codes_OI[:, torch.argsort(order_I)], levels_OG, widths)
 
     def _solve(
-        self, W_OI: Tensor, factor: Factor, C_II: Tensor | None, widths: list[int]
+        self, W_OI: Tensor, factor: Factor, drift_II: Tensor | None, widths: list[int]
     ) -> tuple[Tensor, Levels]:
         """Codes and grids: round the columns of W_OI one by one, with GPTQ's feedback.
 
@@ -306,9 +313,6 @@ class SliMLLM(Method):
         spread_I = factor.spread_I[factor.order_I]
         codes_IO = torch.empty_like(W_OI.T)
         grids: list[Levels] = []  # of the groups so far
-        drift_II = None
-        if self.gptaq and C_II is not None and U_II is not None:
-            drift_II = drift(factor.H_II, C_II, U_II, self.gptaq)
 
         def begin(start: int, stop: int) -> None:
             """2. Fit the grid of a group, to weights as repaired so far."""
