@@ -5,17 +5,22 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
 from ..checkpoints.records import Report
+from ..common.errors import LLQError
 from ..data.calibration import CalibrationOptions
 from ..methods import METHODS, method_type
 from .app import QUANTIZE, app, console
 from .info import print_served
 from .options import RUN, Device, with_calibration_options, with_method_options
+
+if TYPE_CHECKING:
+    from ..engine.choose import Choice
+    from ..method import Method
 
 
 @app.command(rich_help_panel=QUANTIZE)
@@ -34,12 +39,27 @@ def quantize(
         typer.Argument(help="Folder to write. It must not exist, or hold the same run, killed."),
     ],
     method: Annotated[
-        str, typer.Option(help=f"{', '.join(METHODS)}. `llq methods` lists their options.")
-    ],
+        str | None,
+        typer.Option(
+            help=f"{', '.join(METHODS)}. `llq methods` lists their options. Left out: the best one "
+            "that was measured for --bits, --size or --memory."
+        ),
+    ] = None,
     preset: Annotated[
         str,
         typer.Option(help="`study`: as in the paper; `best`: better, and no more bits are stored."),
     ] = "study",
+    size: Annotated[
+        str | None,
+        typer.Option(help="Without --method: bytes of the checkpoint at most, as 24GB or 5.5GiB."),
+    ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            help="Without --method: memory that the loaded model may take, with a cache of 8192 "
+            "tokens."
+        ),
+    ] = None,
     *,
     calibration: CalibrationOptions,
     device: Device = "auto",
@@ -91,6 +111,7 @@ def quantize(
 
     - `llq quantize demo /tmp/demo-quip --method quip --bits 2`
     - `llq quantize meta-llama/Meta-Llama-3-8B out --method gptq --bits 3 --calibration c4`
+    - `llq quantize meta-llama/Meta-Llama-3-8B out --bits 3.2 --preset best` chooses the method.
     - `torchrun --nproc_per_node 2 -m llq_hf quantize ...` shares one run between two processes.
     """
     import torch
@@ -106,7 +127,7 @@ def quantize(
     from ..engine.team import Team
     from ..models.load import auto_class
 
-    built = method_type(method).build(preset, **options)
+    built = _method(method, preset, options, model, revision, size, memory)
     data = calibration.for_model(model)
     device = auto_device(device, f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
     check_device(device)
@@ -139,6 +160,57 @@ def quantize(
     print_served(report["linears"])
     kind = auto_class(AutoConfig.from_pretrained(out)).__name__
     print(f"Load it: {kind}.from_pretrained({str(out)!r})")  # not rich: it would break the line
+
+
+def _method(
+    name: str | None,
+    preset: str,
+    options: dict[str, Any],
+    model: str,
+    revision: str | None,
+    size: str | None,
+    memory: str | None,
+) -> Method:
+    """The method that was asked for, or the best one within the budget."""
+    from ..demo import resolve
+    from ..engine.choose import Budget, Choice, bytes_of
+
+    if name is not None:
+        if size is not None or memory is not None:
+            raise LLQError(f"--size and --memory choose a method; leave out --method {name}")
+        return method_type(name).build(preset, **options)
+    if others := sorted(set(options) - {"bits"}):
+        raise LLQError(
+            f"--{others[0].replace('_', '-')} is an option of a method; give --method, or only "
+            "--bits, --size or --memory, which choose one"
+        )
+    limits = {
+        "bits": options.get("bits"),
+        "size": None if size is None else bytes_of(size),
+        "memory": None if memory is None else bytes_of(memory),
+    }
+    choice = Choice.of(resolve(model), Budget(**limits), preset, revision)
+    console.print(_choice_table(choice))
+    return choice.best.method
+
+
+SHOWN = 5  # lines of the table of a choice
+
+
+def _choice_table(choice: Choice) -> Table:
+    """The best few within the budget; the first is taken."""
+    table = Table(
+        title=f"Measured within {choice.budget}: the first is taken",
+        caption="KL: nats per token from full precision, of SmolLM2-135M-Instruct on each text.",
+        title_justify="left",
+    )
+    texts = list(choice.best.measured.kl)
+    for name in ("method", "stored bits", "GB", *(f"KL {text}" for text in texts)):
+        table.add_column(name, justify="left" if name == "method" else "right")
+    for each in choice.ranked[:SHOWN]:
+        figures = [f"{each.measured.kl[text]:.3f}" for text in texts]
+        table.add_row(each.measured.words, f"{each.bits:.3f}", f"{each.bytes / 1e9:.3g}", *figures)
+    return table
 
 
 def _bits_table(title: str, report: Report) -> Table:

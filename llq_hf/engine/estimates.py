@@ -63,7 +63,7 @@ def estimate(
     out: the folder to write; None skips the check of its disk. LLQError where disk or memory are
     too small.
     """
-    output = _output_bytes(checkpoint, skeleton, method)
+    output = output_bytes(checkpoint, skeleton, method)
     if out is not None:
         _check_disk(out, output)
     peak = expected_peak_bytes(skeleton, method, data, dtype, run)
@@ -80,7 +80,7 @@ def estimate(
     }
 
 
-def _output_bytes(checkpoint: Checkpoint, skeleton: PreTrainedModel, method: Method) -> int:
+def output_bytes(checkpoint: Checkpoint, skeleton: PreTrainedModel, method: Method) -> int:
     """Bytes of all tensors of the packed checkpoint."""
     linears = quantizable(skeleton)
     total = sum(

@@ -167,7 +167,7 @@ class InputsOf:
             raise _AllSeen
 
 
-class _AllSeen(Exception):  # noqa: N818 (it is no error)
+class _AllSeen(Exception):
     """Ends a forward pass whose rest nobody needs."""
 
 

@@ -50,7 +50,15 @@ def test_every_cell_makes_sense(plan: Path) -> None:
 
 def test_there_is_a_plan_for_each_table() -> None:
     names = {path.stem for path in PLANS}
-    assert names == {"demo", "demo_vlm", "finetune", "hybrid", "pareto", "vlm_calibration"}
+    assert names == {
+        "demo",
+        "demo_vlm",
+        "finetune",
+        "hybrid",
+        "pareto",
+        "smollm2",
+        "vlm_calibration",
+    }
 
 
 def test_the_fine_tuning_of_the_plan_is_what_runs_on_the_demo_model() -> None:

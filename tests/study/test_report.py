@@ -17,7 +17,7 @@ from llq_hf.study.cover import apart, best_of
 from llq_hf.study.launch import log_of
 from llq_hf.study.paper import plan_of, remember, tables
 from llq_hf.study.plan import Cell, expand
-from llq_hf.study.plots import Point, front
+from llq_hf.study.plots import Point, front, plots
 from llq_hf.study.record import REFUSED, Record, file_of, read_record, write_record
 from llq_hf.study.report import write_report
 from llq_hf.study.tables import _headline, study_tables
@@ -326,3 +326,21 @@ def test_columns_of_divergence_name_it_once() -> None:
         ("llq_demo_mc", "acc"): "demo acc",
     }
     assert {pair: _headline(pair) for pair in pairs} == pairs
+
+
+def test_a_divergence_is_drawn_against_bits() -> None:
+    """With perplexities beside it, and where it is all there is; 0 has no line."""
+    cells = [Cell(model="demo", method="none", tasks=("llq_kl",))]
+    cells += [
+        Cell(model="demo", method="rtn", tasks=("llq_kl",), options={"bits": bits})
+        for bits in (4, 3, 2)
+    ]
+    records = []
+    for number, cell in enumerate(cells):
+        kl = {"kl": 0.0 if cell.method == "none" else 0.01 * 10**number}
+        records.append(replace(fakes.invented(cell), results={"llq_kl": kl}))
+    (drawn,) = (plot for plot in plots(records) if plot.name == "divergence-demo")
+    assert drawn.title == "demo: KL divergence against stored bits"
+    assert drawn.caption.startswith("KL divergence of llq_kl against the bits")
+    assert "full precision" not in drawn.svg
+    assert "perplexity-demo" not in [plot.name for plot in plots(records)]
