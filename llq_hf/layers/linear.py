@@ -65,11 +65,7 @@ class QuantLinear(nn.Linear):
         if got != want:
             raise LLQError(f"{method.name} packed {got}, but its layout says {want}")
         for name, tensor in packed.items():
-            setattr(
-                self,
-                name,
-                nn.Parameter(tensor, requires_grad=False) if name == "weight" else tensor,
-            )
+            self.put(name, tensor)
         if linear.bias is not None:
             self.bias = nn.Parameter(linear.bias.detach(), requires_grad=False)
         return self.train(linear.training)
@@ -77,6 +73,14 @@ class QuantLinear(nn.Linear):
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
         check_linears({prefix.removesuffix("."): self})
+
+    def put(self, name: str, tensor: Tensor) -> None:
+        """Make `tensor` the stored tensor of this name. Its shape and dtype are those of the
+        layout.
+        """
+        setattr(
+            self, name, nn.Parameter(tensor, requires_grad=False) if name == "weight" else tensor
+        )
 
     def packed(self) -> Packed:
         """The stored tensors by name: views, not copies."""
@@ -87,12 +91,14 @@ class QuantLinear(nn.Linear):
         return self.method.dequantize(self.packed(), self.out_features, self.in_features)
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.product(x, self.bias)
+
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """y [..., O] of x [..., I], with a bias that a host may keep elsewhere."""
         stored = [getattr(self, name) for name in self.layout]
         if torch.compiler.is_compiling():
-            return node(x, stored, ",".join(self.layout), self.bias, self._key, self.out_features)
-        return self.method.linear(
-            x, cached_tensors(self.layout, stored), self.bias, self.out_features
-        )
+            return node(x, stored, ",".join(self.layout), bias, self._key, self.out_features)
+        return self.method.linear(x, cached_tensors(self.layout, stored), bias, self.out_features)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -112,11 +118,7 @@ class QuantLinear(nn.Linear):
                 value = (
                     torch.empty_like(old, device=new.device) if old.is_meta else old.to(new.device)
                 )
-                setattr(
-                    self,
-                    name,
-                    nn.Parameter(value, requires_grad=False) if name == "weight" else value,
-                )
+                self.put(name, value)
         return self
 
     def extra_repr(self) -> str:

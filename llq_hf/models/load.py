@@ -65,16 +65,21 @@ def build_skeleton(path: Path) -> PreTrainedModel:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        check_depth(config)
-        with torch.device("meta"):
-            return auto_class(config).from_config(config)
+        return skeleton_of(AutoConfig.from_pretrained(path, trust_remote_code=False))
     # transformers and the Hub client validate with a dozen types, and what they do not validate
     # fails inside of a model
     except Exception as error:
         kind = "" if isinstance(error, LLQError | ValueError | OSError) else type(error).__name__
         text = f"{kind}: {one_line(error)}".removeprefix(": ")
         raise LLQError(f"{path / 'config.json'} describes no model: {text}") from error
+
+
+def skeleton_of(config: PreTrainedConfig) -> PreTrainedModel:
+    """The model of a config, on the meta device; LLQError where it has no end of layers."""
+    check_depth(config)
+    with torch.device("meta"):
+        model: PreTrainedModel = auto_class(config).from_config(config)
+    return model
 
 
 def load_dense(
