@@ -90,9 +90,10 @@ class ServedConfig(QuantizationConfig):  # type: ignore[misc]
                 f"vLLM serves {len(expected) - len(missing)} of {len(expected)} packed linears;"
                 f" {missing[0]} is not among them: the plugin cannot serve this architecture"
             )
-        if self.packed.method.attention is not None and here != self.attentions:
+        unknown = sorted(here - self.attentions)
+        if unknown and self.packed.method.attention is not None:
             raise LLQError(
                 f"{self.packed.method.name} quantizes what attention reads, and vLLM's attention of"
-                f" {min(here - self.attentions)} is of a kind that the plugin does not know; it"
+                f" {unknown[0]} is of a kind that the plugin does not know; it"
                 " would stay in full precision"
             )

@@ -9,7 +9,8 @@ gets its old name back on saving. transformers holds these rules for each archit
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,22 +65,33 @@ def build_skeleton(path: Path) -> PreTrainedModel:
     """The model of a checkpoint folder's config, on the meta device: it takes no memory."""
     from transformers import AutoConfig
 
+    source = path / "config.json"
+    with _described_by(source):
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    return skeleton_of(config, source)
+
+
+def skeleton_of(config: PreTrainedConfig, source: Path | str = "config.json") -> PreTrainedModel:
+    """The model of a config that was read from `source`, on the meta device. LLQError where it has
+    no end of layers, or is of a type that transformers does not know.
+    """
+    with _described_by(source), torch.device("meta"):
+        check_depth(config)
+        model: PreTrainedModel = auto_class(config).from_config(config)
+        return model
+
+
+@contextmanager
+def _described_by(source: Path | str) -> Iterator[None]:
+    """Make every error inside an LLQError about the config: transformers and the Hub client
+    validate with a dozen types, and what they do not validate fails inside of a model.
+    """
     try:
-        return skeleton_of(AutoConfig.from_pretrained(path, trust_remote_code=False))
-    # transformers and the Hub client validate with a dozen types, and what they do not validate
-    # fails inside of a model
+        yield
     except Exception as error:
         kind = "" if isinstance(error, LLQError | ValueError | OSError) else type(error).__name__
         text = f"{kind}: {one_line(error)}".removeprefix(": ")
-        raise LLQError(f"{path / 'config.json'} describes no model: {text}") from error
-
-
-def skeleton_of(config: PreTrainedConfig) -> PreTrainedModel:
-    """The model of a config, on the meta device; LLQError where it has no end of layers."""
-    check_depth(config)
-    with torch.device("meta"):
-        model: PreTrainedModel = auto_class(config).from_config(config)
-    return model
+        raise LLQError(f"{source} describes no model: {text}") from error
 
 
 def load_dense(

@@ -133,13 +133,14 @@ class Engine:
             sizes.intermediate_size,
         )
         share = {"rank": rank, "ranks": ranks}
+        biased = [getattr(sizes, f"{part}_bias", False) for part in ("attention", "mlp")]
         for number in range(sizes.num_hidden_layers):
             block = f"model.layers.{number}"
             built = {
-                "self_attn.qkv_proj": (hidden, [hidden, keys, keys], sizes.attention_bias, True),
-                "self_attn.o_proj": (hidden, [hidden], sizes.attention_bias, False),
-                "mlp.gate_up_proj": (hidden, [ffn, ffn], sizes.mlp_bias, True),
-                "mlp.down_proj": (ffn, [hidden], sizes.mlp_bias, False),
+                "self_attn.qkv_proj": (hidden, [hidden, keys, keys], biased[0], True),
+                "self_attn.o_proj": (hidden, [hidden], biased[0], False),
+                "mlp.gate_up_proj": (hidden, [ffn, ffn], biased[1], True),
+                "mlp.down_proj": (ffn, [hidden], biased[1], False),
             }
             for name, (columns, outputs, bias, by_rows) in built.items():
                 if drop not in f"{block}.{name}":

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from contract.cases import CHECKPOINTS
+from families import FAMILIES, save_model
 from hosts.pretended_vllm import FUSED, pretended
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlavaNextConfig
@@ -64,16 +65,16 @@ def packed(quantized: Make) -> Path:
     return quantized("rtn", 4, group_size=32)
 
 
-def parts_of(model: nn.Module, name: str) -> list[nn.Module]:
+def parts_of(model: nn.Module, name: str, fused: dict[str, list[str]] = FUSED) -> list[nn.Module]:
     """The linears under transformers of which vLLM's layer `name` consists."""
     parent, _, last = name.rpartition(".")
-    return [model.get_submodule(f"{parent}.{part}") for part in FUSED.get(last, [last])]
+    return [model.get_submodule(f"{parent}.{part}") for part in fused.get(last, [last])]
 
 
-def assert_same_layers(engine: Any, model: nn.Module) -> None:
+def assert_same_layers(engine: Any, model: nn.Module, fused: dict[str, list[str]] = FUSED) -> None:
     random = torch.Generator().manual_seed(3)
     for name, layer in engine.layers.items():
-        linears = parts_of(model, name)
+        linears = parts_of(model, name, fused)
         x_TI = torch.randn(5, linears[0].in_features, generator=random)
         assert torch.equal(layer(x_TI), torch.cat([each(x_TI) for each in linears], -1)), name
 
@@ -111,6 +112,21 @@ def test_parts_of_a_fused_layer_may_differ_in_method_and_bits(vllm, quantized):
     names = [each.method.name for each in engine.layers[QKV].llq]
     assert names == ["nf4", "rtn", "rtn"]
     assert_same_layers(engine, AutoModelForCausalLM.from_pretrained(folder).eval())
+
+
+@torch.no_grad()
+def test_layers_that_are_fused_in_the_checkpoint_too(vllm, calibration_npy, tmp_path):
+    (phi,) = [each for each in FAMILIES if each.name == "Phi 3"]
+    base, folder = save_model(phi, tmp_path / "base"), tmp_path / "out"
+    data = Calibration(str(calibration_npy), samples=8)
+    quantize_checkpoint(str(base), folder, build("rtn", bits=4, group_size=32), data)
+    alone = {name: [name] for name in FUSED}
+    engine = vllm.Engine(folder, fused=alone)
+    assert len(engine.layers[QKV].llq) == 1
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    assert_same_layers(engine, model, alone)
+    with pytest.raises(LLQError, match="qkv_proj is several layers in one"):
+        vllm.Engine(folder, fused=alone, ranks=2)
 
 
 @pytest.mark.parametrize("options", [{}, {"key_heads": True}], ids=["joint keys", "keys by head"])
