@@ -13,8 +13,8 @@ What a new method overrides
     rarely    for_linear, sequential, attention, weight_only, nominal_bits, any_bits,
               training_copies
     rarely    `WholeModel`, for what a block at a time cannot do: bound_to, learn, with_learned,
-              rewrite, tune. The flags learns, rewrites and tunes follow from what is overridden;
-              a method overrides them only where an option switches the hook off.
+              rewrite, tune, needs_text. The flags learns, rewrites and tunes follow from what is
+              overridden; a method overrides them only where an option switches the hook off.
     never     the rest: shares_out, reads_data, to_dict, field_names, build
 """
 
@@ -34,6 +34,7 @@ from .common.progress import PassListener
 from .common.spec import Spec
 from .common.words import nearest
 from .kernels import product
+from .models.sequences import Sequences
 from .numerics.activations import Attention
 from .numerics.grids import Affine
 from .numerics.stats import Stat
@@ -180,6 +181,11 @@ class WholeModel:
         return self
 
     @property
+    def needs_text(self) -> bool:
+        """Whether `learn` and `tune` cannot take image-text pairs."""
+        return False
+
+    @property
     def learns(self) -> bool:
         """Whether `learn` is run before the first block."""
         return type(self).learn is not WholeModel.learn
@@ -187,13 +193,13 @@ class WholeModel:
     def learn(
         self,
         model: nn.Module,
-        ids_NS: Tensor,
+        data: Sequences,
         attend: Callable[[nn.Module], Any],
         listener: PassListener,
     ) -> dict[str, Tensor]:
         """Tensors that `rewrite` or `with_learned` need and that take the whole model to compute.
 
-        model: a private copy, which may be modified. ids_NS: calibration tokens. attend: gives a
+        model: a private copy, which may be modified. data: the calibration's. attend: gives a
         module's attention what `attention` asks for.
         """
         raise NotImplementedError
@@ -223,7 +229,7 @@ class WholeModel:
         self,
         student: nn.Module,
         teacher: nn.Module,
-        ids_NS: Tensor,
+        data: Sequences,
         listener: PassListener,
         state: State,
     ) -> Packed:

@@ -11,6 +11,9 @@ A line is {"image": "a.png", "question": "...", "answer": "..."} or, for a capti
 Every pair is a sequence of its own: question and answer as the model's chat template renders them,
 neither padded nor cut nor joined with others. Pairs are drawn at random without replacement. Images
 are read when they are needed.
+
+A method that learns from a pair learns its answer, with what the template writes behind it; image
+and question are context.
 """
 
 from __future__ import annotations
@@ -18,15 +21,17 @@ from __future__ import annotations
 import hashlib
 import random
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..common.errors import LLQError
+from ..models.sequences import Batch
 from ..models.vision import render_chat, tokenize_chats, truncated_images_refused
 from .readers import read_records
 from .sources import hub_rows
@@ -72,6 +77,45 @@ class Pairs:
         )
         return {name: tensor for name, tensor in found.items() if name != "attention_mask"}
 
+    def inputs_on(self, index: int, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+        """The same on a device, pixels in the model's dtype."""
+        return {
+            name: tensor.to(device, dtype if tensor.is_floating_point() else None)
+            for name, tensor in self.inputs(index).items()
+        }
+
+    def answer_tokens(self, index: int) -> int:
+        """How many tokens at the end of a pair are its answer. LLQError where none is."""
+        pair = self.rows[index]
+        asked, whole = (
+            self._ids(render_chat(self.processor, pair.question, 1, answer))
+            for answer in (None, pair.answer)
+        )
+        shared = next(
+            (i for i, (one, other) in enumerate(zip(asked, whole, strict=False)) if one != other),
+            min(len(asked), len(whole)),
+        )
+        if shared == len(whole):
+            raise LLQError(
+                f"{pair.where} has no answer that the chat template writes down, so there is"
+                " nothing to learn from it; leave it out"
+            )
+        return len(whole) - shared
+
+    def _ids(self, text: str) -> list[int]:
+        """Tokens of a rendered chat, with one for the image."""
+        return list(self.processor.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    @property
+    def image_token_id(self) -> int:
+        token = getattr(self.processor, "image_token", "<image>")
+        return int(self.processor.tokenizer.convert_tokens_to_ids(token))
+
+    def check_answers(self) -> None:
+        """LLQError for a pair from whose answer nothing can be learned."""
+        for index in range(len(self)):
+            self.answer_tokens(index)
+
     def measured(self, longest: int, on_pair: Callable[[int], None] = lambda count: None) -> Pairs:
         """The same pairs with lengths and digest; LLQError for a pair of more than `longest`
         tokens.
@@ -95,6 +139,40 @@ class Pairs:
     def described(self) -> dict[str, Any]:
         """What a checkpoint says about the pairs that it was calibrated on."""
         return {"pairs_sha256": self.sha256, "samples": len(self), "tokens": sum(self.lengths)}
+
+
+@dataclass(frozen=True)
+class PairSequences:
+    """Pairs as the whole model takes them: one by one, on its device and in its dtype."""
+
+    pairs: Pairs
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def lengths(self) -> Sequence[int]:
+        return self.pairs.lengths
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def head(self, count: int) -> PairSequences:
+        rows, lengths = self.pairs.rows[:count], self.pairs.lengths[:count]
+        return replace(self, pairs=replace(self.pairs, rows=rows, lengths=lengths))
+
+    def batches(self, rows: Sequence[int], tokens: int = 0) -> Iterator[Batch]:
+        return map(self._batch, rows)
+
+    def _batch(self, index: int) -> Batch:
+        inputs = self.pairs.inputs_on(index, self.device, self.dtype)
+        ids_S = inputs["input_ids"][0]
+        first = len(ids_S) - self.pairs.answer_tokens(index)
+        return Batch(
+            inputs,
+            text_P=(ids_S != self.pairs.image_token_id).nonzero()[:, 0],
+            # The token before predicts a token.
+            asked_P=torch.arange(first - 1, len(ids_S) - 1, device=self.device),
+        )
 
 
 def read_pairs(source: str, processor: Any, samples: int, seed: int) -> Pairs:

@@ -200,10 +200,7 @@ class Entrance:
         if not isinstance(self.data, Pairs):
             return self._calls_of(self.data[rows].to(self.device))
         dtype = next(self.runner.parameters()).dtype
-        inputs = {
-            name: t.to(self.device, dtype if t.is_floating_point() else None)
-            for name, t in self.data.inputs(rows.start).items()
-        }
+        inputs = self.data.inputs_on(rows.start, self.device, dtype)
         decoder = decoder_of(self.runner)[1]
         return block_calls(decoder, lambda: self.runner(**inputs, use_cache=False))
 

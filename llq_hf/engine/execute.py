@@ -40,7 +40,7 @@ from .precision import full_precision
 from .prepare import Plan, prepare
 from .step import quantize_step, record_tuned
 from .walk import walk
-from .whole_model import learn, rewrite_model, shared_copy, token_ids, tune
+from .whole_model import learn, rewrite_model, shared_copy, tune
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -226,9 +226,8 @@ def _tune(
         student = shared_copy(teacher)
         for index, prefix in enumerate(folder.prefixes):
             folder.restore_block(index, student.get_submodule(prefix))
-        ids_NS = token_ids(plan.data)
         state = FileState(out, plan.fingerprint, "model")
-        tuned = tune(student, teacher, plan.method, ids_NS, progress, state)
+        tuned = tune(student, teacher, plan.method, plan.data, progress, state)
         result.save(tuned)
         FileState.clear(out)
     _write_tuned(plan, folder, journal, tuned)
@@ -263,7 +262,7 @@ def _load_or_learn(plan: Plan, out: Path, progress: Progress) -> dict[str, Tenso
     state = FileState(out, plan.fingerprint, "model", kind="learned")
     learned = state.load()
     if learned is None:
-        learned = learn(_whole_model(plan), plan.method, token_ids(plan.data), progress)
+        learned = learn(_whole_model(plan), plan.method, plan.data, progress)
         state.save(learned)
     return learned
 

@@ -20,7 +20,7 @@ from .options import RunOptions
 from .precision import full_precision
 from .step import quantize_step, record_tuned
 from .walk import walk
-from .whole_model import resolve_method, rewrite_model, shared_copy, token_ids, tune
+from .whole_model import resolve_method, rewrite_model, shared_copy, tune
 
 
 @reference()
@@ -61,7 +61,7 @@ def quantize_model(
     if len(records) != expected:
         raise LLQError(f"{len(records)} linears were quantized, {expected} should have been")
     if teacher is not None:
-        tuned = tune(shared_copy(model), teacher, method, token_ids(data), progress)
+        tuned = tune(shared_copy(model), teacher, method, data, progress)
         _take_over(model, tuned)
         _update_records(records, model, teacher)
     progress.close()

@@ -199,13 +199,15 @@ def calibration_data(
         raise LLQError(
             f"{calibration.source} holds images and {path} takes none; calibrate on text"
         )
-    if method.learns or method.tunes:
-        raise LLQError(f"{method.name} trains the whole model, on token ids; calibrate it on text")
+    if method.needs_text:
+        raise LLQError(f"{method.name} with these options needs token ids; calibrate it on text")
     pairs = read_pairs(
         calibration.source, load_processor(path), calibration.samples, calibration.seed
     )
     progress.stage("reading the calibration images", len(pairs))
     pairs = pairs.measured(text_config.max_position_embeddings, progress.advance)
+    if method.learns or method.tunes:
+        pairs.check_answers()
     return pairs, pairs.described()
 
 

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from ..common.errors import LLQError
 from ..common.progress import Progress
-from ..data.pairs import Pairs
+from ..data.pairs import Pairs, PairSequences
 from ..layers.attention import install
 from ..method import Method, Packed, Rewrite, State
+from ..models.sequences import Sequences, TextSequences
 from .blocks import check_in_memory
 from .precision import full_precision
 
@@ -27,13 +28,13 @@ def resolve_method(
 ) -> tuple[Method, dict[str, Tensor]]:
     """The method for this model, and the tensors that it learned on a copy of the model.
 
-    data: token ids [N, S], which a method that learns needs.
+    data: token ids [N, S] or image-text pairs, which a method that learns needs.
     """
     check_in_memory(model)
     method = method.bound_to(model)
     learned: dict[str, Tensor] = {}
     if method.learns:
-        learned = learn(copy.deepcopy(model), method, token_ids(data), progress or Progress())
+        learned = learn(copy.deepcopy(model), method, data, progress or Progress())
     return method.with_learned(learned), learned
 
 
@@ -41,20 +42,18 @@ def tune(
     student: nn.Module,
     teacher: nn.Module,
     method: Method,
-    ids_NS: Tensor | None,
+    data: Tensor | Pairs | None,
     progress: Progress,
     state: State | None = None,
 ) -> Packed:
     """Train the packed model as a whole; the stored tensors that change, by full name.
 
-    student: the packed model, which may be modified. teacher: the full-precision model. ids_NS: the
-    calibration tokens. LLQError where there are none.
+    student: the packed model, which may be modified. teacher: the full-precision model. data: the
+    calibration's. LLQError where there are none.
     """
-    if ids_NS is None:
-        raise LLQError("this method needs calibration data")
-    ids_NS = ids_NS.to(next(teacher.parameters()).device)
+    given = sequences(data, teacher)
     with torch.enable_grad():
-        return method.tune(student.eval(), teacher.eval(), ids_NS, progress, state or State())
+        return method.tune(student.eval(), teacher.eval(), given, progress, state or State())
 
 
 def shared_copy(model: nn.Module) -> nn.Module:
@@ -68,17 +67,15 @@ def shared_copy(model: nn.Module) -> nn.Module:
 
 
 def learn(
-    model: nn.Module, method: Method, ids_NS: Tensor | None, progress: Progress
+    model: nn.Module, method: Method, data: Tensor | Pairs | None, progress: Progress
 ) -> dict[str, Tensor]:
     """The tensors that `method` learns on `model`, which may be modified.
 
-    LLQError where there are no calibration tokens.
+    LLQError where there are no calibration data.
     """
-    if ids_NS is None:
-        raise LLQError("this method needs calibration data")
     attention = method.attention
     attend = partial(install, attention=attention) if attention is not None else lambda module: None
-    return method.learn(model, ids_NS.to(next(model.parameters()).device), attend, progress)
+    return method.learn(model, sequences(data, model), attend, progress)
 
 
 @torch.no_grad()
@@ -97,8 +94,11 @@ def rewrite_model(model: nn.Module, rewrite: Rewrite) -> None:
         parameter.copy_(rewrite(name, parameter, vectors.__getitem__))
 
 
-def token_ids(data: Tensor | Pairs | None) -> Tensor | None:
-    """The calibration data for training the whole model. LLQError for image-text pairs."""
+def sequences(data: Tensor | Pairs | None, model: nn.Module) -> Sequences:
+    """The calibration data as `model` takes them. LLQError where there are none."""
+    if data is None:
+        raise LLQError("this method needs calibration data")
+    weight = next(model.parameters())
     if isinstance(data, Pairs):
-        raise LLQError("training the whole model needs token ids; calibrate on text")
-    return data
+        return PairSequences(data, weight.device, weight.dtype)
+    return TextSequences(data.to(weight.device))

@@ -49,6 +49,7 @@ from ..common.spec import Spec
 from ..kernels import LevelCodes, once, product
 from ..kernels.bitpack import pack, packed_words, unpack
 from ..method import Job, Method, Packed, State
+from ..models.sequences import Batch, Sequences, TextSequences
 from ..numerics.cholesky import prepare_hessian
 from ..numerics.error_feedback import by_columns
 from ..numerics.grids import check_group_size, columns_per_group, grouped, scale_dtype
@@ -101,6 +102,10 @@ class DBLLM(Method):
     @property
     def tunes(self) -> bool:
         return self.steps > 0
+
+    @property
+    def needs_text(self) -> bool:
+        return self.tunes and self.generated > 0  # the model writes text, and draws no images
 
     @property
     def calibrated(self) -> bool:
@@ -199,7 +204,7 @@ class DBLLM(Method):
         self,
         student: nn.Module,
         teacher: nn.Module,
-        ids_NS: Tensor,
+        data: Sequences,
         listener: PassListener,
         state: State,
     ) -> Packed:
@@ -207,12 +212,12 @@ class DBLLM(Method):
             student, self, lambda module: DualLinear(module, self._size(module.in_features))
         )
         if self.generated:
-            ids_NS = self._generate(teacher, ids_NS, listener)
+            data = TextSequences(self._generate(teacher, data.lengths[0], listener))
         schedule = Schedule(self.steps, self.batch, self.lr, self.seed)
         schedule.run(
             list(duals.values()),
-            lambda ids_BS: self._loss(student, teacher, ids_BS),
-            ids_NS,
+            lambda batch: self._loss(student, teacher, batch),
+            data,
             listener,
             state,
         )
@@ -221,38 +226,37 @@ class DBLLM(Method):
             for name, linear in duals.items()
         }
 
-    def _loss(self, student: nn.Module, teacher: nn.Module, ids_BS: Tensor) -> Tensor:
+    def _loss(self, student: nn.Module, teacher: nn.Module, batch: Batch) -> Tensor:
         """CE(labels) + dad * mean_t H_t**gamma CE(teacher, student)_t, in nats."""
-        loss = torch.zeros((), device=ids_BS.device)
-        student_BSV = student(input_ids=ids_BS, use_cache=False).logits.float().log_softmax(-1)
+        loss = torch.zeros((), device=batch.ids_BS.device)
+        student_BPV = batch.to_learn(student).log_softmax(-1)
         if self.labels:
-            loss = loss + F.nll_loss(student_BSV[:, :-1].flatten(0, 1), ids_BS[:, 1:].flatten())
+            loss = loss + F.nll_loss(*batch.labelled(student_BPV))
         if self.dad:
             with torch.no_grad():
-                logits_BSV = teacher(input_ids=ids_BS, use_cache=False).logits
-                teacher_BSV = logits_BSV.float().log_softmax(-1)
-            chance_BSV = teacher_BSV.exp()
-            entropy_BS = -(chance_BSV * teacher_BSV).sum(-1)
-            cross_BS = -(chance_BSV * student_BSV).sum(-1)
-            loss = loss + self.dad * (entropy_BS.clamp_min(1e-6) ** self.gamma * cross_BS).mean()
+                teacher_BPV = batch.to_learn(teacher).log_softmax(-1)
+            chance_BPV = teacher_BPV.exp()
+            entropy_BP = -(chance_BPV * teacher_BPV).sum(-1)
+            cross_BP = -(chance_BPV * student_BPV).sum(-1)
+            loss = loss + self.dad * (entropy_BP.clamp_min(1e-6) ** self.gamma * cross_BP).mean()
         return loss
 
     @torch.no_grad()
-    def _generate(self, teacher: nn.Module, ids_NS: Tensor, listener: PassListener) -> Tensor:
+    def _generate(self, teacher: nn.Module, length: int, listener: PassListener) -> Tensor:
         """`generated` sequences [N, S] that the full-precision model writes, as in LLM-QAT.
 
         They are as long as those of the calibration: a random first token, three greedy ones, then
         sampled ones.
         """
         random = torch.Generator().manual_seed(self.seed)
-        length = ids_NS.shape[1]
         embedding: Any = teacher.get_input_embeddings()  # type: ignore[operator]
         listener.stage("the model writes its training data", self.generated)
         sequences = []
         for start in range(0, self.generated, 16):
             rows = min(16, self.generated - start)
             first_B1 = torch.randint(embedding.num_embeddings, (rows, 1), generator=random)
-            sequences.append(continue_ids(teacher, first_B1.to(ids_NS.device), length, random))
+            first_B1 = first_B1.to(embedding.weight.device)
+            sequences.append(continue_ids(teacher, first_B1, length, random))
             listener.advance(rows)
         return torch.cat(sequences)
 

@@ -11,7 +11,7 @@ Idea
     through the roundings, but not through the clamp: a clipped weight stays, and moves z instead.
 
     E2E-QP freezes codes and zero points, and trains the scales of the whole model on the next
-    token.
+    token; of image-text pairs on the answers' tokens.
 
 Steps of `quantize_block` (Block-AP)
     1. Start: each linear gets its weights and its grids.
@@ -62,6 +62,7 @@ from ..kernels import bitpack
 from ..method import Flow, Job, Packed, Rewrite, State, Step
 from ..models.decoder import replace_module
 from ..models.residual_stream import RotatedStream, random_rotations, residual_of
+from ..models.sequences import Batch, Sequences
 from ..numerics.activations import pass_through, round_through
 from ..numerics.cholesky import prepare_hessian
 from ..numerics.coordinate_descent import Objective, refined
@@ -259,37 +260,31 @@ class EfficientQAT(OnUniformGrid):
         self,
         student: nn.Module,
         teacher: nn.Module,
-        ids_NS: Tensor,
+        data: Sequences,
         listener: PassListener,
         state: State,
     ) -> Packed:
         linears = scaled_linears(student, self, lambda packed: UniformLinear(packed, self))
-        steps = -(-self.tune_epochs * len(ids_NS) // self.tune_batch)
+        steps = -(-self.tune_epochs * len(data) // self.tune_batch)
         lr = self.tune_lr or self.published_lr
         schedule = Schedule(steps, self.tune_batch, lr, self.seed, warmup=WARMUP, clip=CLIP)
 
-        def loss_of(ids_BS: Tensor) -> Tensor:
-            student_BSV = logits(student, ids_BS)
+        def loss_of(batch: Batch) -> Tensor:
+            student_BPV = batch.to_learn(student)
             if not self.distill:
-                return F.cross_entropy(student_BSV[:, :-1].flatten(0, 1), ids_BS[:, 1:].flatten())
+                return F.cross_entropy(*batch.labelled(student_BPV))
             with torch.no_grad():
-                teacher_BSV = logits(teacher, ids_BS)
-            return divergence(student_BSV, teacher_BSV)
+                teacher_BPV = batch.to_learn(teacher)
+            return divergence(student_BPV, teacher_BPV)
 
-        schedule.run(list(linears.values()), loss_of, ids_NS, listener, state)
+        schedule.run(list(linears.values()), loss_of, data, listener, state)
         return {f"{name}.scale": linear.stored() for name, linear in linears.items()}
 
 
-def logits(model: Any, ids_BS: Tensor) -> Tensor:
-    """fp32 logits [B, S, V]."""
-    found: Tensor = model(input_ids=ids_BS, use_cache=False).logits.float()
-    return found
-
-
-def divergence(student_BSV: Tensor, teacher_BSV: Tensor) -> Tensor:
+def divergence(student_BPV: Tensor, teacher_BPV: Tensor) -> Tensor:
     """Mean KL divergence of the student's predictions from the teacher's, in nats per token."""
     student_TV, teacher_TV = (
-        part.log_softmax(-1).flatten(0, 1) for part in (student_BSV, teacher_BSV)
+        part.log_softmax(-1).flatten(0, 1) for part in (student_BPV, teacher_BPV)
     )
     return F.kl_div(student_TV, teacher_TV, reduction="batchmean", log_target=True)
 

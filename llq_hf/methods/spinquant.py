@@ -54,6 +54,7 @@ from ..common.progress import PassListener
 from ..method import Job, Method, Packed, Rewrite
 from ..models.decoder import decoder_of, quantizable
 from ..models.residual_stream import Residual, Rotate, RotatedStream, random_rotations, residual_of
+from ..models.sequences import Sequences
 from ..numerics.activations import OFF, Attention, TokenQuant, pass_through
 from ..numerics.cholesky import largest_first, prepare_hessian
 from ..numerics.error_feedback import solve
@@ -236,7 +237,7 @@ class SpinQuant(OnUniformGrid):
     def learn(
         self,
         model: nn.Module,
-        ids_NS: Tensor,
+        data: Sequences,
         attend: Callable[[nn.Module], Any],
         listener: PassListener,
     ) -> dict[str, Tensor]:
@@ -248,7 +249,7 @@ class SpinQuant(OnUniformGrid):
         """
         residual = residual_of(model)
         stream, heads = random_rotations(residual, self.seed)
-        device = ids_NS.device
+        device = next(model.parameters()).device
         eyes = [
             torch.eye(n, device=device) for n in (residual.width, *[residual.head_dim] * len(heads))
         ]
@@ -257,9 +258,9 @@ class SpinQuant(OnUniformGrid):
         losses = []
         listener.stage("learning rotations", self.learn_steps)
         for step in range(self.learn_steps):
-            rows = torch.arange(step * BATCH, (step + 1) * BATCH, device=device) % len(ids_NS)
+            rows = [(step * BATCH + i) % len(data) for i in range(BATCH)]
             with settled_attention(device):
-                loss, gradients = student.gradients(rotations, ids_NS[rows])
+                loss, gradients = student.gradients(rotations, data, rows)
             size = math.sqrt(sum(float(g.square().sum()) for g in gradients))
             rate = self.learn_rate * (1 + math.cos(math.pi * step / self.learn_steps)) / 2
             shrink = min(1.0, 1 / (size + 1e-6))  # as the authors' trainer, to norm 1
@@ -317,21 +318,24 @@ class _Student:
             model.get_submodule(name).register_forward_pre_hook(hook)
         attend(decoder_of(model)[1])
 
-    def gradients(self, rotations: list[Tensor], ids_BS: Tensor) -> tuple[float, list[Tensor]]:
-        """The mean next-token loss, and its gradient in each rotation."""
+    def gradients(
+        self, rotations: list[Tensor], data: Sequences, rows: list[int]
+    ) -> tuple[float, list[Tensor]]:
+        """The mean next-token loss of these sequences, and its gradient in each rotation."""
         leaves = [R.detach().requires_grad_() for R in rotations]
         turned = RotatedStream(self.residual, *_matrices(leaves), dtype=leaves[0].dtype)
         with torch.no_grad():
             weights = {name: self._weight(name, turned) for name in self.dense}
         weights = {name: weight.detach().requires_grad_() for name, weight in weights.items()}
         total = 0.0
+
+        def run(**options: Any) -> Any:
+            return torch.func.functional_call(self.model, weights, (), options, tie_weights=False)
+
         # One sequence at a time, because the logits are the largest tensor.
-        for ids_1S in torch.split(ids_BS, 1):
-            options = {"input_ids": ids_1S, "use_cache": False}
-            logits = torch.func.functional_call(
-                self.model, weights, (), options, tie_weights=False
-            ).logits
-            loss = nn.functional.cross_entropy(logits[0, :-1].float(), ids_1S[0, 1:]) / len(ids_BS)
+        for batch in data.batches(rows):
+            logits_1PV = batch.to_learn(self.model, run)
+            loss = nn.functional.cross_entropy(*batch.labelled(logits_1PV)) / len(rows)
             torch.autograd.backward(loss)
             total += loss.item()
         # Rotate once more, now with a graph: that of one tensor at a time fits into memory.

@@ -29,6 +29,7 @@ from ..common.progress import PassListener
 from ..method import BlockData, Method, State, Step
 from ..models.decoder import hidden_of as first_output
 from ..models.decoder import replace_module
+from ..models.sequences import Batch, Sequences
 from ..numerics.grids import grouped
 
 MODEL_TOKENS = 2048  # of one forward pass of the whole model, to bound the memory of its logits
@@ -168,26 +169,31 @@ class Schedule:
     warmup: float = 0.0
     clip: float = 0.0
 
-    def batches(self, ids_NS: Tensor) -> Iterator[Tensor]:
-        """Rows [B, S]. Each epoch has an order of its own, which is the same in every run."""
+    def rows(self, count: int) -> Iterator[list[int]]:
+        """Numbers of the sequences of each step, out of `count`.
+
+        Each epoch has an order of its own, which is the same in every run.
+        """
         random = torch.Generator().manual_seed(self.seed)
         rows = torch.empty(0, dtype=torch.long)
         for _ in range(self.steps):
             while len(rows) < self.batch:
-                rows = torch.cat([rows, torch.randperm(len(ids_NS), generator=random)])
-            yield ids_NS[rows[: self.batch].to(ids_NS.device)]
+                rows = torch.cat([rows, torch.randperm(count, generator=random)])
+            yield rows[: self.batch].tolist()
             rows = rows[self.batch :]
 
     def run(
         self,
         linears: Sequence[ScaledLinear],
-        loss_of: Callable[[Tensor], Tensor],
-        ids_NS: Tensor,
+        loss_of: Callable[[Batch], Tensor],
+        data: Sequences,
         listener: PassListener,
         state: State,
     ) -> None:
-        """Train the factors of `linears` by AdamW on loss_of(ids_BS), or resume an interrupted
+        """Train the factors of `linears` by AdamW on loss_of(batch), or resume an interrupted
         training. LLQError where a loss is not finite.
+
+        Every sequence of a step counts alike, however long it is.
         """
         factors = [linear.factor.requires_grad_(True) for linear in linears]
         optimizer = torch.optim.AdamW(factors, lr=self.lr, weight_decay=0.0)
@@ -198,15 +204,15 @@ class Schedule:
         done = 0 if saved is None else int(saved["step"])
         listener.stage("training the scales", self.steps)
         listener.advance(done)
-        for step, rows_BS in enumerate(self.batches(ids_NS)):
+        for step, rows in enumerate(self.rows(len(data))):
             if step < done:
                 continue
             optimizer.param_groups[0]["lr"] = self.lr * cosine(
                 step / self.steps, warmup=self.warmup
             )
             optimizer.zero_grad()
-            with settled_attention(rows_BS.device):
-                self._descend(step, rows_BS, loss_of)
+            with settled_attention(factors[0].device):
+                self._descend(step, rows, data, loss_of)
             if self.clip:
                 torch.nn.utils.clip_grad_norm_(factors, self.clip)
             optimizer.step()
@@ -216,9 +222,11 @@ class Schedule:
             if (step + 1) % SAVED_EVERY == 0 and step + 1 < self.steps:
                 state.save({"step": torch.tensor(step + 1), **trained.snapshot()})
 
-    def _descend(self, step: int, rows_BS: Tensor, loss_of: Callable[[Tensor], Tensor]) -> None:
-        for part_BS in torch.split(rows_BS, max(1, MODEL_TOKENS // rows_BS.shape[1])):
-            loss = loss_of(part_BS) * len(part_BS) / len(rows_BS)
+    def _descend(
+        self, step: int, rows: list[int], data: Sequences, loss_of: Callable[[Batch], Tensor]
+    ) -> None:
+        for batch in data.batches(rows, MODEL_TOKENS):
+            loss = loss_of(batch) * len(batch.ids_BS) / len(rows)
             if not torch.isfinite(loss):
                 raise LLQError(
                     f"the training loss is {float(loss)} in step {step}; give a smaller lr than "

@@ -108,20 +108,31 @@ def packed_of(model: torch.nn.Module) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize(
     ("name", "options"),
-    [("gptq", {}), ("awq", {"search_tokens": 64}), ("omniquant", {"epochs": 1}), ("spinquant", {})],
-    ids=["gptq", "awq", "omniquant", "spinquant"],
+    [
+        ("gptq", {"bits": 3}),
+        ("awq", {"bits": 3, "search_tokens": 64}),
+        ("omniquant", {"bits": 3, "epochs": 1}),
+        ("spinquant", {"bits": 3}),
+        ("spinquant", {"bits": 3, "rotations": "learned", "learn_steps": 2}),
+        ("efficient_qat", {"bits": 2, "batch": 1, "tune_batch": 2}),
+        ("efficient_qat", {"bits": 2, "preset": "best", "epochs": 1, "tune_epochs": 1}),
+        ("db_llm", {"bits": 2, "steps": 2}),
+        ("hybrid", {"bits": 3.5, "candidates": "rtn:2+rtn:3+rtn:4"}),
+        ("hybrid", {"bits": 3.5, "candidates": "rtn:2+rtn:4", "measured": False}),
+    ],
+    ids=str,
 )
 def test_from_files_as_in_memory(
     tiny_llava: Path, folder: Path, tmp_path: Path, name: str, options: dict
 ) -> None:
-    """Quantized, dense and paired streams; and another result than text gives."""
-    method = build(name, bits=3, **options)
+    """Quantized, dense and paired streams, and methods that learn on the whole model."""
+    method = build(name, **options)
     report = quantize_checkpoint(
         str(tiny_llava), tmp_path / "out", method, Calibration(str(folder), samples=5)
     )
     assert set(report["identity"]["calibration"]) == {"pairs_sha256", "samples", "tokens"}
     streamed = packed_of(model_of(tmp_path / "out"))
-    config = CONFIGS[name](bits=3, **options, calibration=str(folder), calibration_samples=5)
+    config = CONFIGS[name](**options, calibration=str(folder), calibration_samples=5)
     direct = packed_of(model_of(tiny_llava, quantization_config=config))
     assert all(torch.equal(tensor, direct[key]) for key, tensor in streamed.items())
 
@@ -243,8 +254,9 @@ def test_what_does_not_fit_is_refused(
     data = Calibration(str(folder), samples=5)
     with pytest.raises(LLQError, match="takes none; calibrate on text"):
         quantize_checkpoint(str(tiny_llama), tmp_path / "out", build("gptq"), data)
-    with pytest.raises(LLQError, match="db_llm trains the whole model, on token ids"):
-        quantize_checkpoint(str(tiny_llava), tmp_path / "out", build("db_llm", bits=2), data)
+    written = build("db_llm", bits=2, generated=4)
+    with pytest.raises(LLQError, match="db_llm with these options needs token ids; calibrate it"):
+        quantize_checkpoint(str(tiny_llava), tmp_path / "out", written, data)
     (tmp_path / "empty").mkdir()
     with pytest.raises(LLQError, match=r"holds 0 \.jsonl files"):
         quantize_checkpoint(

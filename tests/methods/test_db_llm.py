@@ -28,6 +28,7 @@ from llq_hf.kernels.bitpack import unpack
 from llq_hf.method import State, stored_bits
 from llq_hf.methods import build
 from llq_hf.methods.db_llm import DBLLM, DualLinear, continue_ids, planes
+from llq_hf.models.sequences import Batch, TextSequences
 
 FAST: dict[str, Any] = {"steps": 8, "group_size": 32, "batch": 2}
 
@@ -127,7 +128,7 @@ def test_the_loss_is_the_formula(dad: float, gamma: float, labels: bool):
     teacher, student = (torch.randn(2, 6, 9, generator=random) * 2 for _ in range(2))
     ids_BS = torch.randint(9, (2, 6), generator=random)
     method = DBLLM(dad=dad, gamma=gamma, labels=labels)
-    found = method._loss(Fixed(student), Fixed(teacher), ids_BS)
+    found = method._loss(Fixed(student), Fixed(teacher), Batch({"input_ids": ids_BS}))
     expected = [
         slow.dad_loss(
             teacher[b].tolist(), student[b].tolist(), ids_BS[b].tolist(), dad, gamma, labels
@@ -217,16 +218,14 @@ def packed_model(tiny_llama: Path, method: DBLLM) -> tuple[nn.Module, nn.Module]
 
 
 def test_a_stopped_training_goes_on_to_the_same_bits(tiny_llama: Path, calibration_ids: Tensor):
-    method = DBLLM(**{**FAST, "steps": 70})
-    whole = method.tune(
-        *packed_model(tiny_llama, method), calibration_ids, Progress(), SavedState()
-    )
+    method, data = DBLLM(**{**FAST, "steps": 70}), TextSequences(calibration_ids)
+    whole = method.tune(*packed_model(tiny_llama, method), data, Progress(), SavedState())
     state = SavedState(stop=2)
     with pytest.raises(KeyboardInterrupt):
-        method.tune(*packed_model(tiny_llama, method), calibration_ids, Progress(), state)
+        method.tune(*packed_model(tiny_llama, method), data, Progress(), state)
     assert state.saved is not None
     assert int(state.saved["step"]) == 64
-    resumed = method.tune(*packed_model(tiny_llama, method), calibration_ids, Progress(), state)
+    resumed = method.tune(*packed_model(tiny_llama, method), data, Progress(), state)
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 

@@ -18,6 +18,7 @@ from llq_hf.common.progress import PassListener
 from llq_hf.methods.hybrid.costs import Measured, Predicted, observe, output_gradients
 from llq_hf.methods.hybrid.knapsack import Option, knapsack
 from llq_hf.models.decoder import quantizable
+from llq_hf.models.sequences import TextSequences
 from llq_hf.numerics.stats import Hessian
 
 
@@ -77,7 +78,7 @@ def test_the_gradients_are_those_of_the_model_s_own_draws(
     model = AutoModelForCausalLM.from_pretrained(tiny_llama).eval()
     linears = quantizable(model)
     ids_NS = calibration_ids[:2, :6]
-    found = output_gradients(model, linears, ids_NS, 3, PassListener())
+    found = output_gradients(model, linears, TextSequences(ids_NS), 3, PassListener())
     name, random = "model.layers.0.mlp.up_proj", torch.Generator().manual_seed(3)
     model.requires_grad_(True)
     total_O = torch.zeros(linears[name].out_features)
@@ -103,15 +104,16 @@ def test_costs_are_the_divergence_measured_and_predicted(tiny_llama: Path, calib
     """
     model = AutoModelForCausalLM.from_pretrained(tiny_llama).eval()
     linears, listener = quantizable(model), PassListener()
+    data = TextSequences(calibration_ids)
     names = [
         f"model.layers.{layer}.{linear}"
         for layer in (0, 1)
         for linear in ("self_attn.o_proj", "mlp.down_proj")
     ]
     with torch.enable_grad():
-        predict = Predicted(model, linears, calibration_ids, 0, listener)
-    measure = Measured(model, calibration_ids, listener)
-    stats = observe(model, {name: [Hessian] for name in names}, calibration_ids, listener)
+        predict = Predicted(model, linears, data, 0, listener)
+    measure = Measured(model, data, listener)
+    stats = observe(model, {name: [Hessian] for name in names}, data, listener)
     before = model(calibration_ids).logits.log_softmax(-1)
     for scale, name in zip((0.01, 0.02, 0.04, 0.08), names, strict=True):
         weight_OI, random = linears[name].weight.clone(), torch.Generator().manual_seed(5)
@@ -135,4 +137,5 @@ def test_measuring_keeps_within_its_memory(
     model = AutoModelForCausalLM.from_pretrained(tiny_llama).eval()
     one = model(calibration_ids[:1]).logits.numel() * 4
     monkeypatch.setattr(Measured, "BYTES", 3 * one)
-    assert len(Measured(model, calibration_ids, PassListener()).sequences) == 3
+    measured = Measured(model, TextSequences(calibration_ids), PassListener())
+    assert len(measured.full) == 3

@@ -26,6 +26,7 @@ from llq_hf.layers.linear import QuantLinear
 from llq_hf.method import Job, stored_bits
 from llq_hf.methods import build
 from llq_hf.methods.spinquant import SpinQuant
+from llq_hf.models.sequences import TextSequences
 from llq_hf.numerics.rotations import hadamard
 from llq_hf.numerics.stats import Hessian
 
@@ -338,7 +339,8 @@ LEARNED: dict[str, Any] = {
 
 def learn(model: nn.Module, ids: Tensor, **options: Any) -> dict[str, Tensor]:
     method = build("spinquant", **{**LEARNED, **options})
-    return method.learn(copy.deepcopy(model), ids, lambda module: None, PassListener())
+    data = TextSequences(ids)
+    return method.learn(copy.deepcopy(model), data, lambda module: None, PassListener())
 
 
 @pytest.mark.parametrize("base", ["tiny_llama", "tiny_llama_tied"])
@@ -367,7 +369,7 @@ def test_the_gradient_of_a_rotation_is_that_of_the_loss(tiny_llama: Path, calibr
     method = build("spinquant", bits=8, a_bits=15)
     student = _Student(method, residual_of(model), model, lambda module: None)
     turns = [torch.eye(n, dtype=torch.float64) for n in (96, 16, 16)]
-    loss, gradients = student.gradients(turns, calibration_ids[:1])
+    loss, gradients = student.gradients(turns, TextSequences(calibration_ids), [0])
     # Without rounding the loss does not depend on rotations: all of the gradient is normal to the
     # manifold.
     for R, G in zip(turns, gradients, strict=True):
@@ -378,7 +380,9 @@ def test_the_gradient_of_a_rotation_is_that_of_the_loss(tiny_llama: Path, calibr
     other = [
         torch.linalg.qr(torch.randn(R.shape, dtype=R.dtype, generator=random))[0] for R in turns
     ]
-    assert student.gradients(other, calibration_ids[:1])[0] == pytest.approx(loss, rel=1e-3)
+    assert student.gradients(other, TextSequences(calibration_ids), [0])[0] == pytest.approx(
+        loss, rel=1e-3
+    )
 
 
 class Watch(Progress):

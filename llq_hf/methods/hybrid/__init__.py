@@ -58,6 +58,7 @@ from ...method import (
     stored_bits,
 )
 from ...models.decoder import input_groups, quantizable
+from ...models.sequences import Sequences
 from ...numerics.stats import Stat
 from .costs import Cost, Measured, Predicted, observe
 from .knapsack import Option, knapsack
@@ -222,13 +223,13 @@ class Hybrid(Method):
         return bool(self._candidates) and not self.allocation
 
     def learn(
-        self, model: nn.Module, ids_NS: Tensor, attend: Any, listener: PassListener
+        self, model: nn.Module, data: Sequences, attend: Any, listener: PassListener
     ) -> dict[str, Tensor]:
         """The index of the candidate for each linear that no rule names, by name."""
         # 1. Units: linears that share an input.
         linears = quantizable(model)
-        ids_NS = ids_NS[: self.samples]
-        groups = input_groups(model, ids_NS[:1, :8], {})
+        data = data.head(self.samples)
+        groups = input_groups(model, few_words(data), {})
         units = [
             [name for name in group if name in linears and self.spec(name) is None]
             for group in groups
@@ -237,12 +238,12 @@ class Hybrid(Method):
         # 2. The cost of each candidate for each unit.
         cost: Cost
         if self.measured:
-            cost = Measured(model, ids_NS, listener)
+            cost = Measured(model, data, listener)
         else:
-            cost = Predicted(model, linears, ids_NS, self.seed, listener)
+            cost = Predicted(model, linears, data, self.seed, listener)
         options: list[list[Option]] = []
         for part in split_by_memory(units, linears):
-            options += self._options(model, part, cost, ids_NS, listener)
+            options += self._options(model, part, cost, data, listener)
         # 3. The best combination within the bits that rules leave.
         pinned = sum(
             bits_of(self.for_linear(name), linear)
@@ -267,7 +268,7 @@ class Hybrid(Method):
         model: nn.Module,
         units: list[list[str]],
         cost: Cost,
-        ids_NS: Tensor,
+        data: Sequences,
         listener: PassListener,
     ) -> list[list[Option]]:
         """The options of each unit: one for each candidate, solved on statistics of the
@@ -277,7 +278,7 @@ class Hybrid(Method):
         kinds = {method.observes for method in methods if method.observes is not None}
         kinds |= {need for need in cost.needs if not any(issubclass(kind, need) for kind in kinds)}
         firsts = {unit[0]: sorted(kinds, key=lambda kind: kind.__name__) for unit in units}
-        stats = observe(model, firsts, ids_NS, listener)
+        stats = observe(model, firsts, data, listener)
         listener.stage("costs of the candidates", len(units) * len(methods))
         options: list[list[Option]] = []
         for unit in units:
@@ -315,6 +316,13 @@ def measure_option(
         restored[name] = own.dequantize(packed, *weight_OI.shape)
         bits += bits_of(own, linear)
     return Option(bits, cost(restored, stats))
+
+
+def few_words(data: Sequences) -> Tensor:
+    """The first tokens [1, 8] of text in the data: enough to see which linears share an input."""
+    batch = next(data.batches([0]))
+    words_1S = batch.ids_BS if batch.text_P is None else batch.ids_BS[:, batch.text_P]
+    return words_1S[:, :8]
 
 
 def bits_of(method: Method, linear: nn.Linear) -> int:

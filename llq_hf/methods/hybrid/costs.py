@@ -1,10 +1,11 @@
 """The cost of each choice for the whole model: measured, or predicted to second order.
 
-Legend: N sequences, S tokens each, V vocabulary, O out_features, I in_features.
+Legend: P positions of text in a sequence, V vocabulary, O out_features, I in_features.
 
 Definition
     The cost of a choice is the KL divergence of the model's predictions from full precision, in
-    nats per token, with that choice alone made. The costs of different linears are added up.
+    nats per token, with that choice alone made. The costs of different linears are added up. In
+    image-text pairs, the predictions at the visual tokens do not count.
 
 Measured
     `Measured` runs the model with the weights of the choice.
@@ -33,6 +34,7 @@ from torch import Tensor, nn
 
 from ...common.progress import PassListener
 from ...models.decoder import watch_inputs
+from ...models.sequences import Batch, Sequences
 from ...numerics.stats import Hessian, Stat
 from ..training import settled_attention
 
@@ -58,20 +60,22 @@ class Measured:
     needs: frozenset[type[Stat]] = frozenset()
 
     @torch.no_grad()
-    def __init__(self, model: Any, ids_NS: Tensor, listener: PassListener) -> None:
+    def __init__(self, model: Any, data: Sequences, listener: PassListener) -> None:
         self.model = model
-        listener.stage("predictions of full precision", len(ids_NS))
-        # Of each: ids [1, S] and log-probabilities [S, V].
-        self.sequences: list[tuple[Tensor, Tensor]] = []
-        for row_S in ids_NS:
-            self.sequences.append((row_S[None], self._predictions(row_S[None]).cpu()))
-            listener.advance(1)
-            if (len(self.sequences) + 1) * self.sequences[0][1].nbytes > self.BYTES:
+        self.data = data
+        self.full: list[Tensor] = []  # log-probabilities [P, V] of each sequence
+        held = 0
+        listener.stage("predictions of full precision", len(data))
+        for batch in data.batches(range(len(data))):
+            full_PV = self._predictions(batch).cpu()
+            held += full_PV.nbytes
+            if self.full and held > self.BYTES:
                 break
+            self.full.append(full_PV)
+            listener.advance(1)
 
-    def _predictions(self, ids_1S: Tensor) -> Tensor:
-        logits_SV: Tensor = self.model(input_ids=ids_1S, use_cache=False).logits[0]
-        return logits_SV.float().log_softmax(-1)
+    def _predictions(self, batch: Batch) -> Tensor:
+        return batch.on_text(self.model)[0].log_softmax(-1)
 
     @torch.no_grad()
     def __call__(self, restored: Mapping[str, Tensor], stats: Sequence[Stat]) -> float:
@@ -80,17 +84,18 @@ class Measured:
         try:
             for name, weight in weights.items():
                 weight.copy_(restored[name])
-            nats = [self._divergence(ids_1S, full_SV) for ids_1S, full_SV in self.sequences]
+            batches = self.data.batches(range(len(self.full)))
+            nats = [self._divergence(*each) for each in zip(batches, self.full, strict=True)]
         finally:
             for name, weight in weights.items():
                 weight.copy_(originals[name])
-        return sum(nats) / len(nats)
+        return sum(nats) / sum(map(len, self.full))
 
-    def _divergence(self, ids_1S: Tensor, full_SV: Tensor) -> float:
-        own_SV = self._predictions(ids_1S)
-        full_SV = full_SV.to(own_SV.device)
-        kl = nn.functional.kl_div(own_SV, full_SV, log_target=True, reduction="batchmean")
-        return float(kl)
+    def _divergence(self, batch: Batch, full_PV: Tensor) -> float:
+        """Nats of one sequence."""
+        own_PV = self._predictions(batch)
+        full_PV = full_PV.to(own_PV.device)
+        return float(nn.functional.kl_div(own_PV, full_PV, log_target=True, reduction="sum"))
 
 
 class Predicted:
@@ -102,13 +107,13 @@ class Predicted:
         self,
         model: Any,
         linears: dict[str, nn.Linear],
-        ids_NS: Tensor,
+        data: Sequences,
         seed: int,
         listener: PassListener,
     ) -> None:
         self.weights = {name: linear.weight.detach() for name, linear in linears.items()}
-        self.tokens = ids_NS.numel()
-        self.gamma = output_gradients(model, linears, ids_NS, seed, listener)
+        self.tokens = sum(data.lengths)
+        self.gamma = output_gradients(model, linears, data, seed, listener)
 
     @torch.no_grad()
     def __call__(self, restored: Mapping[str, Tensor], stats: Sequence[Stat]) -> float:
@@ -128,9 +133,12 @@ def loss_of_rounding(gamma_O: Tensor, Hbar_II: Tensor, error_OI: Tensor) -> floa
 
 
 def output_gradients(
-    model: Any, linears: dict[str, nn.Linear], ids_NS: Tensor, seed: int, listener: PassListener
+    model: Any, linears: dict[str, nn.Linear], data: Sequences, seed: int, listener: PassListener
 ) -> dict[str, Tensor]:
-    """Gamma [O] of each linear, from one forward and backward pass over the sequences."""
+    """Gamma [O] of each linear, from one forward and backward pass over the sequences.
+
+    It is a mean over the positions whose predictions count.
+    """
     gamma = {
         name: torch.zeros(linear.out_features, device=linear.weight.device)
         for name, linear in linears.items()
@@ -144,25 +152,28 @@ def output_gradients(
 
     model.requires_grad_(False)
     random = torch.Generator().manual_seed(seed)
-    listener.stage("gradients of the model's predictions", len(ids_NS))
-    with ExitStack() as hooks, torch.enable_grad(), settled_attention(ids_NS.device):
+    device = next(model.parameters()).device
+    listener.stage("gradients of the model's predictions", len(data))
+    predictions = 0
+    with ExitStack() as hooks, torch.enable_grad(), settled_attention(device):
         for name, linear in linears.items():
             hooks.enter_context(linear.register_full_backward_hook(partial(add, name)))
         hooks.enter_context(model.get_input_embeddings().register_forward_hook(require_grad))
-        for row_S in ids_NS:
-            logits_SV = model(input_ids=row_S[None], use_cache=False).logits[0].float()
-            drawn_S1 = torch.multinomial(logits_SV.detach().softmax(-1).cpu(), 1, generator=random)
+        for batch in data.batches(range(len(data))):
+            logits_PV = batch.on_text(model)[0]
+            drawn_P1 = torch.multinomial(logits_PV.detach().softmax(-1).cpu(), 1, generator=random)
             loss = nn.functional.cross_entropy(
-                logits_SV, drawn_S1[:, 0].to(logits_SV.device), reduction="sum"
+                logits_PV, drawn_P1[:, 0].to(device), reduction="sum"
             )
+            predictions += len(logits_PV)
             loss.backward()  # type: ignore[no-untyped-call]
             listener.advance(1)
-    return {name: sum_O / ids_NS.numel() for name, sum_O in gamma.items()}
+    return {name: sum_O / predictions for name, sum_O in gamma.items()}
 
 
 @torch.no_grad()
 def observe(
-    model: Any, wanted: Mapping[str, Sequence[type[Stat]]], ids_NS: Tensor, listener: PassListener
+    model: Any, wanted: Mapping[str, Sequence[type[Stat]]], data: Sequences, listener: PassListener
 ) -> dict[str, list[Stat]]:
     """Statistics of the inputs of linears in the full-precision model, by name.
 
@@ -180,9 +191,9 @@ def observe(
         for stat in gathered[name]:
             stat.update(x.flatten(0, -2), len(x))
 
-    listener.stage("statistics", len(ids_NS))
+    listener.stage("statistics", len(data))
     with watch_inputs(linears, update):
-        for row_S in ids_NS:
-            model(input_ids=row_S[None], use_cache=False)
+        for batch in data.batches(range(len(data))):
+            model(**batch.inputs, use_cache=False)
             listener.advance(1)
     return gathered
