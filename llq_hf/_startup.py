@@ -19,6 +19,27 @@ def _on_transformers(module: "ModuleType") -> None:
     import llq_hf.hosts.hf_quantizer  # noqa: F401 (registers itself as its last statement; a no-op while it is itself being imported)
 
 
+def _on_transformers_cache(module: "ModuleType") -> None:
+    # One more backend of QuantizedCache, so that generate(cache_implementation="quantized",
+    # cache_config={"backend": "llq", "nbits": 4}) finds it.
+    from functools import wraps
+
+    original = module.QuantizedCache.__init__
+
+    @wraps(original)
+    def __init__(self, backend, config, *args, **options):  # type: ignore[no-untyped-def]
+        if backend != "llq":
+            original(self, backend, config, *args, **options)
+            return
+        from llq_hf.layers.kv_cache import packed_layers
+
+        names = ("nbits", "axis_key", "axis_value", "q_group_size", "residual_length")
+        options.update(zip(names, args, strict=False))
+        module.Cache.__init__(self, layers=packed_layers(config, **options))
+
+    module.QuantizedCache.__init__ = __init__
+
+
 def _on_lm_eval_models(module: "ModuleType") -> None:
     # After lm_eval.models ran: it is imported only while the registry is empty, so registering
     # earlier hides the rest.
@@ -150,6 +171,7 @@ def lmms_eval_models():  # type: ignore[no-untyped-def]
 
 HOOKS = {
     "transformers.quantizers.auto": _on_transformers,
+    "transformers.cache_utils": _on_transformers_cache,
     "transformers.integrations.peft": _on_transformers_peft,
     "peft.peft_model": _on_peft,
     "peft.tuners.tuners_utils": _on_peft_tuners,

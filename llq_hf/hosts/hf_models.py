@@ -21,6 +21,7 @@ from ..common.errors import LLQError
 from ..common.files import read_json, write_json
 from ..data.calibration import CalibrationOptions
 from ..demo import resolve
+from ..layers.kv_cache import generate_packed
 from ..methods import METHODS, method_type
 from ..publish.hub import prepare_upload, push
 from .hf_quantizer import CONFIGS, LLQConfig, check_quantized
@@ -33,12 +34,17 @@ class _Quantized:
 
     @classmethod
     def from_pretrained(
-        cls, model: str | Path, *args: Any, method: str | None = None, **kwargs: Any
+        cls,
+        model: str | Path,
+        *args: Any,
+        method: str | None = None,
+        kv_cache_bits: int | None = None,
+        **kwargs: Any,
     ) -> Any:
         """Load `model`: a folder, a Hub id, or the name of a bundled model.
 
         `method` and its options (those of the method's config type) quantize a dense model on
-        loading.
+        loading. kv_cache_bits: `generate` keeps keys and values in so many bits.
         """
         calibration = {key for key in kwargs if key.startswith("calibration")}
         CalibrationOptions.split({key: kwargs[key] for key in calibration})
@@ -61,7 +67,11 @@ class _Quantized:
             check_quickly(
                 Path(folder)
             )  # before transformers fails somewhere inside for an edited field
-        return super().from_pretrained(folder, *args, **kwargs)  # type: ignore[misc]
+        found = super().from_pretrained(folder, *args, **kwargs)  # type: ignore[misc]
+        if kv_cache_bits is not None:
+            loaded: Any = found[0] if isinstance(found, tuple) else found  # with loading info
+            generate_packed(loaded, kv_cache_bits)
+        return found
 
     def save_pretrained(
         self, save_directory: Any, *args: Any, push_to_hub: bool = False, **kwargs: Any

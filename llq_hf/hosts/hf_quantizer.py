@@ -35,6 +35,7 @@ from ..data.calibration import Calibration, CalibrationOptions
 from ..engine.in_memory import quantize_model
 from ..engine.prepare import calibration_data
 from ..engine.whole_model import resolve_method
+from ..layers import kv_cache
 from ..layers.attention import install
 from ..layers.linear import QuantLinear, check_finite, check_linears
 from ..method import Method, stored_bits
@@ -334,9 +335,12 @@ _register()
 
 def described(model: nn.Module) -> dict[str, Any]:
     """What results say about the model that was really scored: method, options, bits, ..."""
+    cache = kv_cache.described(model)
+    cached = {} if cache is None else {"kv_cache": cache}
     config = getattr(model.config, "quantization_config", None)
     if not isinstance(config, LLQConfig):
-        return {"method": "none"}
+        return {"method": "none", **cached}
+    attention = config.method.attention
     linears = [module for module in model.modules() if isinstance(module, QuantLinear)]
     weights = sum(linear.in_features * linear.out_features for linear in linears)
     bits = sum(
@@ -353,4 +357,6 @@ def described(model: nn.Module) -> dict[str, Any]:
         "quantized_linears": len(linears),
         "calibration": config.calibration_used,
         "fingerprint": config.fingerprint,
+        **({} if attention is None else {"attention": attention.described}),
+        **cached,
     }

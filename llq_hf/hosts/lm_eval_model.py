@@ -25,6 +25,8 @@ from lm_eval.models.huggingface import HFLM
 from ..checkpoints.adapter import base_of, is_adapter
 from ..checkpoints.dense import fetch
 from ..checkpoints.packed import named_base
+from ..common.errors import LLQError
+from ..layers.kv_cache import generate_packed
 from ..models.load import auto_class, takes_images
 from .hf_quantizer import check_quantized, described
 from .model_args import ModelArgs
@@ -52,6 +54,16 @@ class LLQLM(HFLM):  # type: ignore[misc]
             self._world_size = accelerator.num_processes
         if loadable.quantized:
             check_quantized(self.model)
+        if asked.kv_cache_bits is not None:
+            generate_packed(self.model, asked.kv_cache_bits)
+
+    def _check_no_cache(self, requests: str) -> None:
+        """LLQError where a packed cache was asked for, and there would be none."""
+        if self._asked.kv_cache_bits is not None:
+            raise LLQError(
+                f"kv_cache_bits={self._asked.kv_cache_bits} serves tasks that generate; requests of"
+                f" the kind {requests} run each text at once, without a cache: leave it out"
+            )
 
     def _get_backend(self, config: Any, backend: Any = "default", **kwargs: Any) -> None:
         """lm-eval takes only models of AutoModelForCausalLM as causal; a vision-language model is
@@ -73,6 +85,22 @@ class LLQLM(HFLM):  # type: ignore[misc]
             from peft import PeftModel
 
             self._model: Any = PeftModel.from_pretrained(self._model, peft)
+
+    def loglikelihood(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
+        self._check_no_cache("loglikelihood")
+        return super().loglikelihood(requests, *args, **kwargs)
+
+    def loglikelihood_rolling(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
+        self._check_no_cache("loglikelihood_rolling")
+        return super().loglikelihood_rolling(requests, *args, **kwargs)
+
+    def llq_windows_nll(self, requests: Any) -> Any:
+        self._check_no_cache("llq_windows_nll")
+        return super().llq_windows_nll(requests)
+
+    def llq_windows_kl(self, requests: Any) -> Any:
+        self._check_no_cache("llq_windows_kl")
+        return super().llq_windows_kl(requests)
 
     def llq_base(self) -> str | None:
         """The folder of the full-precision model that `llq_kl` compares with: "" where that is the

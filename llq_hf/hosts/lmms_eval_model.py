@@ -38,6 +38,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from ..common.errors import LLQError
 from ..common.machine import usable_device
 from ..common.words import one_line
+from ..layers.kv_cache import generate_packed
 from ..models.vision import Prompt, VisionModel, truncated_images_refused
 from .hf_quantizer import check_quantized, described
 from .model_args import ModelArgs
@@ -72,6 +73,8 @@ class LLQ(lmms):  # type: ignore[misc]
         self.vision = VisionModel.load(loadable.path, loadable.revision, device, dtype)
         if loadable.quantized:
             check_quantized(self.vision.model)
+        if asked.kv_cache_bits is not None:
+            generate_packed(self.vision.model, asked.kv_cache_bits)
         self.batch_size = _batch_size(host.get("batch_size"))
         self.text_only = bool(host.get("text_only", False))
         self.asked_as_text = 0

@@ -45,6 +45,7 @@ class ModelArgs:
     base: str | None = None  # the full-precision model that `llq_kl` compares with
     method: str | None = None
     preset: str = "study"
+    kv_cache_bits: int | None = None  # of a packed cache of keys and values, in generation
     calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
     offload: str | None = None
     cache_dir: str | None = None

@@ -17,7 +17,7 @@ Steps of `quantize`, on the rotated weights
     5. Solve: GPTQ's error feedback, or rounding to nearest (solver "rtn").
 
     With a_bits < 16 the inputs of all linears are quantized token by token at run time, with
-    kv_bits < 16 also keys and values.
+    kv_bits < 16 also keys and values (simulated: the cache itself stays as large as it is).
 
 Storage (no rotation is stored; tied heads get a matrix of their own)
     name    shape                 dtype   bits per weight
@@ -72,10 +72,11 @@ BATCH = 8  # sequences per learning step
 
 @dataclass(frozen=True, kw_only=True)
 class SpinQuant(OnUniformGrid):
-    """a_bits, kv_bits: 16 is not quantized. key_heads: a grid per head of a key, as values have.
-    solver: gptq or rtn. levels: absmax, full or halves (see `Uniform`). w_clip: search each range.
-    rotations: hadamard or learned. r4: rotate the input of down_proj. head_dim: 0 is filled in from
-    the model.
+    """a_bits, kv_bits: 16 is not quantized. kv_bits is simulated: keys and values are rounded where
+    attention reads them, and the cache keeps the model's dtype. key_heads: a grid per head of a
+    key, as values have. solver: gptq or rtn. levels: absmax, full or halves (see `Uniform`).
+    w_clip: search each range. rotations: hadamard or learned. r4: rotate the input of down_proj.
+    head_dim: 0 is filled in from the model.
     """
 
     name: ClassVar[str] = "spinquant"

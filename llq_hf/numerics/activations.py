@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -143,8 +144,9 @@ def _token_grid(bits: int, size: int) -> TokenGrid:
 class Attention:
     """How queries, keys and values are quantized after the rotary embedding; None: not at all.
 
-    Groups run along head_dim. Keys and values are quantized where attention reads them, cached or
-    not. So results are those of a low-bit cache, but the cache itself keeps the model's dtype.
+    Groups run along head_dim. This simulates a low-bit cache: keys and values are rounded where
+    attention reads them, cached or not, and the cache itself keeps the model's dtype. The cache
+    that saves memory is layers/kv_cache.py.
     """
 
     query: TokenQuant | None = None
@@ -153,6 +155,13 @@ class Attention:
     joint_key: bool = False  # the heads of a key token share one grid, instead of one each
     # Queries and keys are rotated first. Scores stay the same, and keys lose their outliers.
     hadamard: bool = False
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """What results say about it."""
+        quants = {"query": self.query, "key": self.key, "value": self.value}
+        bits = {f"{name}_bits": q.bits for name, q in quants.items() if q is not None and q.on}
+        return {"simulated": True, **bits}
 
     def transform(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The three tensors [B, heads, S, head_dim] as the attention function should get them."""

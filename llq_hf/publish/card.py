@@ -124,6 +124,7 @@ def make_card(
         results=scored,
         harness=" and ".join(sorted({each.harness for each in scored})),
         activations=not method.weight_only,
+        attention=_attention(method),
         license=licence.get("license"),
         license_name=licence.get("license_name"),
         license_files=", ".join(map(markdown_code, texts)),
@@ -146,10 +147,22 @@ def _is_repo(name: str) -> bool:
     return "/" in name
 
 
+def _attention(method: Method) -> str:
+    """What is rounded where attention reads it, for people; "" where nothing is."""
+    if method.attention is None:
+        return ""
+    bits = {name: value for name, value in method.attention.described.items() if "_bits" in name}
+    return ", ".join(f"{name.removesuffix('_bits')} {value:g} bits" for name, value in bits.items())
+
+
 def _calibration(used: dict[str, Any] | None, drawn: dict[str, Any] | None) -> str:
     if used is None:
         return "none: the method needs no data"
     source = f"{markdown_code(drawn['source'])}, seed {drawn['seed']}, " if drawn else ""
+    if "pairs_sha256" in used:
+        pairs = markdown_code(used["pairs_sha256"][:16])
+        size = f"{used['samples']} image-text pairs, {used['tokens']} tokens (sha256 "
+        return source + markdown(size) + f"{pairs})"
     ids = markdown_code(used["ids_sha256"][:16])
     return (
         source + markdown(f"{used['samples']} x {used['seqlen']} tokens (ids sha256 ") + f"{ids})"

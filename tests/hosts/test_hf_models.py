@@ -17,6 +17,7 @@ from transformers import (
 from llq_hf import LLQError, QuantizedLlama, QuantizedLlavaNext, RTNConfig
 from llq_hf.checkpoints.format import HASHES
 from llq_hf.hosts.hf_quantizer import check_quantized
+from llq_hf.layers.kv_cache import PackedLayer
 
 
 @pytest.fixture
@@ -41,6 +42,19 @@ def test_quantizes_saves_and_loads(model: QuantizedLlama, tmp_path: Path) -> Non
 def test_generates(model: QuantizedLlama) -> None:
     out = model.generate(torch.arange(4)[None], max_new_tokens=5, do_sample=False)
     assert out.shape[1] <= 9
+
+
+def test_generates_with_a_packed_cache(tiny_llama: Path, tmp_path: Path) -> None:
+    """It goes into generation_config.json, so the auto class generates with it, too."""
+    own = QuantizedLlama.from_pretrained(tiny_llama, method="rtn", bits=4, kv_cache_bits=4)
+    own.save_pretrained(tmp_path)
+    options = {"max_new_tokens": 5, "do_sample": False, "return_dict_in_generate": True}
+    for each in (own, AutoModelForCausalLM.from_pretrained(tmp_path)):
+        cache = each.generate(torch.arange(4)[None], **options).past_key_values
+        assert {type(layer) for layer in cache.layers} == {PackedLayer}
+        assert cache.layers[0].nbits == 4
+    with pytest.raises(LLQError, match="a cache of 1 bits is outside"):
+        QuantizedLlama.from_pretrained(tmp_path, kv_cache_bits=1)
 
 
 def test_pushes_what_it_saves(

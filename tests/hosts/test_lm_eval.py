@@ -10,15 +10,18 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from lm_eval.api.instance import Instance
 
 from llq_hf import Calibration, LLQError, QuantizedLlama, build
 from llq_hf.checkpoints.inspection import inspect_checkpoint
 from llq_hf.engine.execute import quantize_checkpoint
 from llq_hf.hosts.hf_quantizer import check_quantized, count_quantized
 from llq_hf.hosts.lm_eval_model import LLQLM
+from llq_hf.layers.kv_cache import PackedLayer
 
 
 @pytest.fixture
@@ -57,6 +60,43 @@ def test_method_none_is_the_baseline(tiny_llama: Path, options: dict) -> None:
     model = LLQLM(pretrained=str(tiny_llama), method="none", **options)
     assert model.get_model_info()["llq"] == {"method": "none"}
     assert not any("Quant" in type(module).__name__ for module in model.model.modules())
+
+
+def test_generation_with_a_packed_cache(tiny_llama: Path, options: dict) -> None:
+    """kv_cache_bits: the cache of every generation, which results name; other requests have no
+    cache, and are refused.
+    """
+    asked = {"pretrained": str(tiny_llama), "method": "none", **options}
+    lm = LLQLM.create_from_arg_obj({**asked, "kv_cache_bits": 4})
+    said = {"nbits": 4, "q_group_size": 32, "residual_length": 128}
+    assert lm.get_model_info()["llq"] == {"method": "none", "kv_cache": said}
+    caches: list[Any] = []
+    own = lm.model.generate
+
+    def generate(**given: Any) -> torch.Tensor:
+        out = own(**given, return_dict_in_generate=True)
+        caches.append(out.past_key_values)
+        return out.sequences
+
+    lm.model.generate = generate
+    request = Instance("generate_until", {}, ("the fox", {"until": ["!"], "max_gen_toks": 4}), 0)
+    assert len(lm.generate_until([request])) == 1
+    assert [type(layer) for layer in caches[0].layers] == [PackedLayer, PackedLayer]
+    assert caches[0].layers[0].nbits == 4
+    for kind in ("loglikelihood", "loglikelihood_rolling", "llq_windows_nll", "llq_windows_kl"):
+        with pytest.raises(LLQError, match=f"kv_cache_bits=4 serves tasks that generate; .*{kind}"):
+            getattr(lm, kind)([])
+    with pytest.raises(LLQError, match="a cache of 9 bits is outside"):
+        LLQLM(**asked, kv_cache_bits=9)
+
+
+def test_a_simulated_cache_is_called_so(tiny_llama: Path, options: dict) -> None:
+    lm = LLQLM(
+        pretrained=str(tiny_llama), method="spinquant", bits=4, kv_bits=4, solver="rtn", **options
+    )
+    info = lm.get_model_info()["llq"]
+    assert info["attention"] == {"simulated": True, "key_bits": 4, "value_bits": 4}
+    assert "kv_cache" not in info
 
 
 def test_none_in_a_string_of_model_args_is_the_baseline(tiny_llama: Path) -> None:

@@ -77,6 +77,20 @@ def test_batches_answer_as_single_questions_do(llq: Callable[..., Any]) -> None:
     assert len(set(alone)) > 1
 
 
+def test_answers_with_a_packed_cache(llq: Callable[..., Any]) -> None:
+    """Which results name."""
+    model = llq(ROWS, kv_cache_bits=2)
+    seen: list[Any] = []
+
+    def see(module: Any, args: Any, given: dict[str, Any]) -> None:
+        seen.append(given["past_key_values"].layers)
+
+    model.vision.model.register_forward_pre_hook(see, with_kwargs=True)
+    model.generate_until([request(0)])
+    assert {type(layer).__name__ for layers in seen for layer in layers} == {"PackedLayer"}
+    assert model.llq()["kv_cache"]["nbits"] == 2
+
+
 def test_answers_stop_where_the_task_says(llq: Callable[..., Any]) -> None:
     model = llq(ROWS)
     (whole,) = model.generate_until([request(0)])

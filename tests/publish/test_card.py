@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
+from PIL import Image
 
 from llq_hf.checkpoints.inspection import inspect_checkpoint
 from llq_hf.common.errors import LLQError
@@ -112,6 +113,31 @@ def test_the_card_says_what_the_files_say(packed):
     )
     assert "Nothing was measured yet" in text
     assert str(packed.parent) not in text  # nothing of this machine
+
+
+def test_a_simulated_cache_is_called_so(packed, tiny_llama, tmp_path):
+    method = build("spinquant", bits=4, kv_bits=4, solver="rtn")
+    quantize_checkpoint(str(tiny_llama), tmp_path / "out", method, Calibration("demo"))
+    text = str(make_card(tmp_path / "out"))
+    assert "key/value cache is simulated (key 4 bits, value 4 bits where attention reads" in text
+    assert "simulated" not in str(make_card(packed))
+
+
+def test_calibration_on_pairs_is_described(tiny_llava, tmp_path):
+    (tmp_path / "pairs").mkdir()
+    Image.new("RGB", (30, 40), (200, 30, 30)).save(tmp_path / "pairs" / "red.png")
+    (tmp_path / "pairs" / "about.jsonl").write_text('{"image": "red.png", "text": "a red fox"}')
+    report = quantize_checkpoint(
+        str(tiny_llava),
+        tmp_path / "out",
+        build("gptq", bits=4),
+        Calibration(str(tmp_path / "pairs"), samples=1),
+    )
+    used = report["identity"]["calibration"]
+    text = str(make_card(tmp_path / "out"))
+    assert f"text pairs, {used['tokens']} tokens" in text
+    assert f"`{used['pairs_sha256'][:16]}`" in text
+    assert "--calibration-samples 1" in text
 
 
 def test_the_licence_is_the_bases(packed):
