@@ -1,17 +1,19 @@
 """A cache of keys and values in 2 to 8 bits a number, on transformers' interface of quantized
 caches. It takes that much memory; nothing is simulated.
 
-Legend: B sequences, H heads, S tokens, D head_dim, g channels that share a range, G ranges of a
-token (of all its heads), W int32 words.
+Legend: B sequences, H heads, S tokens, R of them recent, D head_dim, C = H D channels of a token, g
+channels that share a range, G = C / g ranges, W int32 words.
 
-Storage, for keys and for values
-    name    shape      dtype   bits per number
-    words   [B, S, W]  int32   bits (kernels/bitpack.py)
-    low     [B, S, G]  fp16    16 / g
-    scale   [B, S, G]  fp16    16 / g
+Storage, for keys and for values: one int32 tensor [B, S, W + G]; a token holds
+    codes   W int32    bits a number (kernels/bitpack.py)
+    low     G fp16     16 / g
+    scale   G fp16     16 / g
 
     Each token has a range of its own for every g channels of a head, from the least number to the
     largest: x^ = low + scale * code. Codes are chosen for low and scale as they are stored.
+
+    A few channels of keys are far larger than the others, in every token. So each head of a key is
+    turned by a Hadamard transform first, which spreads them, and turned back when it is read.
 
 Window
     The newest tokens stay as they are, as in transformers' `QuantizedLayer`: a prompt is quantized
@@ -25,64 +27,100 @@ When attention reads a layer, that layer alone is decoded into the model's dtype
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer, QuantizedLayer
 
 from ..common.errors import LLQError
-from ..kernels.bitpack import pack, unpack
+from ..kernels.bitpack import pack, packed_words, unpack
+from ..numerics.rotations import hadamard
 
 BACKEND = "llq"  # its name in a `cache_config` of transformers
 OPTIONS = ("nbits", "q_group_size", "residual_length")  # by transformers' names
 WIDTHS = range(2, 9)
+KEYS, VALUES = 0, 1  # what transformers' interface calls `axis`: which of the two is packed
+AT_ONCE = {False: 2**17, True: 2**22}  # numbers that are decoded at once: on a CPU, on a GPU
 _TINY_SCALE = 2.0**-24  # the smallest fp16 above zero
 
 
-class Codes(NamedTuple):
-    """Tokens in few bits; see the head of the file."""
+@dataclass(frozen=True)
+class Packing:
+    """How the tokens of H heads of D channels are packed; see the head of the file.
 
-    words: Tensor
-    low: Tensor
-    scale: Tensor
-
-    def each(self, change: Callable[[Tensor], Tensor]) -> Codes:
-        """The same change of all three tensors, which begin with the axes [B, S]."""
-        return Codes(*map(change, self))
-
-    def then(self, later: Codes) -> Codes:
-        """These tokens, and later ones behind them."""
-        return Codes(*(torch.cat(pair, dim=1) for pair in zip(self, later, strict=True)))
-
-
-def encode(x_BHSD: Tensor, bits: int, group: int) -> Codes:
-    """Round to codes, in fp32."""
-    B, H, S, D = x_BHSD.shape
-    x_BSGg = x_BHSD.transpose(1, 2).float().reshape(B, S, H * D // group, group)
-    low_BSG, high_BSG = x_BSGg.aminmax(dim=-1)
-    levels = 2**bits - 1
-    low_BSG = low_BSG.half()
-    scale_BSG = ((high_BSG - low_BSG.float()) / levels).half().clamp_min(_TINY_SCALE)
-    codes_BSGg = ((x_BSGg - low_BSG[..., None].float()) / scale_BSG[..., None].float()).round()
-    # What is not a number stays so by its range.
-    bytes_BSC = codes_BSGg.nan_to_num(0).clamp(0, levels).flatten(2).to(torch.uint8)
-    return Codes(pack(bytes_BSC, bits), low_BSG, scale_BSG)
-
-
-def decode(codes: Codes, bits: int, recent_BHRD: Tensor) -> Tensor:
-    """All tokens [B, H, S + R, D]: S that the codes stand for, computed in fp32, and R recent ones
-    as they are, in whose dtype it is.
+    group: channels that share a range, a divisor of D. turned: by a Hadamard transform.
     """
-    B, S, ranges = codes.low.shape
-    _, H, R, D = recent_BHRD.shape
-    all_BTHD = recent_BHRD.new_empty(B, S + R, H, D)
-    all_BTHD[:, S:] = recent_BHRD.transpose(1, 2)
-    codes_BSGg = unpack(codes.words, bits, H * D).view(B, S, ranges, H * D // ranges)
-    all_BTHD[:, :S] = torch.addcmul(
-        codes.low[..., None].float(), codes.scale[..., None].float(), codes_BSGg.float()
-    ).view(B, S, H, D)
-    return all_BTHD.transpose(1, 2)
+
+    bits: int
+    heads: int
+    width: int
+    group: int
+    turned: bool
+
+    @classmethod
+    def of(cls, x_BHSD: Tensor, bits: int, most: int, turned: bool) -> Packing:
+        """For tokens like these, with at most `most` channels in a group."""
+        _, heads, _, width = x_BHSD.shape
+        sizes = (size for size in range(1, min(most, width) + 1) if width % size == 0)
+        return cls(bits, heads, width, max(sizes), turned)
+
+    @property
+    def channels(self) -> int:
+        """Of all heads together."""
+        return self.heads * self.width
+
+    def encode(self, x_BHSD: Tensor) -> Tensor:
+        """int32 [B, S, W + G] of tokens, rounded in fp32."""
+        B, _, S, _ = x_BHSD.shape
+        shape = (B, S, self.channels // self.group, self.group)
+        x_BSHD = x_BHSD.transpose(1, 2).float()
+        if self.turned:
+            x_BSHD = x_BSHD @ _turn(self.width, x_BSHD.device)
+        x_BSGg = x_BSHD.reshape(shape)
+        low_BSG, high_BSG = x_BSGg.aminmax(dim=-1)
+        levels = 2**self.bits - 1
+        low_BSG = low_BSG.half()
+        scale_BSG = ((high_BSG - low_BSG.float()) / levels).half().clamp_min(_TINY_SCALE)
+        codes_BSGg = ((x_BSGg - low_BSG[..., None].float()) / scale_BSG[..., None].float()).round()
+        # What is not a number stays so by its range.
+        codes_BSC = codes_BSGg.nan_to_num(0).clamp(0, levels).flatten(2).to(torch.uint8)
+        ranges_BSG = torch.cat([low_BSG, scale_BSG], dim=-1).view(torch.int32)
+        return torch.cat([pack(codes_BSC, self.bits), ranges_BSG], dim=-1)
+
+    def decode(self, packed_BSW: Tensor, recent_BHRD: Tensor) -> Tensor:
+        """All tokens [B, H, S + R, D] in the dtype of the R recent ones, which are as they are; the
+        S packed ones are computed in fp32.
+        """
+        B, S, _ = packed_BSW.shape
+        all_BTHD = recent_BHRD.new_empty(B, S + recent_BHRD.shape[2], self.heads, self.width)
+        all_BTHD[:, S:] = recent_BHRD.transpose(1, 2)
+        # A part at a time, so that there is no second layer of numbers in fp32.
+        size = max(1, AT_ONCE[recent_BHRD.is_cuda] // (B * self.channels))
+        for start in range(0, S, size):
+            part_BSHD = self._numbers(packed_BSW[:, start : start + size])
+            all_BTHD[:, start : start + part_BSHD.shape[1]] = part_BSHD
+        return all_BTHD.transpose(1, 2)
+
+    def _numbers(self, packed_BSW: Tensor) -> Tensor:
+        """fp32 [B, S, H, D]."""
+        B, S, _ = packed_BSW.shape
+        words = packed_words(self.channels, self.bits)
+        low_BSG, scale_BSG = packed_BSW[..., words:].view(torch.float16).chunk(2, dim=-1)
+        codes_BSC = unpack(packed_BSW[..., :words], self.bits, self.channels)
+        x_BSGg = codes_BSC.float().view(B, S, -1, self.group)
+        x_BSGg.mul_(scale_BSG[..., None]).add_(low_BSG[..., None])
+        x_BSHD = x_BSGg.view(B, S, self.heads, self.width)
+        return x_BSHD @ _turn(self.width, x_BSHD.device).T if self.turned else x_BSHD
+
+
+@lru_cache(maxsize=8)
+@torch.inference_mode(False)
+def _turn(width: int, device: torch.device) -> Tensor:
+    """The transform of a head as a matrix, fp32 [D, D]: one product is faster than its steps."""
+    return hadamard(width, device).apply(torch.eye(width, device=device))
 
 
 class PackedLayer(QuantizedLayer):  # type: ignore[misc]
@@ -94,11 +132,11 @@ class PackedLayer(QuantizedLayer):  # type: ignore[misc]
 
     keys: Any  # [B, H, R, D], the newest tokens
     values: Any
-    _quantized_keys: Any  # `Codes` of those before
+    _quantized_keys: Any  # int32 [B, S, W + G], those before
     _quantized_values: Any
     cumulative_length: int
 
-    def __init__(self, nbits: int = 4, q_group_size: int = 32, residual_length: int = 128) -> None:
+    def __init__(self, nbits: int = 4, q_group_size: int = 64, residual_length: int = 128) -> None:
         if nbits not in WIDTHS:
             raise LLQError(f"a cache of {nbits!r} bits is outside {WIDTHS[0]}..{WIDTHS[-1]}")
         for name, value in (("q_group_size", q_group_size), ("residual_length", residual_length)):
@@ -109,8 +147,8 @@ class PackedLayer(QuantizedLayer):  # type: ignore[misc]
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
         self.keys, self.values = _none_of(key_states), _none_of(value_states)
-        self._quantized_keys = self._quantize(self.keys)
-        self._quantized_values = self._quantize(self.values)
+        self._quantized_keys = self._quantize(self.keys, KEYS)
+        self._quantized_values = self._quantize(self.values, VALUES)
         self.is_initialized = True
 
     def update(
@@ -124,38 +162,41 @@ class PackedLayer(QuantizedLayer):  # type: ignore[misc]
         self.keys = torch.cat([self.keys, key_states], dim=-2)
         self.values = torch.cat([self.values, value_states], dim=-2)
         read = (
-            self._read(self._quantized_keys, self.keys),
-            self._read(self._quantized_values, self.values),
+            self._dequantize(self._quantized_keys, self.keys, KEYS),
+            self._dequantize(self._quantized_values, self.values, VALUES),
         )
         if is_prompt or self.keys.shape[-2] >= self.residual_length:
-            self._quantized_keys = self._quantized_keys.then(self._quantize(self.keys))
-            self._quantized_values = self._quantized_values.then(self._quantize(self.values))
+            self._quantized_keys = self._moved(self._quantized_keys, self.keys, KEYS)
+            self._quantized_values = self._moved(self._quantized_values, self.values, VALUES)
             self.keys, self.values = _none_of(self.keys), _none_of(self.values)
         return read
 
-    def _read(self, codes: Codes, recent_BHSD: Tensor) -> Tensor:
-        return self._dequantize(codes, recent_BHSD) if codes.low.shape[1] else recent_BHSD
+    def _packing(self, like_BHSD: Tensor, axis: int) -> Packing:
+        return Packing.of(like_BHSD, self.nbits, self.q_group_size, turned=axis == KEYS)
 
-    def _quantize(self, tensor: Tensor, axis: int = 0) -> Codes:
-        width = tensor.shape[-1]
-        fitting = [size for size in range(1, width + 1) if width % size == 0]
-        group = max(size for size in fitting if size <= self.q_group_size)
-        return encode(tensor, self.nbits, group)
+    def _quantize(self, tensor: Tensor, axis: int) -> Tensor:
+        return self._packing(tensor, axis).encode(tensor)
 
-    def _dequantize(self, codes: Codes, recent_BHSD: Tensor) -> Tensor:
-        return decode(codes, self.nbits, recent_BHSD)
+    def _dequantize(self, packed_BSW: Tensor, recent_BHRD: Tensor, axis: int) -> Tensor:
+        """All tokens that a layer holds, as attention should read them."""
+        if packed_BSW.shape[1] == 0:
+            return recent_BHRD
+        return self._packing(recent_BHRD, axis).decode(packed_BSW, recent_BHRD)
+
+    def _moved(self, packed_BSW: Tensor, recent_BHRD: Tensor, axis: int) -> Tensor:
+        """The packed tokens, and the recent ones packed behind them."""
+        return torch.cat([packed_BSW, self._quantize(recent_BHRD, axis)], dim=1)
 
     # --- sequences and tokens that change places, or go -------------------------------------------
 
     def _change(
-        self, of_codes: Callable[[Tensor], Tensor], of_states: Callable[[Tensor], Tensor]
+        self, of_packed: Callable[[Tensor], Tensor], of_recent: Callable[[Tensor], Tensor]
     ) -> None:
-        """Change the codes [B, S, ...] and the newest tokens [B, H, S, D]."""
-        if not self.is_initialized:
-            return
-        self._quantized_keys = self._quantized_keys.each(of_codes)
-        self._quantized_values = self._quantized_values.each(of_codes)
-        self.keys, self.values = of_states(self.keys), of_states(self.values)
+        """Change the packed tokens [B, S, W + G] and the recent ones [B, H, R, D]."""
+        if self.is_initialized:
+            self._quantized_keys = of_packed(self._quantized_keys)
+            self._quantized_values = of_packed(self._quantized_values)
+            self.keys, self.values = of_recent(self.keys), of_recent(self.values)
 
     def _change_batch(self, change: Callable[[Tensor], Tensor]) -> None:
         self._change(change, change)
@@ -178,9 +219,9 @@ class PackedLayer(QuantizedLayer):  # type: ignore[misc]
         kept = max(kept, 0)
         if not self.is_initialized or kept == length:
             return
-        coded = min(kept, self._quantized_keys.low.shape[1])
+        packed = min(kept, self._quantized_keys.shape[1])
         # Copies, so that the memory of what goes is free.
-        self._change(lambda t: t[:, :coded].clone(), lambda t: t[..., : kept - coded, :].clone())
+        self._change(lambda t: t[:, :packed].clone(), lambda t: t[..., : kept - packed, :].clone())
         self.cumulative_length = kept
 
     def reset(self) -> None:
@@ -201,7 +242,7 @@ class PackedLayer(QuantizedLayer):  # type: ignore[misc]
         """Bytes of all its tensors."""
         if not self.is_initialized:
             return 0
-        held = (*self._quantized_keys, *self._quantized_values, self.keys, self.values)
+        held = (self._quantized_keys, self._quantized_values, self.keys, self.values)
         return sum(tensor.nbytes for tensor in held)
 
 

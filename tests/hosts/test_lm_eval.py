@@ -68,7 +68,7 @@ def test_generation_with_a_packed_cache(tiny_llama: Path, options: dict) -> None
     """
     asked = {"pretrained": str(tiny_llama), "method": "none", **options}
     lm = LLQLM.create_from_arg_obj({**asked, "kv_cache_bits": 4})
-    said = {"nbits": 4, "q_group_size": 32, "residual_length": 128}
+    said = {"nbits": 4, "q_group_size": 64, "residual_length": 128}
     assert lm.get_model_info()["llq"] == {"method": "none", "kv_cache": said}
     caches: list[Any] = []
     own = lm.model.generate
