@@ -125,6 +125,7 @@ def make_card(
         harness=" and ".join(sorted({each.harness for each in scored})),
         activations=not method.weight_only,
         attention=_attention(method),
+        cache_bits=_cache_bits(path),
         license=licence.get("license"),
         license_name=licence.get("license_name"),
         license_files=", ".join(map(markdown_code, texts)),
@@ -153,6 +154,17 @@ def _attention(method: Method) -> str:
         return ""
     bits = {name: value for name, value in method.attention.described.items() if "_bits" in name}
     return ", ".join(f"{name.removesuffix('_bits')} {value:g} bits" for name, value in bits.items())
+
+
+def _cache_bits(path: Path) -> int | None:
+    """The width of the packed key/value cache that generation_config.json asks for."""
+    file = path / "generation_config.json"
+    asked = read_json(file).get("cache_config") if file.is_file() else None
+    if not asked:
+        return None
+    from ..layers.kv_cache import BACKEND  # it imports transformers, which takes seconds
+
+    return asked.get("nbits") if asked.get("backend") == BACKEND else None
 
 
 def _calibration(used: dict[str, Any] | None, drawn: dict[str, Any] | None) -> str:

@@ -123,6 +123,17 @@ def test_a_simulated_cache_is_called_so(packed, tiny_llama, tmp_path):
     assert "simulated" not in str(make_card(packed))
 
 
+def test_a_packed_cache_is_named(packed, tmp_path):
+    """Where generation_config.json asks for one."""
+    folder = shutil.copytree(packed, tmp_path / "copy")
+    own = json.loads((folder / "generation_config.json").read_text())
+    own |= {"cache_implementation": "quantized", "cache_config": {"backend": "llq", "nbits": 4}}
+    (folder / "generation_config.json").write_text(json.dumps(own))
+    said = "`generate` keeps keys and values packed in 4 bits, as `generation_config.json` says"
+    assert said in str(make_card(folder))
+    assert "keeps keys and values packed" not in str(make_card(packed))
+
+
 def test_calibration_on_pairs_is_described(tiny_llava, tmp_path):
     (tmp_path / "pairs").mkdir()
     Image.new("RGB", (30, 40), (200, 30, 30)).save(tmp_path / "pairs" / "red.png")
