@@ -166,6 +166,7 @@ def main() -> None:
     for cache in (FORGETFUL, DENSE, *WIDTHS):
         print(f"memory, {cache}", file=sys.stderr, flush=True)
         size[cache] = in_a_process(asked.model, cache, asked.tokens)
+        print(size[cache], file=sys.stderr, flush=True)
     far = divergences(asked.model, asked.texts, asked.windows) if asked.texts else {}
     print("| cache | tensors | of bf16 | process peak | of bf16 | KL | same top-1 | ms a token |")
     print("|---|---|---|---|---|---|---|---|")
@@ -177,7 +178,7 @@ def cells(
     cache: str, size: dict[str, dict[str, float]], far: dict[str, dict[str, float]]
 ) -> list[str]:
     kl = far.get(cache)
-    quality = ["", ""] if kl is None else [f"{kl['kl_mean']:.4f}", f"{kl['top1_agreement']:.1%}"]
+    quality = ["", ""] if kl is None else [f"{kl['kl']:.4f}", f"{kl['top1_agreement']:.1%}"]
     if cache not in size:
         return ["", "", "", "", *quality, ""]
     nothing = size[FORGETFUL]["grown"]
