@@ -172,13 +172,12 @@ def _calibration(used: dict[str, Any] | None, drawn: dict[str, Any] | None) -> s
         return "none: the method needs no data"
     source = f"{markdown_code(drawn['source'])}, seed {drawn['seed']}, " if drawn else ""
     if "pairs_sha256" in used:
-        pairs = markdown_code(used["pairs_sha256"][:16])
-        size = f"{used['samples']} image-text pairs, {used['tokens']} tokens (sha256 "
-        return source + markdown(size) + f"{pairs})"
-    ids = markdown_code(used["ids_sha256"][:16])
-    return (
-        source + markdown(f"{used['samples']} x {used['seqlen']} tokens (ids sha256 ") + f"{ids})"
-    )
+        name, digest = "sha256", used["pairs_sha256"]
+        size = f"{used['samples']} image-text pairs, {used['tokens']} tokens"
+    else:
+        name, digest = "ids sha256", used["ids_sha256"]
+        size = f"{used['samples']} x {used['seqlen']} tokens"
+    return f"{source}{markdown(size)} ({name} {markdown_code(digest[:16])})"
 
 
 def _command(

@@ -147,7 +147,7 @@ def test_calibration_on_pairs_is_described(tiny_llava, tmp_path):
     used = report["identity"]["calibration"]
     text = str(make_card(tmp_path / "out"))
     assert f"text pairs, {used['tokens']} tokens" in text
-    assert f"`{used['pairs_sha256'][:16]}`" in text
+    assert f"tokens (sha256 `{used['pairs_sha256'][:16]}`)" in text
     assert "--calibration-samples 1" in text
 
 
