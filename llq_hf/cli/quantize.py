@@ -11,7 +11,6 @@ import typer
 from rich.table import Table
 
 from ..checkpoints.records import Report
-from ..common.errors import LLQError
 from ..data.calibration import CalibrationOptions
 from ..methods import METHODS, method_type
 from .app import QUANTIZE, app, console
@@ -177,12 +176,18 @@ def _method(
 
     if name is not None:
         if size is not None or memory is not None:
-            raise LLQError(f"--size and --memory choose a method; leave out --method {name}")
+            raise typer.BadParameter(
+                f"--size and --memory choose a method; leave out --method {name}"
+            )
         return method_type(name).build(preset, **options)
     if others := sorted(set(options) - {"bits"}):
-        raise LLQError(
+        raise typer.BadParameter(
             f"--{others[0].replace('_', '-')} is an option of a method; give --method, or only "
             "--bits, --size or --memory, which choose one"
+        )
+    if not options and size is None and memory is None:
+        raise typer.BadParameter(
+            "give --method, or a budget that chooses one: --bits, --size or --memory"
         )
     limits = {
         "bits": options.get("bits"),

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import make_llama
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, QuantizedCache
 
@@ -78,10 +77,9 @@ class SlowLayer(DynamicLayer):
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def model(tiny_llama: Path) -> Any:
     """Heads of 16, so two ranges a head and token."""
-    folder = make_llama(tmp_path_factory.mktemp("llama"))
-    return transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    return transformers.AutoModelForCausalLM.from_pretrained(tiny_llama).eval()
 
 
 def slow_cache(model: Any, bits: int) -> Cache:
