@@ -36,14 +36,16 @@ BINARY = {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 @dataclass(frozen=True)
 class Measured:
-    """A way to quantize, and what it gave on the measured model. kl: nats per token, by text."""
+    """A way to quantize, and what it gave on the measured model. kl: nats per token, by text.
+    seconds: of one processor; None where they are not known.
+    """
 
     method: str
     preset: str
     options: Mapping[str, Any]
     stored_bits: float
     kl: Mapping[str, float]
-    seconds: float
+    seconds: float | None
 
     @property
     def loss(self) -> float:

@@ -58,7 +58,7 @@ def cells_of(records: Iterable[Record]) -> list[dict[str, Any]]:
             "options": json.loads(options),
             "stored_bits": round(own[0].quantized["stored_bits"], 4),
             "kl": {text: round(mean(own, f"results.{task}.kl"), 5) for task, text in TEXTS.items()},
-            "seconds": round(mean(own, "cost.quantize.processor_seconds"), 1),
+            "seconds": seconds_of(own),
         }
         for (method, preset, options), own in groups.items()
     ]
@@ -67,6 +67,13 @@ def cells_of(records: Iterable[Record]) -> list[dict[str, Any]]:
 
 def mean(records: list[Record], path: str) -> float:
     return statistics.fmean(record.find(path) for record in records)
+
+
+def seconds_of(records: list[Record]) -> float | None:
+    """None where a run went on with a killed one: then the seconds are those since."""
+    if any(record.find("cost.quantize.resumed") for record in records):
+        return None
+    return round(mean(records, "cost.quantize.processor_seconds"), 1)
 
 
 def protocol_of(records: list[Record]) -> dict[str, Any]:
@@ -83,7 +90,7 @@ def protocol_of(records: list[Record]) -> dict[str, Any]:
         "processor": run["processor"],
         "versions": run["versions"],
         "kl": "nats per token from full precision, 2048 tokens a window",
-        "seconds": "of one processor, to quantize",
+        "seconds": "of one processor, to quantize; null: not known",
     }
 
 
@@ -107,9 +114,8 @@ def table_of(cells: list[dict[str, Any]]) -> str:
         if peer is not None:
             mark = "" if cell["kl"]["wikitext2"] <= peer[1] else " (better)"
             against = f"{peer[0]} {shown(peer[1])}{mark}"
-        lines.append(
-            [name, f"{cell['stored_bits']:.3f}", *figures, f"{cell['seconds']:.0f}", against]
-        )
+        seconds = "resumed" if cell["seconds"] is None else f"{cell['seconds']:.0f}"
+        lines.append([name, f"{cell['stored_bits']:.3f}", *figures, seconds, against])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

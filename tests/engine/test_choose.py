@@ -141,7 +141,7 @@ def test_the_evidence_is_sound() -> None:
         build(each.method, each.preset, **each.options)
         assert set(each.kl) == set(found[0].kl)
         assert all(value >= 0 for value in each.kl.values())
-        assert each.seconds > 0
+        assert each.seconds is None or each.seconds > 0
         assert each.stored_bits >= 1
 
 
