@@ -25,7 +25,7 @@ SCRATCH = "/tmp/llq-readme"  # the folder that READMEs write to
 TESTS = "python3 -m uv run --extra dev pytest"  # this very run
 # What comes before uv on a bare machine.
 INSTALL = "PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install uv && python3 -m "
-LONGEST = 185  # lines of the page at the top
+LONGEST = 180  # lines of the page at the top
 
 
 def blocks_of(path: Path) -> list[tuple[str, str]]:

@@ -18,8 +18,7 @@ from .info import print_served
 from .options import RUN, Device, with_calibration_options, with_method_options
 
 if TYPE_CHECKING:
-    from ..engine.choose import Choice
-    from ..method import Method
+    from ..engine.choose import Budget, Choice
 
 
 @app.command(rich_help_panel=QUANTIZE)
@@ -120,13 +119,23 @@ def quantize(
     from ..common.progress import Progress
     from ..common.terminal import RichProgress
     from ..demo import resolve
+    from ..engine.choose import Choice
     from ..engine.execute import quantize_checkpoint
     from ..engine.options import RunOptions
     from ..engine.prepare import prepare
     from ..engine.team import Team
     from ..models.load import auto_class
 
-    built = _method(method, preset, options, model, revision, size, memory)
+    choice: Choice | None = None
+    if method is None:
+        choice = Choice.of(resolve(model), _budget(options, size, memory), preset, revision)
+        built = choice.best.method
+    else:
+        if size is not None or memory is not None:
+            raise typer.BadParameter(
+                f"--size and --memory choose a method; leave out --method {method}"
+            )
+        built = method_type(method).build(preset, **options)
     data = calibration.for_model(model)
     device = auto_device(device, f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
     check_device(device)
@@ -140,6 +149,8 @@ def quantize(
         team=team,
     )
     progress = RichProgress() if team.leads else Progress()
+    if choice is not None and team.leads:
+        console.print(_choice_table(choice))
     if dry_run:
         try:
             prepare(resolve(model), built, data, run, out, progress)
@@ -161,25 +172,10 @@ def quantize(
     print(f"Load it: {kind}.from_pretrained({str(out)!r})")  # not rich: it would break the line
 
 
-def _method(
-    name: str | None,
-    preset: str,
-    options: dict[str, Any],
-    model: str,
-    revision: str | None,
-    size: str | None,
-    memory: str | None,
-) -> Method:
-    """The method that was asked for, or the best one within the budget."""
-    from ..demo import resolve
-    from ..engine.choose import Budget, Choice, bytes_of
+def _budget(options: dict[str, Any], size: str | None, memory: str | None) -> Budget:
+    """The budget that a method is chosen by."""
+    from ..engine.choose import Budget, bytes_of
 
-    if name is not None:
-        if size is not None or memory is not None:
-            raise typer.BadParameter(
-                f"--size and --memory choose a method; leave out --method {name}"
-            )
-        return method_type(name).build(preset, **options)
     if others := sorted(set(options) - {"bits"}):
         raise typer.BadParameter(
             f"--{others[0].replace('_', '-')} is an option of a method; give --method, or only "
@@ -189,14 +185,11 @@ def _method(
         raise typer.BadParameter(
             "give --method, or a budget that chooses one: --bits, --size or --memory"
         )
-    limits = {
-        "bits": options.get("bits"),
-        "size": None if size is None else bytes_of(size),
-        "memory": None if memory is None else bytes_of(memory),
-    }
-    choice = Choice.of(resolve(model), Budget(**limits), preset, revision)
-    console.print(_choice_table(choice))
-    return choice.best.method
+    return Budget(
+        bits=options.get("bits"),
+        size=None if size is None else bytes_of(size),
+        memory=None if memory is None else bytes_of(memory),
+    )
 
 
 SHOWN = 5  # lines of the table of a choice

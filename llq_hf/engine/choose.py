@@ -20,11 +20,11 @@ from typing import Any, Self
 from ..checkpoints.dense import Checkpoint, Rewritten
 from ..common.errors import LLQError
 from ..common.progress import Progress
-from ..method import Method, stored_bits
+from ..method import Method
 from ..methods import build
 from ..models.decoder import check_covered, quantizable
 from ..models.load import build_skeleton
-from .estimates import output_bytes, problems_of
+from .estimates import dense_bytes, packed_bytes
 from .prepare import open_dense
 
 EVIDENCE = Path(__file__).with_name("evidence.json")
@@ -149,12 +149,11 @@ class Choice:
         preset: str,
         revision: str | None = None,
         measured: tuple[Measured, ...] | None = None,
-        progress: Progress | None = None,
     ) -> Self:
         """Among all that was measured with this preset. LLQError where nothing fits, with what
         would.
         """
-        checkpoint = open_dense(model, revision, progress or Progress())
+        checkpoint = open_dense(model, revision, Progress())
         skeleton: Any = build_skeleton(checkpoint.path)
         check_covered(skeleton)
         found: list[Candidate] = []
@@ -188,15 +187,10 @@ def _candidate(measured: Measured, checkpoint: Checkpoint, skeleton: Any) -> Can
     method = build(measured.method, measured.preset, **measured.options)
     bound = method.bound_to(skeleton)
     source = Rewritten.of(checkpoint, bound.rewrite(skeleton, {}))
-    if problems := problems_of(checkpoint, skeleton, bound):
-        raise LLQError(problems[0])
-    weights, stored = 0, 0.0
-    for name, linear in quantizable(skeleton).items():
-        shape = (linear.out_features, linear.in_features)
-        weights += linear.weight.numel()
-        stored += stored_bits(bound.for_linear(name).layout(*shape), *shape) * math.prod(shape)
-    size = output_bytes(source, skeleton, bound)
-    return Candidate(measured, method, stored / weights, size, _cache_bytes(skeleton.config))
+    packed = packed_bytes(skeleton, bound)
+    weights = sum(linear.weight.numel() for linear in quantizable(skeleton).values())
+    size = dense_bytes(source, skeleton) + packed
+    return Candidate(measured, method, 8 * packed / weights, size, _cache_bytes(skeleton.config))
 
 
 def _cache_bytes(config: Any) -> int:

@@ -82,14 +82,25 @@ def estimate(
 
 def output_bytes(checkpoint: Checkpoint, skeleton: PreTrainedModel, method: Method) -> int:
     """Bytes of all tensors of the packed checkpoint."""
+    return dense_bytes(checkpoint, skeleton) + packed_bytes(skeleton, method)
+
+
+def dense_bytes(checkpoint: Checkpoint, skeleton: PreTrainedModel) -> int:
+    """Bytes of the tensors that stay dense."""
     linears = quantizable(skeleton)
-    total = sum(
+    return sum(
         spec.nbytes
         for name, spec in checkpoint.specs.items()
         if name.removesuffix(".weight") not in linears
     )
-    for name, linear in linears.items():
-        layout = method.for_linear(name).layout(linear.out_features, linear.in_features)
+
+
+def packed_bytes(skeleton: PreTrainedModel, method: Method) -> int:
+    """Bytes of the packed linears. LLQError for one that the method cannot pack."""
+    total = 0
+    for name, linear in quantizable(skeleton).items():
+        own = method.for_linear(name)
+        layout = checked_layout(own, linear.out_features, linear.in_features)
         total += sum(spec.nbytes for spec in layout.values())
     return total
 

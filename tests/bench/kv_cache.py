@@ -27,6 +27,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -72,11 +73,6 @@ def load(name: str) -> Any:
 # --- memory ---------------------------------------------------------------------------------------
 
 
-def resident_bytes() -> int:
-    fields = Path("/proc/self/statm").read_text().split()
-    return int(fields[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
 @torch.no_grad()
 def memory(name: str, cache: str, tokens: int) -> dict[str, float]:
     """Bytes of the cache's tensors, growth of the peak, and seconds of a decoded token."""
@@ -84,7 +80,7 @@ def memory(name: str, cache: str, tokens: int) -> dict[str, float]:
     ids_1S = torch.randint(model.config.vocab_size, (1, tokens), generator=torch.Generator())
     model(ids_1S[:, :BLOCK], logits_to_keep=1)  # what is made once
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    before = resident_bytes()
+    before = psutil.Process().memory_info().rss
     held = new_cache(model, cache)
     for part_1S in ids_1S.split(BLOCK, 1):
         model(part_1S, past_key_values=held, use_cache=True, logits_to_keep=1)
