@@ -10,7 +10,7 @@ config.json         last: without it nothing loads, so half a run never passes f
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -32,6 +32,9 @@ from .format import CONFIG, REPORT, PackedConfig
 from .hashes import Hashes
 from .records import Bits, LinearRecord, Report
 from .shards import Shards, names_by_block
+
+# Folder, its whole config, bytes of its tensors -> JSON for the report.
+Speak = Callable[[Path, dict[str, Any], int], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -141,16 +144,22 @@ class PackedFolder:
         identity: dict[str, Any],
         made_from: dict[str, Any],
         digests: Sequence[Mapping[str, str]],
+        speak: Speak | None = None,
     ) -> Report:
         """Name the files, write report, small files, hashes, and config.json as the last. The
         report.
 
         made_from: by what names base and calibration went, which decides no byte of the tensors
-        (see `provenance`). digests: those that `open` and then `save_block` gave.
+        (see `provenance`). digests: those that `open` and then `save_block` gave. speak: tries the
+        files, all but report and config.json, for the report.
         """
         self.shards.finish()
+        small = copy_small_files(self.base.path, self.path)
+        run = fingerprint(identity)
+        config = PackedConfig(self.method, len(linears), identity["calibration"], run)
+        whole = {**self.base.config, "quantization_config": config.to_section()}
         report: Report = {
-            "fingerprint": fingerprint(identity),
+            "fingerprint": run,
             "identity": identity,
             "made_from": made_from,
             "linears": linears,
@@ -158,13 +167,10 @@ class PackedFolder:
         }
         if isinstance(self.base, Rewritten):
             report["rewrite"] = dict(self.base.rewrite.notes)
+        if speak is not None:
+            report["first_words"] = speak(self.path, whole, self.shards.nbytes)
         write_json(self.path / REPORT, dict(report))
-        small = [*copy_small_files(self.base.path, self.path), REPORT]
-        config = PackedConfig(
-            self.method, len(linears), identity["calibration"], report["fingerprint"]
-        )
-        whole = {**self.base.config, "quantization_config": config.to_section()}
-        Hashes.of(self.path, whole, small, digests).write(self.path)
+        Hashes.of(self.path, whole, [*small, REPORT], digests).write(self.path)
         write_json(self.path / CONFIG, whole)
         return report
 

@@ -48,3 +48,4 @@ class Report(TypedDict):
     linears: list[LinearRecord]
     bits: Bits
     rewrite: NotRequired[dict[str, Any]]  # how the dense model was changed first
+    first_words: NotRequired[dict[str, Any]]  # what the finished model answers

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from ..checkpoints.records import Report
@@ -98,6 +99,14 @@ def quantize(
             rich_help_panel=RUN,
         ),
     ] = False,
+    speak: Annotated[
+        bool,
+        typer.Option(
+            help="Let the finished model answer three prompts, for the report. Left out by itself "
+            "where the model does not fit into memory.",
+            rich_help_panel=RUN,
+        ),
+    ] = True,
     options: dict[str, Any],
 ) -> None:
     """Quantize a model into a packed checkpoint, which from_pretrained loads.
@@ -124,6 +133,7 @@ def quantize(
     from ..engine.options import RunOptions
     from ..engine.prepare import prepare
     from ..engine.team import Team
+    from ..hosts.first_words import first_words
     from ..models.load import auto_class
 
     choice: Choice | None = None
@@ -137,6 +147,13 @@ def quantize(
             )
         built = method_type(method).build(preset, **options)
     data = calibration.for_model(model)
+    peak = 0
+
+    def speak_up(*files: Any) -> dict[str, Any]:
+        nonlocal peak
+        peak = peak_bytes()  # of quantizing: what follows loads the packed model
+        return first_words(*files)
+
     device = auto_device(device, f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
     check_device(device)
     team = Team.join(torch.device(device))
@@ -147,6 +164,7 @@ def quantize(
         revision,
         shards=shards or team.size,
         team=team,
+        speak=speak_up if speak else None,
     )
     progress = RichProgress() if team.leads else Progress()
     if choice is not None and team.leads:
@@ -164,9 +182,10 @@ def quantize(
     seconds = time.perf_counter() - started
     table = _bits_table(f"{built.title} of {model}", report)
     table.add_row("time", f"{seconds:.1f} s")
-    table.add_row("peak memory", f"{peak_bytes() / 2**30:.2f} GiB")
+    table.add_row("peak memory", f"{(peak or peak_bytes()) / 2**30:.2f} GiB")
     _warn_of_fallbacks(report)
     console.print(table)
+    _show_first_words(report.get("first_words", {}))
     print_served(report["linears"])
     kind = auto_class(AutoConfig.from_pretrained(out)).__name__
     print(f"Load it: {kind}.from_pretrained({str(out)!r})")  # not rich: it would break the line
@@ -220,6 +239,19 @@ def _bits_table(title: str, report: Report) -> Table:
     table.add_row("size on disk", f"{bits['bytes'] / 2**20:.1f} MiB")
     table.add_row("quantized linears", str(len(report["linears"])))
     return table
+
+
+def _show_first_words(found: dict[str, Any]) -> None:
+    """What the model answers; louder where that is no language."""
+    if "skipped" in found:
+        console.print(f"First words: none were asked for, as {found['skipped']}.")
+    for prompt, answer in found.get("answers", []):
+        console.print(f"[dim]{escape(prompt)}[/]{escape(answer)}")
+    if "problem" in found:
+        console.print(
+            f"[yellow]The model answers {escape(found['problem'])}: give it more bits, another "
+            "method, or --preset best; llq diagnose names its sensitive linears"
+        )
 
 
 def _warn_of_fallbacks(report: Report) -> None:

@@ -8,9 +8,11 @@ method learns before the first block, and how it tunes the packed model after th
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -20,7 +22,7 @@ from ..checkpoints.dense import Rewritten
 from ..checkpoints.format import CONFIG
 from ..checkpoints.hashes import is_whole, restore_journal
 from ..checkpoints.journal import FileState, Journal, clean, clean_drafts
-from ..checkpoints.packed import PackedFolder, finished_fingerprint, read_report
+from ..checkpoints.packed import PackedFolder, Speak, finished_fingerprint, read_report
 from ..checkpoints.records import BlockLine, LinearRecord, Report
 from ..checkpoints.shards import digest_of
 from ..common.errors import LLQError
@@ -67,8 +69,6 @@ def quantize_checkpoint(
         progress.close()
 
 
-@reference()
-@full_precision()
 def execute(plan: Plan, out: Path, progress: Progress) -> Report:
     """Run a plan into the folder `out`; the report.
 
@@ -76,24 +76,27 @@ def execute(plan: Plan, out: Path, progress: Progress) -> Report:
     """
     out = out.absolute()  # "." has no name, beside which the journal could lie
     if not plan.run.team.leads:
-        return _compute(plan, out, progress)
+        with reference(), full_precision():
+            return _compute(plan, out, progress)
     journal = None
     try:
         make_folder(out.parent)
         # A second run of the same command waits here, and then finds the work done.
         with locked(out.with_name(out.name + ".lock")):
             if not _is_done(out, plan.fingerprint):
-                check_as_loaded(
-                    plan.checkpoint,
-                    plan.skeleton,
-                    plan.dtype,
-                    torch.device(plan.run.device),
-                    plan.data,
-                    plan.identity,
-                    progress,
-                )
-                journal = _journal(out, plan)
-                _compute_and_write(plan, out, journal, progress)
+                with reference(), full_precision():
+                    check_as_loaded(
+                        plan.checkpoint,
+                        plan.skeleton,
+                        plan.dtype,
+                        torch.device(plan.run.device),
+                        plan.data,
+                        plan.identity,
+                        progress,
+                    )
+                    journal = _journal(out, plan)
+                    finish = _compute_and_write(plan, out, journal, progress)
+                finish(_speak(plan, progress))  # as a user runs it: with kernels
             clean(out)
             plan.run.team.broadcast_json(None)  # all is written
             return read_report(out)
@@ -129,8 +132,12 @@ def _journal(out: Path, plan: Plan) -> Journal:
     return journal
 
 
-def _compute_and_write(plan: Plan, out: Path, journal: Journal, progress: Progress) -> None:
-    """Run the plan in the only process, or in the first of several."""
+def _compute_and_write(
+    plan: Plan, out: Path, journal: Journal, progress: Progress
+) -> Callable[[Speak | None], Report]:
+    """Run the plan in the only process, or in the first of several. What is left is to finish the
+    folder.
+    """
     learned = _load_or_learn(plan, out, progress)
     plan = replace(plan, method=plan.method.with_learned(learned))
     blocks, folder = _open(plan, out, learned)
@@ -170,7 +177,19 @@ def _compute_and_write(plan: Plan, out: Path, journal: Journal, progress: Progre
             f"delete {journal.path} and start anew"
         )
     digests = [outside, *(line["tensors"] for _, line in sorted(journal.blocks.items()))]
-    folder.finish(records, plan.identity, plan.made_from, digests)
+    return partial(folder.finish, records, plan.identity, plan.made_from, digests)
+
+
+def _speak(plan: Plan, progress: Progress) -> Speak | None:
+    speak = plan.run.speak
+    if speak is None:
+        return None
+
+    def first_words(path: Path, config: dict[str, Any], nbytes: int) -> dict[str, Any]:
+        progress.stage("first words")
+        return speak(path, config, nbytes, plan.run.device)
+
+    return first_words
 
 
 def _compute(plan: Plan, out: Path, progress: Progress) -> Report:

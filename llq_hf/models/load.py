@@ -98,18 +98,25 @@ def load_dense(
     path: Path, config: PreTrainedConfig, dtype: torch.dtype, device: torch.device | str
 ) -> PreTrainedModel:
     """The dense model of a checkpoint folder, in memory."""
-    from transformers.utils import logging
-
-    bar = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # its lines would break ours
-    try:
+    with no_bars():
         model: PreTrainedModel = auto_class(config).from_pretrained(
             path, dtype=dtype, trust_remote_code=False
         )
-    finally:
-        if bar:
-            logging.enable_progress_bar()
     return model.to(device).eval()
+
+
+@contextmanager
+def no_bars() -> Iterator[None]:
+    """Inside, transformers shows no progress bars: their lines would break ours."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def check_depth(config: Any) -> None:

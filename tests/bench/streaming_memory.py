@@ -163,6 +163,7 @@ def main() -> int:
                     str(root / method),
                 ]
                 command += ["--method", method, *METHOD_OPTIONS.get(method, []), "--device", "cpu"]
+                command += ["--no-speak"]  # that loads the packed model
                 command += ["--calibration", str(root / "ids.npy"), "--calibration-samples", "4"]
                 peak, seconds = measure(command)
                 peaks[method][blocks] = peak
