@@ -66,7 +66,7 @@ from ..numerics.coordinate_descent import Objective, refined
 from ..numerics.error_feedback import BLOCK, Solution, drift, group_aware_order, solve
 from ..numerics.grids import Grid, Uniform
 from ..numerics.stats import PairedHessian, Stat
-from .options import check_aim, check_damp, check_refine
+from .options import check_damp, check_gptaq, check_refine
 from .uniform import OnUniformGrid
 
 
@@ -104,7 +104,7 @@ class GPTQ(OnUniformGrid):
     def check(self) -> None:
         _ = self.grid  # validates group_size and scale_bits
         check_damp(self)
-        check_aim(self)
+        check_gptaq(self)
         check_refine(self)
         if self.act_group_aware and (self.act_order or self.static_groups):
             raise LLQError(

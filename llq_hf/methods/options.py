@@ -23,9 +23,14 @@ def check_damp(method: Method) -> None:
 
 
 def check_aim(method: Method) -> None:
+    """LLQError unless `aim` is a share."""
+    check_range(method, "aim", 0, 1, ", the share of the way to the full-precision model's outputs")
+
+
+def check_gptaq(method: Method) -> None:
     """LLQError unless `gptaq` and `aim` are shares, of which one at most is used."""
     check_range(method, "gptaq", 0, 1, ", the share of GPTAQ's correction")
-    check_range(method, "aim", 0, 1, ", the share of the way to the full-precision model's outputs")
+    check_aim(method)
     if _value(method, "gptaq") and _value(method, "aim"):
         raise LLQError("gptaq and aim are two ways to the same outputs; give one of them")
 

@@ -8,13 +8,14 @@ Idea
     computed at run time. R1 and R2 are random Hadamard transforms, or are learned from there on the
     calibration data by Cayley SGD.
 
-Steps of `quantize`, on the rotated weights
-    1. Rotate the weight and the Hessian by R4 (down_proj only).
+Steps of `quantize`, on the weights that R1 and R2 rotated
+    1. Statistics: H of the inputs. `aim` finds another weight to begin with (numerics/aim).
     2. Order: as in the model, or by `act_order` largest H_ii first.
-    3. Factor the damped Hessian (solver "gptq" only).
+    3. Factor the damped Hessian (solver "gptq" only). R4 rotates it, and the weight, of down_proj.
     4. Grids that do not depend on the error feedback: of whole rows, or with `act_order` of all
        groups. Grids are symmetric.
-    5. Solve: GPTQ's error feedback, or rounding to nearest (solver "rtn").
+    5. Solve: GPTQ's error feedback, or rounding to nearest (solver "rtn"). Then `refine` rounds of
+       coordinate descent and scale refit (numerics/coordinate_descent).
 
     With a_bits < 16 the inputs of all linears are quantized token by token at run time, with
     kv_bits < 16 also keys and values (simulated: the cache itself stays as large as it is).
@@ -35,7 +36,8 @@ Departures
 
 Presets
     "best" uses levels="halves": as many levels above zero as below, and none at zero, which makes
-    four useful levels at 2 bits instead of three. It also uses `act_order` and `key_heads`.
+    four useful levels at 2 bits instead of three. It also uses `act_order`, `key_heads`, `aim` and
+    `refine`.
 """
 
 from __future__ import annotations
@@ -51,17 +53,19 @@ from torch import Tensor, nn
 
 from ..common.errors import LLQError
 from ..common.progress import PassListener
-from ..method import Job, Method, Packed, Rewrite
+from ..method import Flow, Job, Method, Packed, Rewrite
 from ..models.decoder import decoder_of, quantizable
 from ..models.residual_stream import Residual, Rotate, RotatedStream, random_rotations, residual_of
 from ..models.sequences import Sequences
 from ..numerics.activations import OFF, Attention, TokenQuant, pass_through
+from ..numerics.aim import aimed
 from ..numerics.cholesky import largest_first, prepare_hessian
+from ..numerics.coordinate_descent import Objective, refined
 from ..numerics.error_feedback import solve
 from ..numerics.grids import Affine, Uniform
 from ..numerics.rotations import cayley_step, hadamard, nearest_orthogonal
-from ..numerics.stats import Hessian, Stat
-from .options import check_choice, check_damp, check_least, check_positive
+from ..numerics.stats import Hessian, PairedHessian, Stat
+from .options import check_aim, check_choice, check_damp, check_least, check_positive, check_refine
 from .training import settled_attention
 from .uniform import OnUniformGrid
 
@@ -81,8 +85,14 @@ class SpinQuant(OnUniformGrid):
 
     name: ClassVar[str] = "spinquant"
     title: ClassVar[str] = "SpinQuant (Liu et al. 2025)"
-    observes: ClassVar[type[Stat] | None] = Hessian
-    best: ClassVar[dict[str, Any]] = {"levels": "halves", "act_order": True, "key_heads": True}
+    observes: ClassVar[type[Stat] | None] = PairedHessian
+    best: ClassVar[dict[str, Any]] = {
+        "levels": "halves",
+        "act_order": True,
+        "key_heads": True,
+        "aim": 0.5,
+        "refine": 2,
+    }
 
     bits: int = 4
     group_size: int = -1
@@ -95,6 +105,8 @@ class SpinQuant(OnUniformGrid):
     w_clip: bool = True
     act_order: bool = False
     damp: float = 0.01
+    aim: float = 0.0
+    refine: int = 0
     scale_bits: int = 16
     rotations: str = "hadamard"
     r4: bool = True
@@ -108,6 +120,13 @@ class SpinQuant(OnUniformGrid):
         check_choice(self, "rotations", ROTATIONS)
         check_choice(self, "solver", SOLVERS)
         check_damp(self)
+        check_aim(self)
+        check_refine(self)
+        if self.solver != "gptq" and (self.aim or self.refine):
+            raise LLQError(
+                f"aim and refine need the statistics of solver=gptq; with solver={self.solver} "
+                "give aim=0 and refine=0"
+            )
         check_positive(self, "learn_steps", "learn_rate")
         check_least(self, 0, "head_dim")
 
@@ -158,23 +177,32 @@ class SpinQuant(OnUniformGrid):
     def calibrated(self) -> bool:
         return self.solver == "gptq"
 
+    @property
+    def flow(self) -> Flow:
+        return Flow.BOTH if self.aim else Flow.QUANTIZED
+
     def quantize(self, weight_OI: Tensor, stat: Stat | None, job: Job) -> Packed:
-        # 1. rotate
+        # 1. statistics
         turn = hadamard(weight_OI.shape[1], weight_OI.device)
-        rotated_OI = turn.apply(weight_OI) if self.turns else weight_OI
+        order_I = torch.arange(weight_OI.shape[1], device=weight_OI.device)
+        dead_I = torch.zeros_like(order_I, dtype=torch.bool)
+        U_II, aimed_OI = None, weight_OI
+        if self.aim:
+            assert isinstance(stat, PairedHessian)
+            aimed_OI = aimed(weight_OI, stat.H_II, stat.C_II, self.aim)
 
         # 2. order, 3. factor
-        W_OI = rotated_OI
-        order_I = torch.arange(W_OI.shape[1], device=W_OI.device)
-        U_II = None
         if self.solver == "gptq":
             assert isinstance(stat, Hessian)
             H_II = turn.apply(turn.apply(stat.H_II).T) if self.turns else stat.H_II
             order = largest_first if self.act_order else None
-            _, U_II, order_I, dead_I = prepare_hessian(
+            H_II, U_II, order_I, dead_I = prepare_hessian(
                 H_II, self.damp, job.notes, order, fallback="rtn"
             )
-            W_OI = rotated_OI.masked_fill(dead_I, 0)
+        if U_II is not None:
+            weight_OI = aimed_OI
+        rotated_OI = turn.apply(weight_OI) if self.turns else weight_OI
+        W_OI = rotated_OI.masked_fill(dead_I, 0)
 
         # 4. grids that do not depend on the feedback; None: found when a group is reached
         static_OG = None
@@ -183,9 +211,15 @@ class SpinQuant(OnUniformGrid):
         elif self.act_order:
             static_OG = self.grid.grids(W_OI)  # groups are of the model's columns
 
-        # 5. solve
+        # 5. solve, refine
         group_I = order_I // self.grid.size(len(order_I))
-        codes_OI, grid_OG, _ = solve(W_OI[:, order_I], U_II, self.grid, group_I, static_OG)
+        W_OI = W_OI[:, order_I]
+        used_OI = W_OI.clone() if self.refine else W_OI  # solve overwrites it
+        solution = solve(used_OI, U_II, self.grid, group_I, static_OG)
+        if self.refine and U_II is not None:
+            objective = Objective.of(H_II, job.notes["damp"], H_II, W_OI, W_OI)
+            solution = refined(objective, solution, self.grid, self.refine)
+        codes_OI, grid_OG, _ = solution
         packed = self.grid.pack(codes_OI[:, torch.argsort(order_I)], grid_OG)
         if self.levels == "halves":  # no level is zero, so rows of zeros get the scale 0
             packed["scale"] *= weight_OI.any(1, keepdim=True)

@@ -127,7 +127,7 @@ def refitted(objective: Objective, solution: Solution, uniform: Uniform) -> Grid
             *(torch.split(part, ROWS) for part in (objective.B_OI, units_OI, scale_OG)), strict=True
         )
     ]
-    return Grid(torch.cat(found), zero_OG)
+    return solution.grid_OG._replace(scale=torch.cat(found))
 
 
 class Groups(NamedTuple):

@@ -109,21 +109,24 @@ def test_equals_the_literal_solver(
     assert off.double().mean() <= 0.002
 
 
-@pytest.mark.parametrize("name", ["gptq", "slim_llm"])
+@pytest.mark.parametrize(
+    ("name", "order"),
+    [("gptq", "act_group_aware"), ("slim_llm", "act_group_aware"), ("spinquant", "act_order")],
+)
 @pytest.mark.parametrize("refine", [0, 2])
-def test_to_aim_is_to_solve_for_another_weight(name: str, refine: int):
+def test_to_aim_is_to_solve_for_another_weight(name: str, order: str, refine: int):
     """The codes are those of the aimed weight, solved and refined without a second model."""
     weight_OI, x_TI = checks.weight(12, 160), well_conditioned(160, (3, 20))
-    options = {"bits": 3, "group_size": 32, "refine": refine, "act_group_aware": True}
+    options = {"bits": 3, "group_size": 32, "refine": refine, order: True}
     aiming, plain = build(name, aim=0.5, **options), build(name, **options)
     stat = hessian_of(x_TI)
     other_OI = aimed(weight_OI, stat.H_II, stat.C_II, 0.5)
     assert (other_OI - weight_OI).norm() > 0.01 * weight_OI.norm()
 
     def packed(method: Any, weight_OI: torch.Tensor) -> Any:
-        if name == "gptq":
-            return method.quantize(weight_OI, hessian_of(x_TI), checks.job())
-        return method._quantize_linear(weight_OI, hessian_of(x_TI), 0, checks.job())
+        if name == "slim_llm":
+            return method._quantize_linear(weight_OI, hessian_of(x_TI), 0, checks.job())
+        return method.quantize(weight_OI, hessian_of(x_TI), checks.job())
 
     checks.check_same_bits(packed(aiming, weight_OI), packed(plain, other_OI))
     assert (aiming.flow, plain.flow) == (Flow.BOTH, Flow.QUANTIZED)

@@ -5,6 +5,7 @@ groups.
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,23 +20,29 @@ from llq_hf.numerics.grids import Uniform
 OUT, IN = 6, 150
 
 
-def problem(bits: int, group_size: int, seed: int = 0) -> tuple[Objective, Solution, Uniform]:
+HALVES = {"sym": True, "levels": "halves"}
+
+
+def problem(
+    bits: int, group_size: int, seed: int = 0, **levels: Any
+) -> tuple[Objective, Solution, Uniform]:
     random = torch.Generator().manual_seed(seed)
     x_TI = torch.randn(400, IN, generator=random) @ torch.randn(IN, IN, generator=random)
     weight_OI = torch.randn(OUT, IN, generator=random)
     H_II = x_TI.T @ x_TI / 400 + 0.1 * torch.eye(IN)
     dense_TI = x_TI + torch.randn(x_TI.shape, generator=random)
     objective = Objective(H_II, weight_OI @ (dense_TI.T @ x_TI) / 400 + 0.1 * weight_OI)
-    uniform = Uniform(bits, group_size, scale_bits=32)
+    uniform = Uniform(bits, group_size, scale_bits=32, **levels)
     grid_OG = uniform.grids(weight_OI)
-    codes_OI = uniform.spread(grid_OG, IN).codes(weight_OI, bits)
-    return objective, Solution(codes_OI, grid_OG, torch.arange(IN) // group_size), uniform
+    start = Solution(torch.empty(0), grid_OG, torch.arange(IN) // group_size)
+    return objective, start._replace(codes_OI=start.columns().codes(weight_OI, bits)), uniform
 
 
+@pytest.mark.parametrize("levels", [{}, HALVES], ids=["asymmetric", "halves"])
 @pytest.mark.parametrize("bits", [2, 4])
 @pytest.mark.parametrize("group_size", [64, 40, IN])
-def test_descent_equals_the_slow_one(bits: int, group_size: int):
-    objective, solution, _ = problem(bits, group_size)
+def test_descent_equals_the_slow_one(bits: int, group_size: int, levels: dict[str, Any]):
+    objective, solution, _ = problem(bits, group_size, **levels)
     fast = coordinate_descent.descended(objective, solution, bits)
     off = 0
     for row in range(OUT):
@@ -53,9 +60,10 @@ def test_descent_equals_the_slow_one(bits: int, group_size: int):
     assert (fast != solution.codes_OI).sum() > 50, "the pass moved something"
 
 
+@pytest.mark.parametrize("levels", [{}, HALVES], ids=["asymmetric", "halves"])
 @pytest.mark.parametrize("group_size", [64, 40, IN])
-def test_refit_equals_the_slow_one_where_it_stays_in_reach(group_size: int):
-    objective, solution, uniform = problem(4, group_size)
+def test_refit_equals_the_slow_one_where_it_stays_in_reach(group_size: int, levels: dict[str, Any]):
+    objective, solution, uniform = problem(4, group_size, **levels)
     fast = coordinate_descent.refitted(objective, solution, uniform).scale
     compared = 0
     for row in range(OUT):
@@ -74,12 +82,13 @@ def test_refit_equals_the_slow_one_where_it_stays_in_reach(group_size: int):
     assert compared >= OUT - 1
 
 
+@pytest.mark.parametrize("levels", [{}, HALVES], ids=["asymmetric", "halves"])
 @pytest.mark.parametrize("bits", [1, 2, 3])
 @pytest.mark.parametrize("scale_bits", [16, 32])
-def test_no_row_ever_gets_worse(bits: int, scale_bits: int):
+def test_no_row_ever_gets_worse(bits: int, scale_bits: int, levels: dict[str, Any]):
     for seed in range(5):
-        objective, solution, _ = problem(bits, 40, seed)
-        uniform = Uniform(bits, 40, scale_bits=scale_bits)
+        objective, solution, _ = problem(bits, 40, seed, **levels)
+        uniform = Uniform(bits, 40, scale_bits=scale_bits, **levels)
         solution = solution._replace(
             grid_OG=solution.grid_OG._replace(scale=uniform.stored(solution.grid_OG.scale))
         )

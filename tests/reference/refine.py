@@ -17,7 +17,7 @@ def descend(H, b, codes, scales, zeros, groups, bits):
         rest = sum(H[j, k] * w[k] for k in range(len(w)) if k != j)
         best = (b[j] - rest) / H[j, j]
         g = groups[j]
-        codes[j] = min(max(round(best / scales[g]) + zeros[g], 0), 2**bits - 1)
+        codes[j] = min(range(2**bits), key=lambda c: abs(best - scales[g] * (c - zeros[g])))
     return codes
 
 

@@ -66,8 +66,8 @@ from ...numerics.error_feedback import Solution, by_columns, drift, group_aware_
 from ...numerics.grids import Grid, Uniform
 from ...numerics.stats import PairedHessian, Stat
 from ..options import (
-    check_aim,
     check_damp,
+    check_gptaq,
     check_least,
     check_positive,
     check_refine,
@@ -128,7 +128,7 @@ class SliMLLM(Method):
         if self.pairs < -1:
             raise LLQError(f"pairs={self.pairs} must be a count of groups, or -1 (searched for)")
         check_least(self, 0, "lambda_salience")
-        check_aim(self)
+        check_gptaq(self)
         check_refine(self)
         check_least(self, 1, "epochs")
         check_positive(self, "learning_rate")
