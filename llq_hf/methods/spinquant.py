@@ -185,8 +185,7 @@ class SpinQuant(OnUniformGrid):
         # 1. statistics
         turn = hadamard(weight_OI.shape[1], weight_OI.device)
         order_I = torch.arange(weight_OI.shape[1], device=weight_OI.device)
-        dead_I = torch.zeros_like(order_I, dtype=torch.bool)
-        U_II, aimed_OI = None, weight_OI
+        U_II, dead_I, aimed_OI = None, None, weight_OI
         if self.aim:
             assert isinstance(stat, PairedHessian)
             aimed_OI = aimed(weight_OI, stat.H_II, stat.C_II, self.aim)
@@ -202,7 +201,7 @@ class SpinQuant(OnUniformGrid):
         if U_II is not None:
             weight_OI = aimed_OI
         rotated_OI = turn.apply(weight_OI) if self.turns else weight_OI
-        W_OI = rotated_OI.masked_fill(dead_I, 0)
+        W_OI = rotated_OI if dead_I is None else rotated_OI.masked_fill(dead_I, 0)
 
         # 4. grids that do not depend on the feedback; None: found when a group is reached
         static_OG = None

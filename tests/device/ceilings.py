@@ -79,7 +79,7 @@ SOLVERS: tuple[Solver, ...] = (
     Solver("omniquant", 4, 0.1, 2183, 83, 8, options={"epochs": 1}),
     Solver("omniquant", 4, 0.1, 52764, 100, 13, preset="best", options={"epochs": 1}),
     Solver("spinquant", 4, 10.75, 5712, 118, 24),
-    Solver("spinquant", 4, 12.77, 6470, 118, 24, preset="best"),
+    Solver("spinquant", 4, 41.06, 17944, 146, 60, preset="best"),
     Solver("quip", 2, 7.59, 3780, 95, 104),
     Solver("quip", 2, 379.74, 113363, 361, 104, preset="best"),
     Solver("slim_llm", 2, 16.29, 7163, 134, 20),
