@@ -309,6 +309,7 @@ def test_eval_hands_everything_to_lm_eval(monkeypatch, tmp_path):
 
 
 def test_eval_hands_tasks_about_images_to_lmms_eval(monkeypatch, tmp_path):
+    pytest.importorskip("lmms_eval")
     commands: list[list[str]] = []
 
     class Done:

@@ -79,6 +79,7 @@ def test_what_cannot_be_shown(
 
 
 def test_eval_takes_the_harness_that_has_the_tasks() -> None:
+    pytest.importorskip("lmms_eval")
     assert harness_of("llq_demo") == "lm_eval"
     assert harness_of("llq_demo,hellaswag") == "lm_eval"
     assert harness_of("no_such_task") == "lm_eval"  # which says so
@@ -90,6 +91,7 @@ def test_eval_takes_the_harness_that_has_the_tasks() -> None:
 
 def test_tasks_are_known_before_anything_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Names in YAML files, and those that lm-eval alone knows: here from a list of tags."""
+    pytest.importorskip("lmms_eval")
     check_tasks(["llq_demo", "hellaswag", "mme", "AraDiCE_ArabicMMLU_stem_egy"])
     with pytest.raises(LLQError, match=r"neither.* 'helaswag' .did you mean 'hellaswag'"):
         check_tasks(["llq_demo", "helaswag"])
