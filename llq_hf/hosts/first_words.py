@@ -18,6 +18,7 @@ from torch import Tensor
 from ..common.machine import gpu_free_bytes
 from ..common.words import one_line
 from ..models.load import auto_class, no_bars
+from .neutral import make_neutral
 
 PROMPTS = ("The capital of France is", "Two plus two is", "Once upon a time")
 TOKENS = 24  # of each answer at most
@@ -49,6 +50,7 @@ def first_words(folder: Path, config: dict[str, Any], nbytes: int, device: str) 
     try:
         with no_bars():
             model = auto_class(built).from_pretrained(folder, config=built, dtype="auto").to(where)
+        make_neutral(model)
         asked = [_answer(model.eval(), tokenizer, prompt) for prompt in PROMPTS]
     except Exception as error:  # whatever it is: hours of work are in the files
         return {"problem": f"an error ({one_line(error)})"}
@@ -72,7 +74,6 @@ def _continued(model: Any, ids_1T: Tensor) -> tuple[list[int], str | None]:
         attention_mask=torch.ones_like(ids_1T),
         max_new_tokens=TOKENS,
         do_sample=False,
-        repetition_penalty=1.0,
         output_logits=True,
         return_dict_in_generate=True,
     )

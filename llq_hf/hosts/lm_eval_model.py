@@ -10,7 +10,8 @@ pretrained=ADAPTER    | an adapter, on the base that it belongs to
 method=none           | the full-precision baseline
 
 `_startup` registers the class. Results carry method, options, nominal and stored bits, and the
-fingerprint. A vision-language model is scored on text, by its language part.
+fingerprint, and what of the checkpoint's generation_config.json was ignored (`neutral`). A
+vision-language model is scored on text, by its language part.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from ..layers.kv_cache import generate_packed
 from ..models.load import auto_class, takes_images
 from .hf_quantizer import check_quantized, described
 from .model_args import ModelArgs
+from .neutral import make_neutral
 
 DEFAULT_MODEL = "meta-llama/Meta-Llama-3-8B"
 HOST_OPTIONS = set(inspect.signature(HFLM).parameters) - {"kwargs"}
@@ -54,6 +56,7 @@ class LLQLM(HFLM):  # type: ignore[misc]
             self._world_size = accelerator.num_processes
         if loadable.quantized:
             check_quantized(self.model)
+        self._dropped = make_neutral(self.model)
         if asked.kv_cache_bits is not None:
             generate_packed(self.model, asked.kv_cache_bits)
 
@@ -117,5 +120,6 @@ class LLQLM(HFLM):  # type: ignore[misc]
 
     def get_model_info(self) -> dict[str, Any]:
         """What lm-eval writes into the results file; `llq` says what was really scored."""
-        adapter = {} if self.peft is None else {"adapter": self.peft}
-        return {**super().get_model_info(), "llq": {**described(self.model), **adapter}}
+        more = {} if self.peft is None else {"adapter": self.peft}
+        more |= {"generation_config_ignored": self._dropped} if self._dropped else {}
+        return {**super().get_model_info(), "llq": {**described(self.model), **more}}

@@ -42,6 +42,7 @@ from ..layers.kv_cache import generate_packed
 from ..models.vision import Prompt, VisionModel, truncated_images_refused
 from .hf_quantizer import check_quantized, described
 from .model_args import ModelArgs
+from .neutral import make_neutral
 
 DEFAULT_MODEL = "llava-hf/llama3-llava-next-8b-hf"
 HOST_OPTIONS = {"device", "dtype", "batch_size", "text_only"}
@@ -73,6 +74,7 @@ class LLQ(lmms):  # type: ignore[misc]
         self.vision = VisionModel.load(loadable.path, loadable.revision, device, dtype)
         if loadable.quantized:
             check_quantized(self.vision.model)
+        self._dropped = make_neutral(self.vision.model)
         if asked.kv_cache_bits is not None:
             generate_packed(self.vision.model, asked.kv_cache_bits)
         self.batch_size = _batch_size(host.get("batch_size"))
@@ -86,8 +88,10 @@ class LLQ(lmms):  # type: ignore[misc]
 
     def llq(self) -> dict[str, Any]:
         """What the results file says about what was scored."""
+        ignored = {"generation_config_ignored": self._dropped} if self._dropped else {}
         return {
             **described(self.vision.model),
+            **ignored,
             "rows_without_image_asked_as_text": self.asked_as_text,
         }
 

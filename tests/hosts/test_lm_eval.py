@@ -90,6 +90,32 @@ def test_generation_with_a_packed_cache(tiny_llama: Path, options: dict) -> None
         LLQLM(**asked, kv_cache_bits=9)
 
 
+def test_the_generation_config_of_a_checkpoint_changes_no_answer(
+    tiny_llama: Path, tmp_path: Path, options: dict
+) -> None:
+    """transformers fills what a call leaves open from the checkpoint's file; results name what was
+    ignored. What a task asks for holds.
+    """
+    shutil.copytree(tiny_llama, eager := tmp_path / "eager")
+    file = eager / "generation_config.json"
+    own = json.loads(file.read_text()) if file.exists() else {}
+    penal = {"repetition_penalty": 9.0, "min_new_tokens": 3}
+    file.write_text(json.dumps({**own, **penal}))
+    asked = {"until": ["!"], "max_gen_toks": 12}
+
+    def answer(folder: Path, **kwargs: Any) -> tuple[str, dict[str, Any]]:
+        lm = LLQLM(pretrained=str(folder), method="none", **options)
+        request = Instance("generate_until", {}, ("the fox", {**asked, **kwargs}), 0)
+        return lm.generate_until([request])[0], lm.get_model_info()["llq"]
+
+    plain, said = answer(tiny_llama)
+    assert "generation_config_ignored" not in said
+    same, said = answer(eager)
+    assert same == plain
+    assert said["generation_config_ignored"] == penal
+    assert answer(eager, repetition_penalty=9.0)[0] != plain
+
+
 def test_a_simulated_cache_is_called_so(tiny_llama: Path, options: dict) -> None:
     lm = LLQLM(
         pretrained=str(tiny_llama), method="spinquant", bits=4, kv_bits=4, solver="rtn", **options
