@@ -23,6 +23,7 @@ from ..checkpoints.inspection import Inspection, inspect_checkpoint
 from ..checkpoints.journal import Journal
 from ..common.errors import LLQError
 from ..common.files import read_json
+from .benchmarks import eval_results
 from .card import RESULTS, check_scored, make_card, results_files
 
 if TYPE_CHECKING:
@@ -67,7 +68,8 @@ def prepare_upload(
 ) -> Upload:
     """Check the checkpoint in `path` and gather the files to upload; uploads nothing.
 
-    A README.md in `path` is taken as it is, else the card is made. LLQError for a name that no
+    A README.md in `path` is taken as it is, else the card is made. Results on benchmarks of the Hub
+    go into `.eval_results/`, too. LLQError for a name that no
     repository can have, a checkpoint or a tokenizer that is not as it was written, or a results
     file of another checkpoint.
     """
@@ -94,6 +96,11 @@ def prepare_upload(
         if results is None:
             own_file(path, file.relative_to(path).as_posix())
         files[f"{RESULTS}/{file.name}"] = _without_machine(file, checkpoint)
+    files |= eval_results(
+        [(f"{RESULTS}/{file.name}", read_json(file)) for file in scored],
+        repo,
+        f"{checkpoint['method']}, {checkpoint['stored_bits']:.3f} stored bits a weight",
+    )
     if CARD not in files:
         card = make_card(path, repo=repo, base=base, results=scored)
         files[CARD] = str(card).encode()

@@ -2,11 +2,11 @@
 newest there are, and transformers from its lower bound on.
 
     python tests/bench/versions.py lowest newest [--python 3.11 3.13] [--folder DIR]
-    python tests/bench/versions.py 5.13 5.16 5.20 [--python 3.11]
+    python tests/bench/versions.py 5.18 5.20 5.22 [--python 3.11]
 
 Each case is an environment that uv makes, with a clone of HEAD, outside of this repository: no
-constraint of pyproject.toml holds there. A case "5.16" is the lowest of everything, and the newest
-transformers 5.16. The table has versions, and tests passed and failed; DIR/CASE-PYTHON.log has what
+constraint of pyproject.toml holds there. A case "5.20" is the lowest of everything, and the newest
+transformers 5.20. The table has versions, and tests passed and failed; DIR/CASE-PYTHON.log has what
 they printed. The exit status says whether all passed.
 """
 
@@ -29,7 +29,10 @@ TOOLS = ["pytest>=9.0", "pytest-xdist>=3.6"]
 CORE = ["tests/contract", "tests/checkpoints", "tests/cli", "tests/hosts/test_lm_eval.py"]
 ONLY = "rtn or gptq or not contract"
 SHOWN = ["torch", "transformers", "lm_eval", "accelerate", "huggingface_hub", "numpy"]
-VERSIONS = "import importlib.metadata as m, json; print(json.dumps([m.version(n) for n in {}]))"
+VERSIONS = """
+import importlib.metadata, json, platform
+print(json.dumps([platform.python_version(), *map(importlib.metadata.version, {})]))
+"""
 
 
 def environment(folder: Path, case: str, python: str) -> Path:
@@ -50,7 +53,8 @@ def environment(folder: Path, case: str, python: str) -> Path:
 
 def row(folder: Path, case: str, python: str) -> tuple[list[str], bool]:
     """A row of the table, and whether all tests passed."""
-    place, log = folder / f"{case}-{python}", folder / f"{case}-{python}.log"
+    name = f"{case}-{python.strip('/').replace('/', '-')}"
+    place, log = folder / name, folder / f"{name}.log"
     try:
         interpreter = environment(place, case, python)
     except subprocess.CalledProcessError:
@@ -65,7 +69,7 @@ def row(folder: Path, case: str, python: str) -> tuple[list[str], bool]:
     counts = re.findall(r"(\d+) (passed|failed|errors?)", log.read_text().splitlines()[-1])
     failed = sum(int(number) for number, what in counts if what != "passed")
     outcome = ", ".join(f"{number} {what}" for number, what in counts) or f"no result: see {log}"
-    return [case, python, *json.loads(versions.stdout), outcome], bool(counts) and not failed
+    return [case, *json.loads(versions.stdout), outcome], bool(counts) and not failed
 
 
 def main() -> None:
@@ -73,7 +77,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("case", nargs="+", help="lowest, newest, or a minor of transformers")
-    parser.add_argument("--python", nargs="+", default=["3.11"])
+    parser.add_argument(
+        "--python", nargs="+", default=["3.11"], help="versions, or paths of interpreters"
+    )
     parser.add_argument("--folder", type=Path)
     asked = parser.parse_args()
     folder = asked.folder or Path(tempfile.mkdtemp(prefix="llq-versions-"))

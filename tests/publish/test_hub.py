@@ -101,7 +101,11 @@ def test_a_pushed_checkpoint_loads_and_scores_in_a_fresh_process_as_before(
 
 def test_what_is_pushed(hub, packed, llq, tmp_path):
     results = {
-        "results": {"llq_demo_mc": {"acc,none": 1.0}},
+        "results": {
+            "llq_demo_mc": {"acc,none": 1.0},
+            "gsm8k": {"exact_match,strict-match": 0.5},
+        },
+        "n-samples": {"gsm8k": {"original": 1319, "effective": 1319}},
         "pretty_env_info": "a secret machine",
         "config": {"llq": {}, "model_args": {"pretrained": "/home/me"}},
     }
@@ -127,6 +131,8 @@ def test_what_is_pushed(hub, packed, llq, tmp_path):
     card = repo.files["README.md"].decode()
     assert "license: apache-2.0" in card
     assert "| llq_demo_mc | acc | 1 |" in card
+    assert b"id: openai/gsm8k" in repo.files[".eval_results/gsm8k.yaml"]
+    assert b"value: 50.0" in repo.files[".eval_results/gsm8k.yaml"]
     assert TOKEN not in output
     assert all(TOKEN.encode() not in content for content in repo.files.values())
 
