@@ -57,6 +57,7 @@ class LLQLM(HFLM):  # type: ignore[misc]
         if loadable.quantized:
             check_quantized(self.model)
         self._dropped = make_neutral(self.model)
+        self._answers = self._empty_answers = 0
         if asked.kv_cache_bits is not None:
             generate_packed(self.model, asked.kv_cache_bits)
 
@@ -88,6 +89,12 @@ class LLQLM(HFLM):  # type: ignore[misc]
             from peft import PeftModel
 
             self._model: Any = PeftModel.from_pretrained(self._model, peft)
+
+    def generate_until(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
+        answers = super().generate_until(requests, *args, **kwargs)
+        self._answers += len(answers)
+        self._empty_answers += sum(not answer.strip() for answer in answers)
+        return answers
 
     def loglikelihood(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
         self._check_no_cache("loglikelihood")
@@ -122,4 +129,6 @@ class LLQLM(HFLM):  # type: ignore[misc]
         """What lm-eval writes into the results file; `llq` says what was really scored."""
         more = {} if self.peft is None else {"adapter": self.peft}
         more |= {"generation_config_ignored": self._dropped} if self._dropped else {}
+        if self._answers:
+            more |= {"answers": self._answers, "empty_answers": self._empty_answers}
         return {**super().get_model_info(), "llq": {**described(self.model), **more}}

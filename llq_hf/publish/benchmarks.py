@@ -31,7 +31,9 @@ class Benchmark(NamedTuple):
 
 
 _GSM8K = Benchmark(
-    "openai/gsm8k", "gsm8k", ("exact_match,strict-match", "exact_match,flexible-extract")
+    "openai/gsm8k",
+    "gsm8k",
+    ("exact_match,strict-match", "exact_match,flexible-extract", "exact_match,none"),
 )
 _GPQA = Benchmark(
     "Idavidrein/gpqa",
@@ -43,6 +45,7 @@ BENCHMARKS = {
     "gsm8k_cot": _GSM8K,
     "gsm8k_cot_llama": _GSM8K,
     "gsm8k_cot_zeroshot": _GSM8K,
+    "llq_gsm8k": _GSM8K,
     "mmlu_pro": Benchmark("TIGER-Lab/MMLU-Pro", "mmlu_pro", ("exact_match,custom-extract",)),
     "gpqa_diamond_cot_n_shot": _GPQA,
     "gpqa_diamond_cot_zeroshot": _GPQA,

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
 
 from llq_hf import Calibration, LLQError, QuantizedLlama, build
 from llq_hf.checkpoints.inspection import inspect_checkpoint
@@ -113,7 +114,19 @@ def test_the_generation_config_of_a_checkpoint_changes_no_answer(
     same, said = answer(eager)
     assert same == plain
     assert said["generation_config_ignored"] == penal
+    assert (said["answers"], said["empty_answers"]) == (1, int(not same.strip()))
     assert answer(eager, repetition_penalty=9.0)[0] != plain
+
+
+def test_empty_answers_are_counted(
+    tiny_llama: Path, options: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm = LLQLM(pretrained=str(tiny_llama), method="none", **options)
+    for answers in (["a", " \n"], ["", "b", "c"]):
+        monkeypatch.setattr(HFLM, "generate_until", lambda self, requests, given=answers: given)
+        assert lm.generate_until([None] * len(answers)) == answers
+    info = lm.get_model_info()["llq"]
+    assert (info["answers"], info["empty_answers"]) == (5, 2)
 
 
 def test_a_simulated_cache_is_called_so(tiny_llama: Path, options: dict) -> None:
