@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
 from ..common.errors import LLQError
 from .app import PUBLISH, app, console
+
+if TYPE_CHECKING:
+    from ..export import Engine, Format
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -19,12 +22,22 @@ def export(
     path: Annotated[Path, typer.Argument(help="Folder of a packed checkpoint.")],
     out: Annotated[Path, typer.Argument(help="Folder to write. It must not exist.")],
     to: Annotated[
-        str,
+        str | None,
         typer.Option(
             "--format",
-            help="compressed-tensors, gptq, awq, dense, or gguf-f16 (for llama.cpp's converter).",
+            help="compressed-tensors (default), gptq, awq, dense, or gguf-f16 (for llama.cpp's "
+            "converter).",
         ),
-    ],
+    ] = None,
+    reader: Annotated[
+        str | None,
+        typer.Option(
+            "--for",
+            help="In place of --format: the engine that shall load it. vllm, sglang, llama.cpp, "
+            "transformers or gptqmodel; its best format is chosen, and what it would not read is "
+            "refused.",
+        ),
+    ] = None,
     dtype: Annotated[
         str | None,
         typer.Option(
@@ -33,32 +46,53 @@ def export(
         ),
     ] = None,
 ) -> None:
-    """Write a packed checkpoint in the format of vLLM, GPTQModel, AutoAWQ or llama.cpp's converter.
+    """Write a packed checkpoint in the format of vLLM, SGLang, GPTQModel or llama.cpp's converter.
 
     Codes are carried over as they are. What the format cannot hold is refused, with the reason.
 
-    Example:
+    Examples:
 
-    - `llq export /tmp/demo-gptq /tmp/demo-vllm --format compressed-tensors`
+    - `llq export /tmp/demo-gptq /tmp/demo-vllm --for vllm`
+    - `llq export /tmp/demo-gptq /tmp/demo-gptqmodel --format gptq`
     """
     import torch
 
     from ..common.terminal import RichProgress
-    from ..common.words import nearest
-    from ..export import FORMATS
+    from ..export import engine_named, readers
     from ..export import export as write
 
+    if to is not None and reader is not None:
+        raise LLQError(f"--for {reader} chooses the format; leave out --format {to}")
+    if dtype not in (None, *DTYPES):
+        raise LLQError(f"--dtype {dtype} is unknown; give one of {', '.join(DTYPES)}")
+    engine = engine_named(reader) if reader is not None else None
+    kind = _chosen(path, to, engine)
+    found = write(path, out, kind, getattr(torch, dtype) if dtype else None, RichProgress(), engine)
+    takes, refuses = readers(kind.name, found["grid"])
+    table = Table(title=f"{path} as {kind.name}", show_header=False, title_justify="left")
+    table.add_row("stored bits per quantized weight, packed", f"{found['stored_bits']:.3f}")
+    table.add_row("stored bits per quantized weight, exported", f"{found['exported_bits']:.3f}")
+    table.add_row("size on disk", f"{found['bytes'] / 2**20:.1f} MiB")
+    table.add_row("read by", "; ".join(takes))
+    console.print(table)
+    for phrase in refuses:
+        console.print(f"[yellow]{phrase}", soft_wrap=True)
+
+
+def _chosen(path: Path, to: str | None, engine: Engine | None) -> type[Format]:
+    """The format that was asked for; where an engine was, its best, and that is printed."""
+    from ..common.words import nearest
+    from ..export import DEFAULT, FORMATS, format_for
+
+    if engine is not None:
+        kind = format_for(engine, FORMATS, path)
+        why = f"the best of what {engine} reads that can hold these codes"
+        console.print(f"format: {kind.name}, {why}", soft_wrap=True)
+        return kind
+    if to is None:
+        return DEFAULT
     if to not in FORMATS:
         raise LLQError(
             f"--format {to} is unknown{nearest(to, FORMATS)}; give one of {', '.join(FORMATS)}"
         )
-    if dtype not in (None, *DTYPES):
-        raise LLQError(f"--dtype {dtype} is unknown; give one of {', '.join(DTYPES)}")
-    kind = FORMATS[to]
-    found = write(path, out, kind, getattr(torch, dtype) if dtype else None, RichProgress())
-    table = Table(title=f"{path} as {to}", show_header=False, title_justify="left")
-    table.add_row("stored bits per quantized weight, packed", f"{found['stored_bits']:.3f}")
-    table.add_row("stored bits per quantized weight, exported", f"{found['exported_bits']:.3f}")
-    table.add_row("size on disk", f"{found['bytes'] / 2**20:.1f} MiB")
-    table.add_row("read by", kind.reader)
-    console.print(table)
+    return FORMATS[to]

@@ -29,7 +29,6 @@ ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
 @dataclass(frozen=True)
 class AWQFormat(AffineFormat):
     name: ClassVar[str] = "awq"
-    reader: ClassVar[str] = "AutoAWQ, GPTQModel, vLLM, SGLang"
     widths: ClassVar[tuple[int, ...]] = (4,)
 
     def check(self, affine: Affine) -> None:

@@ -6,7 +6,7 @@ Legend: O out_features, I in_features, G groups, b bits.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
@@ -25,7 +25,7 @@ class Format(ABC):
     """A format, for one checkpoint. dtype: of scales and of all that is not quantized."""
 
     name: ClassVar[str]
-    reader: ClassVar[str]  # for people: who loads it
+    holds_codes: ClassVar[bool] = True  # False: weights are dense
     preferred: ClassVar[torch.dtype | None] = None  # where none is asked for; None: the base's
 
     dtype: torch.dtype
@@ -73,8 +73,13 @@ class Grids:
 
     seen: dict[tuple[Grid, int], str] = field(default_factory=dict)  # and columns -> a name
 
-    def see(self, name: str, affine: Affine) -> None:
-        """Only sizes are kept."""
+    def see_all(self, linears: Mapping[str, Exported]) -> None:
+        """Those of linears, by name; dense ones have none. Only sizes are kept."""
+        for name, linear in linears.items():
+            if linear.affine is not None:
+                self._see(name, linear.affine)
+
+    def _see(self, name: str, affine: Affine) -> None:
         grid = Grid(affine.bits, affine.sym, affine.group_size, affine.in_order)
         self.seen.setdefault((grid, affine.codes_OI.shape[1]), name)
 

@@ -1,7 +1,7 @@
 """compressed-tensors' format "pack-quantized", which vLLM, SGLang and transformers read.
 
-It holds codes of 1 to 8 bits on symmetric and asymmetric grids. Kernels of vLLM and SGLang take 4
-and 8 bits; the library itself unpacks the other widths.
+It holds codes of 1 to 8 bits on symmetric and asymmetric grids. The library itself unpacks every
+width; which of them engines run is told in `engines`.
 
 Legend: O out_features, I in_features, G groups, b bits.
 
@@ -30,7 +30,6 @@ from .base import AffineFormat, Grid, bitstream
 @dataclass(frozen=True)
 class CompressedTensors(AffineFormat):
     name: ClassVar[str] = "compressed-tensors"
-    reader: ClassVar[str] = "vLLM, SGLang, transformers with compressed-tensors"
     widths: ClassVar[tuple[int, ...]] = tuple(range(1, 9))
 
     def check(self, affine: Affine) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,16 @@ from ..models.decoder import block_prefixes, quantizable
 from ..models.load import build_skeleton, module_names
 from ..models.residual_stream import Residual, residual_of
 from .base import Exported, Format, Grid, Grids
+from .engines import Engine
+
+
+class Exports(TypedDict):
+    """What an export came to. Bits are per quantized weight. grid: None where it is dense."""
+
+    stored_bits: float
+    exported_bits: float
+    bytes: int
+    grid: Grid | None
 
 
 def export(
@@ -42,20 +52,19 @@ def export(
     kind: type[Format],
     dtype: torch.dtype | None = None,
     progress: Progress | None = None,
-) -> dict[str, Any]:
+    engine: Engine | None = None,
+) -> Exports:
     """Write the packed checkpoint in the folder `path` to the new folder `out`, in format `kind`.
 
     dtype: of scales and of all that is not quantized; by default the format's, or the base's.
-    Returns "stored_bits" and "exported_bits" per quantized weight, and "bytes" of the export.
-    LLQError where the method's storage does not fit the format.
+    engine: that must read the result. LLQError where the method's storage does not fit the format,
+    or the engine does not read what comes out.
     """
     progress = progress or Progress()
     packed = inspect_checkpoint(path)
-    checkpoint = Checkpoint.open(str(path))
     if out.exists():
         raise LLQError(f"{out} exists; give a folder that does not")
-    skeleton = build_skeleton(checkpoint.path)
-    checkpoint = _named(checkpoint, skeleton)
+    checkpoint, skeleton = _opened(path)
     form = kind(dtype or kind.preferred or skeleton.dtype)
     method = build(packed["method"], **packed["config"])
     with _whole_or_nothing(out) as draft:
@@ -64,6 +73,8 @@ def export(
             grid = _write(parts, checkpoint, method, form, _Folds(skeleton), progress)
         finally:
             progress.close()
+        if engine is not None:
+            engine.check(form.name, grid)
         total_bytes = gathered(parts, draft).nbytes
         copy_small_files(path, draft)
         section = form.section(grid, _dense_modules(skeleton, checkpoint))
@@ -71,7 +82,52 @@ def export(
     shapes = _shapes(skeleton)
     weights = sum(rows * columns for rows, columns in shapes.values())
     bits = _linear_bytes(out, (_in_files(checkpoint, name) for name in shapes)) * 8 / weights
-    return {"stored_bits": packed["stored_bits"], "exported_bits": bits, "bytes": total_bytes}
+    return {
+        "stored_bits": packed["stored_bits"],
+        "exported_bits": bits,
+        "bytes": total_bytes,
+        "grid": grid,
+    }
+
+
+def format_for(engine: Engine, kinds: Mapping[str, type[Format]], path: Path) -> type[Format]:
+    """The format in which `engine` serves a packed checkpoint best, by the linears of its first
+    block. kinds: all formats, by name.
+
+    LLQError where codes fit none, with the reason of each and the cure. Dense weights are chosen
+    only for an engine that reads no codes: they are another size.
+    """
+    packed = inspect_checkpoint(path)
+    checkpoint, skeleton = _opened(path)
+    method = build(packed["method"], **packed["config"])
+    prefix = block_prefixes(skeleton)[0]
+    names = [name for name in checkpoint.files if name.startswith(f"{prefix}.")]
+    shapes = {name: s for name, s in _shapes(skeleton).items() if name.startswith(f"{prefix}.")}
+    reasons: list[str] = []
+    for reading in engine.reads:
+        form = kinds[reading.form](torch.float16)
+        if not form.holds_codes:
+            if not reasons:
+                return type(form)
+            continue
+        try:
+            grids = Grids()
+            grids.see_all(_linears(checkpoint.read(names), method, form, shapes))
+            reason = reading.refusal(grids.only(form.name))
+        except LLQError as error:
+            reasons.append(str(error))
+            continue
+        if reason is None:
+            return type(form)
+        reasons.append(f"{form.name}: {reason}")
+    raise LLQError(f"{engine} reads no export of {path} ({'; '.join(reasons)}); {engine.instead}")
+
+
+def _opened(path: Path) -> tuple[Checkpoint, Any]:
+    """The checkpoint by the model's names of its tensors, and the model on the meta device."""
+    checkpoint = Checkpoint.open(str(path))
+    skeleton = build_skeleton(checkpoint.path)
+    return _named(checkpoint, skeleton), skeleton
 
 
 @contextmanager
@@ -172,9 +228,7 @@ def _write(
         tensors = checkpoint.read(names)
         own = {name: shapes[name] for name in shapes if name.startswith(f"{prefixes[index]}.")}
         linears = _linears(tensors, method, form, own)
-        for name, linear in linears.items():
-            if linear.affine is not None:
-                grids.see(name, linear.affine)
+        grids.see_all(linears)
         folds.apply(linears, tensors)
         stored = {
             f"{n}.{k}": t

@@ -23,7 +23,7 @@ from .base import Exported, Format
 @dataclass(frozen=True)
 class DenseFormat(Format):
     name: ClassVar[str] = "dense"
-    reader: ClassVar[str] = "anything that reads Hugging Face checkpoints"
+    holds_codes: ClassVar[bool] = False
 
     def linear(self, method: Method, packed: Packed, shape: tuple[int, int]) -> Exported:
         if not method.weight_only:
@@ -40,5 +40,4 @@ class DenseFormat(Format):
 @dataclass(frozen=True)
 class GGUFSource(DenseFormat):
     name: ClassVar[str] = "gguf-f16"
-    reader: ClassVar[str] = "llama.cpp's convert_hf_to_gguf.py"
     preferred: ClassVar[torch.dtype | None] = torch.float16

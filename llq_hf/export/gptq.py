@@ -1,4 +1,5 @@
-"""GPTQ's format, which GPTQModel, vLLM, SGLang and transformers read; it takes act_order too.
+"""GPTQ's format, which GPTQModel reads, and other engines in part (see `engines`); it takes
+act_order too.
 
 Legend: O out_features, I in_features, G groups, b bits.
 
@@ -30,7 +31,6 @@ from .base import AffineFormat, Grid, bitstream, whole
 @dataclass(frozen=True)
 class GPTQFormat(AffineFormat):
     name: ClassVar[str] = "gptq"
-    reader: ClassVar[str] = "GPTQModel, vLLM, SGLang"
     widths: ClassVar[tuple[int, ...]] = (2, 3, 4, 8)
 
     def check(self, affine: Affine) -> None:

@@ -22,12 +22,15 @@ from transformers import AutoConfig, CompressedTensorsConfig
 from transformers.quantizers.quantizers_utils import should_convert_module
 from typer.testing import CliRunner
 
+import llq_hf.export
 from llq_hf import cli
 from llq_hf.checkpoints.dense import Checkpoint
 from llq_hf.common.errors import LLQError
 from llq_hf.data.calibration import Calibration
 from llq_hf.engine.execute import quantize_checkpoint
-from llq_hf.export import FORMATS, export
+from llq_hf.export import ENGINES, FORMATS, export, format_for
+from llq_hf.export.base import Grid
+from llq_hf.export.engines import readers, table
 from llq_hf.layers.linear import QuantLinear
 from llq_hf.methods import build
 from llq_hf.models.load import auto_class
@@ -365,6 +368,87 @@ def test_a_folder_that_exists_is_left_alone(packed, tmp_path):
         export(packed(*FITTING["rtn"]), tmp_path, FORMATS["dense"])
 
 
+# --- which engine reads it ------------------------------------------------------------------------
+
+
+SYM_ORDERED = ("gptq", {"bits": 4, "group_size": 32, "act_order": True, "sym": True})
+
+
+@pytest.mark.parametrize(
+    ("engine", "case", "form"),
+    [
+        ("vllm", FITTING["rtn"], "compressed-tensors"),
+        ("vllm", FITTING["smoothquant"], "compressed-tensors"),
+        ("sglang", FITTING["awq"], "compressed-tensors"),
+        ("sglang", SYM_ORDERED, "gptq"),
+        ("gptqmodel", ORDERED, "gptq"),
+        ("transformers", FITTING["efficient_qat"], "compressed-tensors"),
+    ],
+)
+def test_an_engine_gets_the_format_that_it_reads(packed, engine, case, form, tmp_path):
+    folder = packed(*case)
+    kind = format_for(ENGINES[engine], FORMATS, folder)
+    assert kind.name == form
+    export(folder, tmp_path / "out", kind, engine=ENGINES[engine])
+    assert section_of(tmp_path / "out")["quant_method"] == form
+
+
+@pytest.mark.parametrize(
+    ("engine", "case", "reasons"),
+    [
+        # compressed-tensors and awq have no index of groups, and of gptq vLLM reads none
+        ("vllm", SYM_ORDERED, ["no index", "gptq: it reads groups in order", "vllm serve"]),
+        ("vllm", ORDERED, ["no index", "gptq: it reads symmetric grids only"]),
+        ("vllm", ("rtn", {"bits": 1}), ["reads 2-8 bits, and codes have 1", "--format dense"]),
+        ("sglang", FITTING["gptq-3"], ["reads 4, 8 bits, and codes have 3", "--format dense"]),
+        ("gptqmodel", ("rtn", {"bits": 5}), ["it has 2, 3, 4, 8", "--format dense"]),
+        ("transformers", ("billm", {}), ["no uniform grid", "from_pretrained"]),
+    ],
+)
+def test_what_an_engine_does_not_read_is_refused_with_reason_and_cure(
+    packed, engine, case, reasons
+):
+    with pytest.raises(LLQError) as refused:
+        format_for(ENGINES[engine], FORMATS, packed(*case))
+    for reason in reasons:
+        assert reason in str(refused.value)
+
+
+def test_no_export_is_left_that_its_engine_does_not_read(packed, tmp_path):
+    """The format fits, and what all blocks came to does not."""
+    with pytest.raises(LLQError, match=r"vLLM .* symmetric grids only.*vllm serve"):
+        export(packed(*FITTING["rtn"]), tmp_path / "out", FORMATS["gptq"], engine=ENGINES["vllm"])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("form", "grid", "takes", "refuses"),
+    [
+        ("gptq", Grid(4, True, 64, True), ["vLLM 0.32", "SGLang", "GPTQModel"], []),
+        ("gptq", Grid(8, True, 64, True), ["on CPUs it runs 4 bits", "GPTQModel"], []),
+        ("gptq", Grid(4, True, 64, False), ["SGLang", "GPTQModel"], ["vLLM"]),
+        ("gptq", Grid(4, False, 64, True), ["GPTQModel"], ["vLLM", "SGLang"]),
+        ("gptq", Grid(3, True, 64, True), ["GPTQModel"], ["vLLM", "SGLang"]),
+        ("compressed-tensors", Grid(3, False, 64, True), ["on CPUs it runs 4"], ["SGLang"]),
+        ("compressed-tensors", Grid(1, False, 64, True), ["transformers"], ["vLLM", "SGLang"]),
+        ("awq", Grid(4, False, 64, True), ["vLLM 0.32", "SGLang", "GPTQModel"], []),
+        ("dense", None, ["vLLM", "SGLang", "transformers"], []),
+    ],
+)
+def test_what_is_said_about_engines(form, grid, takes, refuses):
+    """As vLLM 0.32 answered when it was run, and as GPTQModel loads."""
+    read, unread = readers(form, grid)
+    for found, expected in ((read, takes), (unread, refuses)):
+        for words in expected:
+            assert any(words in each for each in found)
+    assert len(unread) == len(refuses)
+
+
+def test_the_readme_says_the_same_about_engines():
+    readme = Path(llq_hf.export.__file__).with_name("README.md").read_text()
+    assert "\n".join(table()) in readme
+
+
 def test_the_command(packed, tmp_path):
     def run(*words: object) -> Any:
         return CliRunner().invoke(cli.app, ["export", *map(str, words)])
@@ -373,6 +457,18 @@ def test_the_command(packed, tmp_path):
     assert done.exit_code == 0, done.output
     assert "exported" in done.output
     assert "vLLM" in done.output
+    assert section_of(tmp_path / "out")["quant_method"] == "compressed-tensors"
+    assert run(packed(*FITTING["rtn"]), tmp_path / "default").exit_code == 0
+    assert stored(tmp_path / "default").keys() == stored(tmp_path / "out").keys()
+    named = run(packed(*ORDERED), tmp_path / "for", "--for", "gptqmodel")
+    assert "format: gptq, the best of what GPTQModel" in named.output
+    unread = run(packed(*FITTING["rtn"]), tmp_path / "unread", "--format", "gptq")
+    assert unread.exit_code == 0
+    assert "vLLM 0.32 does not: it reads symmetric grids only" in unread.output
+    both = run(packed(*FITTING["rtn"]), tmp_path / "no", "--format", "gptq", "--for", "vllm")
+    assert "leave out --format gptq" in str(both.exception)
+    other = run(packed(*FITTING["rtn"]), tmp_path / "no", "--for", "vlm")
+    assert "did you mean 'vllm'" in str(other.exception)
     wrong = run(packed(*FITTING["rtn"]), tmp_path / "no", "--format", "gtpq")
     assert isinstance(wrong.exception, LLQError)
     assert "did you mean 'gptq'" in str(wrong.exception)
