@@ -11,7 +11,7 @@ What a new method overrides
     must      name, title, bits, layout, dequantize, and quantize or quantize_block
     often     check, observes, best, bits_range, linear, affine, flow, calibrated
     rarely    for_linear, sequential, attention, weight_only, nominal_bits, any_bits,
-              training_copies
+              training_copies; adopts, adopting and adopt, to store other libraries' codes
     rarely    `WholeModel`, for what a block at a time cannot do: bound_to, learn, with_learned,
               rewrite, tune, needs_text. The flags learns, rewrites and tunes follow from what is
               overridden; a method overrides them only where an option switches the hook off.
@@ -149,6 +149,23 @@ class Step:
         self.block = nn.Identity()
 
 
+@dataclass(frozen=True)
+class ForeignCodes:
+    """The codes of a checkpoint that another library quantized, all on grids of one kind.
+
+    by: its `quant_method`. group_size: -1: a row is one group. sym: every zero point is the middle
+    code. in_order: all groups are of consecutive columns. scale_bits: that hold its scales exactly,
+    16 (fp16) or 32.
+    """
+
+    by: str
+    bits: int
+    group_size: int
+    sym: bool
+    in_order: bool
+    scale_bits: int
+
+
 # --- hooks on the whole model ---------------------------------------------------------------------
 
 
@@ -256,6 +273,7 @@ class Method(WholeModel, ABC):
     observes: ClassVar[type[Stat] | None] = None  # statistic of a linear's input; None: none
     training_copies: ClassVar[int] = 0  # fp32 copies of a block that `quantize_block` trains on
     best: ClassVar[Mapping[str, Any]] = {}  # what preset="best" changes of the study's defaults
+    adopts: ClassVar[tuple[str, ...]] = ()  # `quant_method`s of other libraries (see `adopting`)
 
     bits: float  # nominal; declared by every method with its own type and default
 
@@ -363,6 +381,20 @@ class Method(WholeModel, ABC):
     def weight_only(self) -> bool:
         """Whether a dense model with the weights of `dequantize` computes the same."""
         return True
+
+    @classmethod
+    def adopting(cls, codes: ForeignCodes) -> Self:
+        """The method, with its options, that stores such codes of another library as they are.
+
+        Asked where the library is among `adopts`. LLQError where it cannot.
+        """
+        raise NotImplementedError
+
+    def adopt(self, affine: Affine) -> Packed:
+        """The tensors of `layout` for a linear that another library quantized: the inverse of
+        `affine`. Nothing is rounded. LLQError where codes do not fit.
+        """
+        raise NotImplementedError
 
     @property
     def nominal_bits(self) -> float:

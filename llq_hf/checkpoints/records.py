@@ -11,7 +11,7 @@ class LinearRecord(TypedDict):
     name: str  # full module name
     shape: list[int]  # [O, I]
     stored_bits: float  # per weight, everything but the bias
-    weight_error: float  # |W - W^|^2 / |W|^2
+    weight_error: NotRequired[float]  # |W - W^|^2 / |W|^2, where W is known
     output_error: NotRequired[float]  # tr(dW H dW^T) / tr(W H W^T), where there is a Hessian H
     seconds: NotRequired[float]  # in the journal only: it differs from run to run
     tuned: NotRequired[bool]  # trained on after it was quantized
@@ -44,7 +44,9 @@ class Report(TypedDict):
 
     fingerprint: str
     identity: dict[str, Any]  # everything that decides the bytes
-    made_from: dict[str, Any]  # names of base and calibration, which decide no byte
+    # Names of base and calibration, which decide no byte. "converted": the `format` of another
+    # library, the `revision` on the Hub and the `section` of the checkpoint that was taken in.
+    made_from: dict[str, Any]
     linears: list[LinearRecord]
     bits: Bits
     rewrite: NotRequired[dict[str, Any]]  # how the dense model was changed first

@@ -14,6 +14,7 @@ from ..common.errors import LLQError
 from . import (
     bench,
     build_kernels,
+    convert,
     diagnose,
     evaluate,
     export,
@@ -30,6 +31,7 @@ __all__ = [
     "app",
     "bench",
     "build_kernels",
+    "convert",
     "diagnose",
     "evaluate",
     "export",

@@ -14,7 +14,7 @@ MEASURE = "Measure"
 PUBLISH = "Publish"
 OTHER = "Other"
 ORDER = (
-    *("quantize", "info", "verify", "methods"),
+    *("quantize", "convert", "info", "verify", "methods"),
     *("eval", "bench", "diagnose", "show", "study", "report"),
     *("export", "card", "push"),
     *("finetune", "build-kernels"),

@@ -69,6 +69,10 @@ def info(
         )
     table.add_row("options", ", ".join(f"{k}={_brief(str(v))}" for k, v in found["config"].items()))
     table.add_row("calibration", json.dumps(found["calibration"]))
+    made_from = found["made_from"] or {}
+    if converted := made_from.get("converted"):
+        origin = f"{made_from['model']}, in the format {converted['format']}"
+        table.add_row("converted from", origin)
     console.print(table)
     print_served(found["linears"])
     if linears:
@@ -142,7 +146,7 @@ def _linears_table(records: list[LinearRecord]) -> Table:
         seconds = f"{record['seconds']:.2f}" if "seconds" in record else ""
         shape = " x ".join(map(str, record["shape"]))
         bits = f"{record['stored_bits']:.3f}"
-        error = f"{record['weight_error']:.3g}"
+        error = f"{record['weight_error']:.3g}" if "weight_error" in record else ""
         table.add_row(record["name"], shape, bits, error, output, notes, seconds)
     return table
 

@@ -7,7 +7,6 @@ be calibrated on other activations, or be another model.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoints.carried import carried
-from ..checkpoints.dense import Checkpoint, untied_config
+from ..checkpoints.dense import Checkpoint
 from ..checkpoints.fingerprint import fingerprint
 from ..checkpoints.format import CONFIG
 from ..common.errors import LLQError
@@ -34,26 +33,6 @@ if TYPE_CHECKING:
 LARGEST_COMPARED = 2**30
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
 _compared: set[str] = set()  # a study quantizes a base many times in one process
-
-
-def with_own_heads(checkpoint: Checkpoint, skeleton: PreTrainedModel) -> Checkpoint:
-    """The checkpoint, whose config then says so where a head is not the embeddings' matrix.
-
-    Where config.json ties a head that the files hold with other values, transformers does not tie
-    it. `skeleton` gets a matrix of its own for it.
-    """
-    for head, embedding in list(skeleton.all_tied_weights_keys.items()):
-        if head not in checkpoint.files or embedding not in checkpoint.files:
-            continue
-        if torch.equal(*checkpoint.read([head, embedding]).values()):
-            continue
-        owner, _, attribute = head.rpartition(".")
-        own = nn.Parameter(torch.empty_like(skeleton.get_parameter(embedding)))
-        setattr(skeleton.get_submodule(owner), attribute, own)
-        del skeleton.all_tied_weights_keys[head]
-        skeleton.config.tie_word_embeddings = False
-        checkpoint = replace(checkpoint, config=untied_config(checkpoint.config))
-    return checkpoint
 
 
 def file_digests(folder: Path) -> dict[str, str]:

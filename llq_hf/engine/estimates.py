@@ -1,4 +1,4 @@
-"""Finds what would stop a run, and estimates what it needs, before the first block."""
+"""Estimates what a run needs, before the first block."""
 
 from __future__ import annotations
 
@@ -26,26 +26,6 @@ from .options import RunOptions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-
-def problems_of(checkpoint: Checkpoint, skeleton: PreTrainedModel, method: Method) -> list[str]:
-    """Sentences about everything in the files' headers that would stop the run."""
-    problems = []
-    for name, linear in quantizable(skeleton).items():
-        try:
-            checked_layout(method.for_linear(name), linear.out_features, linear.in_features)
-        except LLQError as error:
-            problems.append(f"{name}: {error}")
-    for name, tensor in skeleton.state_dict().items():
-        spec = checkpoint.specs.get(name)
-        if spec is None:
-            if name not in skeleton.all_tied_weights_keys:
-                problems.append(f"the tensor {name} is missing")
-        elif spec.shape != tuple(tensor.shape):
-            problems.append(
-                f"{name} has shape {list(spec.shape)}, its config says {list(tensor.shape)}"
-            )
-    return problems
 
 
 def estimate(

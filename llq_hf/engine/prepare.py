@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..checkpoints.as_model import problems_of, with_own_heads
 from ..checkpoints.carried import carried
 from ..checkpoints.dense import Checkpoint, Rewritten, provenance
 from ..checkpoints.fingerprint import fingerprint
@@ -29,8 +30,8 @@ from ..models.load import (
     module_names,
     takes_images,
 )
-from .base import file_digests, with_own_heads
-from .estimates import estimate, problems_of
+from .base import file_digests
+from .estimates import estimate
 from .options import RunOptions
 from .precision import full_precision
 from .team import edges_of

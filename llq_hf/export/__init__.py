@@ -1,4 +1,6 @@
-"""Exports a packed checkpoint to a format that other libraries read. There is a file per format."""
+"""Formats of other libraries: writes packed checkpoints in them, a file per format, and takes in
+checkpoints that other libraries quantized.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +11,7 @@ from .convert import export, format_for
 from .dense import DenseFormat, GGUFSource
 from .engines import ENGINES, Engine, engine_named, readers
 from .gptq import GPTQFormat
+from .importing import take_in
 
 FORMATS: dict[str, type[Format]] = {
     f.name: f for f in (CompressedTensors, GPTQFormat, AWQFormat, DenseFormat, GGUFSource)
@@ -25,4 +28,5 @@ __all__ = [
     "export",
     "format_for",
     "readers",
+    "take_in",
 ]

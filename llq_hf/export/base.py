@@ -182,6 +182,21 @@ def bitstream(codes: Tensor, bits: int) -> Tensor:
     return as_bytes.view(torch.int32)[:, : -(-n * bits // 32)].contiguous()
 
 
+def codes_of(words_RW: Tensor, bits: int, n: int) -> Tensor:
+    """int32 [R, ceil(n * b / 32)] -> uint8 codes [R, n]; the inverse of `bitstream`."""
+    as_bytes = words_RW.contiguous().view(torch.uint8)
+    as_bytes = torch.nn.functional.pad(as_bytes, (0, -as_bytes.shape[1] % bits))
+    bytes_RUb = as_bytes.view(len(as_bytes), -1, bits)  # a unit of b bytes holds 8 codes
+    codes_RU8 = torch.empty(*bytes_RUb.shape[:2], 8, dtype=torch.uint8)
+    for place in range(8):
+        byte, shift = divmod(place * bits, 8)
+        code = bytes_RUb[..., byte] >> shift
+        if shift + bits > 8:
+            code |= bytes_RUb[..., byte + 1] << (8 - shift)
+        codes_RU8[..., place] = code & ((1 << bits) - 1)
+    return codes_RU8.flatten(1)[:, :n]
+
+
 def whole(what: str, features: int) -> None:
     """LLQError unless `features` codes of any width fill whole words."""
     if features % WORD:

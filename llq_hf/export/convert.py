@@ -67,7 +67,7 @@ def export(
     checkpoint, skeleton = _opened(path)
     form = kind(dtype or kind.preferred or skeleton.dtype)
     method = build(packed["method"], **packed["config"])
-    with _whole_or_nothing(out) as draft:
+    with whole_or_nothing(out) as draft:
         parts = [draft / f"part-{i}.safetensors" for i in range(len(block_prefixes(skeleton)) + 1)]
         try:
             grid = _write(parts, checkpoint, method, form, _Folds(skeleton), progress)
@@ -103,7 +103,7 @@ def format_for(engine: Engine, kinds: Mapping[str, type[Format]], path: Path) ->
     prefix = block_prefixes(skeleton)[0]
     names = [name for name in checkpoint.files if name.startswith(f"{prefix}.")]
     shapes = {name: s for name, s in _shapes(skeleton).items() if name.startswith(f"{prefix}.")}
-    reasons: list[str] = []
+    reasons: dict[str, list[str]] = {}  # and the formats that it holds for
     for reading in engine.reads:
         form = kinds[reading.form](torch.float16)
         if not form.holds_codes:
@@ -115,12 +115,12 @@ def format_for(engine: Engine, kinds: Mapping[str, type[Format]], path: Path) ->
             grids.see_all(_linears(checkpoint.read(names), method, form, shapes))
             reason = reading.refusal(grids.only(form.name))
         except LLQError as error:
-            reasons.append(str(error))
-            continue
+            reason = str(error).replace(f" does not fit {form.name}", "")
         if reason is None:
             return type(form)
-        reasons.append(f"{form.name}: {reason}")
-    raise LLQError(f"{engine} reads no export of {path} ({'; '.join(reasons)}); {engine.instead}")
+        reasons.setdefault(reason, []).append(form.name)
+    listed = "; ".join(f"{', '.join(forms)}: {reason}" for reason, forms in reasons.items())
+    raise LLQError(f"{engine} reads no export of {path} ({listed}); {engine.instead}")
 
 
 def _opened(path: Path) -> tuple[Checkpoint, Any]:
@@ -131,7 +131,7 @@ def _opened(path: Path) -> tuple[Checkpoint, Any]:
 
 
 @contextmanager
-def _whole_or_nothing(out: Path) -> Iterator[Path]:
+def whole_or_nothing(out: Path) -> Iterator[Path]:
     """Give a new folder to write to, which becomes `out` when the block ends; whatever the block
     raises, nothing of it is left.
     """

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..common.errors import LLQError
 from ..common.words import nearest
-from ..method import Method
+from ..method import ForeignCodes, Method
 from .awq import AWQ
 from .billm import BiLLM
 from .db_llm import DBLLM
@@ -44,3 +44,18 @@ def method_type(name: str) -> type[Method]:
 def build(name: str, preset: str = "study", **options: Any) -> Method:
     """A method from its name and options, as in build("gptq", bits=3, group_size=64)."""
     return method_type(name).build(preset, **options)
+
+
+def adopting(codes: ForeignCodes) -> Method:
+    """The first method that stores codes of another library as they are; LLQError where none can.
+
+    Methods say themselves of which libraries they take codes (`Method.adopts`).
+    """
+    refused = LLQError(f"no method stores codes of {codes.by}")
+    for method in LISTED:
+        if codes.by in method.adopts:
+            try:
+                return method.adopting(codes)
+            except LLQError as error:
+                refused = error
+    raise refused

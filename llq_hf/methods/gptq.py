@@ -52,19 +52,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from ..common.errors import LLQError
 from ..common.spec import Spec
-from ..method import Flow, Job, Packed
+from ..method import Flow, ForeignCodes, Job, Packed
 from ..numerics.aim import aimed
 from ..numerics.cholesky import largest_first, prepare_hessian
 from ..numerics.coordinate_descent import Objective, refined
 from ..numerics.error_feedback import BLOCK, Solution, drift, group_aware_order, solve
-from ..numerics.grids import Grid, Uniform
+from ..numerics.grids import Affine, Grid, Uniform
 from ..numerics.stats import PairedHessian, Stat
 from .options import check_damp, check_gptaq, check_refine
 from .uniform import OnUniformGrid
@@ -86,6 +86,8 @@ class GPTQ(OnUniformGrid):
         "aim": 0.5,
         "refine": 2,
     }
+
+    adopts: ClassVar[tuple[str, ...]] = ("gptq", "compressed-tensors")
 
     bits: int = 4
     group_size: int = 128
@@ -228,6 +230,19 @@ class GPTQ(OnUniformGrid):
             sorted_I = torch.sort(packed["order"].long()).values
             if not torch.equal(sorted_I, torch.arange(in_features, device=sorted_I.device)):
                 raise LLQError(f"order does not name each of {in_features} columns once")
+
+    @classmethod
+    def adopting(cls, codes: ForeignCodes) -> Self:
+        return cls.build(**cls._adopted(codes), act_order=not codes.in_order)
+
+    def adopt(self, affine: Affine) -> Packed:
+        if not self._keeps_order:
+            return super().adopt(affine)
+        order_I = torch.argsort(affine.groups_I, stable=True)
+        ordered = affine._replace(
+            codes_OI=affine.codes_OI[:, order_I], groups_I=affine.groups_I[order_I]
+        )
+        return {**super().adopt(ordered), "order": order_I.to(_order_dtype(len(order_I)))}
 
     def dequantize(self, packed: Packed, out_features: int, in_features: int) -> Tensor:
         weight_OI = super().dequantize(packed, out_features, in_features)

@@ -47,6 +47,9 @@ class RTN(OnUniformGrid):
     name: ClassVar[str] = "rtn"
     title: ClassVar[str] = "RTN (round to nearest)"
     best: ClassVar[dict[str, Any]] = {"search_range": True}
+    # How their codes were found is not known here; what is stored is this grid. (AWQ's input scales
+    # are folded into the layers before.)
+    adopts: ClassVar[tuple[str, ...]] = ("awq", "compressed-tensors")
 
     bits: int = 4
     group_size: int = 128

@@ -71,7 +71,7 @@ def make_card(
     method = build(packed["method"], **packed["config"])
     unknown: dict[str, Any] = {"model": "unknown", "revision": None, "card": {}}
     made_from: dict[str, Any] = packed["made_from"] or unknown
-    base_card = made_from["card"]
+    base_card, converted = made_from["card"], made_from.get("converted") or {}
     base = base or made_from["model"]
     repo = on_one_line(repo or f"USER/{path.resolve().name}")
     name = repo.rpartition("/")[2]
@@ -103,8 +103,8 @@ def make_card(
         repo=repo,
         version=version("llq-hf"),
         base=base,
-        base_revision=made_from["revision"],
-        title=method.title,
+        base_revision=made_from["revision"] or converted.get("revision"),
+        made=_made(method, converted),
         nominal=f"{method.nominal_bits:g}",
         stored=f"{packed['stored_bits']:.3f}",
         whole_model=f"{packed['whole_model_bits']:.3f}" if packed["whole_model_bits"] else None,
@@ -115,7 +115,9 @@ def make_card(
         processor="AutoProcessor" if takes_images else "AutoTokenizer",
         method=method.name,
         options=packed["config"],
-        calibration=_calibration(packed["calibration"], made_from.get("calibration")),
+        calibration=f"that of {markdown(base)}"
+        if converted
+        else _calibration(packed["calibration"], made_from.get("calibration")),
         fingerprint=packed["fingerprint"],
         content=packed["content"],
         command=_command(method, base, name, made_from, packed["identity"])
@@ -167,6 +169,13 @@ def _cache_bits(path: Path) -> int | None:
     return asked.get("nbits") if asked.get("backend") == BACKEND else None
 
 
+def _made(method: Method, converted: dict[str, Any]) -> str:
+    """How the base became this, between the base's name and the bits."""
+    if not converted:
+        return f"quantized by {method.title} to"
+    return f"taken over from the format {converted['format']}, codes unchanged, of"
+
+
 def _calibration(used: dict[str, Any] | None, drawn: dict[str, Any] | None) -> str:
     if used is None:
         return "none: the method needs no data"
@@ -183,7 +192,12 @@ def _calibration(used: dict[str, Any] | None, drawn: dict[str, Any] | None) -> s
 def _command(
     method: Method, base: str, name: str, made_from: dict[str, Any], identity: dict[str, Any]
 ) -> str:
-    """The `llq quantize` command with every option that differs from its default."""
+    """The `llq quantize` command with every option that differs from its default, or the
+    `llq convert`.
+    """
+    if converted := made_from.get("converted"):
+        revision = ["--revision", converted["revision"]] if converted["revision"] else []
+        return shlex.join(map(on_one_line, ["llq", "convert", base, name, *revision]))
     words = ["llq", "quantize", base, name, "--method", method.name]
     defaults = field_defaults(type(method))
     for field, value in method.to_dict().items():

@@ -28,7 +28,7 @@ from llq_hf.checkpoints.dense import Checkpoint
 from llq_hf.common.errors import LLQError
 from llq_hf.data.calibration import Calibration
 from llq_hf.engine.execute import quantize_checkpoint
-from llq_hf.export import ENGINES, FORMATS, export, format_for
+from llq_hf.export import ENGINES, FORMATS, export, format_for, take_in
 from llq_hf.export.base import Grid
 from llq_hf.export.engines import readers, table
 from llq_hf.layers.linear import QuantLinear
@@ -194,6 +194,32 @@ def test_awq_holds_our_codes_and_folds_its_scales(packed, tmp_path):
     norm = "model.layers.0.input_layernorm.weight"
     in_scale = before["model.layers.0.self_attn.q_proj.in_scale"].float()
     assert torch.equal(tensors[norm], (before[norm] / in_scale).half())
+
+
+@pytest.mark.parametrize(
+    ("form", "case"),
+    [
+        ("compressed-tensors", "gptq-3"),
+        ("compressed-tensors", "rtn-per-row"),
+        ("gptq", "gptq-3"),
+        ("gptq", "ordered"),
+        ("gptq", "rtn-per-row"),
+        ("awq", "rtn"),
+    ],
+)
+def test_what_goes_out_comes_back(packed, form, case, tmp_path):
+    """`llq convert` of an export: the same tensors, and those of other methods' grids as well."""
+    folder = packed(*FITTING.get(case, ORDERED))
+    export(folder, tmp_path / "out", FORMATS[form], torch.float32)
+    take_in(str(tmp_path / "out"), tmp_path / "back")
+    before, after = affines(folder), affines(tmp_path / "back")
+    assert before.keys() == after.keys()
+    for name, affine in before.items():
+        for ours, theirs in zip(affine[1:5], after[name][1:5], strict=True):
+            assert torch.equal(ours, theirs)
+        assert affine.sym == after[name].sym
+    back = logits(load(tmp_path / "back"))
+    torch.testing.assert_close(back, logits(load(folder)), atol=2e-5, rtol=2e-5)
 
 
 # --- what does not fit ----------------------------------------------------------------------------
