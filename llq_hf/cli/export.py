@@ -25,8 +25,8 @@ def export(
         str | None,
         typer.Option(
             "--format",
-            help="compressed-tensors (default), gptq, awq, dense, or gguf-f16 (for llama.cpp's "
-            "converter).",
+            help="compressed-tensors (default), gptq, awq, gguf (one file with the tokenizer, for "
+            "llama.cpp), dense, or gguf-f16 (for llama.cpp's converter).",
         ),
     ] = None,
     reader: Annotated[
@@ -46,7 +46,7 @@ def export(
         ),
     ] = None,
 ) -> None:
-    """Write a packed checkpoint in the format of vLLM, SGLang, GPTQModel or llama.cpp's converter.
+    """Write a packed checkpoint in the format of vLLM, SGLang, GPTQModel or llama.cpp.
 
     Codes are carried over as they are. What the format cannot hold is refused, with the reason.
 
@@ -54,6 +54,7 @@ def export(
 
     - `llq export /tmp/demo-gptq /tmp/demo-vllm --for vllm`
     - `llq export /tmp/demo-gptq /tmp/demo-gptqmodel --format gptq`
+    - `llq export /tmp/smollm2-rtn /tmp/smollm2-gguf --for llama.cpp`
     """
     import torch
 
@@ -77,6 +78,8 @@ def export(
     console.print(table)
     for phrase in refuses:
         console.print(f"[yellow]{phrase}", soft_wrap=True)
+    if kind.file is not None:
+        print(f"File: {out / kind.file}")  # not rich: it would break the line
 
 
 def _chosen(path: Path, to: str | None, engine: Engine | None) -> type[Format]:

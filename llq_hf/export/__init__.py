@@ -10,11 +10,13 @@ from .compressed import CompressedTensors
 from .convert import export, format_for
 from .dense import DenseFormat, GGUFSource
 from .engines import ENGINES, Engine, engine_named, readers
+from .gguf_file import GGUFFormat
 from .gptq import GPTQFormat
 from .importing import take_in
 
 FORMATS: dict[str, type[Format]] = {
-    f.name: f for f in (CompressedTensors, GPTQFormat, AWQFormat, DenseFormat, GGUFSource)
+    f.name: f
+    for f in (CompressedTensors, GPTQFormat, AWQFormat, GGUFFormat, DenseFormat, GGUFSource)
 }
 DEFAULT = CompressedTensors  # where neither a format nor an engine is named
 

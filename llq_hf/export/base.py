@@ -8,12 +8,17 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..checkpoints.carried import copy_small_files
+from ..checkpoints.format import CONFIG
+from ..checkpoints.shards import gathered
 from ..common.errors import LLQError
+from ..common.files import write_json
 from ..method import Method, Packed
 from ..numerics.grids import Affine
 
@@ -26,6 +31,9 @@ class Format(ABC):
 
     name: ClassVar[str]
     holds_codes: ClassVar[bool] = True  # False: weights are dense
+    one_grid: ClassVar[bool] = True  # False: each linear may have a grid of its own
+    keeps_names: ClassVar[bool] = True  # of the base's files; False: of the model
+    file: ClassVar[str | None] = None  # the one that the export consists of; None: a folder
     preferred: ClassVar[torch.dtype | None] = None  # where none is asked for; None: the base's
 
     dtype: torch.dtype
@@ -48,6 +56,42 @@ class Format(ABC):
         hold linears, none of them quantized, by every name that a reader may know them by.
         """
         return None
+
+    def dtype_of(self, tensor: Tensor) -> torch.dtype:
+        """The dtype in which numbers of a tensor that is not quantized are stored."""
+        return self.dtype
+
+    def check_model(self, model: Model) -> None:
+        """LLQError, before anything is written, where the format cannot hold this model."""
+        return
+
+    def finish(self, parts: Sequence[Path], folder: Path, model: Model, grid: Grid | None) -> int:
+        """Make the files of the export in `folder`, of the tensors in `parts`, which are deleted.
+
+        grid: as for `section`. Returns the bytes of all tensors.
+        """
+        nbytes = gathered(parts, folder).nbytes
+        copy_small_files(model.path, folder)
+        dropped = ("quantization_config", "dtype", "torch_dtype")
+        config = {key: value for key, value in model.config.items() if key not in dropped}
+        section = self.section(grid, model.dense)
+        config |= {"quantization_config": section} if section else {}
+        dtype = str(self.dtype).removeprefix("torch.")
+        write_json(folder / CONFIG, {**config, "dtype": dtype})
+        return nbytes
+
+
+@dataclass(frozen=True)
+class Model:
+    """The model that is exported. path: of its packed checkpoint; config: its config.json.
+
+    skeleton: on the meta device. dense: names of modules that hold linears, none of them quantized.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    skeleton: Any
+    dense: Sequence[str]
 
 
 class Grid(NamedTuple):
@@ -158,11 +202,17 @@ class AffineFormat(Format):
 
     def tensors(self, linear: Exported) -> dict[str, Tensor]:
         assert linear.affine is not None
-        scale_OG = linear.affine.scale_OG
-        stored_OG = scale_OG.to(self.dtype)
+        scale_OG, dtype = linear.affine.scale_OG, self.scale_dtype
+        stored_OG = scale_OG.to(dtype)
         if not torch.isfinite(stored_OG).all() or (stored_OG[scale_OG > 0] == 0).any():
-            raise LLQError(f"a scale does not fit {self.dtype}; export with dtype float32")
+            cure = "export with dtype float32" if dtype == self.dtype else "it has no other"
+            raise LLQError(f"a scale does not fit {dtype}; {cure}")
         return self.pack(linear.affine)
+
+    @property
+    def scale_dtype(self) -> torch.dtype:
+        """The dtype of scales."""
+        return self.dtype
 
     @abstractmethod
     def pack(self, affine: Affine) -> dict[str, Tensor]:

@@ -10,22 +10,20 @@ whole.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor, nn
 
-from ..checkpoints.carried import copy_small_files
-from ..checkpoints.dense import Checkpoint, header
-from ..checkpoints.format import CONFIG
+from ..checkpoints.dense import Checkpoint
 from ..checkpoints.inspection import inspect_checkpoint
-from ..checkpoints.shards import gathered, names_by_block
+from ..checkpoints.shards import names_by_block
 from ..common.errors import LLQError
-from ..common.files import rename, save_tensors, write_json
+from ..common.files import rename, save_tensors
 from ..common.progress import Progress
 from ..layers.linear import QuantLinear, check_linears
 from ..method import Method
@@ -33,7 +31,7 @@ from ..methods import build
 from ..models.decoder import block_prefixes, quantizable
 from ..models.load import build_skeleton, module_names
 from ..models.residual_stream import Residual, residual_of
-from .base import Exported, Format, Grid, Grids
+from .base import Exported, Format, Grid, Grids, Model
 from .engines import Engine
 
 
@@ -66,27 +64,25 @@ def export(
         raise LLQError(f"{out} exists; give a folder that does not")
     checkpoint, skeleton = _opened(path)
     form = kind(dtype or kind.preferred or skeleton.dtype)
+    model = Model(path, checkpoint.config, skeleton, _dense_modules(skeleton, checkpoint))
+    form.check_model(model)
     method = build(packed["method"], **packed["config"])
     with whole_or_nothing(out) as draft:
         parts = [draft / f"part-{i}.safetensors" for i in range(len(block_prefixes(skeleton)) + 1)]
         try:
-            grid = _write(parts, checkpoint, method, form, _Folds(skeleton), progress)
+            written = _write(parts, checkpoint, method, form, _Folds(skeleton), progress)
+            if engine is not None:
+                engine.check(form.name, written.grid)
+            progress.stage("putting the blocks together")
+            total_bytes = form.finish(parts, draft, model, written.grid)
         finally:
             progress.close()
-        if engine is not None:
-            engine.check(form.name, grid)
-        total_bytes = gathered(parts, draft).nbytes
-        copy_small_files(path, draft)
-        section = form.section(grid, _dense_modules(skeleton, checkpoint))
-        _write_config(draft, checkpoint.config, section, form.dtype)
-    shapes = _shapes(skeleton)
-    weights = sum(rows * columns for rows, columns in shapes.values())
-    bits = _linear_bytes(out, (_in_files(checkpoint, name) for name in shapes)) * 8 / weights
+    weights = sum(rows * columns for rows, columns in _shapes(skeleton).values())
     return {
         "stored_bits": packed["stored_bits"],
-        "exported_bits": bits,
+        "exported_bits": written.linear_bytes * 8 / weights,
         "bytes": total_bytes,
-        "grid": grid,
+        "grid": written.grid,
     }
 
 
@@ -94,8 +90,8 @@ def format_for(engine: Engine, kinds: Mapping[str, type[Format]], path: Path) ->
     """The format in which `engine` serves a packed checkpoint best, by the linears of its first
     block. kinds: all formats, by name.
 
-    LLQError where codes fit none, with the reason of each and the cure. Dense weights are chosen
-    only for an engine that reads no codes: they are another size.
+    LLQError where codes fit none, with the reason of each and the cure. Dense weights are never
+    chosen: they are another size.
     """
     packed = inspect_checkpoint(path)
     checkpoint, skeleton = _opened(path)
@@ -107,13 +103,11 @@ def format_for(engine: Engine, kinds: Mapping[str, type[Format]], path: Path) ->
     for reading in engine.reads:
         form = kinds[reading.form](torch.float16)
         if not form.holds_codes:
-            if not reasons:
-                return type(form)
             continue
         try:
             grids = Grids()
             grids.see_all(_linears(checkpoint.read(names), method, form, shapes))
-            reason = reading.refusal(grids.only(form.name))
+            reason = reading.refusal(grids.only(form.name)) if form.one_grid else None
         except LLQError as error:
             reason = str(error).replace(f" does not fit {form.name}", "")
         if reason is None:
@@ -193,13 +187,13 @@ def _dense_modules(skeleton: nn.Module, checkpoint: Checkpoint) -> list[str]:
     return list(dict.fromkeys([*names, *(_in_files(checkpoint, name) for name in names)]))
 
 
-def _write_config(
-    folder: Path, base: dict[str, Any], section: dict[str, Any] | None, dtype: torch.dtype
-) -> None:
-    dropped = ("quantization_config", "dtype", "torch_dtype")
-    config = {key: value for key, value in base.items() if key not in dropped}
-    config |= {"quantization_config": section} if section else {}
-    write_json(folder / CONFIG, {**config, "dtype": str(dtype).removeprefix("torch.")})
+class _Written(NamedTuple):
+    """grid: of all that was quantized; None where it is dense, or where grids may differ.
+    linear_bytes: of the quantized linears, biases left out.
+    """
+
+    grid: Grid | None
+    linear_bytes: int
 
 
 def _write(
@@ -209,21 +203,19 @@ def _write(
     form: Format,
     folds: _Folds,
     progress: Progress,
-) -> Grid | None:
-    """Write one file per block, after one of everything outside the blocks.
-
-    Returns the grid of what was quantized; None where it is written dense.
-    """
+) -> _Written:
+    """Write one file per block, after one of everything outside the blocks."""
     shapes = _shapes(folds.skeleton)
-    grids = Grids()
+    grids, linear_bytes = Grids(), 0
     prefixes = block_prefixes(folds.skeleton)
     outside, *blocks = names_by_block(checkpoint.files, prefixes)
 
     def save(tensors: Mapping[str, Tensor], part: Path) -> None:
-        save_tensors({checkpoint.in_file(name): t for name, t in tensors.items()}, part)
+        name_of = checkpoint.in_file if form.keeps_names else str
+        save_tensors({name_of(name): tensor for name, tensor in tensors.items()}, part)
 
     progress.blocks(0, len(blocks))
-    save(_to_dtype(checkpoint.read(outside), form.dtype), parts[0])
+    save(_cast(checkpoint.read(outside), form), parts[0])
     for index, names in enumerate(blocks):
         tensors = checkpoint.read(names)
         own = {name: shapes[name] for name in shapes if name.startswith(f"{prefixes[index]}.")}
@@ -235,9 +227,10 @@ def _write(
             for n, linear in linears.items()
             for k, t in _tensors_of(form, n, linear).items()
         }
-        save(_to_dtype(tensors, form.dtype) | stored, parts[index + 1])
+        save(_cast(tensors, form) | stored, parts[index + 1])
+        linear_bytes += sum(tensor.nbytes for tensor in stored.values())
         progress.blocks(index + 1, len(blocks))
-    return grids.only(form.name)
+    return _Written(grids.only(form.name) if form.one_grid else None, linear_bytes)
 
 
 def _shapes(skeleton: nn.Module) -> dict[str, tuple[int, int]]:
@@ -271,23 +264,13 @@ def _tensors_of(form: Format, name: str, linear: Exported) -> dict[str, Tensor]:
         raise LLQError(f"{name} does not fit {form.name}: {error}") from None
 
 
-def _to_dtype(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Floats in `dtype`; LLQError where one overflows there."""
-    cast = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
+def _cast(tensors: dict[str, Tensor], form: Format) -> dict[str, Tensor]:
+    """Floats in the dtype of the format; LLQError where one overflows there."""
+    cast = {n: t.to(form.dtype_of(t)) if t.is_floating_point() else t for n, t in tensors.items()}
     for name, tensor in cast.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise LLQError(f"{name} does not fit {dtype}; give another dtype")
+            raise LLQError(f"{name} does not fit {tensor.dtype}; give another dtype")
     return cast
-
-
-def _linear_bytes(folder: Path, names: Iterable[str]) -> int:
-    """Bytes of the quantized linears in the files, biases left out."""
-    known, total = set(names), 0
-    for file in folder.glob("*.safetensors"):
-        for name, spec in header(file).items():
-            module, _, key = name.rpartition(".")
-            total += spec.nbytes if module in known and key != "bias" else 0
-    return total
 
 
 # --- input scales ---------------------------------------------------------------------------------

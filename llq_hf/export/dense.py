@@ -1,10 +1,8 @@
 """Dense weights, dequantized, for loaders that know no quantization.
 
 Every method fits that quantizes weights only. `gguf-f16` is the same in fp16, for llama.cpp's
-`convert_hf_to_gguf.py OUT --outtype f16`. We write no GGUF ourselves: that converter knows each
-architecture's order of heads and RoPE scaling, and recognizes tokenizers by hash. A second
-converter would go out of date, and one that mistakes a tokenizer makes a wrong model without an
-error.
+`convert_hf_to_gguf.py OUT --outtype f16`, which knows architectures and tokenizers that our own
+`gguf_file` does not.
 """
 
 from __future__ import annotations

@@ -109,7 +109,7 @@ ENGINES: dict[str, Engine] = {
             "llama.cpp",
             "of October 2026",
             "run on CPUs",
-            (Reading("gguf-f16"),),
+            (Reading("gguf", (4, 5, 8)),),
             "give --format gguf-f16, which its convert_hf_to_gguf.py reads",
         ),
         Engine(

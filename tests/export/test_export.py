@@ -383,7 +383,7 @@ def test_whatever_goes_wrong_nothing_is_left(packed, tmp_path, monkeypatch, faul
     def fail(*_: object) -> None:
         raise fault
 
-    monkeypatch.setattr("llq_hf.export.convert.gathered", fail)
+    monkeypatch.setattr("llq_hf.export.base.gathered", fail)
     with pytest.raises(fault):
         export(packed(*FITTING["rtn"]), tmp_path / "out", FORMATS["dense"])
     assert not list(tmp_path.iterdir())
