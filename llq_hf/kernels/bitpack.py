@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 BLOCK, UNIT = 128, 32
+SLOT = 16  # columns that kernels read at once
 _CHUNK_BYTES = 16
 
 

@@ -30,16 +30,16 @@ def _any(stored: Stored) -> bool:
     return True
 
 
-def _whole_blocks(stored: Stored) -> bool:
+def _whole_blocks(stored: LevelCodes | TableCodes | SalientCodes) -> bool:
     return stored.whole_blocks
 
 
-def _whole_rows(stored: Stored) -> bool:
+def _whole_rows(stored: SalientCodes) -> bool:
     return stored.whole_blocks and stored.columns % BLOCK == 0
 
 
-def _half_blocks(stored: UniformCodes) -> bool:
-    return stored.half_blocks
+def _whole_slots(stored: UniformCodes) -> bool:
+    return stored.whole_slots
 
 
 def _half_groups(stored: TableCodes) -> bool:
@@ -89,9 +89,9 @@ def _row(
 
 ROWS = (
     #    view          tokens      activations          fits            kernel
-    _row(UniformCodes, FEW, (torch.int8,), _half_blocks, digits_of_codes),
+    _row(UniformCodes, FEW, (torch.int8,), _whole_slots, digits_of_codes),
     _row(UniformCodes, MANY, (torch.int8,), _centred, tiles_of_codes),
-    _row(UniformCodes, FEW, HALF, _half_blocks, digits),
+    _row(UniformCodes, FEW, ALL, _whole_slots, digits),
     _row(UniformCodes, FEW_FLOATS, ALL, _any, floats),
     _row(UniformCodes, MANY, ALL, _any, tiles),
     _row(LevelCodes, FEW, HALF, _whole_blocks, digits),

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, TypeVar
 from torch import Tensor
 
 from ..common.errors import LLQError
-from .bitpack import BLOCK, UNIT, packed_words
+from .bitpack import BLOCK, SLOT, UNIT, packed_words
 
 Made = TypeVar("Made")
 
@@ -76,14 +76,9 @@ class UniformCodes(_View):
         return self.scale.shape[1] if isinstance(self.scale, Tensor) else 1
 
     @property
-    def whole_blocks(self) -> bool:
-        """Whether no block of 128 columns belongs to two groups."""
-        return self.groups == 1 or self.group_size % BLOCK == 0
-
-    @property
-    def half_blocks(self) -> bool:
-        """Whether no half block (64 columns) belongs to two groups."""
-        return self.groups == 1 or self.group_size % (BLOCK // 2) == 0
+    def whole_slots(self) -> bool:
+        """Whether no slot of 16 columns belongs to two groups."""
+        return self.groups == 1 or self.group_size % SLOT == 0
 
     @property
     def centred(self) -> bool:

@@ -1,14 +1,14 @@
 """Measures the speed of one packed linear as a multiple of bf16 F.linear, on LLaMA-3-8B's shapes.
 
-    python tests/bench/kernel_speed.py [--methods rtn:4,quip:2] [--shapes 4096x4096]
+    python tests/bench/kernel_speed.py [--methods rtn:4,rtn:4:32,quip:2] [--shapes 4096x4096]
         [--batches 1,4,8,64,512] [--rounds 9] [--threads 1]
 
-The whole linear counts: input scales, rotations and the preparation of activations. Both sides have
-as many threads and take turns in one process. The weights rotate over more than 128 MB, so that
-none is found in the cache. With one thread, its own seconds count (time.thread_time): a shared
-machine's other work does not, although it takes memory bandwidth from both. With more threads, the
-clock's seconds count, and the machine should be idle. Codes are random: speed does not depend on
-them.
+A method is name:bits or name:bits:group, whose group is a number of columns or "row". The whole
+linear counts: input scales, rotations and the preparation of activations. Both sides have as many
+threads and take turns in one process. The weights rotate over more than 128 MB, so that none is
+found in the cache. With one thread, its own seconds count (time.thread_time): a shared machine's
+other work does not, although it takes memory bandwidth from both. With more threads, the clock's
+seconds count, and the machine should be idle. Codes are random: speed does not depend on them.
 """
 
 from __future__ import annotations
@@ -126,16 +126,23 @@ def rows(
     for shape in shapes.split(","):
         out_features, in_features = map(int, shape.split("x"))
         for named in methods.split(","):
-            name, bits = named.split(":")
-            method = build(name, bits=float(bits) if "." in bits else int(bits))
+            method, called = _method(named)
             yield (
-                f"{name}, {bits} bits",
+                called,
                 shape,
                 [
                     measure(method, out_features, in_features, int(b), rounds)
                     for b in batches.split(",")
                 ],
             )
+
+
+def _method(named: str) -> tuple[Method, str]:
+    """The method of name:bits[:group], and how the table calls it."""
+    name, bits, *group = named.split(":")
+    options = {"group_size": -1 if group == ["row"] else int(group[0])} if group else {}
+    called = f"{name}, {bits} bits" + "".join(f", groups of {size}" for size in group)
+    return build(name, bits=float(bits) if "." in bits else int(bits), **options), called
 
 
 def main() -> None:

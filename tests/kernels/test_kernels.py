@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ast
 import copy
-import ctypes
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -35,7 +34,6 @@ from llq_hf.numerics.grids import Grid, Uniform
 from llq_hf.numerics.rotations import rotation
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-ISAS = ["avx512vbmi2", "avx512", "avx2"]
 # Bounds of the error of y relative to its norm.
 DIGITS = 1e-4  # digits, Gaussian activations
 FLOATS = 2e-6  # fp32 sums
@@ -57,33 +55,6 @@ def test_the_build_needs_python_alone() -> None:
     names = {f"{'.' * node.level}{node.module}" for node in froms}
     names |= {a.name for node in ast.walk(tree) if isinstance(node, ast.Import) for a in node.names}
     assert {name.split(".")[0] for name in names} <= sys.stdlib_module_names
-
-
-@pytest.fixture(scope="session")
-def libraries(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The compiled libraries by instruction set: those of this checkout, or built now."""
-    found = {isa: building.library(building.PACKAGED, isa) for isa in building.ISAS}
-    if all(path.is_file() for path in found.values()):
-        return found
-    if building.compiler() is None:
-        pytest.skip("no C++ compiler here: torch's operations serve, which the other tests look at")
-    folder = tmp_path_factory.mktemp("kernels")
-    building.build(folder)
-    return {isa: building.library(folder, isa) for isa in building.ISAS}
-
-
-@pytest.fixture(params=ISAS)
-def isa(
-    request: pytest.FixtureRequest, libraries: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> str:
-    """One test for each instruction set of this processor, with its library in use."""
-    name: str = request.param
-    if name not in native.supported():
-        pytest.skip(f"this processor has no {name}")
-    found = native.Backend(name, libraries[name], ctypes.CDLL(str(libraries[name])))
-    monkeypatch.setattr(native, "backend", lambda: found)
-    rotation.cache_clear()  # rotations remember which kernel was chosen for them
-    return name
 
 
 def rounded(grid: Uniform, shape: tuple[int, int], seed: int = 0) -> Packed:

@@ -53,41 +53,65 @@ struct Digits {
   const float* sums(int token) const { return group_sum.data() + (int64_t)token * stride; }
 };
 
-// x [tokens, columns] in fp32; block k reads the columns from 128 * source(k) on, and its halves belong to group(k,
-// half).
-template <typename Source, typename Group>
-void split(const float* x, int64_t columns, int tokens, int blocks, int groups, Source source, Group group, Digits& out) {
+// One block of activations, [128] floats, in digits: high and low [128]. Returns the step; group_sum[group[slot]] gets
+// the sums of the slots.
+INLINE float split_block(const float* x, const int* group, int8_t* high, int8_t* low, float* group_sum) {
+  Floats most = set(0), odd = set(0), bad = set(0);
+  for (int i = 0; i < BLOCK; i += LANES) {
+    const Floats v = loadf(x + i);
+    bad = fma(v, set(0), bad);  // NaN where an activation is NaN or infinite; so is y then
+    most = greater(size(v), most);
+    odd = greater(size(sub(v, whole(v))), odd);
+  }
+  float top = largest(most);
+  if (largest(odd) == 0 && top <= 127) top = 127;  // the high digit is the number itself: products of integers are exact
+  const float step = top / TOP + total(bad), inverse = top > 0 ? TOP / top : 0;
+  for (int slot = 0; slot < SLOTS; slot++) {
+    Bytes total = zeros();
+    for (int i = 16 * slot; i < 16 * (slot + 1); i += LANES) {
+      const Bytes q = rounded(mul(loadf(x + i), set(inverse)));
+      const Bytes h = shifted32<7>(plus(q, ints(64)));
+      total = plus(total, q);
+      store_narrow(high + i, h);
+      store_narrow(low + i, minus32(q, shl32<7>(h)));
+    }
+    group_sum[group[slot]] += step * (float)total32(total);
+  }
+  return step;
+}
+
+// x [tokens, columns] in fp32; block k reads the columns from 128 * source(k) on, zeros behind the last one, and its
+// slots belong to the groups group_of[8 k ..]. Of the first `rests` tokens, what rounding leaves is written behind the
+// last token, as tokens of their own; returns whether anything was left.
+template <typename Source>
+bool split(float* x, int64_t columns, int tokens, int rests, int blocks, int groups, const std::vector<int>& group_of,
+           Source source, Digits& out) {
+  bool left = false;
   out.blocks = blocks;
   out.stride = padded(groups);
-  out.digits.resize((int64_t)tokens * blocks * 2 * BLOCK);
-  out.step.resize((int64_t)tokens * blocks);
-  out.group_sum.assign((int64_t)tokens * out.stride, 0);
-  for (int t = 0; t < tokens; t++) {
+  out.digits.resize((int64_t)(tokens + rests) * blocks * 2 * BLOCK);
+  out.step.resize((int64_t)(tokens + rests) * blocks);
+  out.group_sum.assign((int64_t)(tokens + rests) * out.stride, 0);
+  for (int t = 0; t < tokens + rests; t++) {
     for (int k = 0; k < blocks; k++) {
-      const float* from = x + t * columns + (int64_t)source(k) * BLOCK;
-      float most = 0;
-      bool whole = true;
-      for (int i = 0; i < BLOCK; i++) {
-        most = std::fmax(most, std::fabs(from[i]));
-        whole &= from[i] == std::rint(from[i]);
+      alignas(64) float end[BLOCK];
+      const int64_t column = (int64_t)source(k) * BLOCK, here = std::min<int64_t>(BLOCK, columns - column);
+      float* from = x + t * columns + column;
+      if (here < BLOCK) {
+        memset(end, 0, sizeof end);
+        memcpy(end, from, here * sizeof(float));
       }
-      if (whole && most <= 127) most = 127;  // the high digit is the number itself: products of integers are exact
-      const float step = most / TOP, inverse = most > 0 ? TOP / most : 0;
       int8_t* high = out.digits.data() + ((int64_t)t * blocks + k) * 2 * BLOCK;
-      int8_t* low = high + BLOCK;
-      int total[2] = {0, 0};
-      for (int half = 0; half < 2; half++) {
-        for (int i = half * BLOCK / 2; i < (half + 1) * BLOCK / 2; i++) {
-          const int q = (int)std::rint(from[i] * inverse);
-          const int h = (q + 64) >> 7;
-          high[i] = (int8_t)h;
-          low[i] = (int8_t)(q - 128 * h);
-          total[half] += q;
-        }
-      }
+      const float step = split_block(here < BLOCK ? end : from, &group_of[(int64_t)k * SLOTS], high, high + BLOCK,
+                                     &out.group_sum[(int64_t)t * out.stride]);
       out.step[(int64_t)t * blocks + k] = step;
-      for (int half = 0; half < 2; half++)
-        out.group_sum[(int64_t)t * out.stride + group(k, half)] += step * (float)total[half];
+      if (t >= rests) continue;
+      float* rest = from + tokens * columns;
+      for (int i = 0; i < here; i++) {
+        rest[i] = std::fma(-step, (float)(128 * high[i] + high[BLOCK + i]), from[i]);
+        left |= rest[i] != 0;
+      }
     }
   }
+  return left;
 }

@@ -29,8 +29,9 @@ struct Call {
   void* y;
   int threads;
 
-  const float* floats(std::vector<float>& buffer) const {
-    buffer.resize((int64_t)tokens * columns);
+  // x in fp32, with as much room behind it.
+  float* floats(std::vector<float>& buffer) const {
+    buffer.resize(2 * (int64_t)tokens * columns);
     to_floats(x, (Dtype)dtype, (int64_t)tokens * columns, buffer.data());
     return buffer.data();
   }
@@ -57,7 +58,7 @@ void multiply_floats(const Weight& weight, const Call& call) {
     static thread_local typename Weight::State state;
     const int size = last - first;
     sums.resize((int64_t)call.tokens * size);
-    row.resize(call.columns);
+    row.resize((int64_t)Blocks(call.columns).all() * BLOCK);
     weight.read(state, first, last);
     for (int r = first; r < last; r++) {
       weight.decode_row(state, r, first, row.data());
@@ -75,7 +76,7 @@ void decode(const Weight& weight, int from, int to, Dtype dtype, void* out, int 
   over_rows(to - from, threads, [&](int first, int last) {
     static thread_local std::vector<float> row;
     static thread_local typename Weight::State state;
-    row.resize(weight.columns());
+    row.resize((int64_t)Blocks(weight.columns()).all() * BLOCK);
     weight.read(state, from + first, from + last);
     for (int r = first; r < last; r++) {
       uint8_t* to_row = (uint8_t*)out + (int64_t)r * weight.columns() * size_of(dtype);
@@ -105,30 +106,24 @@ const Digits& digits_of(const Call& call, const Weight& weight) {
   static thread_local std::vector<float> floats;
   static thread_local Digits digits;
   const auto source = [](int k) { return k; };
-  const auto group = [&](int k, int) { return weight.group_of[k]; };
-  split(call.floats(floats), call.columns, call.tokens, weight.blocks, weight.w.groups, source, group, digits);
+  split(call.floats(floats), call.columns, call.tokens, 0, weight.blocks, weight.w.groups, weight.group_of, source, digits);
   return digits;
 }
 
-// Adds the products with the columns behind the last whole block, in fp32.
-void add_tail(const Part& part, Grids& grids, const float* x_TI, const Call& call, int first, int last, float* sums) {
-  static thread_local std::vector<float> rest;
-  if (!part.tail) return;
-  grids.read(part.w, first, last);
-  rest.resize(part.tail);
-  for (int r = first; r < last; r++) {
-    const int64_t at = (int64_t)(r - first) * part.w.groups;
-    tail_values(part, grids.scale.data() + at, grids.zero.data() + at, part.row(r), rest.data());
-    for (int t = 0; t < call.tokens; t++)
-      sums[(int64_t)t * (last - first) + r - first] +=
-          dot(rest.data(), x_TI + (int64_t)t * call.columns + part.blocks * BLOCK, part.tail);
-  }
+// Which dot_digits serves this many pieces of a block.
+template <int BITS, int TOKENS>
+auto dot_of(int pieces) {
+  return pieces == 1   ? dot_digits<BITS, TOKENS, 1>
+         : pieces == 2 ? dot_digits<BITS, TOKENS, 2>
+         : pieces == 4 ? dot_digits<BITS, TOKENS, 4>
+                       : dot_digits<BITS, TOKENS, 8>;
 }
 
 }  // namespace
 
 // y [T, O] = x [T, I] W^T + bias.
-// _digits: activations in two int8 digits; groups are whole blocks of 128 columns, for uniform codes also half blocks.
+// _digits: activations in two int8 digits, of fp32 in four; groups are whole blocks of 128 columns, or of uniform codes
+// whole slots of 16.
 // _floats: all in fp32; any groups.
 // _decode: rows from..to of W, [to - from, I] of `dtype`.
 extern "C" {
@@ -139,30 +134,33 @@ void llq_uniform_digits(const Uniform* parts, int count, const void* x, int dtyp
   static thread_local std::vector<Digits> digits;
   const UniformWeight weight(parts, count, columns);
   const Call call{x, dtype, columns, tokens, bias, y, threads};
-  const float* x_TI = call.floats(floats);
+  float* x_TI = call.floats(floats);
   if ((int)digits.size() < count) digits.resize(count);
+  const int rests = dtype == F32 ? tokens : 0;
+  bool left = false;
   for (int i = 0; i < count; i++) {
     const Part& part = weight.parts[i];
     const auto source = [&](int k) { return part.source(k); };
-    const auto group = [&](int k, int half) { return part.group_of_half(k, half); };
-    split(x_TI, columns, tokens, part.blocks, part.w.groups, source, group, digits[i]);
+    left |= split(x_TI, columns, tokens, rests, part.blocks.all(), part.places, part.place_of, source, digits[i]);
   }
+  const int all = left ? 2 * tokens : tokens;
   const Digits* d = digits.data();  // the calling thread's: workers have their own
   over_rows(weight.rows(), threads, [&](int first, int last) {
     static thread_local std::vector<float> sums;
     static thread_local UniformWeight::State state;
-    sums.assign((int64_t)tokens * (last - first), 0);
-    state.read_tiles(*parts, first, last);
+    const int size = last - first;
+    sums.assign((int64_t)all * size, 0);
+    state.read_tiles(weight.parts[0], first, last);
     for (int i = 0; i < count; i++) {
       const Part& part = weight.parts[i];
       with_bits(part.w.bits, [&](auto bits) {
-        over_tokens(tokens, [&](auto count, int t) {
-          const auto dot = part.halves ? dot_digits<bits, count, true> : dot_digits<bits, count, false>;
-          dot(part, state, d[i], t, first, last, sums.data() + (int64_t)t * (last - first));
+        over_tokens(all, [&](auto count, int t) {
+          dot_of<bits, count>(part.pieces)(part, state, d[i], t, first, last, sums.data() + (int64_t)t * size);
         });
       });
-      add_tail(part, state, x_TI, call, first, last, sums.data());
     }
+    if (left)
+      for (int64_t i = 0; i < (int64_t)tokens * size; i++) sums[i] += sums[i + (int64_t)tokens * size];
     call.store(sums, first, last, weight.rows());
   });
 }
@@ -250,8 +248,7 @@ void llq_table_digits(const Table* table, int, const void* x, int dtype, int col
   const Call call{x, dtype, columns, tokens, bias, y, threads};
   halve(call.floats(floats), (int64_t)columns * tokens, halved);
   const auto source = [](int k) { return k; };
-  const auto group = [&](int k, int half) { return weight.group_of_half(k, half); };
-  split(halved.data(), columns, tokens, weight.blocks, table->groups, source, group, digits);
+  split(halved.data(), columns, tokens, 0, weight.blocks, table->groups, weight.group_of, source, digits);
   const Digits& d = digits;  // the calling thread's
   over_rows(weight.rows(), threads, [&](int first, int last) {
     static thread_local std::vector<float> sums;

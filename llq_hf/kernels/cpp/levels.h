@@ -26,7 +26,7 @@ struct LevelWeight {
   static constexpr int MIDDLE = 1 << 13, PER = LANES / 4;  // groups whose levels are computed at once
   const Levels& w;
   int blocks, tail;
-  std::vector<int> group_of;       // of each block
+  std::vector<int> group_of;       // of each slot
   std::vector<uint8_t> salient;    // 4 for salient columns, else 0: where their levels begin
 
   // What is computed for a chunk of rows, for each group.
@@ -38,8 +38,8 @@ struct LevelWeight {
   };
 
   explicit LevelWeight(const Levels& w)
-      : w(w), blocks(w.columns / BLOCK), tail(w.columns % BLOCK), group_of(blocks), salient(w.columns) {
-    for (int k = 0; k < blocks; k++) group_of[k] = std::min(k * BLOCK / w.group_size, w.groups - 1);
+      : w(w), blocks(w.columns / BLOCK), tail(w.columns % BLOCK),
+        group_of(groups_of_slots(blocks, w.group_size, w.groups, [](int k) { return k; })), salient(w.columns) {
     if (w.salient)
       for (int i = 0; i < w.columns; i++) salient[i] = 4 * code_at(w.salient, i, w.columns, 1);
   }
@@ -196,9 +196,9 @@ struct LevelWeight {
 #ifdef __AVX512VNNI__
     const float* tables = s.table.data() + (int64_t)(r - first) * w.groups * 8;
     for (int k = 0; k < blocks; k++) {
-      const Floats table = _mm512_castps256_ps512(_mm256_loadu_ps(tables + 8 * group_of[k]));
+      const Floats table = _mm512_castps256_ps512(_mm256_loadu_ps(tables + 8 * group_of[k * SLOTS]));
       const Bytes levels = halves(table, table, dtype);
-      pick<2>(row(r) + 32 * k, levels, levels, salient.data() + k * BLOCK, out + k * BLOCK);
+      pick<2>(row(r) + 32 * k, levels, salient.data() + k * BLOCK, out + k * BLOCK);
     }
 #endif
   }
@@ -210,7 +210,7 @@ struct LevelWeight {
     for (int k = 0; k < blocks; k++) {
       ordered_codes<2>(p + 32 * k, q);
       for (int i = 0; i < BLOCK; i++) q[i] |= salient[k * BLOCK + i];
-      for (int i = 0; i < BLOCK; i += LANES) storef(out + k * BLOCK + i, look_up(tables + 8 * group_of[k], q + i));
+      for (int i = 0; i < BLOCK; i += LANES) storef(out + k * BLOCK + i, look_up(tables + 8 * group_of[k * SLOTS], q + i));
     }
     for (int i = blocks * BLOCK; i < w.columns; i++)
       out[i] = tables[8 * std::min(i / w.group_size, w.groups - 1) + (salient[i] | code_at(p, i, w.columns, 2))];
@@ -225,15 +225,15 @@ void dot_planes(const LevelWeight& weight, const LevelWeight::State& state, cons
   const int stride = last - first;
   const Tiled tiled(weight.w.groups);
   for (int r = first; r < last; r += R * TILE) {
-    const Rows<R> rows(weight.w.weight, weight.w.row_bytes, r, last - 1);
+    const Rows<R> rows(weight.w.weight, weight.w.row_bytes, weight.w.row_bytes, r, last - 1);
     const int64_t at = tiled.row(r - first);
     Floats sums[R][TOKENS];
     for (int j = 0; j < R; j++)
       for (int t = 0; t < TOKENS; t++) sums[j][t] = set(0);
     for (int k = 0; k < weight.blocks; k++) {
-      const unsigned g = weight.group_of[k];
+      const unsigned g = weight.group_of[k * SLOTS];
       Sum<2> high[2][R][TOKENS], low[2][R][TOKENS];
-      rows.template each_slot_of<2>(k, weight.w.row_bytes, [&](int slot, Many<R> q) {
+      rows.template each_slot_of<2>(k, [&](int slot, Many<R> q) {
         const Many<R> plane[2] = {keep(q, 1), keep(q, 2)};  // the second has place value 2, so its scale was halved
         for (int t = 0; t < TOKENS; t++) {
           const int8_t* digits = x.block(token + t, k) + 16 * slot;
@@ -274,20 +274,20 @@ void dot_levels(const LevelWeight& weight, const LevelWeight::State& state, cons
   for (int t = 0; t < TOKENS; t++)
     for (int g = 0; g < groups; g++) all[t] += x.sums(token + t)[g];
   for (int r = first; r < last; r += R * TILE) {
-    const Rows<R> rows(weight.w.weight, weight.w.row_bytes, r, last - 1);
+    const Rows<R> rows(weight.w.weight, weight.w.row_bytes, weight.w.row_bytes, r, last - 1);
     const uint8_t* digits = state.digits.data() + (int64_t)(r - first) * groups * 16;
     Floats sums[R][TOKENS];
     for (int j = 0; j < R; j++)
       for (int t = 0; t < TOKENS; t++) sums[j][t] = set(0);
     for (int k = 0; k < weight.blocks; k++) {
-      const unsigned g = weight.group_of[k];
+      const unsigned g = weight.group_of[k * SLOTS];
       Bytes high[R], low[R];
       for (int j = 0; j < R; j++) {
         high[j] = load(digits + (int64_t)(j * groups + g) * WIDTH);
         low[j] = turned(high[j]);
       }
       Sum<7> high_high[R][TOKENS], high_low[R][TOKENS], low_high[R][TOKENS];
-      rows.template each_slot_of<2>(k, weight.w.row_bytes, [&](int slot, Many<R> q) {
+      rows.template each_slot_of<2>(k, [&](int slot, Many<R> q) {
         Bytes a[R], b[R];
         for (int j = 0; j < R; j++) {
           if constexpr (SALIENT) q.v[j] = either(q.v[j], both16(weight.salient.data() + k * BLOCK + 16 * slot));

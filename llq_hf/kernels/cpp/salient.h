@@ -47,7 +47,7 @@ struct SalientWeight {
   static constexpr int SPAN = 64;  // words whose zeros are counted together
   const Salient& w;
   int blocks, cell, parts;     // columns of a cell, and high parts
-  std::vector<int> group_of;   // of each block
+  std::vector<int> group_of;   // of each slot
   std::vector<int64_t> zeros;  // before each span
 
   // What is read for a chunk of rows: levels by group, and the salient weights.
@@ -61,8 +61,7 @@ struct SalientWeight {
 
   explicit SalientWeight(const Salient& w)
       : w(w), blocks(w.columns / BLOCK), cell(std::max(BLOCK, 1 << w.low_bits)), parts(cell >> w.low_bits),
-        group_of(blocks), zeros{0} {
-    for (int k = 0; k < blocks; k++) group_of[k] = std::min(k * BLOCK / w.group_size, w.groups - 1);
+        group_of(groups_of_slots(blocks, w.group_size, w.groups, [](int k) { return k; })), zeros{0} {
     const int64_t whole = w.unary / BLOCK * 2;
     for (int64_t i = 0; i < whole; i += SPAN) {
       const int64_t end = std::min(whole, i + SPAN);
@@ -215,10 +214,10 @@ struct SalientWeight {
     const int64_t at = (int64_t)(r - first) * w.groups;
     const float *scale = s.scale.data() + at, *mean = s.mean.data() + at;
     for (int k = 0; k < blocks; k++) {
-      const int g = group_of[k];
+      const int g = group_of[k * SLOTS];
       const Floats two = _mm512_mask_blend_ps(2, set(mean[g] - scale[g]), set(mean[g] + scale[g]));
       const Bytes levels = halves(two, two, dtype);
-      pick<1>(row(r) + 16 * k, levels, levels, nullptr, out + k * BLOCK);
+      pick<1>(row(r) + 16 * k, levels, nullptr, out + k * BLOCK);
     }
     const Floats own = set(s.own_scale[r - first]), zero = set(w.own_zero[r]);
     const Floats steps = _mm512_set_ps(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
@@ -245,7 +244,7 @@ struct SalientWeight {
     const float *scale = s.scale.data() + at, *mean = s.mean.data() + at;
     for (int k = 0; k < blocks; k++) {
       ordered_codes<1>(row(r) + 16 * k, signs);
-      const int g = group_of[k];
+      const int g = group_of[k * SLOTS];
       alignas(32) const float levels[8] = {mean[g] - scale[g], mean[g] + scale[g]};
       for (int i = 0; i < BLOCK; i += LANES) storef(out + k * BLOCK + i, look_up(levels, signs + i));
     }
@@ -271,9 +270,9 @@ struct Listed {
       codes[i] = list.code.data() + at;
       mask[i] = masks + 16 - std::max<int64_t>(0, std::min<int64_t>(begin[i][1] - at, 16));
     }
-    place = rows16(places, 0);
-    code = rows16(codes, 0);
-    some = rows16(mask, 0);
+    place = each16(places);
+    code = each16(codes);
+    some = each16(mask);
   }
 };
 
@@ -286,7 +285,7 @@ void dot_salient(const SalientWeight& weight, const SalientWeight::State& s, con
   const Tiled tiled(w.groups);
   const Bytes one = eights(0x0101010101010101);
   for (int r = first; r < last; r += TILE) {
-    const Rows<1> rows(w.weight, w.row_bytes, r, last - 1);
+    const Rows<1> rows(w.weight, w.row_bytes, w.row_bytes, r, last - 1);
     const int64_t at = tiled.row(r - first);
     const Floats own = each_row(s.own_scale.data() + r - first);
     const int32_t* begin_of[TILE];  // the last row stands in for rows behind it
@@ -297,12 +296,12 @@ void dot_salient(const SalientWeight& weight, const SalientWeight::State& s, con
     for (int k = 0; k < weight.blocks; k++) {
       Sum<1> positive[TOKENS][2], listed[TOKENS][2];
       Sum<8> codes[TOKENS][2];
-      rows.template each_slot_of<1>(k, w.row_bytes, [&](int slot, Many<1> q) {
+      rows.template each_slot_of<1>(k, [&](int slot, Many<1> q) {
         for (int t = 0; t < TOKENS; t++)
           for (int digit = 0; digit < 2; digit++)
             positive[t][digit].add(q.v[0], both16(x.block(token + t, k) + digit * BLOCK + 16 * slot));
       });
-      const Bytes signs = rows16(rows.p, 16 * k);
+      const Bytes signs = rows16(rows.p + 16 * k, rows.stride);
       const int32_t* begin[TILE];
       int most = 0;
       for (int i = 0; i < TILE; i++) {
@@ -323,7 +322,7 @@ void dot_salient(const SalientWeight& weight, const SalientWeight::State& s, con
           }
         }
       }
-      const unsigned g = weight.group_of[k];
+      const unsigned g = weight.group_of[k * SLOTS];
       const Floats of_positive = spread(loadf(s.positive.data() + at + g / 4 * LANES), g % 4);
       const Floats of_listed = spread(loadf(s.listed.data() + at + g / 4 * LANES), g % 4);
       for (int t = 0; t < TOKENS; t++) {

@@ -54,6 +54,21 @@ INLINE Floats sub(Floats a, Floats b) { return _mm512_sub_ps(a, b); }
 INLINE Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
 INLINE float largest(Floats v) { return _mm512_reduce_max_ps(v); }
 INLINE Bytes rounded(Floats v) { return _mm512_cvtps_epi32(v); }
+INLINE Floats whole(Floats v) { return _mm512_roundscale_ps(v, 0); }
+// int32 numbers; total32 is their sum, store_narrow keeps the lowest byte of each.
+INLINE Bytes zeros() { return _mm512_setzero_si512(); }
+INLINE Bytes ints(int n) { return _mm512_set1_epi32(n); }
+INLINE Bytes minus32(Bytes a, Bytes b) { return _mm512_sub_epi32(a, b); }
+template <int N>
+INLINE Bytes shifted32(Bytes v) {
+  return _mm512_srai_epi32(v, N);
+}
+template <int N>
+INLINE Bytes shl32(Bytes v) {
+  return _mm512_slli_epi32(v, N);
+}
+INLINE int total32(Bytes v) { return _mm512_reduce_add_epi32(v); }
+INLINE void store_narrow(int8_t* p, Bytes v) { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(v)); }
 INLINE Floats greater(Floats a, Floats b) { return _mm512_max_ps(a, b); }
 INLINE Floats size(Floats v) { return _mm512_abs_ps(v); }
 // quads: a vector that repeats four floats; quad: numbers A, B, C, D of each four floats; firsts: the first of each four.
@@ -114,12 +129,16 @@ INLINE void totals(Floats v, float* out) {
   v = _mm512_add_ps(v, _mm512_permute_ps(v, 0x4e));
   firsts(v, out);
 }
-// 16 bytes at each of p[0..3] + at: one slot of the rows of a tile.
-INLINE Bytes rows16(const uint8_t* const* p, int at) {
-  Bytes v = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i*)(p[0] + at)));
-  v = _mm512_inserti32x4(v, _mm_loadu_si128((const __m128i*)(p[1] + at)), 1);
-  v = _mm512_inserti32x4(v, _mm_loadu_si128((const __m128i*)(p[2] + at)), 2);
-  return _mm512_inserti32x4(v, _mm_loadu_si128((const __m128i*)(p[3] + at)), 3);
+// 16 bytes at each of p[0..3]: one slot of the rows of a tile; and of rows that are `stride` bytes apart.
+INLINE Bytes each16(const uint8_t* const* p) {
+  Bytes v = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i*)p[0]));
+  v = _mm512_inserti32x4(v, _mm_loadu_si128((const __m128i*)p[1]), 1);
+  v = _mm512_inserti32x4(v, _mm_loadu_si128((const __m128i*)p[2]), 2);
+  return _mm512_inserti32x4(v, _mm_loadu_si128((const __m128i*)p[3]), 3);
+}
+INLINE Bytes rows16(const uint8_t* p, int64_t stride) {
+  const uint8_t* const each[4] = {p, p + stride, p + 2 * stride, p + 3 * stride};
+  return each16(each);
 }
 // Bit 0 of all 16 bytes, then bit 1, ...
 INLINE void planes(__m128i v, uint64_t* out) {
@@ -167,6 +186,27 @@ INLINE float largest(Floats v) {
   return _mm_cvtss_f32(_mm_max_ss(pair, _mm_movehdup_ps(pair)));
 }
 INLINE Bytes rounded(Floats v) { return _mm256_cvtps_epi32(v); }
+INLINE Floats whole(Floats v) { return _mm256_round_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+INLINE Bytes zeros() { return _mm256_setzero_si256(); }
+INLINE Bytes ints(int n) { return _mm256_set1_epi32(n); }
+INLINE Bytes minus32(Bytes a, Bytes b) { return _mm256_sub_epi32(a, b); }
+template <int N>
+INLINE Bytes shifted32(Bytes v) {
+  return _mm256_srai_epi32(v, N);
+}
+template <int N>
+INLINE Bytes shl32(Bytes v) {
+  return _mm256_slli_epi32(v, N);
+}
+INLINE int total32(Bytes v) {
+  __m128i half = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+  half = _mm_add_epi32(half, _mm_shuffle_epi32(half, 0x4e));
+  return _mm_cvtsi128_si32(_mm_add_epi32(half, _mm_shuffle_epi32(half, 0xb1)));
+}
+INLINE void store_narrow(int8_t* p, Bytes v) {
+  const __m128i pairs = _mm_packs_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+  _mm_storel_epi64((__m128i*)p, _mm_packs_epi16(pairs, pairs));
+}
 INLINE Floats greater(Floats a, Floats b) { return _mm256_max_ps(a, b); }
 INLINE Floats size(Floats v) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), v); }
 INLINE Floats quads(float a, float b, float c, float d) { return _mm256_setr_ps(a, b, c, d, a, b, c, d); }
@@ -234,9 +274,13 @@ INLINE void totals(Floats v, float* out) {
   v = _mm256_add_ps(v, _mm256_permute_ps(v, 0x4e));
   firsts(v, out);
 }
-INLINE Bytes rows16(const uint8_t* const* p, int at) {
-  const __m256i v = _mm256_castsi128_si256(_mm_loadu_si128((const __m128i*)(p[0] + at)));
-  return _mm256_inserti128_si256(v, _mm_loadu_si128((const __m128i*)(p[1] + at)), 1);
+INLINE Bytes each16(const uint8_t* const* p) {
+  const __m256i v = _mm256_castsi128_si256(_mm_loadu_si128((const __m128i*)p[0]));
+  return _mm256_inserti128_si256(v, _mm_loadu_si128((const __m128i*)p[1]), 1);
+}
+INLINE Bytes rows16(const uint8_t* p, int64_t stride) {
+  const uint8_t* const each[2] = {p, p + stride};
+  return each16(each);
 }
 INLINE void planes(__m128i v, uint64_t* out) {
   out[0] = out[1] = 0;
@@ -289,6 +333,16 @@ INLINE void ones_before_zeros(uint64_t bits, int n, int step, int count, int32_t
   }
 }
 #endif
+
+// Number i of each four floats, where the compiler knows i.
+INLINE Floats spread_known(Floats v, int i) {
+  switch (i) {
+    case 0: return quad<0, 0, 0, 0>(v);
+    case 1: return quad<1, 1, 1, 1>(v);
+    case 2: return quad<2, 2, 2, 2>(v);
+    default: return quad<3, 3, 3, 3>(v);
+  }
+}
 
 // Several vectors with the same operations.
 template <int N>

@@ -52,6 +52,7 @@ struct TableWeight {
   const Table& w;
   Sixteen levels;
   int blocks;
+  std::vector<int> group_of;  // of each slot
   float step;
   alignas(16) uint8_t digits[32];  // 16 high, 16 low
 
@@ -60,7 +61,8 @@ struct TableWeight {
     std::vector<float> scale, shift;
   };
 
-  explicit TableWeight(const Table& w) : w(w), blocks(w.columns / BLOCK), step(1e-30f) {
+  explicit TableWeight(const Table& w) : w(w), blocks(w.columns / BLOCK),
+        group_of(groups_of_slots(blocks, w.group_size, w.groups, [](int k) { return k; })), step(1e-30f) {
     alignas(64) float all[16] = {};
     memcpy(all, w.levels, (1 << w.bits) * sizeof(float));
     levels = Sixteen(all);
@@ -75,7 +77,6 @@ struct TableWeight {
   int columns() const { return w.columns; }
   int64_t row_bytes() const { return (int64_t)w.columns * w.bits / 8; }
   const uint8_t* row(int r) const { return w.weight + r * row_bytes(); }
-  int group_of_half(int k, int half) const { return (k * BLOCK + half * BLOCK / 2) / w.group_size; }
 
   void read(State& s, int first, int last) const {
     const int64_t from = (int64_t)first * w.groups, count = (int64_t)(last - first) * w.groups;
@@ -175,14 +176,14 @@ void dot_table(const TableWeight& weight, const TableWeight::State& state, const
   const Tiled tiled(weight.w.groups);
   const Bytes high = both16(weight.digits), low = both16(weight.digits + 16);
   for (int r = first; r < last; r += R * TILE) {
-    const Rows<R> rows(weight.row(0), weight.row_bytes(), r, last - 1);
+    const Rows<R> rows(weight.row(0), weight.row_bytes(), weight.row_bytes(), r, last - 1);
     const int64_t at = tiled.row(r - first);
     Floats sums[R][TOKENS];
     Sum<7> high_high[R][TOKENS], cross[R][TOKENS];
     for (int j = 0; j < R; j++)
       for (int t = 0; t < TOKENS; t++) sums[j][t] = set(0);
     for (int k = 0; k < weight.blocks; k++) {
-      rows.template each_slot_of<4>(k, weight.row_bytes(), [&](int slot, Many<R> q) {
+      rows.template each_slot_of<4>(k, [&](int slot, Many<R> q) {
         Bytes a[R], b[R];
         for (int j = 0; j < R; j++) {
           a[j] = pick(high, q.v[j]);
@@ -198,7 +199,7 @@ void dot_table(const TableWeight& weight, const TableWeight::State& state, const
           }
         }
         if (slot % HALF != HALF - 1) return;
-        const unsigned g = weight.group_of_half(k, slot / HALF);
+        const unsigned g = weight.group_of[k * SLOTS + slot];
         for (int j = 0; j < R; j++) {
           const Floats s = spread(loadf(state.scale.data() + at + j * tiled.span + g / 4 * LANES), g % 4);
           for (int t = 0; t < TOKENS; t++) {
