@@ -5,12 +5,18 @@ An LLQError is printed on stderr as one sentence, without a traceback, and the e
 
 from __future__ import annotations
 
+import os
 import sys
 
 from rich.console import Console
 from rich.markup import escape
 
 from ..common.errors import LLQError
+
+# PyTorch's threads otherwise spin after each operation, on the cores that our kernels' threads and
+# other programs want: a step takes ten times as long on a busy machine. Read when torch is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 from . import (
     bench,
     build_kernels,

@@ -13,6 +13,7 @@ import typer
 from rich.table import Table
 
 from ..checkpoints.records import LinearRecord
+from ..checkpoints.serving import Served
 from ..method import Method, field_defaults, stored_bits
 from ..methods import METHODS
 from .app import QUANTIZE, app, console
@@ -30,7 +31,8 @@ def info(
         typer.Option("--verify", help="First compare every tensor and file, as `llq verify` does."),
     ] = False,
 ) -> None:
-    """Show what a packed checkpoint is: method, options, bits, calibration, fingerprint.
+    """Show what a packed checkpoint is: method, options, bits, calibration, fingerprint; and which
+    kernels multiply its linears on this machine's CPU.
 
     Bits are counted from the stored tensors. With --linears it also shows the errors and notes of
     each linear.
@@ -41,12 +43,19 @@ def info(
     """
     from ..checkpoints.hashes import damage, refuse
     from ..checkpoints.inspection import inspect_checkpoint
+    from ..checkpoints.serving import served
     from ..kernels import describe, describe_gpu
 
     if verify:
         refuse(path, damage(path))
     found = inspect_checkpoint(path)
-    shown: dict[str, Any] = {**found, "kernels": describe(), "gpu_kernels": describe_gpu()}
+    with console.status("asking which kernels serve"):
+        shown: dict[str, Any] = {
+            **found,
+            "kernels": describe(),
+            "gpu_kernels": describe_gpu(),
+            "served": served(path),
+        }
     if as_json:
         print(json.dumps(shown, indent=2))
         return
@@ -74,6 +83,7 @@ def info(
         origin = f"{made_from['model']}, in the format {converted['format']}"
         table.add_row("converted from", origin)
     console.print(table)
+    console.print(_kernels_table(shown["served"]))
     print_served(found["linears"])
     if linears:
         console.print(_linears_table(found["linears"]))
@@ -110,6 +120,21 @@ def verify(
     hashes = Hashes.read(folder)
     content = f" (content {hashes.digest})" if hashes else ""
     print(f"{path} is as it was written: every tensor, file and field{content}")
+
+
+def _kernels_table(kinds: list[Served]) -> Table:
+    """Which kernel serves which linears, and what faster ones need."""
+    table = Table("linears", "shape", "1 token", "2 to 16", "more", "why no faster kernel")
+    for kind in kinds:
+        table.add_row(
+            ", ".join(name.removesuffix("_proj") for name in kind["linears"]),
+            " x ".join(map(str, kind["shape"])),
+            kind["one_token"],
+            kind["few_tokens"],
+            kind["more_tokens"],
+            "; ".join(kind["reasons"]),
+        )
+    return table
 
 
 def _brief(text: str) -> str:

@@ -22,8 +22,10 @@ from __future__ import annotations
 
 from .cached import CachedTensors, cached_tensors, once
 from .dispatch import (
+    Choice,
     choose,
     divided,
+    listening,
     product,
     product_of_codes,
     reference,
@@ -52,6 +54,7 @@ __all__ = [
     "OVERFLOW",
     "BlockRounder",
     "CachedTensors",
+    "Choice",
     "Kronecker",
     "LevelCodes",
     "Numbers",
@@ -71,6 +74,7 @@ __all__ = [
     "describe_gpu",
     "divided",
     "integer_product",
+    "listening",
     "once",
     "product",
     "product_of_codes",

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .bitpack import BLOCK
+from .bitpack import BLOCK, SLOT
 from .native import compiled, digits, floats, integer_tiles, structs, tiles, transform
 from .rows import ALL, HALF, MANY, Kernel, Row
 from .views import (
@@ -68,6 +68,18 @@ def tiles_of_codes(
     return (y if bias is None else y + bias).to(dtype)
 
 
+# What those functions ask for, in words.
+NEEDS = {
+    _any: "tensors that lie as C expects them",
+    _whole_slots: f"groups of a multiple of {SLOT} columns",
+    _whole_blocks: f"groups that are whole blocks of {BLOCK} columns (nf4: of 32)",
+    _whole_rows: f"groups and rows that are whole blocks of {BLOCK} columns",
+    _half_groups: f"4 bits, groups of a multiple of {BLOCK // 2} columns and rows of {BLOCK}",
+    _centred: "one scale a row, and a zero in the middle",
+    _whole_vectors: "a factor of a multiple of 16 columns",
+}
+
+
 def _row(
     view: type[View],
     tokens: range,
@@ -84,6 +96,7 @@ def _row(
         compiled,
         lambda view: fits(view) and structs(view) is not None,
         kernel,
+        needs=NEEDS[fits],
     )
 
 

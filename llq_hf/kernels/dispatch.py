@@ -6,9 +6,10 @@ serves, and where gradients are wanted only a differentiable one.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import ContextDecorator
+from collections.abc import Callable, Iterator
+from contextlib import ContextDecorator, contextmanager
 from types import TracebackType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -112,19 +113,64 @@ def choose(x: Tensor, view: View | None) -> Kernel | None:
         x.device.type,
         x.requires_grad and torch.is_grad_enabled(),
     )
+    for heard in _LISTENING:
+        heard.append(_explained(view, *call))
     return view.once(call, lambda: _first_fit(view, *call))
 
 
 def _first_fit(
     view: View, tokens: int, dtype: torch.dtype, device: str, gradients: bool
 ) -> Kernel | None:
+    for row in _meant(view, tokens, dtype, device, gradients):
+        if row.available() and row.fits(view):
+            return row.kernel
+    return None
+
+
+def _meant(
+    view: View, tokens: int, dtype: torch.dtype, device: str, gradients: bool
+) -> Iterator[Row]:
+    """The rows for such calls, whether they can serve this view or not."""
     for row in TABLE:
         meant = type(view) is row.view and device == row.device
         serves = tokens in row.tokens and dtype in row.dtypes
-        allowed = row.differentiable or not gradients
-        if meant and serves and allowed and row.available() and row.fits(view):
-            return row.kernel
-    return None
+        if meant and serves and (row.differentiable or not gradients):
+            yield row
+
+
+class Choice(NamedTuple):
+    """Which kernel serves a call: its name, or "torch". passed: the rows before it that are for
+    such calls, each with what it needs and the weight has not.
+    """
+
+    kernel: str
+    passed: list[str]
+
+
+_LISTENING: list[list[Choice]] = []
+
+
+@contextmanager
+def listening() -> Iterator[list[Choice]]:
+    """Inside, the yielded list gets what each call of `choose` answered. For people: it is slow."""
+    heard: list[Choice] = []
+    _LISTENING.append(heard)
+    try:
+        yield heard
+    finally:
+        _LISTENING.remove(heard)
+
+
+def _explained(view: View, tokens: int, dtype: torch.dtype, device: str, gradients: bool) -> Choice:
+    passed: list[str] = []
+    for row in _meant(view, tokens, dtype, device, gradients):
+        if not row.available():
+            passed.append(f"{row.name}: not available here")
+        elif row.fits(view):
+            return Choice(row.name, passed)
+        else:
+            passed.append(f"{row.name} needs {row.needs}")
+    return Choice("torch", passed)
 
 
 class reference(ContextDecorator):

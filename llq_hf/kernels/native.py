@@ -39,6 +39,7 @@ FAMILIES = {
 }
 # Rows decoded at once: 4 MB of bf16 at 4096 columns, which stay in the cache until multiplied.
 TILE = 512
+MOST_THREADS = 1024
 # Of the stored tensors that C reads.
 READABLE = (torch.int32, torch.uint8, torch.float16, torch.float32)
 
@@ -164,12 +165,32 @@ def supported() -> list[str]:
 
 
 @cache
+def _wanted_threads() -> int | None:
+    """What LLQ_CPU_THREADS asks for; None where it is not set."""
+    text = os.environ.get("LLQ_CPU_THREADS", "")
+    if not text:
+        return None
+    if not (text.isascii() and text.isdigit() and 1 <= int(text) <= MOST_THREADS):
+        raise LLQError(
+            f"LLQ_CPU_THREADS={text} is no number of threads; give one from 1 to {MOST_THREADS}, "
+            "or unset it to have as many as PyTorch"
+        )
+    return int(text)
+
+
+def threads() -> int:
+    """On how many threads a kernel may run: LLQ_CPU_THREADS, or as many as PyTorch's."""
+    return _wanted_threads() or torch.get_num_threads()
+
+
+@cache
 def backend() -> Backend | None:
     """The library that serves this process; None if there is none or LLQ_CPU_ISA=none.
 
     LLQ_CPU_ISA=avx2 selects that instruction set. LLQError if its library is missing, or if the
-    processor does not have it.
+    processor does not have it, or if LLQ_CPU_THREADS is wrong.
     """
+    _wanted_threads()
     wanted, isas = os.environ.get("LLQ_CPU_ISA"), supported()
     if wanted == "none":
         return None
@@ -196,7 +217,7 @@ def describe() -> str:
     """One line for people: what multiplies packed weights on this machine's CPU."""
     found = backend()
     if found is not None:
-        return f"compiled, {found.isa} ({found.path.name})"
+        return f"compiled, {found.isa} ({found.path.name}), threads: {threads()}"
     if os.environ.get("LLQ_CPU_ISA") == "none":
         return "torch operations (LLQ_CPU_ISA=none)"
     if not supported():
@@ -249,7 +270,7 @@ def integer_tiles(x: Tensor, stored: Stored, bias: Tensor | None) -> Tensor:
     given, centred = structs(stored), _function(type(stored), "centred")
     for first in range(0, stored.rows, TILE):
         last = min(first + TILE, stored.rows)
-        centred(given, first, last, int(zero), tile_RI.data_ptr(), torch.get_num_threads())
+        centred(given, first, last, int(zero), tile_RI.data_ptr(), threads())
         y_TO[:, first:last] = torch._int_mm(x_TI, tile_RI[: last - first].T)
     y_TO *= scale.float().T
     return (y_TO if bias is None else y_TO + bias).view(*x.shape[:-1], stored.rows)
@@ -261,7 +282,7 @@ def decode(stored: Stored, first: int, last: int, out_RI: Tensor) -> None:
     """
     given = structs(stored)
     where = (stored.columns, first, last, DTYPES[out_RI.dtype], out_RI.data_ptr())
-    _function(type(stored), "decode")(given, len(given), *where, torch.get_num_threads())
+    _function(type(stored), "decode")(given, len(given), *where, threads())
 
 
 def transform(x: Tensor, by: Transform, divisor: Tensor | None, factor: Tensor | None) -> Tensor:
@@ -279,7 +300,7 @@ def transform(x: Tensor, by: Transform, divisor: Tensor | None, factor: Tensor |
     found = backend()
     assert found is not None
     function = _bound(found.library, "llq_turn", "transform")
-    function(structs(by), *rows, torch.get_num_threads())
+    function(structs(by), *rows, threads())
     return y
 
 
@@ -289,7 +310,7 @@ def _dot(name: str, x: Tensor, stored: Stored, bias: Tensor | None) -> Tensor:
     bias_O = None if bias is None else bias.float().contiguous()
     given = structs(stored)
     activations = (x.data_ptr(), DTYPES[x.dtype], stored.columns, x.numel() // stored.columns)
-    outputs = (_pointer(bias_O), y.data_ptr(), torch.get_num_threads())
+    outputs = (_pointer(bias_O), y.data_ptr(), threads())
     _function(type(stored), name)(given, len(given), *activations, *outputs)
     return y
 

@@ -32,6 +32,7 @@ class Row(NamedTuple):
     available: whether the kernel can run in this process: its library, compiler or device is there.
     fits: whether the kernel can read this view: its widths, its groups, where its tensors lie.
     differentiable: whether autograd goes through the kernel to x.
+    needs: what `fits` asks for, in words that complete "it needs"; for people.
 
     `available`, and where it says yes `fits`, are asked once for each weight and kind of call. So
     they may take their time: import a library, compile, read a tensor. `fits` sees the tensors, and
@@ -46,3 +47,9 @@ class Row(NamedTuple):
     fits: Callable[[Any], bool]
     kernel: Kernel
     differentiable: bool = False
+    needs: str = "another storage"
+
+    @property
+    def name(self) -> str:
+        """What people call the kernel."""
+        return self.kernel.__name__.replace("_", " ")

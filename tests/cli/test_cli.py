@@ -154,6 +154,7 @@ def test_info_for_people(llq, packed):
     assert "gptq" in text
     assert "group_size=128" in text
     assert "ids_sha256" in text
+    assert "why no faster" in text
 
 
 @pytest.mark.parametrize("method", BITS)

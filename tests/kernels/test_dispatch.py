@@ -87,6 +87,25 @@ def test_a_row_that_does_not_fit_leaves_the_call_to_the_next(
     assert served(inputs(), codes())
 
 
+def test_who_listens_hears_what_served_and_what_was_passed(table: Callable[..., None]):
+    table(
+        FAKE._replace(available=lambda: False),
+        FAKE._replace(fits=lambda view: False, needs="more columns"),
+        FAKE._replace(device="cuda"),
+        FAKE,
+        FAKE,
+    )
+    stored = codes()
+    assert served(inputs(), stored)  # the choice is remembered, and heard all the same
+    with kernels.listening() as heard:
+        assert served(inputs(), stored)
+        with kernels.reference():
+            assert not served(inputs(), stored)
+    assert not served(inputs(), None)
+    passed = ["by kernel: not available here", "by kernel needs more columns"]
+    assert heard == [kernels.Choice("by kernel", passed)]
+
+
 def test_without_a_view_torch_serves(table: Callable[..., None]):
     table(FAKE)
     assert not served(inputs(), None)

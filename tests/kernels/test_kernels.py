@@ -153,8 +153,8 @@ def test_an_outlier_leaves_the_other_columns_their_digits(isa: str):
 
 def test_threads_and_empty_inputs_change_nothing(isa: str):
     grid = Uniform(3, 128)
-    packed = rounded(grid, (300, 256))
-    x = torch.randn(2, 256, generator=generator()).bfloat16()
+    packed = rounded(grid, (300, 1024))  # with 16 tokens, enough work for three threads
+    x = torch.randn(16, 1024, generator=generator()).bfloat16()
     alone = grid.linear(x, packed, None)
     before = torch.get_num_threads()
     try:
@@ -164,6 +164,41 @@ def test_threads_and_empty_inputs_change_nothing(isa: str):
         torch.set_num_threads(before)
     assert grid.linear(x[:0], packed, None).shape == (0, 300)
     assert torch.equal(grid.linear(x[0], packed, None), alone[0])
+
+
+@pytest.mark.parametrize(("text", "threads"), [("", 3), ("1", 1), ("2", 2), ("5", 5)])
+def test_llq_cpu_threads_sets_the_threads_of_kernels(
+    isa: str, monkeypatch: pytest.MonkeyPatch, text: str, threads: int
+):
+    """PyTorch has as many threads as before."""
+    asked: list[int] = []
+    monkeypatch.setenv("LLQ_CPU_THREADS", text)
+    monkeypatch.setattr(native.torch, "get_num_threads", lambda: 3)
+    monkeypatch.setattr(native, "_function", lambda *of: lambda *given: asked.append(given[-1]))
+    native._wanted_threads.cache_clear()
+    try:
+        grid = Uniform(4, 128)
+        stored = grid.readable(rounded(grid, (8, 128)), 128)
+        native.digits(torch.ones(1, 128), stored, None)
+        native.decode(stored, 0, 8, torch.empty(8, 128))
+        assert asked == [threads, threads]
+        assert native.describe().endswith(f"threads: {threads}")
+    finally:
+        native._wanted_threads.cache_clear()
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "two", "1.5", "1025", "\u0662", " "])
+def test_a_wrong_llq_cpu_threads_is_one_clear_error(monkeypatch: pytest.MonkeyPatch, text: str):
+    monkeypatch.setenv("LLQ_CPU_THREADS", text)
+    native._wanted_threads.cache_clear()
+    native.backend.cache_clear()
+    try:
+        for ask in (native.describe, native.compiled):
+            with pytest.raises(LLQError, match=r"LLQ_CPU_THREADS=.* give one from 1 to 1024"):
+                ask()
+    finally:
+        native._wanted_threads.cache_clear()
+        native.backend.cache_clear()
 
 
 # --- dispatch -------------------------------------------------------------------------------------

@@ -11,8 +11,9 @@
 
 namespace {
 
-// CHUNK: rows whose scales stay in the cache; AT_ONCE: tokens that share a pass over a row.
-constexpr int CHUNK = 64, AT_ONCE = 4;
+// CHUNK: rows whose scales stay in the cache; AT_ONCE: tokens that share a pass over a row; FOR_A_THREAD: weights times
+// tokens that take as long as waking a thread (30 us).
+constexpr int CHUNK = 64, AT_ONCE = 4, FOR_A_THREAD = 1 << 21;
 
 // Calls work(first row, last row) for chunks of rows.
 template <typename Work>
@@ -28,6 +29,9 @@ struct Call {
   const float* bias;
   void* y;
   int threads;
+
+  // Threads that are worth being woken for the products with so many rows.
+  int workers(int rows) const { return (int)std::min<int64_t>(threads, 1 + (int64_t)rows * columns * tokens / FOR_A_THREAD); }
 
   // x in fp32, with as much room behind it.
   float* floats(std::vector<float>& buffer) const {
@@ -53,7 +57,7 @@ template <typename Weight>
 void multiply_floats(const Weight& weight, const Call& call) {
   static thread_local std::vector<float> floats;
   const float* x_TI = call.floats(floats);
-  over_rows(weight.rows(), call.threads, [&](int first, int last) {
+  over_rows(weight.rows(), call.workers(weight.rows()), [&](int first, int last) {
     static thread_local std::vector<float> sums, row;
     static thread_local typename Weight::State state;
     const int size = last - first;
@@ -145,7 +149,7 @@ void llq_uniform_digits(const Uniform* parts, int count, const void* x, int dtyp
   }
   const int all = left ? 2 * tokens : tokens;
   const Digits* d = digits.data();  // the calling thread's: workers have their own
-  over_rows(weight.rows(), threads, [&](int first, int last) {
+  over_rows(weight.rows(), call.workers(weight.rows()), [&](int first, int last) {
     static thread_local std::vector<float> sums;
     static thread_local UniformWeight::State state;
     const int size = last - first;
@@ -188,7 +192,7 @@ void llq_levels_digits(const Levels* levels, int, const void* x, int dtype, int 
   const LevelWeight weight(*levels);
   const Call call{x, dtype, columns, tokens, bias, y, threads};
   const Digits& d = digits_of(call, weight);
-  over_rows(weight.rows(), threads, [&](int first, int last) {
+  over_rows(weight.rows(), call.workers(weight.rows()), [&](int first, int last) {
     static thread_local std::vector<float> sums;
     static thread_local LevelWeight::State state;
     sums.assign((int64_t)tokens * (last - first), 0);
@@ -217,7 +221,7 @@ void llq_salient_digits(const Salient* salient, int, const void* x, int dtype, i
   const SalientWeight weight(*salient);
   const Call call{x, dtype, columns, tokens, bias, y, threads};
   const Digits& d = digits_of(call, weight);
-  over_rows(weight.rows(), threads, [&](int first, int last) {
+  over_rows(weight.rows(), call.workers(weight.rows()), [&](int first, int last) {
     static thread_local std::vector<float> sums;
     static thread_local SalientWeight::State state;
     sums.assign((int64_t)tokens * (last - first), 0);
@@ -250,7 +254,7 @@ void llq_table_digits(const Table* table, int, const void* x, int dtype, int col
   const auto source = [](int k) { return k; };
   split(halved.data(), columns, tokens, 0, weight.blocks, table->groups, weight.group_of, source, digits);
   const Digits& d = digits;  // the calling thread's
-  over_rows(weight.rows(), threads, [&](int first, int last) {
+  over_rows(weight.rows(), call.workers(weight.rows()), [&](int first, int last) {
     static thread_local std::vector<float> sums;
     static thread_local TableWeight::State state;
     sums.assign((int64_t)tokens * (last - first), 0);
