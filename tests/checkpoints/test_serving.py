@@ -21,7 +21,7 @@ def packed(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[i
     folder = tmp_path_factory.mktemp("served")
     for size in (16, 24):
         quantize_checkpoint(
-            str(tiny_llama), folder / str(size), build("rtn", group_size=size), None
+            str(tiny_llama), folder / str(size), build("rtn", group_size=size), Calibration()
         )
     return {size: folder / str(size) for size in (16, 24)}
 
