@@ -126,7 +126,7 @@ class GPTQLayout(Layout):
     def of(cls, section: Mapping[str, Any]) -> Self:
         form = section.get("checkpoint_format") or section.get("format") or "gptq"
         versions = {"gptq": 1, "gptq_v2": 2}
-        if form not in versions:
+        if not isinstance(form, str) or form not in versions:
             raise _no_equal(f"its checkpoint_format is {form!r}; gptq and gptq_v2 are read")
         if section.get("is_marlin_format"):
             raise _no_equal("its codes are in Marlin's order")
@@ -288,7 +288,7 @@ def layout_of(section: Mapping[str, Any]) -> Layout:
     that is read.
     """
     kind = section.get("quant_method")
-    if kind not in LAYOUTS:
+    if not isinstance(kind, str) or kind not in LAYOUTS:
         raise _no_equal(f"its quant_method is {kind!r}, and {', '.join(LAYOUTS)} are read")
     return LAYOUTS[kind].of(section)
 

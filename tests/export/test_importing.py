@@ -360,6 +360,8 @@ def weights(**keys: Any) -> dict[str, Any]:
     ("name", "section", "reason"),
     [
         ("gptq-v1", {"quant_method": "fp8"}, "quant_method is 'fp8'.*llq quantize"),
+        ("gptq-v1", {"quant_method": ["gptq"]}, "quant_method is .'gptq'."),
+        ("gptq-v1", {"checkpoint_format": ["gptq"]}, "checkpoint_format is .'gptq'."),
         ("gptq-v1", {"quant_method": "llq_rtn"}, "checkpoint of llq already"),
         ("gptq-v1", {"checkpoint_format": "marlin"}, "checkpoint_format is 'marlin'.*llq quantize"),
         ("gptq-v1", {"dynamic": {"+:.*down.*": {"bits": 8}}}, "options of their own"),
