@@ -29,7 +29,7 @@ from llq_hf.common.errors import LLQError
 from llq_hf.data.calibration import Calibration
 from llq_hf.engine.execute import quantize_checkpoint
 from llq_hf.export import ENGINES, FORMATS, export, format_for, take_in
-from llq_hf.export.base import Grid
+from llq_hf.export.base import Grid, bitstream, codes_of
 from llq_hf.export.engines import readers, table
 from llq_hf.layers.linear import QuantLinear
 from llq_hf.methods import build
@@ -194,6 +194,15 @@ def test_awq_holds_our_codes_and_folds_its_scales(packed, tmp_path):
     norm = "model.layers.0.input_layernorm.weight"
     in_scale = before["model.layers.0.self_attn.q_proj.in_scale"].float()
     assert torch.equal(tensors[norm], (before[norm] / in_scale).half())
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_a_stream_of_bits_is_read_as_it_was_written(bits):
+    for n in (1, 7, 8, 31, 32, 33, 100):
+        codes = torch.randint(2**bits, (3, n), generator=torch.Generator().manual_seed(n))
+        words = bitstream(codes.to(torch.uint8), bits)
+        assert [stream(row, bits, n) for row in words.tolist()] == codes.tolist()
+        assert torch.equal(codes_of(words, bits, n), codes.to(torch.uint8))
 
 
 @pytest.mark.parametrize(

@@ -198,6 +198,17 @@ def test_tied_embeddings_are_stored_once(packed, tmp_path):
     assert "output.weight" not in names
 
 
+@pytest.mark.parametrize(("dtype", "kind"), [(torch.bfloat16, "BF16"), (torch.float32, "F32")])
+def test_embeddings_may_be_of_another_dtype(packed, dtype, kind, tmp_path):
+    folder = packed("rtn", {"bits": 4, **SYM})
+    found = {t.name: t for t in written(folder, tmp_path / "out", dtype=dtype).tensors}
+    embedding = found["token_embd.weight"]
+    assert embedding.tensor_type.name == kind
+    before = load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
+    data = torch.from_numpy(quants.dequantize(embedding.data, embedding.tensor_type).copy())
+    assert torch.equal(data, before.to(dtype).float())
+
+
 def test_input_scales_are_folded(packed, tmp_path):
     """AWQ divides inputs; the norm before does it in the file, in fp32."""
     folder = packed("awq", {"bits": 4, "group_size": 32, "gqa": "tie", "ratios": 4})
