@@ -81,7 +81,7 @@ ENGINES: dict[str, Engine] = {
             "vllm",
             "vLLM",
             "0.32",
-            "4 bits and dense run on CPUs; the rest from its source",
+            "4 bits run on CPUs; the rest from its source",
             (
                 Reading("compressed-tensors", (2, 3, 4, 5, 6, 7, 8), (4,)),
                 Reading("awq", (4,)),
