@@ -305,14 +305,22 @@ def transform(x: Tensor, by: Transform, divisor: Tensor | None, factor: Tensor |
 
 
 def _dot(name: str, x: Tensor, stored: Stored, bias: Tensor | None) -> Tensor:
+    # Little Python: in a decoding step each call finds it cold, which costs as much as the product.
+    function, given, count, rows, columns = stored.once(name, lambda: _prepared(name, stored))
     x = (x if x.is_floating_point() else x.float()).contiguous()
-    y = torch.empty(*x.shape[:-1], stored.rows, dtype=x.dtype)
+    y = torch.empty(*x.shape[:-1], rows, dtype=x.dtype)
     bias_O = None if bias is None else bias.float().contiguous()
-    given = structs(stored)
-    activations = (x.data_ptr(), DTYPES[x.dtype], stored.columns, x.numel() // stored.columns)
-    outputs = (_pointer(bias_O), y.data_ptr(), threads())
-    _function(type(stored), name)(given, len(given), *activations, *outputs)
+    activations = (x.data_ptr(), DTYPES[x.dtype], columns, x.numel() // columns)
+    function(given, count, *activations, _pointer(bias_O), y.data_ptr(), threads())
     return y
+
+
+def _prepared(name: str, stored: Stored) -> tuple[Any, Any, int, int, int]:
+    """What every such product with this weight needs: the C function, the structs and their number,
+    rows and columns.
+    """
+    given = structs(stored)
+    return _function(type(stored), name), given, len(given), stored.rows, stored.columns
 
 
 def _function(kind: type[Stored], name: str) -> Any:
