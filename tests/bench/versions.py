@@ -16,14 +16,14 @@ import argparse
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+from environments import UV
+
 ROOT = Path(__file__).parents[2]
-UV = ["uv"] if shutil.which("uv") else ["python3", "-m", "uv"]
 TOOLS = ["pytest>=9.0", "pytest-xdist>=3.6"]
 # What a user does first: quantize, load, check, score, by two methods that need no more packages.
 CORE = ["tests/contract", "tests/checkpoints", "tests/cli", "tests/hosts/test_lm_eval.py"]
