@@ -14,7 +14,9 @@ Idea
 
 preset="best"
     `search_range` solves for several ranges and keeps the one of least tr(dW H dW^T), because 2.4
-    sigma is right only near 4 bits. Five greedy passes follow.
+    sigma is right only near 4 bits. Five greedy passes follow. `aim` begins with another weight,
+    which aims at the outputs of the full-precision model (numerics/aim), and `true_sequential`
+    calibrates q/k/v, o, gate/up and down one after the other.
 
 Storage
     name      shape               dtype   bits per weight
@@ -57,12 +59,13 @@ from ..kernels import (
     transformed,
 )
 from ..kernels.bitpack import pack, packed_words, unpack
-from ..method import Job, Method, Packed
+from ..method import Flow, Job, Method, Packed
+from ..numerics.aim import aimed
 from ..numerics.cholesky import prepare_hessian
 from ..numerics.grids import Affine, Uniform
 from ..numerics.rotations import Rotation, rotation
-from ..numerics.stats import Hessian, Stat
-from .options import check_damp, check_least, check_positive
+from ..numerics.stats import Hessian, PairedHessian, Stat
+from .options import check_aim, check_damp, check_least, check_positive
 
 BLOCK = 128  # columns whose errors are fed back together; affects speed only
 SEARCH_STEPS = 6
@@ -89,8 +92,13 @@ class QuIP(Method):
 
     name: ClassVar[str] = "quip"
     title: ClassVar[str] = "QuIP (Chee et al. 2023)"
-    observes: ClassVar[type[Stat] | None] = Hessian
-    best: ClassVar[dict[str, Any]] = {"search_range": True, "greedy_passes": 5}
+    observes: ClassVar[type[Stat] | None] = PairedHessian
+    best: ClassVar[dict[str, Any]] = {
+        "search_range": True,
+        "greedy_passes": 5,
+        "true_sequential": True,
+        "aim": 0.5,
+    }
 
     bits: int = 4
     range_sigma: float = 2.4
@@ -99,6 +107,8 @@ class QuIP(Method):
     rescale: bool = True
     blocked: bool = False
     greedy_passes: int = 0
+    true_sequential: bool = False
+    aim: float = 0.0
     damp: float = 0.01
     seed: int = 0
 
@@ -106,6 +116,15 @@ class QuIP(Method):
         check_positive(self, "range_sigma")
         check_least(self, 0, "greedy_passes")
         check_damp(self)
+        check_aim(self)
+
+    @property
+    def sequential(self) -> bool:
+        return self.true_sequential
+
+    @property
+    def flow(self) -> Flow:
+        return Flow.BOTH if self.aim else Flow.QUANTIZED
 
     @cached_property
     def row_grid(self) -> Uniform:
@@ -128,6 +147,9 @@ class QuIP(Method):
     def quantize(self, weight_OI: Tensor, stat: Stat | None, job: Job) -> Packed:
         assert isinstance(stat, Hessian)
         W_OI, H_II = weight_OI, stat.H_II
+        if self.aim:
+            assert isinstance(stat, PairedHessian)
+            W_OI = aimed(W_OI, stat.H_II, stat.C_II, self.aim)
         extra = {}
         # 1. Rescale columns.
         if self.rescale:

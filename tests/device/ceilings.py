@@ -81,7 +81,7 @@ SOLVERS: tuple[Solver, ...] = (
     Solver("spinquant", 4, 10.75, 5712, 118, 24),
     Solver("spinquant", 4, 41.06, 17944, 146, 60, preset="best"),
     Solver("quip", 2, 7.59, 3780, 95, 104),
-    Solver("quip", 2, 379.74, 113363, 361, 104, preset="best"),
+    Solver("quip", 2, 379.74, 114469, 374, 113, preset="best"),
     Solver("slim_llm", 2, 16.29, 7163, 134, 20),
     Solver("slim_llm", 2, 52.16, 22075, 166, 60, preset="best"),
     Solver("db_llm", 2, 22.75, 47168, 60, 11, options={"steps": 2}),
@@ -102,7 +102,7 @@ SOLVERS: tuple[Solver, ...] = (
     Solver("efficient_qat", 2, 1.32, 6884, 259, 68, preset="best", kernels=True,
         options={"tune_batch": 4, "epochs": 1}),
     Solver("quip", 2, 0.13, 1324, 95, 104, kernels=True),
-    Solver("quip", 2, 0.63, 3564, 361, 104, preset="best", kernels=True),
+    Solver("quip", 2, 0.63, 4669, 374, 113, preset="best", kernels=True),
 )
 DECODERS: tuple[Decoder, ...] = (
     # method, bits, launches a linear, bytes a weight

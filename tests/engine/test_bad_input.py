@@ -667,6 +667,7 @@ def test_disk_full_in_the_middle(
         calibration_npy,
     ]
     command += ["--calibration-samples", "8", "--calibration-seqlen", "32", "--device", "cpu"]
+    command += ["--no-speak"]  # as `packed_once`
     with monkeypatch.context() as patch:
         patch.setattr(
             RichProgress, "blocks", lambda self, done, total: disk.fill() if done == block else None
@@ -729,6 +730,7 @@ def test_interrupted(llq, tiny_llama, calibration_npy, packed_once, tmp_path, mo
     out = tmp_path / "out"
     command = ["quantize", tiny_llama, out, "--method", "gptq", "--calibration", calibration_npy]
     command += ["--calibration-samples", "8", "--calibration-seqlen", "32", "--device", "cpu"]
+    command += ["--no-speak"]  # as `packed_once`
 
     def linear(self: RichProgress, name: str) -> None:
         if name == "model.layers.1.mlp.up_proj":

@@ -12,11 +12,12 @@ from reference.quip import quip, quip_rows
 
 from llq_hf.engine.in_memory import quantize_model
 from llq_hf.kernels.bitpack import unpack
-from llq_hf.method import stored_bits
+from llq_hf.method import Flow, stored_bits
 from llq_hf.methods import build
 from llq_hf.methods.quip import greedy_pass, ldlq
+from llq_hf.numerics.aim import aimed
 from llq_hf.numerics.rotations import rotation
-from llq_hf.numerics.stats import Hessian
+from llq_hf.numerics.stats import Hessian, PairedHessian
 
 VARIANTS = {
     "study": {},
@@ -182,3 +183,23 @@ def test_large_inputs_do_not_overflow_fp16(bits: int):
     expected = x.double() @ checks.restore(method, packed, weight_OI).double().T
     assert torch.isfinite(y).all()
     assert (y.double() - expected).norm() <= 0.02 * expected.norm()
+
+
+@pytest.mark.parametrize("incoherence", [True, False])
+def test_to_aim_is_to_solve_for_another_weight(incoherence: bool):
+    weight_OI, x_TI = checks.weight(12, 96), inputs(96)
+    stat = PairedHessian(96, x_TI.device)
+    stat.update(x_TI, 4)
+    stat.pair(
+        x_TI, x_TI + 0.3 * torch.randn(x_TI.shape, generator=torch.Generator().manual_seed(1))
+    )
+    other_OI = aimed(weight_OI, stat.H_II, stat.C_II, 0.5)
+    assert (other_OI - weight_OI).norm() > 0.01 * weight_OI.norm()
+    options = {"bits": 2, "incoherence": incoherence}
+    aiming, plain = build("quip", aim=0.5, **options), build("quip", **options)
+    checks.check_same_bits(
+        aiming.quantize(weight_OI, stat, checks.job()), plain.quantize(other_OI, stat, checks.job())
+    )
+    assert (aiming.flow, plain.flow) == (Flow.BOTH, Flow.QUANTIZED)
+    assert build("quip", preset="best").sequential
+    assert not plain.sequential
