@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 import torch
-from filelock import Timeout
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
@@ -26,7 +25,6 @@ from typer.testing import CliRunner
 from llq_hf import cli
 from llq_hf.checkpoints.adapter import base_of, is_adapter
 from llq_hf.common.errors import LLQError
-from llq_hf.common.files import locked
 from llq_hf.data.calibration import Calibration
 from llq_hf.engine.execute import quantize_checkpoint
 from llq_hf.finetune import elastic, trainer
@@ -249,18 +247,32 @@ def test_a_finished_run_is_left_alone_and_another_is_refused(
         trainer.finetune(str(base), out, str(other), ELASTIC, MACHINE)
 
 
-def test_a_run_has_its_folder_for_itself(
-    base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    """Another one waits for the lock, which is gone in the end."""
+LOOKS = """
+import sys
+from pathlib import Path
+from filelock import Timeout
+from llq_hf.common.files import locked
+from llq_hf.finetune import trainer
 
-    def look(base: str, out: Path, *_: Any) -> dict[str, Any]:
-        with pytest.raises(Timeout), locked(out.with_name("out.lock"), timeout=0):
-            pass
-        return {}
+def look(base, out, *_):
+    try:
+        with locked(out.with_name("out.lock"), timeout=0):
+            print("free")
+    except Timeout:
+        print("taken")
 
-    monkeypatch.setattr(trainer, "_finetune", look)
-    trainer.finetune(str(base), tmp_path / "new" / "out", str(data), RECIPE, MACHINE)
+trainer._finetune = look
+trainer.finetune("base", Path(sys.argv[1]), "data", None, trainer.Machine())
+"""
+
+
+def test_a_run_has_its_folder_for_itself(tmp_path: Path):
+    """Another one waits for the lock, which is gone in the end. In a process of its own, which no
+    other test has touched.
+    """
+    command = [sys.executable, "-c", LOOKS, str(tmp_path / "new" / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == "taken\n"
     assert list((tmp_path / "new").iterdir()) == []
 
 
