@@ -147,12 +147,16 @@ def quantize(
             )
         built = method_type(method).build(preset, **options)
     data = calibration.for_model(model)
-    peak = 0
+    cost: dict[str, float] = {}  # of quantizing: its end, and its peak memory
 
-    def speak_up(*files: Any) -> dict[str, Any]:
-        nonlocal peak
-        peak = peak_bytes()  # of quantizing: what follows loads the packed model
-        return first_words(*files)
+    def measure() -> None:
+        cost.setdefault("end", time.perf_counter())
+        cost.setdefault("peak", peak_bytes())
+
+    def speak_up(folder: Path, config: dict[str, Any], nbytes: int) -> dict[str, Any]:
+        measure()  # what follows loads the packed model
+        progress.stage("first words")
+        return first_words(folder, config, nbytes, device)
 
     device = auto_device(device, f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
     check_device(device)
@@ -179,10 +183,10 @@ def quantize(
     report = quantize_checkpoint(resolve(model), out, built, data, run, progress)
     if not team.leads:
         return
-    seconds = time.perf_counter() - started
+    measure()
     table = _bits_table(f"{built.title} of {model}", report)
-    table.add_row("time", f"{seconds:.1f} s")
-    table.add_row("peak memory", f"{(peak or peak_bytes()) / 2**30:.2f} GiB")
+    table.add_row("time", f"{cost['end'] - started:.1f} s")
+    table.add_row("peak memory", f"{cost['peak'] / 2**30:.2f} GiB")
     _warn_of_fallbacks(report)
     console.print(table)
     _show_first_words(report.get("first_words", {}))

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
@@ -96,7 +96,7 @@ def execute(plan: Plan, out: Path, progress: Progress) -> Report:
                     )
                     journal = _journal(out, plan)
                     finish = _compute_and_write(plan, out, journal, progress)
-                finish(_speak(plan, progress))  # as a user runs it: with kernels
+                finish(plan.run.speak)  # as a user runs it: with kernels
             clean(out)
             plan.run.team.broadcast_json(None)  # all is written
             return read_report(out)
@@ -178,18 +178,6 @@ def _compute_and_write(
         )
     digests = [outside, *(line["tensors"] for _, line in sorted(journal.blocks.items()))]
     return partial(folder.finish, records, plan.identity, plan.made_from, digests)
-
-
-def _speak(plan: Plan, progress: Progress) -> Speak | None:
-    speak = plan.run.speak
-    if speak is None:
-        return None
-
-    def first_words(path: Path, config: dict[str, Any], nbytes: int) -> dict[str, Any]:
-        progress.stage("first words")
-        return speak(path, config, nbytes, plan.run.device)
-
-    return first_words
 
 
 def _compute(plan: Plan, out: Path, progress: Progress) -> Report:

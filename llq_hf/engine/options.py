@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
+from ..checkpoints.packed import Speak
 from .team import Team
-
-# Folder, its whole config, bytes of its tensors, device -> JSON for the report.
-FirstWords = Callable[[Path, dict[str, Any], int, str], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -20,7 +16,7 @@ class RunOptions:
     dtype: of the calibration forward passes; None: the checkpoint's. offload: folder for the
     activations; None keeps them in memory. revision: of the base model on the Hub. shards: number
     of partial sums of the statistics, which decides their last bits (see `team`). speak: tries the
-    files once they are written, and gives what the report says of that; see `FirstWords`.
+    files once they are written, and gives what the report says of that.
     """
 
     device: str = "cpu"
@@ -29,4 +25,4 @@ class RunOptions:
     revision: str | None = None
     shards: int = 1
     team: Team = field(default_factory=Team)
-    speak: FirstWords | None = None
+    speak: Speak | None = None

@@ -1,8 +1,9 @@
-"""Multiple-choice tasks for lm-evaluation-harness, from the Hub or from local files.
+"""Questions for lm-evaluation-harness, from the Hub or from local files.
 
-`MultipleChoice` has the prompts, answers and scores of lm-eval's built-in tasks. Rows of all
+Multiple-choice tasks have the prompts, answers and scores of lm-eval's built-in ones. Rows of all
 formats are converted to one shape: `{query, choices, gold}`, for WinoGrande `{context_options,
-continuation, gold}`, for MMLU `{question, choices, answer, subject}`.
+continuation, gold}`, for MMLU `{question, choices, answer, subject}`, for GSM8K `{question,
+answer}`.
 
 `--metadata '{"folder": "..."}'` reaches every task as `config.metadata`, together with the task's
 own metadata and with all model_args. Other keys are ignored.
@@ -27,7 +28,7 @@ from .lm_eval_perplexity import without_class
 Doc = dict[str, Any]
 
 
-class MultipleChoice(ConfigurableTask):  # type: ignore[misc]
+class Questions(ConfigurableTask):  # type: ignore[misc]
     """A benchmark of `BENCHMARKS`; see the head of the file.
 
     The YAML says `dataset_kwargs: {benchmark: NAME}`, and `dataset_path`, `dataset_name` for the
@@ -155,6 +156,10 @@ def _mmlu(row: Doc) -> Doc:
     return {"question": row["question"], "choices": list(row["choices"]), "answer": index}
 
 
+def _worked(row: Doc) -> Doc:
+    return {"question": str(row["question"]), "answer": str(row["answer"])}
+
+
 def _scored(row: Doc) -> Doc:
     return {"query": row["query"], "choices": list(row["choices"]), "gold": int(row["gold"])}
 
@@ -184,6 +189,10 @@ BENCHMARKS: dict[str, Benchmark] = {
             (("sentence", "option1", "option2", "answer"), _winogrande),
             (("context_options", "continuation", "gold"), _winogrande_cut),
         ),
+    ),
+    "gsm8k": Benchmark(
+        ("gsm8k_{split}.jsonl", "gsm8k/{split}.jsonl", "gsm8k_{split}.parquet"),
+        ((("question", "answer"), _worked),),
     ),
     "mmlu": Benchmark(
         (

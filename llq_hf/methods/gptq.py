@@ -141,9 +141,7 @@ class GPTQ(OnUniformGrid):
         # 1. statistics
         assert isinstance(stat, PairedHessian)
         importance_I = stat.diagonal_I
-        aimed_OI = weight_OI
-        if self.aim:
-            aimed_OI = aimed(weight_OI, stat.H_II, stat.C_II, self.aim)
+        aimed_OI = aimed(weight_OI, stat, self.aim)
 
         # 2. order, 3. factor
         order = self._order if self.act_order or self.act_group_aware else None

@@ -146,10 +146,7 @@ class QuIP(Method):
 
     def quantize(self, weight_OI: Tensor, stat: Stat | None, job: Job) -> Packed:
         assert isinstance(stat, Hessian)
-        W_OI, H_II = weight_OI, stat.H_II
-        if self.aim:
-            assert isinstance(stat, PairedHessian)
-            W_OI = aimed(W_OI, stat.H_II, stat.C_II, self.aim)
+        W_OI, H_II = aimed(weight_OI, stat, self.aim), stat.H_II
         extra = {}
         # 1. Rescale columns.
         if self.rescale:

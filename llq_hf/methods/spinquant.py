@@ -185,10 +185,8 @@ class SpinQuant(OnUniformGrid):
         # 1. statistics
         turn = hadamard(weight_OI.shape[1], weight_OI.device)
         order_I = torch.arange(weight_OI.shape[1], device=weight_OI.device)
-        U_II, dead_I, aimed_OI = None, None, weight_OI
-        if self.aim:
-            assert isinstance(stat, PairedHessian)
-            aimed_OI = aimed(weight_OI, stat.H_II, stat.C_II, self.aim)
+        U_II, dead_I = None, None
+        aimed_OI = aimed(weight_OI, stat, self.aim)
 
         # 2. order, 3. factor
         if self.solver == "gptq":

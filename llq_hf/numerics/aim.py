@@ -14,10 +14,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .stats import PairedHessian, Stat
+
 RIDGE = 0.1  # of the mean diagonal of H
 
 
-def aimed(weight_OI: Tensor, H_II: Tensor, C_II: Tensor, share: float) -> Tensor:
+def aimed(weight_OI: Tensor, stat: Stat | None, share: float) -> Tensor:
+    """The weight to begin with, fp32 [O, I]. share 0: itself; else `stat` is a PairedHessian."""
+    if not share:
+        return weight_OI
+    assert isinstance(stat, PairedHessian)
+    return pulled(weight_OI, stat.H_II, stat.C_II, share)
+
+
+def pulled(weight_OI: Tensor, H_II: Tensor, C_II: Tensor, share: float) -> Tensor:
     """weight + share * weight (C^T - H) (H + RIDGE mean(diag H))^-1, as fp32 [O, I].
 
     H_II: X^T X, C_II: X^T X~, on one scale (`stats.PairedHessian`); H_II is overwritten. The weight

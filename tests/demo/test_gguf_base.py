@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import CHAT_TEMPLATE, TEXT, make_llama
+from gguf_names import LINEARS
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -29,13 +30,7 @@ gguf = pytest.importorskip("gguf", reason="needs the package gguf (extra `gguf`)
 IDS = torch.arange(2, 30)[None]
 HEADS, KEY_HEADS = 4, 2
 NAMES = {
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
+    **LINEARS,
     "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm",
     "model.embed_tokens": "token_embd",

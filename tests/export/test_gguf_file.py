@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import pytest
 import torch
 from conftest import make_llava
 from gguf import GGUFReader, quants
+from gguf_names import LINEARS
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
@@ -41,15 +42,6 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "Q5_0": ("Q5_0", "rtn", {"bits": 5, **SYM}),
     "Q5_1": ("Q5_1", "rtn", {"bits": 5, "group_size": 32}),
     "Q8_0": ("Q8_0", "rtn", {"bits": 8, **SYM}),
-}
-NAMES = {
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
 }
 Make = Callable[..., Path]
 
@@ -79,8 +71,15 @@ def linears(folder: Path) -> dict[str, QuantLinear]:
     for name, module in model.named_modules():
         if isinstance(module, QuantLinear):
             _, _, block, rest = name.split(".", 3)
-            found[f"blk.{block}.{NAMES[rest]}"] = module
+            found[f"blk.{block}.{LINEARS[rest]}"] = module
     return found
+
+
+def pairs(folder: Path, out: Path) -> Iterator[tuple[str, Any, QuantLinear]]:
+    """Name, exported tensor and packed linear, of all linears."""
+    tensors = {tensor.name: tensor for tensor in written(folder, out).tensors}
+    for name, module in linears(folder).items():
+        yield f"{name}.weight", tensors[f"{name}.weight"], module
 
 
 def turned_back(name: str, rows: Any) -> Any:
@@ -129,12 +128,10 @@ def affine_of(module: QuantLinear) -> Affine:
 @pytest.mark.parametrize("case", CASES)
 def test_codes_and_scales_are_ours(packed, case, tmp_path):
     kind, method, options = CASES[case]
-    folder = packed(method, options)
-    tensors = {tensor.name: tensor for tensor in written(folder, tmp_path / "out").tensors}
-    for name, module in linears(folder).items():
-        tensor, affine = tensors[f"{name}.weight"], affine_of(module)
+    for name, tensor, module in pairs(packed(method, options), tmp_path / "out"):
+        affine = affine_of(module)
         assert tensor.tensor_type.name == kind
-        rows = turned_back(f"{name}.weight", [decoded(kind, row.tobytes()) for row in tensor.data])
+        rows = turned_back(name, [decoded(kind, row.tobytes()) for row in tensor.data])
         assert [codes for codes, _, _ in rows] == affine.codes_OI.tolist()
         repeats = len(rows[0][1]) // affine.scale_OG.shape[1]
         scale_OB = affine.scale_OG.repeat_interleave(repeats, dim=1)
@@ -148,12 +145,9 @@ def test_codes_and_scales_are_ours(packed, case, tmp_path):
 def test_the_library_dequantizes_our_weights(packed, case, tmp_path):
     """Bit for bit where grids are symmetric; else up to the fp16 minimum of each block."""
     _, method, options = CASES[case]
-    folder = packed(method, options)
-    tensors = {tensor.name: tensor for tensor in written(folder, tmp_path / "out").tensors}
-    for name, module in linears(folder).items():
-        tensor = tensors[f"{name}.weight"]
+    for name, tensor, module in pairs(packed(method, options), tmp_path / "out"):
         rows = torch.from_numpy(quants.dequantize(tensor.data, tensor.tensor_type))
-        weight_OI = torch.stack(list(turned_back(f"{name}.weight", list(rows))))
+        weight_OI = torch.stack(list(turned_back(name, list(rows))))
         ours_OI, affine = module.dequantized(), affine_of(module)
         if affine.sym:
             assert torch.equal(weight_OI, ours_OI)

@@ -22,7 +22,11 @@ from llq_hf.kernels.dispatch import reference
 from llq_hf.methods import build
 
 
-def quantized(model: Path, out: Path, speak: Any = first_words) -> Any:
+def on_cpu(*files: Any) -> dict[str, Any]:
+    return first_words(*files, "cpu")
+
+
+def quantized(model: Path, out: Path, speak: Any = on_cpu) -> Any:
     method = build("rtn", bits=4, group_size=32)
     return quantize_checkpoint(str(model), out, method, Calibration(), RunOptions(speak=speak))
 

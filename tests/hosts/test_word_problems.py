@@ -85,5 +85,5 @@ def test_from_a_file_to_the_results(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_the_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(LLQError, match=r"holds no gsm8k_test\.jsonl or gsm8k/test\.jsonl"):
+    with pytest.raises(LLQError, match=r"no file .*gsm8k_test\.jsonl for the benchmark .gsm8k."):
         evaluate(Parrot([]), tmp_path)

@@ -120,7 +120,7 @@ def test_to_aim_is_to_solve_for_another_weight(name: str, order: str, refine: in
     options = {"bits": 3, "group_size": 32, "refine": refine, order: True}
     aiming, plain = build(name, aim=0.5, **options), build(name, **options)
     stat = hessian_of(x_TI)
-    other_OI = aimed(weight_OI, stat.H_II, stat.C_II, 0.5)
+    other_OI = aimed(weight_OI, stat, 0.5)
     assert (other_OI - weight_OI).norm() > 0.01 * weight_OI.norm()
 
     def packed(method: Any, weight_OI: torch.Tensor) -> Any:

@@ -193,7 +193,7 @@ def test_to_aim_is_to_solve_for_another_weight(incoherence: bool):
     stat.pair(
         x_TI, x_TI + 0.3 * torch.randn(x_TI.shape, generator=torch.Generator().manual_seed(1))
     )
-    other_OI = aimed(weight_OI, stat.H_II, stat.C_II, 0.5)
+    other_OI = aimed(weight_OI, stat, 0.5)
     assert (other_OI - weight_OI).norm() > 0.01 * weight_OI.norm()
     options = {"bits": 2, "incoherence": incoherence}
     aiming, plain = build("quip", aim=0.5, **options), build("quip", **options)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from llq_hf.numerics.aim import RIDGE, aimed
+from llq_hf.numerics.aim import RIDGE, pulled
 
 T, I, O = 200, 24, 7  # noqa: E741 (in_features)
 
@@ -36,7 +36,7 @@ def test_it_is_the_ridge_regression(share: float) -> None:
     H_II, C_II = statistics(x_TI, dense_TI)
     ridge = RIDGE * float(torch.diagonal(H_II).mean())
     system = np.vstack([x_TI.double().numpy(), ridge**0.5 * np.eye(I)])
-    for w_I, found_I in zip(weight(), aimed(weight(), H_II, C_II, share), strict=True):
+    for w_I, found_I in zip(weight(), pulled(weight(), H_II, C_II, share), strict=True):
         right = np.concatenate([dense_TI.double() @ w_I.double(), ridge**0.5 * w_I.double()])
         solved = torch.from_numpy(np.linalg.lstsq(system, right, rcond=None)[0])
         expected = w_I + share * (solved - w_I)
@@ -53,17 +53,17 @@ def test_it_comes_nearer_on_tokens_that_it_has_not_seen() -> None:
 
     H_II, C_II = statistics(*few)
     full_OI = torch.linalg.solve(H_II, C_II @ weight().T).T
-    assert loss(aimed(weight(), H_II, C_II, 0.5)) < loss(weight()) < loss(full_OI)
+    assert loss(pulled(weight(), H_II, C_II, 0.5)) < loss(weight()) < loss(full_OI)
 
 
 def test_the_weight_itself_where_nothing_can_be_solved() -> None:
     H_II, C_II = statistics(*draws(0))
     for broken_II in (-H_II, torch.full_like(H_II, torch.nan), torch.full_like(H_II, torch.inf)):
-        assert torch.equal(aimed(weight(), broken_II, C_II, 1.0), weight())
-    assert torch.equal(aimed(weight(), torch.zeros(I, I), torch.zeros(I, I), 1.0), weight())
+        assert torch.equal(pulled(weight(), broken_II, C_II, 1.0), weight())
+    assert torch.equal(pulled(weight(), torch.zeros(I, I), torch.zeros(I, I), 1.0), weight())
 
 
 def test_equal_inputs_need_no_other_weight() -> None:
     x_TI, _ = draws(0)
     H_II, _ = statistics(x_TI, x_TI)
-    assert torch.allclose(aimed(weight(), H_II.clone(), H_II, 1.0), weight(), atol=1e-6)
+    assert torch.allclose(pulled(weight(), H_II.clone(), H_II, 1.0), weight(), atol=1e-6)

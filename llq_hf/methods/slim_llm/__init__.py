@@ -277,8 +277,8 @@ class SliMLLM(Method):
     ) -> Packed:
         # The factor of the Hessian; columns that never fired are zeroed.
         factor = self._factor(stat, job.notes)
-        if self.aim and factor.U_II is not None:
-            weight_OI = aimed(weight_OI, stat.H_II, stat.C_II, self.aim)
+        if factor.U_II is not None:
+            weight_OI = aimed(weight_OI, stat, self.aim)
         W_OI = weight_OI if self.as_published else weight_OI.masked_fill(factor.dead_I, 0)
         # 1. The width of each group.
         widths = self._widths(W_OI, factor.spread_I, pairs)
